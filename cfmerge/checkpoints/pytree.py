@@ -1,0 +1,42 @@
+"""JAX pytrees as named arrays: dicts, FrozenDicts, `nnx.State`, dataclasses, lists."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfmerge.errors import CfmergeError
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """`({name: array}, treedef)`, names being the path's parts joined by `/`.
+
+    Raises:
+        CfmergeError: a leaf is not an array.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {}
+    for path, leaf in paths:
+        name = "/".join(_part(key) for key in path)
+        if name.endswith("/value"):  # flax variables
+            name = name.removesuffix("/value")
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
+            raise CfmergeError(f"leaf {name!r} is not an array, but {type(leaf).__name__}")
+        leaves[name] = leaf if hasattr(leaf, "shape") else jnp.asarray(leaf)
+    if len(leaves) != len(paths):
+        raise CfmergeError("two leaves of the tree have the same path")
+    return leaves, treedef
+
+
+def unflatten(treedef: Any, leaves: Mapping[str, Any]) -> Any:
+    """The inverse of `flatten`; `leaves` in the same order."""
+    return jax.tree_util.tree_unflatten(treedef, list(leaves.values()))
+
+
+def _part(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -1,0 +1,230 @@
+"""safetensors: a zero-copy reader that trusts nothing, and a writer that fills shards as tensors come.
+
+The format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, data. The
+library's own reader copies every tensor, and its writer wants a whole shard in memory; hence these two.
+"""
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from cfmerge.checkpoints._base import TensorInfo
+from cfmerge.errors import CfmergeError
+from cfmerge.parameters import Shape
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+        "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+        "C64": np.complex64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    }.items()
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # the reference implementation's limit
+
+
+class SafetensorsFile:
+    """One mapped file. The header is checked when it is opened, tensors are views of the map.
+
+    Raises:
+        CfmergeError: not a safetensors file, truncated, or with an inconsistent header; names file and tensor.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._map: mmap.mmap | None = None
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                start = file.read(8)
+                length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+                if start[:4] == b"PK\x03\x04" or start[:2] == b"\x80\x02":
+                    raise CfmergeError(
+                        f"{path}: this is a PyTorch pickle, not safetensors; it is not opened, because pickles "
+                        "run code. Convert it: model.save_pretrained(..., safe_serialization=True)"
+                    )
+                if size < 8 or length > MAX_HEADER or 8 + length > size:
+                    raise CfmergeError(
+                        f"{path}: not a safetensors file, or truncated: a header of {length} bytes does not "
+                        f"fit a file of {size} bytes; fetch the file again"
+                    )
+                header = file.read(length)
+        except OSError as error:
+            raise CfmergeError(f"{path}: cannot be read: {error.strerror}") from None
+        self._data_start = 8 + length
+        self.metadata, self.tensors, self._offsets = self._parse(header, size - 8 - length)
+
+    def _parse(
+        self, header: bytes, data_size: int
+    ) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
+        try:
+            entries = json.loads(header)
+            metadata = entries.pop("__metadata__", None) or {}
+            parsed = sorted(
+                (tuple(entry["data_offsets"]), name, entry["dtype"], tuple(entry["shape"]))
+                for name, entry in entries.items()
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CfmergeError(
+                f"{self.path}: the safetensors header is corrupt ({error!r}); fetch the file again"
+            ) from None
+        tensors, offsets, end = {}, {}, 0
+        for offset, name, dtype, shape in parsed:
+            if dtype not in DTYPES:
+                raise CfmergeError(
+                    f"{self.path}: tensor {name!r} has dtype {dtype!r}, which cfmerge does not read; "
+                    f"it reads {', '.join(DTYPES)}"
+                )
+            if not all(type(n) is int and n >= 0 for n in (*shape, *offset)) or len(offset) != 2:
+                raise CfmergeError(f"{self.path}: tensor {name!r} has a corrupt header: {shape}, {offset}")
+            info = TensorInfo(shape, DTYPES[dtype], self.path)
+            if offset[0] != end or offset[1] - offset[0] != info.nbytes:
+                raise CfmergeError(
+                    f"{self.path}: tensor {name!r}, {dtype} of shape {shape}, needs {info.nbytes} bytes from "
+                    f"{end}, but its header says {offset[0]} to {offset[1]}; the file is corrupt, fetch it again"
+                )
+            tensors[name], offsets[name], end = info, offset[0], offset[1]
+        if end != data_size:
+            raise CfmergeError(
+                f"{self.path}: the header describes {end} bytes of tensors, the file holds {data_size}; "
+                "it is truncated or corrupt, fetch it again"
+            )
+        return metadata, tensors, offsets
+
+    def read(self, name: str) -> np.ndarray:
+        info = self.tensors[name]
+        if info.nbytes == 0:
+            return np.zeros(info.shape, info.dtype)
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = int(np.prod(info.shape, dtype=np.int64))
+        flat = np.frombuffer(self._map, info.dtype, count, self._data_start + self._offsets[name])
+        return flat.reshape(info.shape)
+
+
+def shard(tensors: Mapping[str, tuple[Shape, np.dtype]], max_bytes: int) -> list[list[str]]:
+    """Names in order, cut into shards of at most `max_bytes` (a larger tensor gets a shard of its own)."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, (shape, dtype) in tensors.items():
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+class ShardWriter:
+    """Writes a model as safetensors shards with an index, tensor by tensor, in any order.
+
+    All headers are written and all space is reserved at once, so a full disk is known before the first tensor.
+
+    Raises:
+        CfmergeError: on `close`, if a tensor was not wholly written.
+        OSError: the disk is full, or the directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Mapping[str, tuple[Shape, np.dtype]],
+        max_shard_bytes: int,
+        metadata: Mapping[str, str],
+        stem: str = "model",
+    ):
+        self._files: list[int] = []
+        self._place: dict[str, tuple[int, int]] = {}
+        self._missing = {
+            name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            for name, (shape, dtype) in tensors.items()
+        }
+        shards = shard(tensors, max_shard_bytes)
+        weight_map = {}
+        try:
+            for number, names in enumerate(shards, 1):
+                suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+                file = f"{stem}{suffix}.safetensors"
+                weight_map |= dict.fromkeys(names, file)
+                self._create(directory / file, {name: tensors[name] for name in names}, metadata)
+        except BaseException:
+            self.abort()
+            raise
+        if len(shards) > 1:
+            total = sum(self._missing.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _create(
+        self, path: Path, tensors: Mapping[str, tuple[Shape, np.dtype]], metadata: Mapping[str, str]
+    ) -> None:
+        entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        for name, (shape, dtype) in tensors.items():
+            size = self._missing[name]
+            entries[name] = {
+                "dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [end, end + size],
+            }  # fmt: skip
+            end += size
+        header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        header += b" " * (-len(header) % 8)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._files.append(file)
+        start = 8 + len(header)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, start + end)
+        _write_all(file, struct.pack("<Q", len(header)) + header, 0)
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                self._place[name] = (file, start + entry["data_offsets"][0])  # type: ignore[index]
+
+    def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
+        """Writes a tensor, or a piece of it from flat element `first` on."""
+        file, offset = self._place[name]
+        values = np.ascontiguousarray(values)
+        if values.nbytes:
+            _write_all(file, values.reshape(-1).view(np.uint8).data, offset + first * values.itemsize)
+        self._missing[name] -= values.nbytes
+
+    def close(self) -> None:
+        missing = [name for name, left in self._missing.items() if left]
+        if missing:
+            self.abort()
+            raise CfmergeError(f"tensors were not wholly written: {', '.join(missing[:5])}")
+        for file in self._files:
+            os.fsync(file)
+        self.abort()
+
+    def abort(self) -> None:
+        """Closes the files, whatever is in them."""
+        for file in self._files:
+            os.close(file)
+        self._files = []
+
+
+def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view[: 1 << 30], offset)
+        view, offset = view[written:], offset + written
+
+
+def save(directory: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], stem: str) -> None:
+    """Small models at once: one file `stem.safetensors`."""
+    headers = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    writer = ShardWriter(directory, headers, 1 << 62, metadata, stem)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.close()
+

@@ -1,0 +1,1 @@
+"""From a recipe to a merged model: plan, pipeline, output."""

@@ -1,0 +1,128 @@
+"""Which method merges which parameter."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from cfmerge import methods
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import Method
+from cfmerge.parameters import Kind, Parameter, check_layout, is_float
+from cfmerge.recipe import Rule
+
+Action = Literal["merge", "keep-base", "skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """A parameter and what is done with it. `method` is used when the action is `merge`."""
+
+    parameter: Parameter
+    action: Action
+    method: Method
+    rule: Rule | None = None
+
+    @property
+    def label(self) -> str:
+        return self.method.name if self.action == "merge" else self.action
+
+    @property
+    def agree(self) -> bool:
+        """Integers and booleans are not merged: the experts must agree with the base, unless a rule says so."""
+        counter = self.parameter.name.endswith("num_batches_tracked")
+        return not is_float(self.parameter.dtype) and self.rule is None and not counter
+
+
+def assign(
+    parameters: Mapping[str, Parameter], method: Method, rules: Sequence[Rule] = ()
+) -> dict[str, Assignment]:
+    """What is done with every parameter.
+
+    By default matrices and convolutions go through the method, everything else that is floating-point gets the
+    mean of the deltas, and integers stay as they are in the base; an entrywise method takes all floating-point
+    parameters but running statistics. The first rule whose pattern matches a name overrides this.
+
+    Raises:
+        CfmergeError: a rule matches nothing, names an unknown method, or a layout that does not fit.
+    """
+    average = methods.average()
+    made = [_rule_method(rule, method) for rule in rules]
+    used = [False] * len(rules)
+    result = {}
+    for name, parameter in parameters.items():
+        number = next((i for i, rule in enumerate(rules) if fnmatch.fnmatchcase(name, rule.match)), None)
+        if number is None:
+            result[name] = _default(parameter, method, average)
+            continue
+        rule, used[number] = rules[number], True
+        changed = dataclasses.replace(
+            parameter, kind=rule.kind or parameter.kind, layout=rule.layout or parameter.layout
+        )
+        if rule.layout:
+            changed = dataclasses.replace(changed, note="")
+            check_layout(name, parameter.shape, rule.layout)
+        if rule.method in {"keep-base", "skip"}:
+            result[name] = Assignment(changed, rule.method, average, rule)  # type: ignore[arg-type]
+        elif rule.method or rule.parameters:
+            result[name] = _explicit(changed, made[number] or method, rule)
+        else:
+            result[name] = dataclasses.replace(_default(changed, method, average), rule=rule)
+    _check_used(rules, used, parameters)
+    return result
+
+
+def _rule_method(rule: Rule, method: Method) -> Method | None:
+    if rule.method in {"", "keep-base", "skip"}:
+        if rule.parameters and not rule.method:
+            return methods.make(method.name, {**method.parameters, **rule.parameters})
+        if rule.parameters:
+            raise CfmergeError(f"rule {rule.match!r}: {rule.method} takes no parameters")
+        return None
+    return methods.make(rule.method, rule.parameters)
+
+
+def _default(parameter: Parameter, method: Method, average: Method) -> Assignment:
+    if not is_float(parameter.dtype):
+        return Assignment(parameter, "keep-base", average)
+    if parameter.kind is Kind.OTHER:
+        return Assignment(parameter, "merge", average)
+    if method.entrywise:
+        return Assignment(parameter, "merge", method)
+    if parameter.kind in {Kind.MATRIX, Kind.CONVOLUTION} and parameter.layout:
+        return Assignment(parameter, "merge", _for_layout(parameter, method))
+    return Assignment(parameter, "merge", average)
+
+
+def _explicit(parameter: Parameter, method: Method, rule: Rule) -> Assignment:
+    if not is_float(parameter.dtype):
+        raise CfmergeError(
+            f"rule {rule.match!r}: tensor {parameter.name!r} is {parameter.dtype}, which is not merged; "
+            "use method keep-base"
+        )
+    if not method.entrywise and not parameter.layout:
+        raise CfmergeError(
+            f"rule {rule.match!r}: {method.name} needs the layout of {parameter.name!r}, shape {parameter.shape}; "
+            "give it in the rule, such as 'layout: oi' for (out, in)"
+        )
+    return Assignment(parameter, "merge", _for_layout(parameter, method), rule)
+
+
+def _for_layout(parameter: Parameter, method: Method) -> Method:
+    return method if parameter.conv1d or method.without_conv1d is None else method.without_conv1d
+
+
+def _check_used(rules: Sequence[Rule], used: Iterable[bool], names: Iterable[str]) -> None:
+    names = list(names)
+    for rule, was_used in zip(rules, used, strict=True):
+        if was_used:
+            continue
+        shadowed = any(fnmatch.fnmatchcase(name, rule.match) for name in names)
+        raise CfmergeError(
+            f"rule {rule.match!r} is never used: "
+            + (
+                "an earlier rule takes every tensor that it matches; move it up"
+                if shadowed
+                else f"no tensor of the base matches it; names look like {names[0]!r}"
+            )
+        )

@@ -1,0 +1,75 @@
+"""Jobs cut into batches: tensors solved in one compiled call, or pieces of one too large for that."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cfmerge.checkpoints import Checkpoint
+from cfmerge.engine.plan import Job
+from cfmerge.errors import CfmergeError
+
+ENTRIES = 1 << 22  # of an entrywise batch or piece, and about of a stack of matrices; more gains nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Jobs of one shape, dtype, layout and method; or, with `count`, a flat piece of one entrywise job."""
+
+    jobs: tuple[Job, ...]
+    first: int = 0
+    count: int | None = None
+
+    @property
+    def layout(self) -> str:
+        job = self.jobs[0]
+        return "" if job.assignment.method.entrywise else job.parameter.layout
+
+    def read(self, checkpoint: Checkpoint, names: tuple[str, ...]) -> np.ndarray:
+        """`(jobs, *stored shape)`, or `(1, count)` for a piece."""
+        arrays = [checkpoint.read(name) for name in names]
+        if self.count is not None:
+            return arrays[0].reshape(-1)[self.first : self.first + self.count][None]
+        return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+
+def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
+    """All merge jobs, in about the order of the plan; stacks whose working set fits half of `memory`.
+
+    Raises:
+        CfmergeError: one tensor alone does not fit.
+    """
+    waiting: dict[Any, list[Job]] = {}
+    for job in jobs:
+        if job.assignment.action != "merge" or job.parameter.size == 0:
+            continue
+        if job.assignment.method.entrywise and job.parameter.size > ENTRIES:
+            for first in range(0, job.parameter.size, ENTRIES):
+                yield Batch((job,), first, min(ENTRIES, job.parameter.size - first))
+            continue
+        p = job.parameter
+        key = (p.shape, p.dtype, str(job.dtype), p.layout, job.assignment.method)
+        bucket = waiting.setdefault(key, [])
+        bucket.append(job)
+        if len(bucket) >= _stack(job, memory):
+            yield Batch(tuple(waiting.pop(key)))
+    for bucket in waiting.values():
+        yield Batch(tuple(bucket))
+
+
+def _stack(job: Job, memory: int) -> int:
+    check_memory(job, memory)
+    by_size = ENTRIES // job.parameter.size
+    by_memory = memory // 2 // max(job.working_bytes, 1)
+    return max(1, min(by_size, by_memory))
+
+
+def check_memory(job: Job, memory: int) -> None:
+    """Raises `CfmergeError` if one job alone needs more than `memory` bytes."""
+    if job.working_bytes > memory:
+        raise CfmergeError(
+            f"tensor {job.name!r} {job.parameter.shape} needs {job.working_bytes / 2**30:.1f} GiB with "
+            f"{job.assignment.label}, but the working set may be {memory / 2**30:.1f} GiB; raise --memory, or "
+            f"give it a rule: match: \"{job.name}\", method: average"
+        )

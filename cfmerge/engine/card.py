@@ -1,0 +1,67 @@
+"""The model card of a merge: what it is made of, and the recipe that makes it again."""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+import cfmerge
+from cfmerge import methods
+from cfmerge.engine.plan import Plan
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    packages = ("jax", "jaxlib", "numpy", "ml_dtypes")
+    return {
+        "cfmerge": cfmerge.__version__,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def model_card(plan: Plan, digests: Mapping[Path, str], notes: list[str]) -> str:
+    """The README.md of a merged model: front matter of the hub, tables, and the recipe as YAML."""
+    entry = methods.registry().get(plan.method.name)
+    front = {
+        "base_model": [_public_name(plan, -1), *(_public_name(plan, t) for t in range(len(plan.experts)))],
+        "base_model_relation": "merge",
+        "library_name": "transformers" if plan.base.config.get("model_type") else "cfmerge",
+        "tags": ["merge", "cfmerge", plan.method.name],
+    }
+    names = [Path(plan.recipe.base).name, *(spec.name for spec in plan.expert_specs)]
+    lines = [
+        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
+        f"# A merge of {len(plan.experts)} experts by {plan.method.name}", "",
+        "Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training.",
+        f"Method: **{plan.method.name}**. {entry.summary if entry else ''} "
+        f"{'Source: ' + entry.source if entry and entry.source else ''}".rstrip(), "",
+        "## What was done", "", "| kind | what | tensors |", "|---|---|---|",
+        *(f"| {kind} | {what} | {count} |" for (kind, what), count in sorted(plan.counts().items())),
+        "", "## Inputs", "", "| model | weight | file | SHA-256 |", "|---|---|---|---|",
+    ]  # fmt: skip
+    weights = ["", *(f"{spec.weight:g}" for spec in plan.expert_specs)]
+    for name, weight, checkpoint in zip(names, weights, (plan.base, *plan.experts), strict=True):
+        role = "base" if weight == "" else name
+        lines += [f"| {role} | {weight} | {file.name} | `{digests[file]}` |" for file in checkpoint.files]
+    if plan.notes or notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in (*plan.notes, *notes))]
+    lines += [
+        "", "## Recipe", "",
+        "`cfmerge merge README.md -o OUT`, with this card, repeats the merge (paths are relative to the directory "
+        "that it was run in).", "",
+        "```yaml", plan.explicit_recipe.to_yaml().strip(), "```", "", "## Versions", "",
+        ", ".join(f"{package} {version}" for package, version in versions().items()), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _public_name(plan: Plan, number: int) -> str:
+    """The model's name on the hub if its config tells, else its directory's name."""
+    checkpoint = plan.base if number < 0 else plan.experts[number]
+    told = checkpoint.config.get("_name_or_path")
+    if isinstance(told, str) and told.count("/") == 1 and not told.startswith(("/", ".", "~")):
+        return told
+    return checkpoint.path.expanduser().resolve().name

@@ -1,0 +1,181 @@
+"""Merging arrays and pytrees: pure functions that work under `jit`, `vmap` and `grad`."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cfmerge.checkpoints.pytree import flatten, unflatten
+from cfmerge.engine.assign import Assignment, assign
+from cfmerge.engine.steps import steps
+from cfmerge.errors import CfmergeError, nearest
+from cfmerge.methods import Method
+from cfmerge.parameters import classify, is_float
+from cfmerge.recipe import Rule
+
+
+def merge_tensor(
+    base: Float[Array, "out in"],
+    experts: Sequence[Float[Array, "out in"]],
+    method: Method,
+    *,
+    weights: Sequence[float] | None = None,
+) -> Float[Array, "out in"]:
+    """Merges one canonical weight: the mathematics alone.
+
+    Args:
+        base: the weight `(out, in)`, acting as `y = W x`; any shape for an entrywise method. ACE and its kin
+            average what is not two-dimensional.
+        experts: the fine-tuned weights, same shape.
+        method: such as `cfmerge.methods.ace()`.
+        weights: one per expert; none: all 1.
+
+    Returns:
+        The merged weight, in the base's dtype. Computed in float32, or in float64 if that is what comes in.
+
+    Raises:
+        CfmergeError: no experts, another shape, or another number of weights.
+    """
+    base = jnp.asarray(base)
+    experts = [jnp.asarray(expert) for expert in experts]
+    weights = _check_weights(len(experts), weights)
+    for number, expert in enumerate(experts):
+        if expert.shape != base.shape:
+            raise CfmergeError(f"expert {number} has shape {expert.shape}, the base {base.shape}")
+    if not method.entrywise and base.ndim != 2:
+        from cfmerge.methods import average
+
+        method = average()
+    compute = _compute_dtype(base)
+    wide = base.astype(compute)
+    statistic = method.init(wide)
+    for expert, weight in zip(experts, weights, strict=True):
+        statistic = method.update(statistic, expert.astype(compute) - wide, jnp.asarray(weight, compute))
+    return (wide + method.solve(statistic)).astype(base.dtype)
+
+
+def merge_params(
+    base: Any,
+    experts: Sequence[Any] | Mapping[str, Any],
+    method: Method,
+    *,
+    weights: Sequence[float] | None = None,
+    rules: Sequence[Rule | Mapping[str, Any]] = (),
+) -> Any:
+    """Merges pytrees of parameters: dicts, FrozenDicts, `nnx.State`, any registered pytree.
+
+    Kinds and layouts are read off names and shapes (`.../kernel` is `(in, out)`, `...weight` is `(out, in)`, see
+    `cfmerge.parameters`); tensors of one shape are solved together. Differentiable in base, experts and weights.
+
+    Args:
+        base: the base's parameters.
+        experts: one tree per expert, of the same structure; a mapping `{name: tree}` names them in errors.
+        method: such as `cfmerge.methods.ace()`.
+        weights: one per expert; none: all 1.
+        rules: as in a recipe, on names joined by `/`: `{"match": "*/w", "layout": "io"}`.
+
+    Returns:
+        A tree like `base`, in its dtypes. Integers, booleans and keys are the base's.
+
+    Raises:
+        CfmergeError: trees of another structure or shape, or integers that do not agree.
+    """
+    names = list(experts) if isinstance(experts, Mapping) else [f"expert {n}" for n in range(len(experts))]
+    trees = list(experts.values()) if isinstance(experts, Mapping) else list(experts)
+    weights = _check_weights(len(trees), weights)
+    leaves, treedef = flatten(base)
+    expert_leaves = [_matching(leaves, flatten(tree)[0], name) for name, tree in zip(names, trees, strict=True)]
+
+    shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
+    rules = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
+    assignments = assign(classify(shapes), method, rules)
+    _warn_unknown(assignments, method)
+
+    merged = dict(leaves)
+    for bucket in _buckets(assignments, leaves):
+        stacks = [jnp.stack([tree[name] for name in bucket]) for tree in (leaves, *expert_leaves)]
+        assignment = assignments[bucket[0]]
+        result = _merge_stack(assignment, stacks[0], stacks[1:], weights)
+        merged |= dict(zip(bucket, result, strict=True))
+    for name, assignment in assignments.items():
+        if assignment.agree:
+            _check_agrees(name, leaves[name], [tree[name] for tree in expert_leaves], names)
+    return unflatten(treedef, merged)
+
+
+def _merge_stack(
+    assignment: Assignment, base: Array, experts: Sequence[Array], weights: Sequence[Any]
+) -> Array:
+    method = assignment.method
+    layout = "" if method.entrywise else assignment.parameter.layout
+    start, step, finish = steps(method, layout, _compute_dtype(base))
+    statistics = start(base)
+    for expert, weight in zip(experts, weights, strict=True):
+        statistics, _ = step(statistics, base, expert, weight)
+    return finish(statistics, base, str(base.dtype))[0]
+
+
+def _buckets(assignments: Mapping[str, Assignment], leaves: Mapping[str, Any]) -> list[list[str]]:
+    """Names of tensors that are solved together: one shape, dtype, layout and method."""
+    buckets: dict[Any, list[str]] = {}
+    for name, assignment in assignments.items():
+        if assignment.action == "skip":
+            raise CfmergeError(f"rule for {name!r}: a tree keeps all its leaves; use keep-base instead of skip")
+        if assignment.action == "merge":
+            leaf, layout = leaves[name], assignment.parameter.layout
+            buckets.setdefault((leaf.shape, leaf.dtype, layout, assignment.method), []).append(name)
+    return list(buckets.values())
+
+
+def _compute_dtype(array: Array) -> str:
+    return "float64" if array.dtype == jnp.float64 else "float32"
+
+
+def _check_weights(count: int, weights: Sequence[float] | None) -> Sequence[Any]:
+    if count == 0:
+        raise CfmergeError("no experts: a merge needs at least one")
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise CfmergeError(f"{len(weights)} weights for {count} experts")
+    return weights
+
+
+def _matching(base: Mapping[str, Any], expert: Mapping[str, Any], who: str) -> Mapping[str, Any]:
+    missing, extra = [n for n in base if n not in expert], [n for n in expert if n not in base]
+    if missing:
+        raise CfmergeError(f"{who} lacks {missing[0]!r}{nearest(missing[0], extra) if extra else ''}")
+    if extra:
+        raise CfmergeError(f"{who} has {extra[0]!r}, which the base lacks")
+    for name, leaf in base.items():
+        if leaf.shape != expert[name].shape:
+            raise CfmergeError(
+                f"{who}: {name!r} has shape {tuple(expert[name].shape)}, in the base {tuple(leaf.shape)}"
+            )
+    return expert
+
+
+def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None:
+    unknown = [name for name, a in assignments.items() if a.parameter.note and a.rule is None]
+    if unknown and not method.entrywise:
+        note = assignments[unknown[0]].parameter.note
+        warnings.warn(
+            f"{len(unknown)} parameters are averaged, not solved, such as {unknown[0]!r}: {note}", stacklevel=3
+        )
+
+
+def _check_agrees(name: str, base: Any, experts: Sequence[Any], names: Sequence[str]) -> None:
+    """Integers are the base's; where values are at hand (not traced), the experts' must be the same."""
+    if is_float(str(base.dtype)) or jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
+        return
+    for who, expert in zip(names, experts, strict=True):
+        concrete = not isinstance(base, jax.core.Tracer) and not isinstance(expert, jax.core.Tracer)
+        if concrete and not np.array_equal(np.asarray(base), np.asarray(expert)):
+            raise CfmergeError(
+                f"{who}: integers {name!r} differ from the base's; integers are not merged. A rule "
+                f"{{'match': {name!r}, 'method': 'keep-base'}} keeps the base's"
+            )

@@ -1,0 +1,256 @@
+"""`merge`: checkpoints in, one checkpoint out."""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cfmerge import recipe as recipes
+from cfmerge.checkpoints import safetensors
+from cfmerge.engine.batches import check_memory
+from cfmerge.engine.card import model_card, versions
+from cfmerge.engine.output import StagedDirectory
+from cfmerge.engine.pipeline import Progress, execute, same_content
+from cfmerge.engine.plan import Plan, make_plan
+from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.recipe import Recipe
+
+HEADS = "heads"  # directory of exported heads in the output
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeResult:
+    """What a merge did.
+
+    Attributes:
+        output: the directory of the merged model.
+        plan: the plan that was carried out.
+        notes: what the user should know: of the plan, and of the methods while they ran.
+        reports: `{tensor: {name: value}}`, what the method tells of each tensor (ACE: gate, ridge ratio, ...).
+        digests: SHA-256 of every input file.
+        seconds: wall time.
+    """
+
+    output: Path
+    plan: Plan
+    notes: tuple[str, ...]
+    reports: Mapping[str, Mapping[str, float]]
+    digests: Mapping[Path, str]
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "output": str(self.output),
+            "method": self.plan.method.name,
+            "experts": [spec.name for spec in self.plan.expert_specs],
+            "counts": [
+                {"kind": kind, "what": what, "tensors": count}
+                for (kind, what), count in sorted(self.plan.counts().items())
+            ],
+            "bytes_read": self.plan.bytes_to_read,
+            "bytes_written": self.plan.bytes_to_write,
+            "sha256": {str(file): digest for file, digest in self.digests.items()},
+            "notes": list(self.notes),
+            "versions": versions(),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def merge(
+    base: str | Path,
+    experts: Sequence[str | Path | recipes.Expert] | Mapping[str, str | Path],
+    method: str = "ace",
+    *,
+    output: str | Path,
+    parameters: Mapping[str, Any] | None = None,
+    rules: Sequence[recipes.Rule | Mapping[str, Any]] = (),
+    overwrite: bool = False,
+    memory: str | int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> MergeResult:
+    """Merges checkpoints on disk into one, streaming.
+
+    Args:
+        base: a Hugging Face directory (safetensors) or a `.safetensors` file.
+        experts: the same of each expert; a mapping gives them names, `Expert` weights too.
+        method: a registered method's name; `parameters` are its arguments.
+        output: the directory to make. It appears when it is complete.
+        rules: `Rule`s, or mappings with their fields; the first whose pattern matches a tensor's name wins.
+        overwrite: replace a model directory that is there.
+        memory: bound of the working set, bytes or `"4GB"`; none: a quarter of what is free.
+        progress: called with (tensor name, bytes read since the last call).
+        **options: the other fields of `Recipe`: heads, on_nonfinite, allow, dtype, precision, shard_size,
+            side_files.
+
+    Raises:
+        CfmergeError: bad input; nothing is written then.
+    """
+    if isinstance(experts, Mapping):
+        experts = [recipes.Expert(path=str(path), name=name) for name, path in experts.items()]
+    content = {
+        "base": str(base),
+        "experts": [msgspec.to_builtins(e) if isinstance(e, recipes.Expert) else str(e) for e in experts],
+        "method": method,
+        "parameters": dict(parameters or {}),
+        "rules": [msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in rules],
+        **options,
+    }
+    return merge_recipe(
+        recipes.parse(content, "cfmerge.merge"), output, overwrite=overwrite, memory=memory, progress=progress
+    )
+
+
+def merge_recipe(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    memory: str | int | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Carries out a recipe; see `merge`."""
+    started = time.monotonic()
+    limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
+    dropped: list[str] = []
+    while True:
+        plan = make_plan(recipe)
+        for job in plan.jobs:
+            check_memory(job, limit)
+        try:
+            result = _attempt(plan, Path(output), overwrite, limit, progress or (lambda *_: None), dropped)
+        except NonFiniteError as error:
+            if recipe.on_nonfinite == "error" or not error.source:
+                raise
+            dropped.append(f"expert {error.source!r} was left out: tensor {error.tensor!r} is not finite")
+            kept = [spec for spec in plan.expert_specs if spec.name != error.source]
+            if len(kept) < 2 and "one-expert" not in recipe.allow:
+                raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
+            recipe = msgspec.structs.replace(recipe, experts=kept)
+            continue
+        return dataclasses.replace(result, seconds=time.monotonic() - started)
+
+
+def _attempt(
+    plan: Plan, output: Path, overwrite: bool, memory: int, progress: Progress, dropped: list[str]
+) -> MergeResult:
+    inputs = [file for checkpoint in (plan.base, *plan.experts) for file in checkpoint.files]
+    with _clear_errors(output), StagedDirectory(output, overwrite=overwrite, inputs=inputs) as staged:
+        _check_space(staged.path, plan)
+        notes = [*dropped, *_check_contents(plan)]
+        metadata = {"format": "pt", **plan.base.metadata}
+        writer = safetensors.ShardWriter(staged.path, plan.output, plan.shard_bytes, metadata)
+        stop = threading.Event()
+        with ThreadPoolExecutor(1, "hash") as hasher:
+            digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
+            try:
+                account = execute(plan, writer, memory, progress, stop)
+                writer.close()
+            except BaseException:
+                stop.set()
+                writer.abort()
+                raise
+        notes += account.lines()
+        _write_side_files(plan, staged.path)
+        _export_heads(plan, staged.path)
+        (staged.path / "README.md").write_text(model_card(plan, digests.result(), notes))
+        staged.commit()
+        return MergeResult(
+            staged.target, plan, (*plan.notes, *notes), account.reports, digests.result(), 0.0
+        )
+
+
+@contextlib.contextmanager
+def _clear_errors(output: Path) -> Iterator[None]:
+    """Errors of the file system as `CfmergeError`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        reason = "the disk is full" if full else f"{error.strerror or error}"
+        place = f" ({error.filename})" if error.filename else ""
+        raise CfmergeError(f"output {output}: {reason}{place}; nothing was written") from None
+
+
+def _check_space(directory: Path, plan: Plan) -> None:
+    free, needed = shutil.disk_usage(directory).free, plan.bytes_to_write
+    if needed > free:
+        raise CfmergeError(
+            f"output {directory.parent}: the merged model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        )
+
+
+def _check_contents(plan: Plan) -> list[str]:
+    """Models that are the same byte by byte though their files are others."""
+    notes = []
+    models = [("the base", plan.base, {job.name: job.name for job in plan.jobs})]
+    for number, (spec, expert) in enumerate(zip(plan.expert_specs, plan.experts, strict=True)):
+        sources = {job.name: job.sources[number] for job in plan.jobs}
+        for who, other, theirs in models:
+            names = {
+                theirs[name]: source for name, source in sources.items()
+                if source and theirs[name] and name in other.tensors
+            }  # fmt: skip
+            allowed = "base-as-expert" if other is plan.base else "duplicate-experts"
+            if other is expert or not names or not same_content(other, expert, names):
+                continue
+            if allowed not in plan.recipe.allow:
+                raise CfmergeError(
+                    f"expert {spec.name!r} ({spec.path}) holds the same weights as {who} ({other.path}). Leave it "
+                    f"out, or allow it: --allow {allowed} (recipe: 'allow: [{allowed}]')"
+                )
+            notes.append(f"expert {spec.name!r} holds the same weights as {who}")
+        models.append((f"expert {spec.name!r}", expert, {n: s for n, s in sources.items() if s}))
+    return notes
+
+
+def _write_side_files(plan: Plan, directory: Path) -> None:
+    for name, source in plan.side_files.items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name == "config.json" and plan.recipe.dtype:
+            config = json.loads(source.read_text())
+            config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = (
+                plan.recipe.dtype
+            )
+            target.write_text(json.dumps(config, indent=2) + "\n")
+        else:
+            shutil.copyfile(source, target)
+
+
+def _export_heads(plan: Plan, directory: Path) -> None:
+    for spec, expert in zip(plan.expert_specs, plan.experts, strict=True):
+        heads = plan.exported.get(spec.name)
+        if heads:
+            (directory / HEADS).mkdir(exist_ok=True)
+            tensors = {name: expert.read(name) for name in heads}
+            safetensors.save(directory / HEADS, tensors, {"format": "pt"}, spec.name)
+
+
+def _sha256(file: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            if stop.is_set():
+                return ""
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def free_memory() -> int:
+    """Bytes of memory that are available."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        line = next(row for row in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in row)
+        return int(line.split()[1]) * 1024
+    return 4 << 30

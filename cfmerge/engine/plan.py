@@ -1,0 +1,227 @@
+"""The plan: a recipe resolved against the checkpoints' headers. No tensor is read."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import msgspec
+import numpy as np
+
+from cfmerge import methods
+from cfmerge.checkpoints import Checkpoint, open_checkpoint
+from cfmerge.checkpoints.huggingface import side_files
+from cfmerge.engine.assign import Assignment, assign
+from cfmerge.engine.match import match_experts
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import Method
+from cfmerge.parameters import Parameter, classify, is_float
+from cfmerge.recipe import Expert, Recipe, parse_size
+
+OUTPUT_DTYPES = {
+    "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One tensor of the output.
+
+    Attributes:
+        writes: the names that it is written under: its own and those tied to it.
+        sources: its name in each expert, or None where the expert does not have it.
+        dtype: of the output.
+    """
+
+    name: str
+    assignment: Assignment
+    writes: tuple[str, ...]
+    sources: tuple[str | None, ...]
+    dtype: np.dtype
+
+    @property
+    def parameter(self) -> Parameter:
+        return self.assignment.parameter
+
+    @property
+    def bytes_read(self) -> int:
+        return self.parameter.size * np.dtype(_dtype(self.parameter.dtype)).itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of the merge, about: for a matrix method the Gram and cross term of each expert, and one solve."""
+        if self.assignment.action != "merge":
+            return 0
+        experts = len(self.sources)
+        if self.assignment.method.entrywise:
+            return 3 * experts * self.parameter.size
+        b, m, n = self.parameter.canonical
+        return b * (experts * (2 * m * n * n + 2 * m * n * min(n, 2 * m)) + n**3 // 3 + 2 * m * n * n)
+
+    @property
+    def working_bytes(self) -> int:
+        """What solving it needs at once, in float32: 2 Grams and 4 cross-sized sums, and as much again to solve."""
+        if self.assignment.action != "merge" or self.assignment.method.entrywise:
+            return 0
+        _, m, n = self.parameter.canonical
+        return 4 * (5 * n * n + 10 * m * n)
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a merge would do, and what it needs."""
+
+    recipe: Recipe
+    method: Method
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    expert_specs: tuple[Expert, ...]
+    jobs: tuple[Job, ...]
+    exported: Mapping[str, tuple[str, ...]]  # expert name: the head tensors that are written beside the model
+    notes: tuple[str, ...]
+    shard_bytes: int
+    side_files: Mapping[str, Path]
+
+    @property
+    def output(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Headers of the output's tensors, in the base's order."""
+        headers = {
+            name: (job.parameter.shape, job.dtype)
+            for job in self.jobs if job.assignment.action != "skip" for name in job.writes
+        }  # fmt: skip
+        return {name: headers[name] for name in self.base.tensors if name in headers}
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(job.bytes_read * (1 + len(job.sources)) for job in self.jobs)
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(
+            int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self.output.values()
+        )
+
+    @property
+    def flops(self) -> int:
+        return sum(job.flops for job in self.jobs)
+
+    @property
+    def largest(self) -> Job | None:
+        """The job that needs most memory at once."""
+        return max(self.jobs, key=lambda job: job.working_bytes, default=None)
+
+    @property
+    def explicit_recipe(self) -> Recipe:
+        """The recipe with every parameter of the method and every expert's name and weight written out."""
+        parameters = dict(self.method.parameters)
+        return msgspec.structs.replace(self.recipe, parameters=parameters, experts=list(self.expert_specs))
+
+    def counts(self) -> Counter[tuple[str, str]]:
+        """How many tensors of each (kind, what is done)."""
+        return Counter((str(job.parameter.kind), job.assignment.label) for job in self.jobs)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Opens all checkpoints, reads their headers, and settles everything that can be settled from them.
+
+    Raises:
+        CfmergeError: with every problem that the headers show, one a line.
+    """
+    specs = recipe.resolved_experts()
+    method = methods.make(recipe.method, recipe.parameters)
+    shard_bytes = parse_size(recipe.shard_size)
+    base = open_checkpoint(recipe.base)
+    experts = [open_checkpoint(spec.path) for spec in specs]
+    _check_weights(specs, method)
+    notes = _check_same_files(recipe, base, specs, experts)
+
+    parameters = _parameters(base)
+    tied = {alias: name for alias, name in base.ties.items() if alias in parameters and alias != name}
+    own = {name: parameter for name, parameter in parameters.items() if name not in tied}
+    assignments = assign(own, method, recipe.rules)
+    matched = match_experts(recipe, base, experts, specs, assignments)
+    if matched.problems:
+        shown = matched.problems[:20]
+        more = len(matched.problems) - len(shown)
+        raise CfmergeError("\n".join([*shown, *([f"... and {more} more problems"] if more else [])]))
+
+    aliases: dict[str, list[str]] = {}
+    for alias, name in tied.items():
+        aliases.setdefault(name, []).append(alias)
+    jobs = []
+    for name, assignment in matched.assignments.items():
+        stored = base.tensors[name].dtype
+        floating = is_float(assignment.parameter.dtype)
+        dtype = OUTPUT_DTYPES[recipe.dtype] if recipe.dtype and floating else stored
+        sources = tuple(names.get(name) for names in matched.sources)
+        jobs.append(Job(name, assignment, (name, *aliases.get(name, ())), sources, dtype))
+    plan = Plan(
+        recipe, method, base, tuple(experts), tuple(specs), tuple(jobs), matched.exported,
+        tuple(notes + matched.notes), shard_bytes, _side_files(recipe, base),
+    )  # fmt: skip
+    if not any(job.assignment.action == "merge" for job in jobs):
+        raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
+    return plan
+
+
+def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
+    headers = {name: (info.shape, info.dtype.name) for name, info in checkpoint.tensors.items()}
+    quantised = [name for name, (_, dtype) in headers.items() if "float8" in dtype]
+    if quantised:
+        raise CfmergeError(
+            f"{checkpoint.path}: tensor {quantised[0]!r} is {headers[quantised[0]][1]} (quantised); "
+            "merge the model in bfloat16 or float32 and quantise the result"
+        )
+    return classify(headers, checkpoint.config)
+
+
+def _check_weights(specs: Sequence[Expert], method: Method) -> None:
+    if not method.entrywise:
+        for spec in specs:
+            if spec.weight <= 0:
+                raise CfmergeError(
+                    f"expert {spec.name!r}: {method.name} needs positive weights, found {spec.weight}; "
+                    "leave the expert out, or use task_arithmetic"
+                )
+
+
+def _check_same_files(
+    recipe: Recipe, base: Checkpoint, specs: Sequence[Expert], experts: Sequence[Checkpoint]
+) -> list[str]:
+    """The same files named twice: an error unless the recipe allows it."""
+    notes = []
+    seen: dict[tuple[Path, ...], str] = {}
+    base_files = tuple(file.resolve() for file in base.files)
+    for spec, expert in zip(specs, experts, strict=True):
+        files = tuple(file.resolve() for file in expert.files)
+        if files == base_files and "base-as-expert" not in recipe.allow:
+            raise CfmergeError(
+                f"expert {spec.name!r} is the base itself ({spec.path}): its delta is zero. Leave it out, or "
+                "allow it: --allow base-as-expert (recipe: 'allow: [base-as-expert]')"
+            )
+        if files in seen:
+            if "duplicate-experts" not in recipe.allow:
+                raise CfmergeError(
+                    f"experts {seen[files]!r} and {spec.name!r} are the same files ({spec.path}). Give one of them "
+                    "more weight, or count it twice: --allow duplicate-experts "
+                    "(recipe: 'allow: [duplicate-experts]')"
+                )
+            notes.append(f"expert {spec.name!r} is {seen[files]!r} once more, and counts again")
+        seen.setdefault(files, spec.name)
+    return notes
+
+
+def _side_files(recipe: Recipe, base: Checkpoint) -> Mapping[str, Path]:
+    if recipe.side_files is None:
+        return base.side_files
+    directory = Path(recipe.side_files).expanduser()
+    if not directory.is_dir():
+        raise CfmergeError(f"side_files: {directory} is not a directory")
+
+
+    return side_files(directory)

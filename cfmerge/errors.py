@@ -1,0 +1,26 @@
+"""What cfmerge raises, and how it suggests a name."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class CfmergeError(ValueError):
+    """Bad input, or a merge that cannot be done: the message says what, where, and the way out."""
+
+
+class NonFiniteError(CfmergeError):
+    """A NaN or an infinity in `tensor` of the checkpoint called `source`."""
+
+    def __init__(self, message: str, *, source: str, tensor: str):
+        super().__init__(message)
+        self.source = source
+        self.tensor = tensor
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """`; did you mean 'x' or 'y'?` for the options that look like `name`, else all of them."""
+    options = sorted(options)
+    close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(repr(option) for option in close) + "?"
+    return "; there is: " + ", ".join(options) if options else ""

@@ -1,0 +1,400 @@
+"""ACE-Merging: least squares against input covariances that are read off the deltas themselves.
+
+B. Xu et al., ACE-Merging, CVPR 2026, arXiv 2603.02945v2. For one canonical weight, with deltas `D_t` (m x n,
+m outputs, n inputs), `J = I - 1 1^T / m` and weights `w_t` (1 in the paper, which has none):
+
+    n_t = ||D_t||^2,  C_t = (J D_t)^T (J D_t),  tr_t = trace(C_t)
+    gate = Var_t[ln n_t] / Mean_t[ln n_t]^2;  heterogeneous where gate > tau                     eq. (10)
+    a_t = 1/tr_t if heterogeneous else 1;  S_t = a_t C_t;  R_t = S_t + e_t I                     eq. (8), (11)
+    c = (s/n) 1^T sum_t w_t S_t,  s = 1/Mean_t[n_t] if heterogeneous else 1                      eq. (12)
+    X = [sum_t w_t (J D_t) R_t] [sum_t w_t R_t + 1 c]^{-1}                                       eq. (13)
+    heterogeneous: E = sum_t w_t D_t (S_t - mean R), U s V^T = SVD(X + E) cut at k,
+                   X = X + mean(s) U V^T                                                         eq. (14)-(16)
+
+Every sum is additive over experts, so the statistic is a handful of arrays whatever their number, and both
+branches' sums are kept: the gate may change side with the next expert. `M = sum R_t` is symmetric positive
+definite and `1 c` has rank one, so with `y = M^{-1} 1` and `lam = sum_t w_t e_t`
+
+    c M^{-1} = (s/n) (1 - lam y)^T,     X = X_0 - (X_0 1)(c M^{-1}) / (1 + c M^{-1} 1),  X_0 = B M^{-1}.
+
+When all deltas together have fewer rows (or rank) `q` than inputs, the same is computed from the stacked rows
+`F` of the `J D_t` without ever building an `n x n` matrix: `Z F (F^T F + lam I)^{-1} = Z (F F^T + lam I)^{-1} F`.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from cfmerge import linalg
+from cfmerge.covariance import centred, energy
+from cfmerge.methods._base import Method, Report, check, register
+
+TINY = 1e-12  # the published code adds it to every trace, energy and denominator
+Scalar = Float[Array, ""]
+
+
+class Scalars(NamedTuple):
+    """Sums over the experts that count (see `zero_delta`). The gate is unweighted, the rest is weighted."""
+
+    weight: Scalar  # sum w_t
+    energy: Scalar  # sum w_t n_t
+    trace: Scalar  # sum w_t tr_t
+    inverse_trace: Scalar  # sum w_t / tr_t
+    count: Scalar
+    log_energy: Scalar  # sum ln n_t
+    log_energy_squared: Scalar
+
+
+class GramSums(NamedTuple):
+    """The full form: sums with `a_t = 1`, and the same with `a_t = 1/tr_t` (`scaled_`)."""
+
+    gram: Float[Array, "in in"]  # sum w_t a_t C_t
+    cross: Float[Array, "out in"]  # sum w_t a_t D_t C_t, not centred
+    total: Float[Array, "out in"]  # sum w_t a_t D_t
+    scaled_gram: Float[Array, "in in"]
+    scaled_cross: Float[Array, "out in"]
+    scaled_total: Float[Array, "out in"]
+
+
+class Rows(NamedTuple):
+    """One expert of the narrow form, `D = left @ right`; `left` is the identity where it is None."""
+
+    left: Float[Array, "out r"] | None
+    right: Float[Array, "r in"]
+    weight: Scalar  # 0 for an expert that does not count
+    trace: Scalar
+    error: Scalar  # relative error of the factorisation
+
+
+class Statistic(NamedTuple):
+    """What ACE keeps of the experts that it has seen."""
+
+    scalars: Scalars
+    sums: GramSums | tuple[Rows, ...]
+
+
+@register
+def ace(
+    eps: float | None = None,
+    eps_rel: float = 0.07,
+    tau: float = 0.3,
+    k_frac: float = 0.3,
+    gate: Literal["paper", "log_variance"] = "paper",
+    orientation: Literal["canonical", "as_published"] = "canonical",
+    zero_delta: Literal["drop", "keep"] = "drop",
+    form: Literal["auto", "full", "low-rank"] = "auto",
+    rank: int | None = None,
+) -> Method:
+    """Least squares against covariances estimated from the deltas, in closed form.
+
+    Args:
+        eps: absolute ridge, as published (1e-5 CLIP, 2e-4 RoBERTa, 4e-2 GPT-2). Means a different amount of
+            shrinkage in every layer and model; none: the relative one below.
+        eps_rel: ridge relative to the mean eigenvalue of the experts' mean covariance (trace / in); the default
+            reproduces what 1e-5 does on CLIP ViT-B/16, and is the same shrinkage for every scale of delta.
+        tau: gate above which the experts' energies count as heterogeneous.
+        k_frac: share of min(out, in) whose singular directions the heterogeneous refinement strengthens.
+        gate: "paper", or "log_variance", its numerator alone, which does not depend on the deltas' scale.
+        orientation: "as_published" solves tensors stored as Conv1D (GPT-2) on the transposed weight, as the
+            published code does.
+        zero_delta: "drop" leaves experts out that did not change the tensor (or only by the same vector in
+            every output); "keep" counts them, as the published code does.
+        form: "full" builds the in x in Gram, "low-rank" works on stacked rows (fewer than inputs, or an
+            error), "auto" on rows as long as they are fewer than the inputs.
+        rank: an upper bound on the rank of every delta (LoRA fine-tuning), for the low-rank form; none: the
+            deltas' own rows.
+
+    Source: Xu et al., ACE-Merging, CVPR 2026, arXiv 2603.02945v2.
+    """
+    check(eps is None or eps > 0, f"ace: eps must be positive, got {eps}")
+    check(eps_rel > 0, f"ace: eps_rel must be positive, got {eps_rel}")
+    check(0 <= k_frac <= 1, f"ace: k_frac must lie in [0, 1], got {k_frac}")
+    check(rank is None or rank >= 1, f"ace: rank must be at least 1, got {rank}")
+    check(not (rank and form == "full"), "ace: rank is for the low-rank form, but form is 'full'")
+
+    def init(base: Float[Array, "out in"]) -> Statistic:
+        m, n = base.shape
+        zero = jnp.zeros((), base.dtype)
+        scalars = Scalars(*(zero,) * len(Scalars._fields))
+        return Statistic(scalars, _gram_zeros(m, n, base.dtype) if form == "full" else ())
+
+    def update(
+        statistic: Statistic, delta: Float[Array, "out in"], weight: float | Array = 1.0
+    ) -> Statistic:
+        n_t = energy(delta)
+        rows = centred(delta)
+        trace = energy(rows)
+        counts = trace > jnp.finfo(delta.dtype).eps * n_t if zero_delta == "drop" else jnp.ones((), bool)
+        weight = jnp.where(counts, weight, 0).astype(delta.dtype)
+        scalars = _add(statistic.scalars, _scalars(n_t, trace, weight, counts))
+
+        sums = statistic.sums
+        if isinstance(sums, GramSums):
+            return Statistic(scalars, _add_gram(sums, delta, rows, trace, weight))
+        sums = (*sums, _factor(delta, rank, weight, trace))
+        if form == "auto" and sum(s.right.shape[0] for s in sums) >= delta.shape[1]:
+            return Statistic(scalars, _gram_of_rows(sums, delta.shape))
+        return Statistic(scalars, sums)
+
+    def report(statistic: Statistic) -> tuple[Float[Array, "out in"], Report]:
+        scalars, sums = statistic
+        gate_value, heterogeneous = _gate(scalars, gate, tau)
+        s = jnp.where(heterogeneous, 1 / (_mean(scalars.energy, scalars.weight) + TINY), 1)
+        if isinstance(sums, GramSums):
+            solved = _solve_full(scalars, sums, heterogeneous, s, eps, eps_rel)
+        else:
+            solved = _solve_narrow(scalars, sums, heterogeneous, s, eps, eps_rel)
+        k = int(k_frac * min(solved.merged.shape) + 1e-9)
+        merged, kept = lax.cond(
+            heterogeneous,
+            lambda x: _refine(x + solved.residual, x, k, solved.row_space),
+            lambda x: (x, jnp.zeros((), jnp.int32)),
+            solved.merged,
+        )
+        spread = jnp.where(heterogeneous, 0.0 if eps is None else eps * scalars.inverse_trace, 0.0)
+        return merged, {
+            "gate": gate_value,
+            "heterogeneous": heterogeneous,
+            "ridge_ratio": solved.ridge / jnp.maximum(solved.largest, jnp.finfo(s.dtype).tiny),
+            "refined": kept,
+            "capped": heterogeneous & (kept < k),
+            "ridge_over_energy": spread,
+            "no_cholesky": ~solved.held,
+            "factor_error": solved.factor_error,
+            "one_output": jnp.asarray(solved.merged.shape[0] == 1),
+        }
+
+    canonical = Method(
+        "ace",
+        init,
+        update,
+        lambda statistic: report(statistic)[0],
+        report,
+        additive=form != "low-rank",
+        notes=NOTES,
+    )
+    return canonical if orientation == "canonical" else _transposed(canonical)
+
+
+NOTES = {
+    "ridge_over_energy": (
+        lambda value: value > 1,
+        "eps outweighs the energy of at least one expert (sum of eps/trace is {value:.3g}): the heterogeneous "
+        "refinement changes sign there; use a smaller eps, or eps_rel",
+    ),
+    "capped": (
+        bool,
+        "the refinement was cut at the numerical rank of the merged delta, which is below k_frac",
+    ),
+    "no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor"),
+    "factor_error": (
+        lambda value: value > 1e-4,
+        "a delta is not of the given rank: relative error {value:.1e}; raise rank, or leave it out",
+    ),
+    "one_output": (bool, "one output row: centring removes all of it, so ACE leaves the base as it is"),
+}
+
+
+class _Solved(NamedTuple):
+    merged: Array  # X without refinement
+    residual: Array  # E, used by the heterogeneous branch alone
+    ridge: Array  # lam
+    largest: Array  # largest eigenvalue of the system, from below
+    held: Array
+    row_space: Array | None
+    factor_error: Array
+
+
+def _add(a: Scalars, b: Scalars) -> Scalars:
+    return Scalars(*(x + y for x, y in zip(a, b, strict=True)))
+
+
+def _mean(total: Array, weight: Array) -> Array:
+    return total / jnp.where(weight == 0, 1, weight)
+
+
+def _scalars(n_t: Array, trace: Array, weight: Array, counts: Array) -> Scalars:
+    log = jnp.where(counts, jnp.log(n_t + TINY), 0)
+    count = counts.astype(n_t.dtype)
+    return Scalars(
+        weight, weight * n_t, weight * trace, weight / (trace + TINY), count, log, log * log
+    )
+
+
+def _gate(scalars: Scalars, kind: str, tau: float) -> tuple[Scalar, Bool[Array, ""]]:
+    """`Var[ln n] / (Mean[ln n]^2 + 1e-12)` with the unbiased variance; one expert is homogeneous."""
+    count = scalars.count
+    mean = _mean(scalars.log_energy, count)
+    variance = (scalars.log_energy_squared - count * mean**2) / jnp.maximum(count - 1, 1)
+    value = jnp.maximum(variance, 0) / ((mean**2 + TINY) if kind == "paper" else 1)
+    value = jnp.where(count > 1, value, 0)
+    return value, value > tau
+
+
+def _gram_zeros(m: int, n: int, dtype: jnp.dtype) -> GramSums:
+    square, flat = jnp.zeros((n, n), dtype), jnp.zeros((m, n), dtype)
+    return GramSums(square, flat, flat, square, flat, flat)
+
+
+def _add_gram(sums: GramSums, delta: Array, rows: Array, trace: Array, weight: Array) -> GramSums:
+    covariance = linalg.gram(rows)
+    one = (covariance, linalg.times_gram(delta, rows, covariance), delta)
+    scaled = weight / (trace + TINY)
+    return GramSums(
+        *(total + weight * term for total, term in zip(sums[:3], one, strict=True)),
+        *(total + scaled * term for total, term in zip(sums[3:], one, strict=True)),
+    )
+
+
+def _factor(delta: Array, rank: int | None, weight: Array, trace: Array) -> Rows:
+    if rank is None or rank >= min(delta.shape):
+        return Rows(None, delta, weight, trace, jnp.zeros((), delta.dtype))
+    left, right, error = linalg.low_rank_factors(delta, rank)
+    return Rows(left, right, weight, trace, error)
+
+
+def _delta(rows: Rows) -> Array:
+    return rows.right if rows.left is None else linalg.matmul(rows.left, rows.right)
+
+
+def _gram_of_rows(experts: tuple[Rows, ...], shape: tuple[int, int]) -> GramSums:
+    sums = _gram_zeros(*shape, experts[0].right.dtype)
+    for expert in experts:
+        delta = _delta(expert)
+        sums = _add_gram(sums, delta, centred(delta), expert.trace, expert.weight)
+    return sums
+
+
+def _ridges(
+    scalars: Scalars, heterogeneous: Array, eps: float | None, eps_rel: float, n: int
+) -> tuple[Array, Array]:
+    """`e_t = absolute + relative / tr_t` for every expert: the two numbers `(absolute, relative)`."""
+    if eps is None:
+        scale = _mean(scalars.trace, scalars.weight) / n
+        return jnp.where(heterogeneous, eps_rel / n, eps_rel * scale), jnp.zeros_like(scale)
+    eps_array = jnp.asarray(eps, scalars.weight.dtype)
+    return jnp.where(heterogeneous, 0, eps_array), jnp.where(heterogeneous, eps_array, 0)
+
+
+def _positive(ridge: Array) -> Array:
+    """The ridge, or 1 where no expert counted (all sums are zero and so is the solution)."""
+    return jnp.where(ridge > 0, ridge, 1)
+
+
+def _solve_full(
+    scalars: Scalars, sums: GramSums, heterogeneous: Array, s: Array, eps: float | None, eps_rel: float
+) -> _Solved:
+    n = sums.gram.shape[0]
+    gram = jnp.where(heterogeneous, sums.scaled_gram, sums.gram)
+    cross = jnp.where(heterogeneous, sums.scaled_cross, sums.cross)
+    absolute, relative = _ridges(scalars, heterogeneous, eps, eps_rel, n)
+    lam = _positive(absolute * scalars.weight + relative * scalars.inverse_trace)
+
+    system = gram + lam * jnp.eye(n, dtype=gram.dtype)
+    rhs = centred(cross + absolute * sums.total + relative * sums.scaled_total)
+    solution, held = linalg.solve_right(jnp.concatenate([rhs, jnp.ones((1, n), gram.dtype)]), system)
+    x_0, y = solution[:-1], solution[-1]
+    row = (s / n) * (1 - lam * y)
+    merged = x_0 - jnp.outer(jnp.sum(x_0, axis=1), row) / (1 + jnp.sum(row))
+
+    residual = cross - _mean(linalg.matmul(sums.total, system), scalars.weight)
+    largest = linalg.largest_eigenvalue(system)
+    return _Solved(merged, residual, lam, largest, held, None, jnp.zeros_like(lam))
+
+
+def _solve_narrow(
+    scalars: Scalars,
+    experts: tuple[Rows, ...],
+    heterogeneous: Array,
+    s: Array,
+    eps: float | None,
+    eps_rel: float,
+) -> _Solved:
+    n = experts[0].right.shape[1]
+    absolute, relative = _ridges(scalars, heterogeneous, eps, eps_rel, n)
+    lam = _positive(absolute * scalars.weight + relative * scalars.inverse_trace)
+
+    # J D_t = P_t F_t with orthonormal (or vanishing) columns in P_t; F_t scaled so that sum a_t C_t = F^T F
+    z_blocks, f_blocks, total, cross = [], [], 0.0, 0.0
+    for expert in experts:
+        p, f = _centred_factors(expert)
+        a = jnp.where(heterogeneous, 1 / (expert.trace + TINY), 1)
+        e = absolute + relative / (expert.trace + TINY)
+        middle = a * linalg.matmul(f, f.T) + e * jnp.eye(f.shape[0], dtype=f.dtype)
+        z = middle if p is None else linalg.matmul(p, middle)
+        z_blocks.append(jnp.sqrt(expert.weight / a) * z)
+        f_blocks.append(jnp.sqrt(expert.weight * a) * f)
+        left_core = linalg.matmul(expert.right, f.T)
+        left_core = left_core if expert.left is None else linalg.matmul(expert.left, left_core)
+        cross = cross + expert.weight * a * linalg.matmul(left_core, f)
+        total = total + expert.weight * _delta(expert)
+    z, f = jnp.concatenate(z_blocks, axis=1), jnp.concatenate(f_blocks)
+    check(
+        f.shape[0] < n,
+        f"ace: the low-rank form has {f.shape[0]} rows for {n} inputs, where it is neither cheaper nor accurate;"
+        " use form='auto', or a smaller rank",
+    )
+
+    system = linalg.matmul(f, f.T) + lam * jnp.eye(f.shape[0], dtype=f.dtype)
+    ones = jnp.sum(f, axis=1)
+    solution, held = linalg.solve_right(jnp.concatenate([z, ones[None]]), system)
+    core, y = solution[:-1], solution[-1]
+    denominator = 1 + (s / n) * jnp.dot(ones, y, precision=linalg.HIGHEST)
+    core = core - jnp.outer(linalg.matmul(z, y), y) * (s / n) / denominator
+    merged = linalg.matmul(core, f)
+
+    gram_total = linalg.matmul(linalg.matmul(total, f.T), f)
+    residual = cross - _mean(gram_total + lam * total, scalars.weight)
+    row_space = jnp.concatenate([expert.right for expert in experts])
+    error = jnp.max(jnp.stack([expert.error for expert in experts]))
+    return _Solved(merged, residual, lam, linalg.largest_eigenvalue(system), held, row_space, error)
+
+
+def _centred_factors(expert: Rows) -> tuple[Array | None, Array]:
+    """`J D = P F`: with `u = left^T 1 / sqrt(m)`, `left^T J left = I - u u^T = (I - c u u^T)^2`."""
+    if expert.left is None:
+        return None, centred(expert.right)
+    left = expert.left
+    u = jnp.sum(left, axis=0) / jnp.sqrt(jnp.asarray(left.shape[0], left.dtype))
+    length = jnp.minimum(jnp.sum(u * u), 1)
+    root = jnp.sqrt(jnp.maximum(1 - length, 0))
+    c = 1 / (1 + root)  # (1 - sqrt(1 - |u|^2)) / |u|^2
+    usable = root > jnp.sqrt(jnp.finfo(left.dtype).eps)
+    inverse = jnp.where(usable, c / jnp.where(usable, root, 1), 0)
+    p = centred(left)
+    p = p + inverse * jnp.outer(linalg.matmul(p, u), u)
+    return p, expert.right - c * jnp.outer(u, linalg.matmul(u, expert.right))
+
+
+def _refine(target: Array, x: Array, k: int, row_space: Array | None) -> tuple[Array, Array]:
+    """`x + mean(s_1..s_k) U_k V_k^T` of `target`, with `k` cut at its numerical rank; `k = 0` adds nothing."""
+    if k == 0:
+        return x, jnp.zeros((), jnp.int32)
+    u, s, vt = linalg.top_singular(target, k, row_space)
+    keep = s > max(target.shape) * jnp.finfo(s.dtype).eps * s[0]
+    kept = jnp.sum(keep)
+    mean = jnp.sum(jnp.where(keep, s, 0)) / jnp.maximum(kept, 1)
+    return x + mean * linalg.matmul(u * keep, vt), kept.astype(jnp.int32)
+
+
+def _transposed(canonical: Method) -> Method:
+    """The method on the transposed weight, for tensors stored as Conv1D; `canonical` for all others."""
+
+    def report(statistic: Statistic) -> tuple[Array, Report]:
+        merged, told = canonical.solve_with_report(statistic)
+        return merged.T, told
+
+    return Method(
+        "ace",
+        lambda base: canonical.init(base.T),
+        lambda statistic, delta, weight=1.0: canonical.update(statistic, delta.T, weight),
+        lambda statistic: canonical.solve(statistic).T,
+        report,
+        additive=canonical.additive,
+        notes=canonical.notes,
+        without_conv1d=canonical,
+    )
+
+

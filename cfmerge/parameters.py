@@ -1,0 +1,258 @@
+"""What a parameter is (its kind), how it lies in its file (its layout), and its canonical view `(out, in)`.
+
+A layout is one letter per axis of the stored tensor: `o` output, `i` input, `b` batch (stacked layers or
+experts). Axes of one letter are folded together, in order. So a torch `Linear` is `oi`, a Flax kernel or GPT-2
+`Conv1D` is `io`, a torch convolution `oiii`, a Flax one `iiio`, a Flax attention query `(embed, heads, head_dim)`
+`ioo`, and dense kernels stacked by `scan` are `bio`. Methods see the canonical view and nothing else.
+"""
+
+import dataclasses
+import enum
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cfmerge.errors import CfmergeError
+
+Shape = tuple[int, ...]
+
+
+class Kind(enum.StrEnum):
+    """What a parameter is to a merge."""
+
+    MATRIX = "matrix"  # a dense layer: methods of all families apply
+    CONVOLUTION = "convolution"  # the same, its window folded into the inputs
+    EMBEDDING = "embedding"  # a table of rows, or the layer that reads it out; patch and position embeddings
+    VECTOR = "vector"  # biases, norms, scalars, and what has no known matrix form
+    HEAD = "head"  # a task's own output layer
+    OTHER = "other"  # integers, booleans and running statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One tensor of a checkpoint, as the merge sees it. `layout` is empty where there is no canonical matrix."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    kind: Kind
+    layout: str = ""
+    conv1d: bool = False  # stored as GPT-2's Conv1D: published code takes it for (out, in)
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def canonical(self) -> tuple[int, int, int]:
+        """`(batch, out, in)` of the canonical view.
+
+        Raises:
+            CfmergeError: there is none.
+        """
+        check_layout(self.name, self.shape, self.layout)
+        sizes = {letter: 1 for letter in "boi"}
+        for letter, size in zip(self.layout, self.shape, strict=True):
+            sizes[letter] *= size
+        return sizes["b"], sizes["o"], sizes["i"]
+
+    def describe_layout(self) -> str:
+        """`(in, out)` and the like, for people."""
+        words = {"o": "out", "i": "in", "b": "stack"}
+        return "(" + ", ".join(words[letter] for letter in self.layout) + ")" if self.layout else "-"
+
+
+def check_layout(name: str, shape: Shape, layout: str) -> None:
+    """Raises `CfmergeError` unless the layout has a letter for every axis, and an `o` and an `i` among them."""
+    if len(layout) != len(shape) or set(layout) - set("boi") or not {"o", "i"} <= set(layout):
+        raise CfmergeError(
+            f"tensor {name!r} of shape {shape} cannot have layout {layout!r}: one letter per axis, "
+            "o (output), i (input) or b (stacked), with at least one o and one i"
+        )
+
+
+def to_canonical(tensor: Any, layout: str) -> Any:
+    """The stored tensor as `(batch, out, in)`; NumPy or JAX, `batch` is 1 where the layout has no `b`."""
+    order = _order(layout)
+    shape = _folded(tensor.shape, layout)
+    return tensor.transpose(order).reshape(shape)
+
+
+def from_canonical(canonical: Any, layout: str, shape: Shape) -> Any:
+    """The inverse of `to_canonical`."""
+    order = _order(layout)
+    inverse = tuple(order.index(axis) for axis in range(len(order)))
+    return canonical.reshape(tuple(shape[axis] for axis in order)).transpose(inverse)
+
+
+def _order(layout: str) -> tuple[int, ...]:
+    return tuple(axis for letter in "boi" for axis, at in enumerate(layout) if at == letter)
+
+
+def _folded(shape: Shape, layout: str) -> tuple[int, int, int]:
+    b, o, i = (
+        math.prod(size for size, at in zip(shape, layout, strict=True) if at == letter) for letter in "boi"
+    )
+    return b, o, i
+
+
+# --- what a name says -------------------------------------------------------------------------------------------
+
+EMBEDDING = re.compile(
+    r"(embed|(^|[./])(wte|wpe|shared|lm_head|tok_embeddings|pos_emb\w*|cls_token|mask_token|dist_token"
+    r"|class_token|position_ids_table|relative_attention_bias|distance_embedding|embed_out|patch_embed\w*)([./]|$)"
+    r"|predictions\.decoder|text_projection|conv_proj|position_bias)"
+)
+HEAD = re.compile(
+    r"(^|[./])(classifier\w*|score|qa_outputs|(seq|multi)_relationship|cls|head|heads|out_proj_head"
+    r"|fc_head|logits|summary|classification_head|span_predictor|regressor|lm_classifier)([./]|$)"
+)
+RUNNING = re.compile(r"(running_mean|running_var|num_batches_tracked|batch_stats[./].*)$")
+CONV1D = re.compile(r"(^|[./])(attn|crossattention|mlp)[./](c_attn|c_proj|c_fc|q_attn)[./]weight$")
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt2-moe"}
+TORCH_MATRIX = re.compile(r"(weight|_weight)$")
+FLAX_KERNEL = re.compile(r"(^|[./])kernel$")
+
+
+def classify(
+    shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any] | None = None
+) -> dict[str, Parameter]:
+    """The kind and layout of every parameter, from names, shapes, dtypes and the model's config.
+
+    Args:
+        shapes: `{name: (shape, dtype name)}` of the whole model; name parts are joined by `.` or `/`.
+        config: the Hugging Face `config.json`, where there is one.
+
+    Raises:
+        CfmergeError: a shape contradicts the layout that the config states.
+    """
+    stacked = _stacked_prefixes(shapes)
+    return {
+        name: _classify_one(name, shape, dtype, shapes, config or {}, stacked)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def _classify_one(
+    name: str,
+    shape: Shape,
+    dtype: str,
+    shapes: Mapping[str, tuple[Shape, str]],
+    config: Mapping[str, Any],
+    stacked: Iterable[str],
+) -> Parameter:
+    def parameter(kind: Kind, layout: str = "", note: str = "", conv1d: bool = False) -> Parameter:
+        return Parameter(name, shape, dtype, kind, layout, conv1d, note)
+
+    if not is_float(dtype) or RUNNING.search(name) or _is_attention_mask(name, shape):
+        return parameter(Kind.OTHER)
+    lead = "b" if any(name.startswith(prefix) for prefix in stacked) else ""
+    inner = shape[len(lead) :]
+    head = bool(HEAD.search(name))
+    if len(inner) < 2:
+        return parameter(Kind.HEAD if head else Kind.VECTOR)
+    if EMBEDDING.search(name) and not head:
+        return parameter(Kind.EMBEDDING, "oi" if len(shape) == 2 else "")
+    if FLAX_KERNEL.search(name):
+        layout = _kernel_layout(name, shape, shapes, lead)
+    elif CONV1D.search(name) and config.get("model_type", "gpt2") in CONV1D_MODELS:
+        return _conv1d(parameter, name, shape, shapes, config)
+    elif name.endswith("visual.proj"):  # OpenCLIP: x @ proj
+        layout = "io"
+    elif TORCH_MATRIX.search(name):
+        layout = {2: "oi", 3: "oii", 4: "oiii", 5: "oiiii"}.get(len(shape), "")
+        if len(shape) == 3 and "conv" not in name.lower():
+            layout = ""
+    else:
+        layout = ""
+    if not layout:
+        return parameter(
+            Kind.HEAD if head else Kind.VECTOR,
+            note="its axes are not known from its name: give a rule with a layout to solve it",
+        )
+    kind = Kind.CONVOLUTION if layout.count("i") > 1 and layout.count("o") == 1 else Kind.MATRIX
+    if kind is Kind.CONVOLUTION and FLAX_KERNEL.search(name) and len(inner) == 3 and _is_attention_out(name):
+        kind = Kind.MATRIX
+    if kind is Kind.CONVOLUTION and _is_depthwise(shape, layout):
+        return parameter(Kind.VECTOR, note="one input channel per filter (depthwise): no common input matrix")
+    return parameter(Kind.HEAD if head else kind, layout)
+
+
+def is_float(dtype: str) -> bool:
+    """Whether a dtype name (`float32`, `bfloat16`, `float8_e4m3fn`, ...) is a floating-point one."""
+    return "float" in dtype
+
+
+def _is_attention_mask(name: str, shape: Shape) -> bool:
+    """GPT-2's causal mask, stored as `attn.bias` of shape (1, 1, positions, positions)."""
+    return bool(re.search(r"attn[./](bias|masked_bias)$", name)) and len(shape) != 1
+
+
+def _is_depthwise(shape: Shape, layout: str) -> bool:
+    channels = [size for size, letter in zip(shape, layout, strict=True) if letter == "i"]
+    in_channels = channels[0] if layout[0] != "i" else channels[-1]
+    out = next(size for size, letter in zip(shape, layout, strict=True) if letter == "o")
+    return in_channels == 1 and out > 1
+
+
+def _conv1d(
+    parameter: Any,
+    name: str,
+    shape: Shape,
+    shapes: Mapping[str, tuple[Shape, str]],
+    config: Mapping[str, Any],
+) -> Parameter:
+    """GPT-2's Conv1D stores (in, out); its bias has one entry per output and says so."""
+    bias = shapes.get(name.removesuffix("weight") + "bias")
+    if len(shape) != 2:
+        raise CfmergeError(f"tensor {name!r}: a Conv1D weight has two axes, found shape {shape}")
+    if bias is not None and bias[0] != (shape[1],):
+        if bias[0] == (shape[0],):
+            return parameter(Kind.MATRIX, "oi")
+        raise CfmergeError(
+            f"tensor {name!r} of shape {shape} does not fit its bias of shape {bias[0]}: "
+            "neither (in, out) nor (out, in)"
+        )
+    return parameter(Kind.MATRIX, "io", conv1d=True)
+
+
+def _kernel_layout(name: str, shape: Shape, shapes: Mapping[str, tuple[Shape, str]], lead: str) -> str:
+    """A Flax kernel: dense `io`, attention `ioo` / `iio`, convolution `i..io`, with `b` in front if stacked."""
+    inner = shape[len(lead) :]
+    separator = name[-7] if len(name) > 6 else "/"
+    module = re.split(r"[./]", name)[-2] if separator in name else ""
+    bias = shapes.get(name.removesuffix("kernel") + "bias")
+    if len(inner) == 2:
+        return lead + "io"
+    if len(inner) == 3 and not lead and bias is not None and bias[0] == (shape[0], shape[2]) != shape[1:]:
+        return "bio"  # bias (layers, out)
+    if len(inner) == 3 and (
+        module in {"query", "key", "value"} or (bias is not None and bias[0][len(lead) :] == inner[1:])
+    ):
+        return lead + "ioo"
+    return lead + "i" * (len(inner) - 1) + "o"
+
+
+def _is_attention_out(name: str) -> bool:
+    return bool(re.search(r"(^|[./])out[./]kernel$", name))
+
+
+def _stacked_prefixes(shapes: Mapping[str, tuple[Shape, str]]) -> list[str]:
+    """Prefixes of Flax modules whose parameters all carry one leading axis of stacked layers.
+
+    A norm's `scale` has one axis; where it has two, the first is the stack's, and it is that of every parameter
+    below the same top-level module.
+    """
+    prefixes = []
+    for name, (shape, _) in shapes.items():
+        if re.search(r"(^|[./])scale$", name) and len(shape) == 2:
+            parts = re.split(r"([./])", name)
+            for depth in range(2, len(parts), 2):
+                prefix = "".join(parts[:depth])
+                below = [s for other, (s, _) in shapes.items() if other.startswith(prefix)]
+                if all(s and s[0] == shape[0] for s in below):
+                    prefixes.append(prefix)
+                    break
+    return sorted(set(prefixes))

@@ -1,0 +1,157 @@
+"""What the user asks for, validated: base, experts, method, rules, and what to do in doubtful cases.
+
+A recipe is a YAML file (or the front of a model card that cfmerge wrote, whose recipe it repeats). Paths are
+relative to the current directory.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import yaml
+
+from cfmerge.errors import CfmergeError, nearest
+from cfmerge.parameters import Kind
+
+Heads = Literal["keep-base", "drop", "export"]
+Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert"]
+
+
+class Expert(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One expert: where it is, what it is called in messages and outputs, and its weight."""
+
+    path: str
+    name: str = ""
+    weight: float = 1.0
+
+
+class Rule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What is done with the tensors whose name matches. The first rule that matches wins."""
+
+    match: str  # a glob over the whole name: * any characters, ? one, [..] a set
+    method: str = ""  # a method's name, or `keep-base` or `skip` (left out of the output)
+    parameters: dict[str, Any] = {}
+    kind: Kind | None = None
+    layout: str = ""  # one letter per axis: o output, i input, b stacked
+
+
+class Recipe(msgspec.Struct, forbid_unknown_fields=True):
+    """A whole merge."""
+
+    base: str
+    experts: list[str | Expert]
+    method: str = "ace"
+    parameters: dict[str, Any] = {}
+    rules: list[Rule] = []
+    heads: Heads | None = None
+    on_nonfinite: Literal["error", "skip-expert"] = "error"
+    allow: list[Allowed] = []
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the output; none: the base's
+    precision: Literal["auto", "float32", "float64"] = "auto"  # of the computation
+    shard_size: str = "5GB"
+    side_files: str | None = None  # where config and tokenizer come from; none: the base
+
+    def resolved_experts(self) -> list[Expert]:
+        """The experts with a name each: the one given, else that of their directory.
+
+        Raises:
+            CfmergeError: none, one without leave, two of one name, or weights that sum to nothing.
+        """
+        experts = [Expert(path=e) if isinstance(e, str) else e for e in self.experts]
+        if not experts:
+            raise CfmergeError("no experts: a merge needs a base and at least two experts")
+        if len(experts) == 1 and "one-expert" not in self.allow:
+            raise CfmergeError(
+                f"one expert ({experts[0].path}): there is nothing to merge it with. Give another, or allow it: "
+                "--allow one-expert (recipe: 'allow: [one-expert]')"
+            )
+        seen: dict[str, str] = {}
+        named = []
+        for expert in experts:
+            if not math.isfinite(expert.weight):
+                raise CfmergeError(f"expert {expert.path}: its weight must be finite, found {expert.weight}")
+            name = expert.name or _default_name(expert.path, seen)
+            if name in seen:
+                raise CfmergeError(
+                    f"two experts are called {name!r}: {seen[name]} and {expert.path}; give them other names"
+                )
+            if re.search(r"[/\\\0]", name) or name in {".", ".."}:
+                raise CfmergeError(f"expert name {name!r} cannot be used as a file name")
+            seen[name] = expert.path
+            named.append(Expert(expert.path, name, expert.weight))
+        if sum(expert.weight for expert in named) == 0:
+            raise CfmergeError(
+                "the experts' weights sum to 0, so that their mean is not defined: "
+                + ", ".join(f"{expert.name}: {expert.weight}" for expert in named)
+            )
+        return named
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(msgspec.to_builtins(self), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _default_name(path: str, seen: dict[str, str]) -> str:
+    pure = Path(path).expanduser()
+    name = (pure.stem if pure.suffix == ".safetensors" else pure.resolve().name) or "expert"
+    if name not in seen:
+        return name
+    parent = pure.resolve().parent.name
+    candidates = [f"{parent}-{name}", *(f"{name}-{number}" for number in range(2, len(seen) + 3))]
+    return next(candidate for candidate in candidates if candidate not in seen)
+
+
+def parse(content: Any, source: str) -> Recipe:
+    """A recipe from plain values, as YAML gives them; `source` is named in errors.
+
+    Raises:
+        CfmergeError: unknown keys (with the nearest known ones), missing keys, values of a wrong type.
+    """
+    try:
+        return msgspec.convert(content, Recipe, strict=False)
+    except msgspec.ValidationError as error:
+        raise CfmergeError(f"{source}: {_explain(str(error))}") from None
+
+
+def _explain(message: str) -> str:
+    unknown = re.search(r"unknown field `(.+?)`(?: - at `(.+)`)?", message)
+    if not unknown:
+        return message
+    key, place = unknown.groups()
+    struct = Expert if place and "experts" in place else Rule if place and "rules" in place else Recipe
+    return f"unknown key {key!r}{f' at {place}' if place else ''}{nearest(key, struct.__struct_fields__)}"
+
+
+def load(path: str | Path) -> Recipe:
+    """Reads a recipe file, or the recipe in a model card (`.md`) that cfmerge wrote."""
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CfmergeError(f"recipe {path}: cannot be read: {error}") from None
+    if path.suffix == ".md":
+        block = re.search(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        if not block:
+            raise CfmergeError(f"{path}: holds no recipe (a ```yaml block, as cfmerge writes into model cards)")
+        text = block.group(1)
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CfmergeError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise CfmergeError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.__struct_fields__)}")
+    return parse(content, str(path))
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `512MiB`, `1000000` in bytes; decimal units unless `i` is given."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)[bB]?\s*", text)
+    try:
+        number = float(match.group(1)) if match else float("nan")
+    except ValueError:
+        number = float("nan")
+    if not match or not number > 0:
+        raise CfmergeError(f"{text!r} is not a size; write 5GB, 512MiB or a number of bytes")
+    power = " KMGT".index(match.group(2).upper() or " ")
+    return int(number * (1024 if match.group(3) else 1000) ** power)
