@@ -18,8 +18,15 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def gram(rows: Float[Array, "r n"]) -> Float[Array, "n n"]:
-    """`rows^T rows`."""
-    return matmul(rows.T, rows)
+    """`rows^T rows`. A large one is formed in blocks, those below the diagonal by symmetry: 5/8 of the work."""
+    n = rows.shape[1]
+    if n < 512:
+        return matmul(rows.T, rows)
+    parts = jnp.split(rows, [n // 4, n // 2, n - n // 4], axis=1)
+    blocks: list[list[Array]] = [[] for _ in parts]
+    for i, left in enumerate(parts):
+        blocks[i] = [blocks[j][i].T for j in range(i)] + [matmul(left.T, right) for right in parts[i:]]
+    return jnp.block(blocks)
 
 
 def times_gram(

@@ -105,6 +105,7 @@ EMBEDDING = re.compile(
     r"|class_token|position_ids_table|relative_attention_bias|distance_embedding|embed_out|patch_embed\w*)([./]|$)"
     r"|predictions\.decoder|text_projection|conv_proj|position_bias)"
 )
+PATCH = re.compile(r"(patch_embed\w*|conv_proj|visual[./]conv1)[./]")
 HEAD = re.compile(
     r"(^|[./])(classifier\w*|score|qa_outputs|(seq|multi)_relationship|cls|head|heads|out_proj_head"
     r"|fc_head|logits|summary|classification_head|span_predictor|regressor|lm_classifier)([./]|$)"
@@ -146,14 +147,14 @@ def _classify_one(
     def parameter(kind: Kind, layout: str = "", note: str = "", conv1d: bool = False) -> Parameter:
         return Parameter(name, shape, dtype, kind, layout, conv1d, note)
 
-    if not is_float(dtype) or RUNNING.search(name) or _is_attention_mask(name, shape):
+    if not is_float(dtype) or RUNNING.search(name) or is_attention_mask(name, shape):
         return parameter(Kind.OTHER)
     lead = "b" if any(name.startswith(prefix) for prefix in stacked) else ""
     inner = shape[len(lead) :]
     head = bool(HEAD.search(name))
     if len(inner) < 2:
         return parameter(Kind.HEAD if head else Kind.VECTOR)
-    if EMBEDDING.search(name) and not head:
+    if not head and (PATCH if len(inner) > 3 else EMBEDDING).search(name):
         return parameter(Kind.EMBEDDING, "oi" if len(shape) == 2 else "")
     if FLAX_KERNEL.search(name):
         layout = _kernel_layout(name, shape, shapes, lead)
@@ -185,8 +186,8 @@ def is_float(dtype: str) -> bool:
     return "float" in dtype
 
 
-def _is_attention_mask(name: str, shape: Shape) -> bool:
-    """GPT-2's causal mask, stored as `attn.bias` of shape (1, 1, positions, positions)."""
+def is_attention_mask(name: str, shape: Shape) -> bool:
+    """GPT-2's causal mask, stored by some versions as `attn.bias` of shape (1, 1, positions, positions)."""
     return bool(re.search(r"attn[./](bias|masked_bias)$", name)) and len(shape) != 1
 
 

@@ -81,7 +81,8 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
                 raise CfmergeError(f"expert name {name!r} cannot be used as a file name")
             seen[name] = expert.path
             named.append(Expert(expert.path, name, expert.weight))
-        if sum(expert.weight for expert in named) == 0:
+        weights = [expert.weight for expert in named]
+        if abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
             raise CfmergeError(
                 "the experts' weights sum to 0, so that their mean is not defined: "
                 + ", ".join(f"{expert.name}: {expert.weight}" for expert in named)

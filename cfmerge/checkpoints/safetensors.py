@@ -69,17 +69,19 @@ class SafetensorsFile:
         try:
             entries = json.loads(header)
             metadata = entries.pop("__metadata__", None) or {}
+            if not all(isinstance(text, str) for text in metadata.values()):
+                raise TypeError("__metadata__ holds other values than text")
             parsed = sorted(
                 (tuple(entry["data_offsets"]), name, entry["dtype"], tuple(entry["shape"]))
                 for name, entry in entries.items()
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CfmergeError(
                 f"{self.path}: the safetensors header is corrupt ({error!r}); fetch the file again"
             ) from None
         tensors, offsets, end = {}, {}, 0
         for offset, name, dtype, shape in parsed:
-            if dtype not in DTYPES:
+            if not isinstance(dtype, str) or dtype not in DTYPES:
                 raise CfmergeError(
                     f"{self.path}: tensor {name!r} has dtype {dtype!r}, which cfmerge does not read; "
                     f"it reads {', '.join(DTYPES)}"
@@ -146,6 +148,7 @@ class ShardWriter:
     ):
         self._files: list[int] = []
         self._place: dict[str, tuple[int, int]] = {}
+        self._dtypes = {name: np.dtype(dtype) for name, (_, dtype) in tensors.items()}
         self._missing = {
             name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             for name, (shape, dtype) in tensors.items()
@@ -171,10 +174,10 @@ class ShardWriter:
     ) -> None:
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
-        for name, (shape, dtype) in tensors.items():
+        for name, (shape, _) in tensors.items():
             size = self._missing[name]
             entries[name] = {
-                "dtype": NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [end, end + size],
+                "dtype": NAMES[self._dtypes[name]], "shape": list(shape), "data_offsets": [end, end + size],
             }  # fmt: skip
             end += size
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -192,6 +195,8 @@ class ShardWriter:
     def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
         """Writes a tensor, or a piece of it from flat element `first` on."""
         file, offset = self._place[name]
+        if values.dtype != self._dtypes[name]:
+            raise TypeError(f"tensor {name!r} is to be {self._dtypes[name]}, got {values.dtype}")
         values = np.ascontiguousarray(values)
         if values.nbytes:
             _write_all(file, values.reshape(-1).view(np.uint8).data, offset + first * values.itemsize)

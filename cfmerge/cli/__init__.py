@@ -16,6 +16,8 @@ from cfmerge.cli import show
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.recipe import Expert, Recipe, load, parse, parse_size
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="cfmerge",
     help="Merge fine-tuned models into one, without data and without training, in closed form.",
@@ -249,6 +251,7 @@ def main() -> None:
             typer.echo(json_module.dumps({"event": "error", "message": str(error)}))
         show.error(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        show.error("interrupted; nothing was written")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer turns KeyboardInterrupt into this
+            show.error("interrupted; nothing was written")
+        raise

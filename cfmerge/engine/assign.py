@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from cfmerge import methods
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
-from cfmerge.parameters import Kind, Parameter, check_layout, is_float
+from cfmerge.parameters import Kind, Parameter, check_layout, is_attention_mask, is_float
 from cfmerge.recipe import Rule
 
 Action = Literal["merge", "keep-base", "skip"]
@@ -46,7 +46,7 @@ def assign(
     Raises:
         CfmergeError: a rule matches nothing, names an unknown method, or a layout that does not fit.
     """
-    average = methods.average()
+    average = methods.make("average")
     made = [_rule_method(rule, method) for rule in rules]
     used = [False] * len(rules)
     result = {}
@@ -79,11 +79,14 @@ def _rule_method(rule: Rule, method: Method) -> Method | None:
         if rule.parameters:
             raise CfmergeError(f"rule {rule.match!r}: {rule.method} takes no parameters")
         return None
+    known = [*methods.registry(), "keep-base", "skip"]
+    if rule.method not in known:
+        raise CfmergeError(f"rule {rule.match!r}: unknown method {rule.method!r}{nearest(rule.method, known)}")
     return methods.make(rule.method, rule.parameters)
 
 
 def _default(parameter: Parameter, method: Method, average: Method) -> Assignment:
-    if not is_float(parameter.dtype):
+    if not is_float(parameter.dtype) or is_attention_mask(parameter.name, parameter.shape):
         return Assignment(parameter, "keep-base", average)
     if parameter.kind is Kind.OTHER:
         return Assignment(parameter, "merge", average)

@@ -10,7 +10,8 @@ from cfmerge.checkpoints import Checkpoint
 from cfmerge.engine.plan import Job
 from cfmerge.errors import CfmergeError
 
-ENTRIES = 1 << 22  # of an entrywise batch or piece, and about of a stack of matrices; more gains nothing
+ENTRIES = 1 << 22  # of an entrywise batch or piece
+STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
 
 def _stack(job: Job, memory: int) -> int:
     check_memory(job, memory)
-    by_size = ENTRIES // job.parameter.size
+    by_size = (ENTRIES if job.assignment.method.entrywise else STACKED) // job.parameter.size
     by_memory = memory // 2 // max(job.working_bytes, 1)
     return max(1, min(by_size, by_memory))
 
@@ -69,7 +70,7 @@ def check_memory(job: Job, memory: int) -> None:
     """Raises `CfmergeError` if one job alone needs more than `memory` bytes."""
     if job.working_bytes > memory:
         raise CfmergeError(
-            f"tensor {job.name!r} {job.parameter.shape} needs {job.working_bytes / 2**30:.1f} GiB with "
-            f"{job.assignment.label}, but the working set may be {memory / 2**30:.1f} GiB; raise --memory, or "
+            f"tensor {job.name!r} {job.parameter.shape} needs {job.working_bytes / 2**20:.1f} MiB with "
+            f"{job.assignment.label}, but the working set may be {memory / 2**20:.1f} MiB; raise --memory, or "
             f"give it a rule: match: \"{job.name}\", method: average"
         )

@@ -157,6 +157,14 @@ def _check_expert(
             f"expert {spec.name!r} has {len(integers)} integer buffers that the base lacks, such as "
             f"{integers[0]!r}; they are not in the output"
         )
+    for alias, name in base.ties.items():
+        theirs = sources.get(alias, alias)
+        if name in base.tensors and theirs in expert.tensors and theirs not in (*expert.ties, sources.get(name)):
+            result.problems.append(
+                f"expert {spec.name!r} ({spec.path}) has a {theirs!r} of its own, but in the base it is tied to "
+                f"{name!r}; tie_word_embeddings must be the same in every config.json. Untie it in the base "
+                "(store both, and set it to false), or tie it in the expert"
+            )
     missing = []
     for name, assignment in result.assignments.items():
         if not (assignment.action == "merge" or (assignment.agree and name in sources)):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from cfmerge import recipe as recipes
 from cfmerge.checkpoints import safetensors
@@ -23,6 +24,7 @@ from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.pipeline import Progress, execute, same_content
 from cfmerge.engine.plan import Plan, make_plan
 from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.parameters import is_float
 from cfmerge.recipe import Recipe
 
 HEADS = "heads"  # directory of exported heads in the output
@@ -146,7 +148,8 @@ def _attempt(
     plan: Plan, output: Path, overwrite: bool, memory: int, progress: Progress, dropped: list[str]
 ) -> MergeResult:
     inputs = [file for checkpoint in (plan.base, *plan.experts) for file in checkpoint.files]
-    with _clear_errors(output), StagedDirectory(output, overwrite=overwrite, inputs=inputs) as staged:
+    places = [*inputs, *(checkpoint.path for checkpoint in (plan.base, *plan.experts))]
+    with _clear_errors(output), StagedDirectory(output, overwrite=overwrite, inputs=places) as staged:
         _check_space(staged.path, plan)
         notes = [*dropped, *_check_contents(plan)]
         metadata = {"format": "pt", **plan.base.metadata}
@@ -221,9 +224,8 @@ def _write_side_files(plan: Plan, directory: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "config.json" and plan.recipe.dtype:
             config = json.loads(source.read_text())
-            config["dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"] = (
-                plan.recipe.dtype
-            )
+            keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
+            config |= dict.fromkeys(sorted(keys), plan.recipe.dtype)
             target.write_text(json.dumps(config, indent=2) + "\n")
         else:
             shutil.copyfile(source, target)
@@ -235,6 +237,12 @@ def _export_heads(plan: Plan, directory: Path) -> None:
         if heads:
             (directory / HEADS).mkdir(exist_ok=True)
             tensors = {name: expert.read(name) for name in heads}
+            for name, tensor in tensors.items():
+                if is_float(tensor.dtype.name) and not np.isfinite(tensor).all():
+                    raise NonFiniteError(
+                        f"expert {spec.name!r} ({spec.path}): head {name!r} holds NaN or infinity",
+                        source=spec.name, tensor=name,
+                    )  # fmt: skip
             safetensors.save(directory / HEADS, tensors, {"format": "pt"}, spec.name)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from types import TracebackType
 
 from cfmerge.errors import CfmergeError
 
-LOCK = ".lock"
+LOCK = ".cfmerge-lock"
 
 
 class StagedDirectory:
@@ -20,24 +21,31 @@ class StagedDirectory:
     The staging directory lies beside the target and is locked while its process lives. Without a commit it is
     removed; what a killed process left behind is removed by the next merge to the same target. With `overwrite`
     the old directory is set aside until the new one is in place; a kill between the two is mended likewise.
+    `inputs` are the files and directories that are read.
 
     Raises:
-        CfmergeError: the target exists (without `overwrite`), is not a model directory, or holds an input.
+        CfmergeError: the target exists (without `overwrite`), is not a model directory, holds an input, or lies
+            in one.
     """
 
     def __init__(self, target: Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()):
-        self.target = Path(os.path.abspath(target.expanduser()))
+        absolute = Path(os.path.abspath(target.expanduser()))
+        self.target = absolute.resolve() if absolute.is_symlink() else absolute
         self.overwrite = overwrite
-        self.inputs = [path.resolve() for path in inputs]
+        self.inputs = {Path(os.path.abspath(path.expanduser())) for path in inputs}
+        self.inputs |= {path.resolve() for path in self.inputs}
         self._prefix = f".{self.target.name}.cfmerge-"
         self._previous = self.target.with_name(self._prefix + "previous")
         self.path = self.target.with_name(self._prefix + secrets.token_hex(4))
         self._lock: int | None = None
+        self._new_parents = [parent for parent in self.target.parents if not parent.exists()]
 
     def __enter__(self) -> "StagedDirectory":
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._clean()
+        if not self._new_parents:
+            self._mend()
+            self._clean()
         self.check()
+        self.target.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir()
         self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,11 +53,13 @@ class StagedDirectory:
 
     def check(self) -> None:
         """Raises `CfmergeError` if the target may not be written."""
-        resolved = self.target.resolve()
-        for path in self.inputs:
-            if path == resolved or path.is_relative_to(resolved):
-                raise CfmergeError(f"output {self.target}: holds an input of this merge ({path}); name another")
-        if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
+        for target in {self.target, self.target.resolve()}:
+            for path in self.inputs:
+                if path.is_relative_to(target):
+                    raise CfmergeError(f"output {self.target}: holds an input of this merge ({path}); name another")
+                if target.is_relative_to(path):
+                    raise CfmergeError(f"output {self.target}: lies in an input of this merge ({path}); name another")
+        if not self.target.exists() or _is_empty(self.target):
             return
         if not self.overwrite:
             raise CfmergeError(f"output {self.target}: exists already; name another, or pass --overwrite")
@@ -63,14 +73,14 @@ class StagedDirectory:
 
     def commit(self) -> None:
         """Gives the directory its final name; after a crash at any moment either the old or the new one is there."""
-        (self.path / LOCK).unlink()
         for file in self.path.rglob("*"):
             if file.is_file():
                 _sync(file)
         _sync(self.path)
-        if self.target.is_dir() and any(self.target.iterdir()):
+        if self.target.is_dir() and not _is_empty(self.target):
             os.rename(self.target, self._previous)
         os.rename(self.path, self.target)
+        (self.target / LOCK).unlink(missing_ok=True)
         _sync(self.target.parent)
         shutil.rmtree(self._previous, ignore_errors=True)
 
@@ -78,24 +88,39 @@ class StagedDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        self._mend()
         if self._lock is not None:
             os.close(self._lock)
+        for parent in self._new_parents:
+            with contextlib.suppress(OSError):  # not empty
+                parent.rmdir()
 
-    def _clean(self) -> None:
-        """Mends what a killed process left: its staging directory, and a target that was set aside."""
+    def _mend(self) -> None:
+        """Finishes what was cut off between the two renames of `commit`, or after them."""
         if self._previous.exists():
-            if self.target.exists():
+            if self.target.exists() and not _is_empty(self.target):
                 shutil.rmtree(self._previous, ignore_errors=True)
             else:
                 os.rename(self._previous, self.target)
-        for stale in self.target.parent.glob(self._prefix + "*"):
+        with contextlib.suppress(OSError):
+            (self.target / LOCK).unlink()
+
+    def _clean(self) -> None:
+        """Removes the staging directories of killed processes."""
+        for stale in self.target.parent.iterdir():
+            if not re.fullmatch(re.escape(self._prefix) + "[0-9a-f]{8}", stale.name):
+                continue
             with contextlib.suppress(OSError):
-                lock = os.open(stale / LOCK, os.O_RDWR)
+                lock = os.open(stale / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(stale, ignore_errors=True)
                 finally:
                     os.close(lock)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pipeline: read ahead in a thread, compute, write behind in a thread; memory bounded by the batches."""
+"""The pipeline: workers read and merge batches, a thread writes behind them; memory is bounded by the batches."""
 
 import dataclasses
 import threading
@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from cfmerge.checkpoints import Checkpoint
 from cfmerge.checkpoints.safetensors import ShardWriter
@@ -17,11 +18,20 @@ from cfmerge.engine.steps import compiled
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.parameters import Kind, is_float
 
-READ_AHEAD = 3  # loads of one model's part of a batch
-WRITE_BEHIND = 2  # finished batches
+WORKERS = 2  # batches in work at once: one computes while another reads, or factorises on one core
+WRITE_BEHIND = 8  # finished tensors
 LEAST_RIDGE_RATIO = 1e-4  # below it float32 sums lose about 1e-7 / ratio (specs: float64 then)
 
 Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last call)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """A batch's result: `(jobs, ...)`, what the method reports `{name: (jobs, stacked)}`, and how often float64."""
+
+    tensors: np.ndarray
+    reports: dict[str, np.ndarray]
+    float64: int
 
 
 @dataclasses.dataclass
@@ -32,7 +42,13 @@ class Account:
     reports: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     float64: int = 0
 
-    def add(self, job: Job, report: dict[str, np.ndarray]) -> None:
+    def add(self, batch: Batch, merged: "Merged") -> None:
+        self.float64 += merged.float64
+        for number, job in enumerate(batch.jobs):
+            if merged.reports:
+                self._add(job, {key: value[number] for key, value in merged.reports.items()})
+
+    def _add(self, job: Job, report: dict[str, np.ndarray]) -> None:
         self.reports[job.name] = {key: float(np.max(value)) for key, value in report.items()}
         for key, (condition, message) in job.assignment.method.notes.items():
             value = self.reports[job.name].get(key)
@@ -62,50 +78,55 @@ def execute(
         CfmergeError: integers that do not agree, or tensors said to be tied that are not.
     """
     account = Account()
-    readers, writers = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "write")
-    pending: deque[Future[None]] = deque()
+    lock = threading.Lock()
 
-    def write(names: tuple[str, ...], values: np.ndarray, first: int) -> None:
-        for name in names:
-            writer.write(name, values, first)
+    def tell(name: str, count: int) -> None:
+        with lock:
+            progress(name, count)
 
+    largest = plan.largest
+    workers = WORKERS if largest is None or largest.working_bytes * WORKERS <= memory else 1
+    mergers, writers = ThreadPoolExecutor(workers, "merge"), ThreadPoolExecutor(1, "write")
+    merging: deque[tuple[Batch, Future[Merged]]] = deque()
+    writing: deque[Future[None]] = deque()
+
+    def finish() -> None:
+        batch, future = merging.popleft()
+        merged = future.result()
+        account.add(batch, merged)
+        for job, values in zip(batch.jobs, merged.tensors, strict=True):
+            writing.append(writers.submit(_write, writer, job, values, batch.first))
+        while len(writing) > WRITE_BEHIND:
+            writing.popleft().result()
+
+    # LAPACK on the CPU is OpenBLAS, whose threads fight with XLA's: 0.17 s of Cholesky have become 2 s
+    limit = threadpool_limits(1, user_api="blas")
     try:
         for job in plan.jobs:
             _check_stop(stop)
             _check_ties(plan, job)
             if job.assignment.action == "keep-base":
-                write(job.writes, _kept(plan, job).astype(job.dtype), 0)
-                progress(job.name, job.bytes_read * (1 + len(job.sources)))
-        loads = _loads(plan, list(make_batches(plan.jobs, memory)), readers)
+                _write(writer, job, _kept(plan, job).astype(job.dtype), 0)
+                tell(job.name, job.bytes_read * (1 + len(job.sources)))
         for batch in make_batches(plan.jobs, memory):
             _check_stop(stop)
-            merged = _merge(plan, batch, loads, account, progress)
-            for job, values in zip(batch.jobs, merged, strict=True):
-                pending.append(writers.submit(write, job.writes, values, batch.first))
-            while len(pending) > WRITE_BEHIND * len(batch.jobs):
-                pending.popleft().result()
-        while pending:
-            pending.popleft().result()
+            merging.append((batch, mergers.submit(_merge, plan, batch, tell)))
+            if len(merging) > workers:
+                finish()
+        while merging:
+            finish()
+        while writing:
+            writing.popleft().result()
     finally:
-        readers.shutdown(cancel_futures=True)
+        mergers.shutdown(cancel_futures=True)
         writers.shutdown(cancel_futures=True)
+        limit.restore_original_limits()
     return account
 
 
-def _loads(plan: Plan, batches: list[Batch], readers: ThreadPoolExecutor) -> Iterator[jax.Array]:
-    """For every batch the base's part and then each expert's, read ahead."""
-    requests = (
-        (batch, checkpoint, names)
-        for batch in batches
-        for checkpoint, names in _sources(plan, batch)
-    )
-    ahead: deque[Future[jax.Array]] = deque()
-    for batch, checkpoint, names in requests:
-        ahead.append(readers.submit(lambda b, c, n: jnp.asarray(b.read(c, n)), batch, checkpoint, names))
-        if len(ahead) > READ_AHEAD:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
+def _write(writer: ShardWriter, job: Job, values: np.ndarray, first: int) -> None:
+    for name in job.writes:
+        writer.write(name, values, first)
 
 
 def _sources(plan: Plan, batch: Batch) -> Iterator[tuple[Checkpoint, tuple[str, ...]]]:
@@ -114,48 +135,41 @@ def _sources(plan: Plan, batch: Batch) -> Iterator[tuple[Checkpoint, tuple[str, 
         yield expert, tuple(str(job.sources[number]) for job in batch.jobs)
 
 
-def _merge(
-    plan: Plan, batch: Batch, loads: Iterator[jax.Array], account: Account, progress: Progress
-) -> np.ndarray:
-    """The merged tensors of a batch, `(jobs, ...)`; those that float32 cannot do are done again in float64."""
+def _merge(plan: Plan, batch: Batch, progress: Progress) -> Merged:
+    """The merged tensors of a batch; those that float32 cannot do are done again in float64."""
     if plan.recipe.precision == "float64":
-        with jax.enable_x64(True):
-            return _solve(plan, batch, loads, account, progress, "float64")[0]
-    merged, ratios = _solve(plan, batch, loads, account, progress, "float32")
-    weak = [n for n, ratio in enumerate(ratios) if ratio < LEAST_RIDGE_RATIO]
-    if plan.recipe.precision == "auto" and weak:
-        merged = merged.copy()
-        for number in weak:
-            single = dataclasses.replace(batch, jobs=(batch.jobs[number],))
-            with jax.enable_x64(True):
-                again = (jnp.asarray(single.read(c, n)) for c, n in _sources(plan, single))
-                merged[number] = _solve(plan, single, again, account, lambda *_: None, "float64")[0][0]
-            account.float64 += 1
-    return merged
+        return _solve(plan, batch, progress, "float64")
+    merged = _solve(plan, batch, progress, "float32")
+    ratios = merged.reports.get("ridge_ratio")
+    if plan.recipe.precision == "float32" or ratios is None:
+        return merged
+    weak = np.flatnonzero(ratios.min(axis=1) < LEAST_RIDGE_RATIO)
+    tensors = merged.tensors.copy() if weak.size else merged.tensors
+    for number in weak:
+        single = dataclasses.replace(batch, jobs=(batch.jobs[number],))
+        tensors[number] = _solve(plan, single, lambda *_: None, "float64").tensors[0]
+    return Merged(tensors, merged.reports, len(weak))
 
 
-def _solve(
-    plan: Plan, batch: Batch, loads: Iterator[jax.Array], account: Account, progress: Progress, compute: str
-) -> tuple[np.ndarray, list[float]]:
-    start, step, finish = compiled(batch.jobs[0].assignment.method, batch.layout, compute)
-    base = next(loads)
-    progress(batch.jobs[0].name, base.nbytes)
-    statistics, finite = start(base), []
-    for spec in plan.expert_specs:
-        expert = next(loads)
-        statistics, fine = step(statistics, base, expert, np.asarray(spec.weight, compute))
-        finite.append(fine)
-        progress(batch.jobs[0].name, expert.nbytes)
-    merged, reports, fine = finish(statistics, base, batch.jobs[0].dtype.name)
+def _solve(plan: Plan, batch: Batch, progress: Progress, compute: str) -> Merged:
+    job = batch.jobs[0]
+    with jax.enable_x64(compute == "float64"):
+        start, step, finish = compiled(job.assignment.method, batch.layout, compute)
+        (checkpoint, names), *experts = _sources(plan, batch)
+        base = jnp.asarray(batch.read(checkpoint, names))
+        progress(job.name, base.nbytes)
+        statistics, finite = start(base), []
+        for spec, (checkpoint, names) in zip(plan.expert_specs, experts, strict=True):
+            expert = jnp.asarray(batch.read(checkpoint, names))
+            statistics, fine = step(statistics, base, expert, np.asarray(spec.weight, compute))
+            finite.append(fine)
+            progress(job.name, expert.nbytes)
+        merged, reports, fine = finish(statistics, base, job.dtype.name)
     for spec, flags in zip(plan.expert_specs, finite, strict=True):
         _check_finite(plan, batch, base, np.asarray(flags), f"expert {spec.name!r} ({spec.path})", spec.name)
     _check_finite(plan, batch, base, np.asarray(fine), None, "")
     told = {name: np.asarray(value) for name, value in reports.items()}
-    for number, job in enumerate(batch.jobs):
-        if told:
-            account.add(job, {name: value[number] for name, value in told.items()})
-    ratios = told["ridge_ratio"].min(axis=1).tolist() if "ridge_ratio" in told else []
-    return np.asarray(merged), ratios
+    return Merged(np.asarray(merged), told, len(batch.jobs) if compute == "float64" else 0)
 
 
 def _check_finite(
@@ -181,13 +195,21 @@ def _check_finite(
 
 
 def _kept(plan: Plan, job: Job) -> np.ndarray:
-    """The base's tensor, after the checks that a kept tensor needs."""
+    """The base's tensor in the output's dtype, after the checks that a kept tensor needs."""
     base = plan.base.read(job.name)
-    if is_float(base.dtype.name) and job.parameter.kind is not Kind.OTHER:
-        for piece in np.array_split(base.reshape(-1), max(1, base.size >> 22)):
-            if not np.isfinite(piece.astype(np.float32)).all():
+    with np.errstate(over="ignore"):  # found below
+        kept = base.astype(job.dtype, copy=False)
+    if is_float(base.dtype.name):
+        pieces = max(1, base.size >> 22)
+        for stored, cast in zip(*(np.array_split(a.reshape(-1), pieces) for a in (base, kept)), strict=True):
+            if job.parameter.kind is not Kind.OTHER and not np.isfinite(stored).all():
                 raise NonFiniteError(
                     f"base ({plan.base.path}): tensor {job.name!r} holds NaN or infinity",
+                    source="", tensor=job.name,
+                )  # fmt: skip
+            if not (np.isfinite(cast) | ~np.isfinite(stored)).all():
+                raise NonFiniteError(
+                    f"base ({plan.base.path}): tensor {job.name!r} does not fit {job.dtype.name}; use another --dtype",
                     source="", tensor=job.name,
                 )  # fmt: skip
     if job.assignment.agree:
@@ -198,7 +220,7 @@ def _kept(plan: Plan, job: Job) -> np.ndarray:
                     f"base's, and integers are not merged; a rule 'match: \"{job.name}\", method: keep-base' keeps "
                     "the base's"
                 )
-    return base
+    return kept
 
 
 def _check_ties(plan: Plan, job: Job) -> None:

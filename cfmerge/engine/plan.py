@@ -137,6 +137,10 @@ def make_plan(recipe: Recipe) -> Plan:
     shard_bytes = parse_size(recipe.shard_size)
     base = open_checkpoint(recipe.base)
     experts = [open_checkpoint(spec.path) for spec in specs]
+    for expert in experts:
+        if not expert.config:  # a bare file: tied as the base is
+            told = {alias: name for alias, name in base.ties.items() if name in expert.tensors}
+            expert.ties = {**told, **expert.ties}
     _check_weights(specs, method)
     notes = _check_same_files(recipe, base, specs, experts)
 

@@ -128,7 +128,13 @@ def make(name: str, parameters: Mapping[str, Any] | None = None) -> Method:
             arguments[key] = msgspec.convert(value, hints[key], strict=False)
         except msgspec.ValidationError as error:
             raise CfmergeError(f"method {name!r}, parameter {key!r}: {error}, got {value!r}") from None
-    return entry.factory(**arguments)
+    return _made(entry.factory, tuple(sorted(arguments.items())))
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _made(factory: Callable[..., Method], arguments: tuple[tuple[str, Any], ...]) -> Method:
+    """One object for the same call, so that its compiled steps are used again."""
+    return factory(**dict(arguments))
 
 
 def check(condition: bool, message: str) -> None:

@@ -21,6 +21,7 @@ When all deltas together have fewer rows (or rank) `q` than inputs, the same is 
 `F` of the `J D_t` without ever building an `n x n` matrix: `Z F (F^T F + lam I)^{-1} = Z (F F^T + lam I)^{-1} F`.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def ace(
         k = int(k_frac * min(solved.merged.shape) + 1e-9)
         merged, kept = lax.cond(
             heterogeneous,
-            lambda x: _refine(x + solved.residual, x, k, solved.row_space),
+            lambda x: _refine(x + solved.residual(), x, k, solved.row_space),
             lambda x: (x, jnp.zeros((), jnp.int32)),
             solved.merged,
         )
@@ -199,7 +200,7 @@ NOTES = {
 
 class _Solved(NamedTuple):
     merged: Array  # X without refinement
-    residual: Array  # E, used by the heterogeneous branch alone
+    residual: Callable[[], Array]  # E, needed by the heterogeneous branch alone
     ridge: Array  # lam
     largest: Array  # largest eigenvalue of the system, from below
     held: Array
@@ -299,7 +300,9 @@ def _solve_full(
     row = (s / n) * (1 - lam * y)
     merged = x_0 - jnp.outer(jnp.sum(x_0, axis=1), row) / (1 + jnp.sum(row))
 
-    residual = cross - _mean(linalg.matmul(sums.total, system), scalars.weight)
+    def residual() -> Array:
+        return cross - _mean(linalg.matmul(sums.total, system), scalars.weight)
+
     largest = linalg.largest_eigenvalue(system)
     return _Solved(merged, residual, lam, largest, held, None, jnp.zeros_like(lam))
 
@@ -317,7 +320,7 @@ def _solve_narrow(
     lam = _positive(absolute * scalars.weight + relative * scalars.inverse_trace)
 
     # J D_t = P_t F_t with orthonormal (or vanishing) columns in P_t; F_t scaled so that sum a_t C_t = F^T F
-    z_blocks, f_blocks, total, cross = [], [], 0.0, 0.0
+    z_blocks, f_blocks = [], []
     for expert in experts:
         p, f = _centred_factors(expert)
         a = jnp.where(heterogeneous, 1 / (expert.trace + TINY), 1)
@@ -326,10 +329,6 @@ def _solve_narrow(
         z = middle if p is None else linalg.matmul(p, middle)
         z_blocks.append(jnp.sqrt(expert.weight / a) * z)
         f_blocks.append(jnp.sqrt(expert.weight * a) * f)
-        left_core = linalg.matmul(expert.right, f.T)
-        left_core = left_core if expert.left is None else linalg.matmul(expert.left, left_core)
-        cross = cross + expert.weight * a * linalg.matmul(left_core, f)
-        total = total + expert.weight * _delta(expert)
     z, f = jnp.concatenate(z_blocks, axis=1), jnp.concatenate(f_blocks)
     check(
         f.shape[0] < n,
@@ -345,8 +344,15 @@ def _solve_narrow(
     core = core - jnp.outer(linalg.matmul(z, y), y) * (s / n) / denominator
     merged = linalg.matmul(core, f)
 
-    gram_total = linalg.matmul(linalg.matmul(total, f.T), f)
-    residual = cross - _mean(gram_total + lam * total, scalars.weight)
+    def residual() -> Array:  # a block of F is sqrt(w_t a_t) F_t, so D_t F^T F is the cross term's share
+        deltas = [_delta(expert) for expert in experts]
+        total = sum(expert.weight * delta for expert, delta in zip(experts, deltas, strict=True))
+        cross = sum(
+            linalg.matmul(linalg.matmul(delta, block.T), block)
+            for delta, block in zip(deltas, f_blocks, strict=True)
+        )
+        return cross - _mean(linalg.matmul(linalg.matmul(total, f.T), f) + lam * total, scalars.weight)
+
     row_space = jnp.concatenate([expert.right for expert in experts])
     error = jnp.max(jnp.stack([expert.error for expert in experts]))
     return _Solved(merged, residual, lam, linalg.largest_eigenvalue(system), held, row_space, error)
