@@ -155,7 +155,8 @@ def _classify_one(
     if len(inner) < 2:
         return parameter(Kind.HEAD if head else Kind.VECTOR)
     if not head and (PATCH if len(inner) > 3 else EMBEDDING).search(name):
-        return parameter(Kind.EMBEDDING, "oi" if len(shape) == 2 else "")
+        layout = {2: "io" if FLAX_KERNEL.search(name) else "oi"}.get(len(shape), "")
+        return parameter(Kind.EMBEDDING, layout)
     if FLAX_KERNEL.search(name):
         layout = _kernel_layout(name, shape, shapes, lead)
     elif CONV1D.search(name) and config.get("model_type", "gpt2") in CONV1D_MODELS:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from cfmerge.checkpoints import Checkpoint, TensorInfo
 from cfmerge.engine.assign import Assignment
 from cfmerge.errors import nearest
-from cfmerge.parameters import HEAD, Kind, is_float
+from cfmerge.parameters import HEAD, Kind, is_attention_mask, is_float
 from cfmerge.recipe import Expert, Recipe
 
 VOCABULARY = re.compile(r"(embed_tokens|word_embeddings|wte|lm_head|shared|predictions\.(decoder|bias)|embed_in|embed_out)")
@@ -150,12 +150,15 @@ def _check_expert(
         if name not in used and expert.ties.get(name) not in used and not HEAD.search(name)
     ]  # fmt: skip
     tied_to = set(base.ties) | {name for name in expert.tensors if name in expert.ties}
-    floats = [n for n in extra if is_float(expert.tensors[n].dtype.name) and n not in tied_to]
-    integers = [n for n in extra if not is_float(expert.tensors[n].dtype.name)]
-    if integers:
+    buffers = [
+        n for n in extra
+        if not is_float(expert.tensors[n].dtype.name) or is_attention_mask(n, expert.tensors[n].shape)
+    ]  # fmt: skip
+    floats = [n for n in extra if n not in buffers and n not in tied_to]
+    if buffers:
         result.notes.append(
-            f"expert {spec.name!r} has {len(integers)} integer buffers that the base lacks, such as "
-            f"{integers[0]!r}; they are not in the output"
+            f"expert {spec.name!r} has {len(buffers)} buffers (integers or masks) that the base lacks, such as "
+            f"{buffers[0]!r}; they are not in the output"
         )
     for alias, name in base.ties.items():
         theirs = sources.get(alias, alias)

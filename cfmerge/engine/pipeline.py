@@ -5,6 +5,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """A batch's result: `(jobs, ...)`, what the method reports `{name: (jobs, stacked)}`, and how often float64."""
+    """A batch's result: `(jobs, ...)`, what the method reports `{name: (jobs, stacked)}`, and how many were done again."""
 
     tensors: np.ndarray
     reports: dict[str, np.ndarray]
@@ -106,7 +107,7 @@ def execute(
             _check_stop(stop)
             _check_ties(plan, job)
             if job.assignment.action == "keep-base":
-                _write(writer, job, _kept(plan, job).astype(job.dtype), 0)
+                _write(writer, job, _kept(plan, job), 0)
                 tell(job.name, job.bytes_read * (1 + len(job.sources)))
         for batch in make_batches(plan.jobs, memory):
             _check_stop(stop)
@@ -137,7 +138,7 @@ def _sources(plan: Plan, batch: Batch) -> Iterator[tuple[Checkpoint, tuple[str, 
 
 def _merge(plan: Plan, batch: Batch, progress: Progress) -> Merged:
     """The merged tensors of a batch; those that float32 cannot do are done again in float64."""
-    if plan.recipe.precision == "float64":
+    if plan.recipe.precision == "float64" or batch.jobs[0].parameter.dtype == "float64":
         return _solve(plan, batch, progress, "float64")
     merged = _solve(plan, batch, progress, "float32")
     ratios = merged.reports.get("ridge_ratio")
@@ -169,7 +170,7 @@ def _solve(plan: Plan, batch: Batch, progress: Progress, compute: str) -> Merged
         _check_finite(plan, batch, base, np.asarray(flags), f"expert {spec.name!r} ({spec.path})", spec.name)
     _check_finite(plan, batch, base, np.asarray(fine), None, "")
     told = {name: np.asarray(value) for name, value in reports.items()}
-    return Merged(np.asarray(merged), told, len(batch.jobs) if compute == "float64" else 0)
+    return Merged(np.asarray(merged), told, 0)
 
 
 def _check_finite(

@@ -81,7 +81,10 @@ def steps(method: Method, layout: str, compute: str) -> Steps:
 
 
 def _map(function: Callable[..., Any], *stacks: Any) -> Any:
-    return lax.map(lambda arguments: function(*arguments), stacks)
+    def one(arguments: Any) -> Any:  # the barriers: compiled alike whether it is looped over or stands alone
+        return lax.optimization_barrier(function(*lax.optimization_barrier(arguments)))
+
+    return lax.map(one, stacks)
 
 
 def _vmap(function: Callable[..., Any], *stacks: Any) -> Any:

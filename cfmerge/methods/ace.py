@@ -129,7 +129,7 @@ def ace(
         trace = energy(rows)
         counts = trace > jnp.finfo(delta.dtype).eps * n_t if zero_delta == "drop" else jnp.ones((), bool)
         weight = jnp.where(counts, weight, 0).astype(delta.dtype)
-        scalars = _add(statistic.scalars, _scalars(n_t, trace, weight, counts))
+        scalars = _add(statistic.scalars, _scalars(n_t, trace, weight))
 
         sums = statistic.sums
         if isinstance(sums, GramSums):
@@ -216,11 +216,11 @@ def _mean(total: Array, weight: Array) -> Array:
     return total / jnp.where(weight == 0, 1, weight)
 
 
-def _scalars(n_t: Array, trace: Array, weight: Array, counts: Array) -> Scalars:
-    log = jnp.where(counts, jnp.log(n_t + TINY), 0)
-    count = counts.astype(n_t.dtype)
+def _scalars(n_t: Array, trace: Array, weight: Array) -> Scalars:
+    sign = jnp.sign(weight)  # -1 forgets an expert, 0 is one that does not count
+    log = jnp.log(n_t + TINY)
     return Scalars(
-        weight, weight * n_t, weight * trace, weight / (trace + TINY), count, log, log * log
+        weight, weight * n_t, weight * trace, weight / (trace + TINY), sign, sign * log, sign * log * log
     )
 
 
