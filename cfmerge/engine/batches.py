@@ -32,6 +32,9 @@ class Batch:
         arrays = [checkpoint.read(name) for name in names]
         if self.count is not None:
             return arrays[0].reshape(-1)[self.first : self.first + self.count][None]
+        if len({array.dtype for array in arrays}) > 1:  # NumPy has no common dtype for float16 and bfloat16
+            wide = np.float64 if any(array.dtype == np.float64 for array in arrays) else np.float32
+            arrays = [array.astype(wide) for array in arrays]
         return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 

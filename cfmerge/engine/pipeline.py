@@ -14,9 +14,11 @@ from threadpoolctl import threadpool_limits
 from cfmerge.checkpoints import Checkpoint
 from cfmerge.checkpoints.safetensors import ShardWriter
 from cfmerge.engine.batches import Batch, make_batches
+from cfmerge.engine.low_rank import CUT, rank_bound
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.steps import compiled
 from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.methods import Method
 from cfmerge.parameters import Kind, is_float
 
 WORKERS = 2  # batches in work at once: one computes while another reads, or factorises on one core
@@ -138,9 +140,10 @@ def _sources(plan: Plan, batch: Batch) -> Iterator[tuple[Checkpoint, tuple[str, 
 
 def _merge(plan: Plan, batch: Batch, progress: Progress) -> Merged:
     """The merged tensors of a batch; those that float32 cannot do are done again in float64."""
+    method = batch.jobs[0].assignment.method
     if plan.recipe.precision == "float64" or batch.jobs[0].parameter.dtype == "float64":
-        return _solve(plan, batch, progress, "float64")
-    merged = _solve(plan, batch, progress, "float32")
+        return _solve(plan, batch, method, progress, "float64")
+    merged = _merge_low_rank(plan, batch, method, progress) or _solve(plan, batch, method, progress, "float32")
     ratios = merged.reports.get("ridge_ratio")
     if plan.recipe.precision == "float32" or ratios is None:
         return merged
@@ -148,14 +151,34 @@ def _merge(plan: Plan, batch: Batch, progress: Progress) -> Merged:
     tensors = merged.tensors.copy() if weak.size else merged.tensors
     for number in weak:
         single = dataclasses.replace(batch, jobs=(batch.jobs[number],))
-        tensors[number] = _solve(plan, single, lambda *_: None, "float64").tensors[0]
+        tensors[number] = _solve(plan, single, method, _silent, "float64").tensors[0]
     return Merged(tensors, merged.reports, len(weak))
 
 
-def _solve(plan: Plan, batch: Batch, progress: Progress, compute: str) -> Merged:
+def _merge_low_rank(plan: Plan, batch: Batch, method: Method, progress: Progress) -> Merged | None:
+    """By the form for low-rank deltas, if all deltas turn out to be of low rank."""
+    job = batch.jobs[0]
+    if method.of_rank is None or len(batch.jobs) > 1 or sorted(batch.layout) != ["i", "o"]:
+        return None
+    (checkpoint, (name,)), *experts = _sources(plan, batch)
+    rank = rank_bound(checkpoint.read(name), (c.read(names[0]) for c, names in experts), len(experts))
+    if rank is None:
+        return None
+    merged = _solve(plan, batch, method.of_rank(rank), _silent, "float32")
+    if merged.reports["factor_error"].max() > CUT:
+        return None
+    progress(job.name, job.bytes_read * (1 + len(experts)))
+    return merged
+
+
+def _silent(name: str, count: int) -> None:
+    pass
+
+
+def _solve(plan: Plan, batch: Batch, method: Method, progress: Progress, compute: str) -> Merged:
     job = batch.jobs[0]
     with jax.enable_x64(compute == "float64"):
-        start, step, finish = compiled(job.assignment.method, batch.layout, compute)
+        start, step, finish = compiled(method, batch.layout, compute)
         (checkpoint, names), *experts = _sources(plan, batch)
         base = jnp.asarray(batch.read(checkpoint, names))
         progress(job.name, base.nbytes)

@@ -35,6 +35,8 @@ class Method:
             take matrices and convolutions, and the remaining tensors get the mean of the deltas.
         additive: the statistic is a sum over experts, of a size that does not depend on their number.
         notes: `{report name: (condition, message)}`: what is said to the user when `condition(value)` holds.
+        of_rank: `of_rank(r)` is the method in a form for deltas of rank at most `r`, where it has one; it then
+            reports `factor_error`, the relative error of taking them so.
         without_conv1d: the method for tensors that are *not* stored as GPT-2's Conv1D, if it is another one.
     """
 
@@ -47,6 +49,7 @@ class Method:
     entrywise: bool = False
     additive: bool = True
     notes: Mapping[str, tuple[Callable[[float], bool], str]] = dataclasses.field(default_factory=dict)
+    of_rank: Callable[[int], "Method"] | None = None
     without_conv1d: "Method | None" = None
 
     def solve_with_report(self, statistic: Statistic) -> tuple[Array, Report]:

@@ -21,6 +21,7 @@ When all deltas together have fewer rows (or rank) `q` than inputs, the same is 
 `F` of the `J D_t` without ever building an `n x n` matrix: `Z F (F^T F + lam I)^{-1} = Z (F F^T + lam I)^{-1} F`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -167,6 +168,10 @@ def ace(
             "one_output": jnp.asarray(solved.merged.shape[0] == 1),
         }
 
+    @functools.cache
+    def of_rank(bound: int) -> Method:
+        return ace(eps, eps_rel, tau, k_frac, gate, "canonical", zero_delta, "low-rank", bound)
+
     canonical = Method(
         "ace",
         init,
@@ -175,6 +180,7 @@ def ace(
         report,
         additive=form != "low-rank",
         notes=NOTES,
+        of_rank=of_rank if form == "auto" and rank is None else None,
     )
     return canonical if orientation == "canonical" else _transposed(canonical)
 
