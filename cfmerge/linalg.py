@@ -85,13 +85,17 @@ def top_singular(
 
 def largest_eigenvalue(matrix: Float[Array, "n n"], steps: int = 16) -> Float[Array, ""]:
     """The largest eigenvalue of a symmetric positive semi-definite matrix, from below, by power iteration."""
-    start = jax.random.normal(jax.random.key(0), (matrix.shape[0],), matrix.dtype)
+    tiny = jnp.finfo(matrix.dtype).tiny
 
-    def step(_: int, vector: Array) -> Array:
+    def step(_: int | Array, vector: Array) -> Array:
         image = matmul(matrix, vector)
-        return image / jnp.maximum(jnp.linalg.norm(image), jnp.finfo(matrix.dtype).tiny)
+        return image / jnp.maximum(jnp.max(jnp.abs(image)), tiny)  # the largest entry: squares would underflow
 
-    return jnp.linalg.norm(matmul(matrix, lax.fori_loop(0, steps, step, start)))
+    start = jax.random.normal(jax.random.key(0), (matrix.shape[0],), matrix.dtype)
+    vector = lax.fori_loop(0, steps, step, start)
+    image = matmul(matrix, vector)
+    scale = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
+    return scale * jnp.linalg.norm(image / scale) / jnp.maximum(jnp.linalg.norm(vector), tiny)
 
 
 def low_rank_factors(

@@ -54,7 +54,7 @@ class HuggingFaceCheckpoint:
         self.config: Mapping[str, Any] = _read_json(directory / "config.json") if directory else {}
         self.side_files: Mapping[str, Path] = side_files(directory) if directory else {}
         self.metadata: Mapping[str, str] = self._files[0].metadata if self._files else {}
-        self.ties = self._find_ties()
+        self.ties: Mapping[str, str] = self._find_ties()
         if not self.tensors:
             raise CfmergeError(f"{path}: holds no tensors")
 

@@ -154,7 +154,7 @@ class ShardWriter:
             for name, (shape, dtype) in tensors.items()
         }
         shards = shard(tensors, max_shard_bytes)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         try:
             for number, names in enumerate(shards, 1):
                 suffix = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"

@@ -103,7 +103,7 @@ def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
     limit = free_memory() // 4 if memory is None else memory
     largest = plan.largest
     need = largest.working_bytes if largest else 0
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": job.name, "kind": str(job.parameter.kind), "layout": job.parameter.describe_layout(),
             "shape": list(job.parameter.shape), "dtype": str(job.dtype), "what": job.assignment.label,
@@ -186,9 +186,9 @@ def checkpoint(checkpoint: "Checkpoint", json: bool) -> None:
     for alias, name in stored.items():
         state = "stored too" if alias in headers else "not stored"
         console.print(f"tied: {escape(alias)} = {escape(name)} ({state})", soft_wrap=True, highlight=False)
-    kind = checkpoint.config.get("model_type") or "unknown architecture"
+    model_type = checkpoint.config.get("model_type") or "unknown architecture"
     console.print(
-        f"{escape(str(checkpoint.path))}: {kind}, {len(rows)} tensors, "
+        f"{escape(str(checkpoint.path))}: {escape(model_type)}, {len(rows)} tensors, "
         f"{sum(p.size for p in parameters.values()):,} parameters, {size(total)} in {len(checkpoint.files)} files",
         soft_wrap=True, highlight=False,
     )  # fmt: skip

@@ -91,8 +91,8 @@ def merge_params(
     expert_leaves = [_matching(leaves, flatten(tree)[0], name) for name, tree in zip(names, trees, strict=True)]
 
     shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
-    rules = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
-    assignments = assign(classify(shapes), method, rules)
+    made = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
+    assignments = assign(classify(shapes), method, made)
     _warn_unknown(assignments, method)
 
     merged = dict(leaves)

@@ -5,12 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 
 from cfmerge.checkpoints import Checkpoint, TensorInfo
-from cfmerge.engine.assign import Assignment
+from cfmerge.engine.assign import Action, Assignment
 from cfmerge.errors import nearest
 from cfmerge.parameters import HEAD, Kind, is_attention_mask, is_float
 from cfmerge.recipe import Expert, Recipe
 
-VOCABULARY = re.compile(r"(embed_tokens|word_embeddings|wte|lm_head|shared|predictions\.(decoder|bias)|embed_in|embed_out)")
+VOCABULARY = re.compile(
+    r"(embed_tokens|word_embeddings|wte|lm_head|shared|predictions\.(decoder|bias)|embed_in|embed_out)"
+)
 
 
 @dataclasses.dataclass
@@ -130,7 +132,7 @@ def _settle_heads(
     if recipe.heads is None:
         return
     for name in base_heads:
-        action = "skip" if recipe.heads == "drop" else "keep-base"
+        action: Action = "skip" if recipe.heads == "drop" else "keep-base"
         result.assignments[name] = dataclasses.replace(result.assignments[name], action=action)
     if recipe.heads == "export":
         result.exported = {

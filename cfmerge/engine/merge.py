@@ -201,10 +201,7 @@ def _check_contents(plan: Plan) -> list[str]:
     for number, (spec, expert) in enumerate(zip(plan.expert_specs, plan.experts, strict=True)):
         sources = {job.name: job.sources[number] for job in plan.jobs}
         for who, other, theirs in models:
-            names = {
-                theirs[name]: source for name, source in sources.items()
-                if source and theirs[name] and name in other.tensors
-            }  # fmt: skip
+            names = {theirs[name]: source for name, source in sources.items() if source and theirs.get(name)}
             allowed = "base-as-expert" if other is plan.base else "duplicate-experts"
             if other is expert or not names or not same_content(other, expert, names):
                 continue

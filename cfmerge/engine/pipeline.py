@@ -30,7 +30,7 @@ Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """A batch's result: `(jobs, ...)`, what the method reports `{name: (jobs, stacked)}`, and how many were done again."""
+    """A batch's result `(jobs, ...)`, what the method reports `{name: (jobs, stacked)}`, how many were done again."""
 
     tensors: np.ndarray
     reports: dict[str, np.ndarray]

@@ -44,7 +44,7 @@ class Scalars(NamedTuple):
     energy: Scalar  # sum w_t n_t
     trace: Scalar  # sum w_t tr_t
     inverse_trace: Scalar  # sum w_t / tr_t
-    count: Scalar
+    experts: Scalar
     log_energy: Scalar  # sum ln n_t
     log_energy_squared: Scalar
 
@@ -137,7 +137,7 @@ def ace(
             return Statistic(scalars, _add_gram(sums, delta, rows, trace, weight))
         sums = (*sums, _factor(delta, rank, weight, trace))
         if form == "auto" and sum(s.right.shape[0] for s in sums) >= delta.shape[1]:
-            return Statistic(scalars, _gram_of_rows(sums, delta.shape))
+            return Statistic(scalars, _gram_of_rows(sums, *delta.shape))
         return Statistic(scalars, sums)
 
     def report(statistic: Statistic) -> tuple[Float[Array, "out in"], Report]:
@@ -232,7 +232,7 @@ def _scalars(n_t: Array, trace: Array, weight: Array) -> Scalars:
 
 def _gate(scalars: Scalars, kind: str, tau: float) -> tuple[Scalar, Bool[Array, ""]]:
     """`Var[ln n] / (Mean[ln n]^2 + 1e-12)` with the unbiased variance; one expert is homogeneous."""
-    count = scalars.count
+    count = scalars.experts
     mean = _mean(scalars.log_energy, count)
     variance = (scalars.log_energy_squared - count * mean**2) / jnp.maximum(count - 1, 1)
     value = jnp.maximum(variance, 0) / ((mean**2 + TINY) if kind == "paper" else 1)
@@ -266,8 +266,8 @@ def _delta(rows: Rows) -> Array:
     return rows.right if rows.left is None else linalg.matmul(rows.left, rows.right)
 
 
-def _gram_of_rows(experts: tuple[Rows, ...], shape: tuple[int, int]) -> GramSums:
-    sums = _gram_zeros(*shape, experts[0].right.dtype)
+def _gram_of_rows(experts: tuple[Rows, ...], m: int, n: int) -> GramSums:
+    sums = _gram_zeros(m, n, experts[0].right.dtype)
     for expert in experts:
         delta = _delta(expert)
         sums = _add_gram(sums, delta, centred(delta), expert.trace, expert.weight)
@@ -352,11 +352,10 @@ def _solve_narrow(
 
     def residual() -> Array:  # a block of F is sqrt(w_t a_t) F_t, so D_t F^T F is the cross term's share
         deltas = [_delta(expert) for expert in experts]
-        total = sum(expert.weight * delta for expert, delta in zip(experts, deltas, strict=True))
-        cross = sum(
-            linalg.matmul(linalg.matmul(delta, block.T), block)
-            for delta, block in zip(deltas, f_blocks, strict=True)
-        )
+        total, cross = jnp.zeros_like(merged), jnp.zeros_like(merged)
+        for expert, delta, block in zip(experts, deltas, f_blocks, strict=True):
+            total = total + expert.weight * delta
+            cross = cross + linalg.matmul(linalg.matmul(delta, block.T), block)
         return cross - _mean(linalg.matmul(linalg.matmul(total, f.T), f) + lam * total, scalars.weight)
 
     row_space = jnp.concatenate([expert.right for expert in experts])

@@ -1,0 +1,150 @@
+"""Shared by all tests: a calm environment, and tiny models on disk."""
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+# Before JAX or NumPy are imported, and for the processes that tests start.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one compilation of each step for all processes of a test run
+    _cache = tempfile.mkdtemp(prefix="cfmerge-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+
+import numpy as np
+import pytest
+
+import cfmerge
+
+Tensors = dict[str, np.ndarray]
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 16,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 12, "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}  # fmt: skip
+SHAPES = {
+    "model.embed_tokens.weight": (12, 8),
+    **{
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(2)
+        for name, shape in {
+            "self_attn.q_proj.weight": (8, 8), "mlp.up_proj.weight": (16, 8), "mlp.down_proj.weight": (8, 16),
+            "input_layernorm.weight": (8,),
+        }.items()
+    },
+    "model.norm.weight": (8,),
+    "lm_head.weight": (12, 8),
+}  # fmt: skip
+
+
+def _llama(expert: int = 0, dtype: object = np.float32) -> Tensors:
+    """Tensors of a tiny LLaMA: the base for expert 0, fine-tuned ones for 1, 2, ..."""
+    common, own = np.random.default_rng(0), np.random.default_rng(1000 + expert)
+    scale = 0.02 if expert else 0.0
+    return {
+        name: (common.standard_normal(shape) + scale * own.standard_normal(shape)).astype(dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+def _make_model(path: Path, tensors: Tensors | None = None, config: dict | None = LLAMA, shards: int = 1) -> Path:
+    """Writes a Hugging Face model directory, by the safetensors library; `config=None` leaves config.json out."""
+    from safetensors.numpy import save_file
+
+    tensors = _llama() if tensors is None else tensors
+    path.mkdir(parents=True)
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+    names = list(tensors)
+    weight_map = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[number::shards]}
+        save_file(part, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def _load(directory: Path) -> Tensors:
+    """All tensors of a model directory, read by the safetensors library."""
+    from safetensors.numpy import load_file
+
+    files = sorted(Path(directory).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _contents(directory: Path) -> dict[str, str]:
+    """Everything below a directory, hidden or not: `{relative path: SHA-256}`."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "-"
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+@pytest.fixture(scope="session")
+def llama() -> Callable[..., Tensors]:
+    """`llama(expert, dtype)`: tensors of a tiny LLaMA, 0 the base."""
+    return _llama
+
+
+@pytest.fixture(scope="session")
+def llama_config() -> dict:
+    return dict(LLAMA)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Path]:
+    """`make_model(path, tensors, config, shards)` writes a model directory."""
+    return _make_model
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[[Path], Tensors]:
+    """`load(directory)`: a model's tensors, as the safetensors library reads them."""
+    return _load
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, str]]:
+    """`contents(directory)`: SHA-256 of everything below it."""
+    return _contents
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> SimpleNamespace:
+    """A base and three experts in `tmp_path/in`: `.base`, `.experts`, `.tensors` (the base's first)."""
+    tensors = [_llama(number) for number in range(4)]
+    paths = [_make_model(tmp_path / "in" / f"m{number}", tensors[number]) for number in range(4)]
+    return SimpleNamespace(base=paths[0], experts=paths[1:], tensors=tensors)
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """`refused(words, base, experts, ...)`: the merge fails, says all the words, and changes nothing on disk."""
+
+    def check(words: list[str], base: Path, experts: object, method: str = "average", **options: object) -> str:
+        before = _contents(tmp_path)
+        options.setdefault("output", tmp_path / "out")
+        with pytest.raises(cfmerge.CfmergeError) as caught:
+            cfmerge.merge(base, experts, method, **options)
+        message = str(caught.value)
+        for word in words:
+            assert word in message
+        assert _contents(tmp_path) == before, "the merge left something behind"
+        return message
+
+    return check
