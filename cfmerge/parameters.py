@@ -105,7 +105,7 @@ EMBEDDING = re.compile(
     r"|class_token|position_ids_table|relative_attention_bias|distance_embedding|embed_out|patch_embed\w*)([./]|$)"
     r"|predictions\.decoder|text_projection|conv_proj|position_bias)"
 )
-PATCH = re.compile(r"(patch_embed\w*|conv_proj|visual[./]conv1)[./]")
+PATCH = re.compile(r"(patch_embed\w*|conv_proj|visual[./]conv1|(^|[./])embedding)[./]")
 HEAD = re.compile(
     r"(^|[./])(classifier\w*|score|qa_outputs|(seq|multi)_relationship|cls|head|heads|out_proj_head"
     r"|fc_head|logits|summary|classification_head|span_predictor|regressor|lm_classifier)([./]|$)"
@@ -115,6 +115,8 @@ CONV1D = re.compile(r"(^|[./])(attn|crossattention|mlp)[./](c_attn|c_proj|c_fc|q
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt2-moe"}
 TORCH_MATRIX = re.compile(r"(weight|_weight)$")
 FLAX_KERNEL = re.compile(r"(^|[./])kernel$")
+DEPTHWISE = "one input channel per filter (depthwise, or images of one channel): no common input matrix"
+BIAS = re.compile(r"(^|[./])(bias|scale)$")  # of whatever shape, not a matrix
 
 
 def classify(
@@ -147,7 +149,7 @@ def _classify_one(
     def parameter(kind: Kind, layout: str = "", note: str = "", conv1d: bool = False) -> Parameter:
         return Parameter(name, shape, dtype, kind, layout, conv1d, note)
 
-    if not is_float(dtype) or RUNNING.search(name) or is_attention_mask(name, shape):
+    if not is_float(dtype) or _is_running(name, shapes) or is_attention_mask(name, shape):
         return parameter(Kind.OTHER)
     lead = "b" if any(name.startswith(prefix) for prefix in stacked) else ""
     inner = shape[len(lead) :]
@@ -155,7 +157,8 @@ def _classify_one(
     if len(inner) < 2:
         return parameter(Kind.HEAD if head else Kind.VECTOR)
     if not head and (PATCH if len(inner) > 3 else EMBEDDING).search(name):
-        layout = {2: "io" if FLAX_KERNEL.search(name) else "oi"}.get(len(shape), "")
+        transposed = FLAX_KERNEL.search(name) or name.endswith("text_projection")  # OpenCLIP: x @ projection
+        layout = {2: "io" if transposed else "oi"}.get(len(shape), "")
         return parameter(Kind.EMBEDDING, layout)
     if FLAX_KERNEL.search(name):
         layout = _kernel_layout(name, shape, shapes, lead)
@@ -170,15 +173,13 @@ def _classify_one(
     else:
         layout = ""
     if not layout:
-        return parameter(
-            Kind.HEAD if head else Kind.VECTOR,
-            note="its axes are not known from its name: give a rule with a layout to solve it",
-        )
+        note = "its axes are not known from its name: give a rule with a layout to solve it"
+        return parameter(Kind.HEAD if head else Kind.VECTOR, note="" if BIAS.search(name) else note)
     kind = Kind.CONVOLUTION if layout.count("i") > 1 and layout.count("o") == 1 else Kind.MATRIX
     if kind is Kind.CONVOLUTION and FLAX_KERNEL.search(name) and len(inner) == 3 and _is_attention_out(name):
         kind = Kind.MATRIX
     if kind is Kind.CONVOLUTION and _is_depthwise(shape, layout):
-        return parameter(Kind.VECTOR, note="one input channel per filter (depthwise): no common input matrix")
+        return parameter(Kind.VECTOR, note=DEPTHWISE)
     return parameter(Kind.HEAD if head else kind, layout)
 
 
@@ -189,12 +190,20 @@ def is_float(dtype: str) -> bool:
 
 def is_attention_mask(name: str, shape: Shape) -> bool:
     """GPT-2's causal mask, stored by some versions as `attn.bias` of shape (1, 1, positions, positions)."""
-    return bool(re.search(r"attn[./](bias|masked_bias)$", name)) and len(shape) != 1
+    is_mask = shape == () or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
+    return is_mask and bool(re.search(r"attn(ention)?[./](bias|masked_bias)$", name))
+
+
+def _is_running(name: str, shapes: Iterable[str]) -> bool:
+    """Statistics of a batch norm: PyTorch's, linen's `batch_stats`, and nnx's, `mean` beside `var`."""
+    found = re.search(r"(^|[./])(mean|var)$", name)
+    beside = name[: found.start(2)] + {"mean": "var", "var": "mean"}[found[2]] if found else ""
+    return bool(RUNNING.search(name)) or beside in shapes
 
 
 def _is_depthwise(shape: Shape, layout: str) -> bool:
     channels = [size for size, letter in zip(shape, layout, strict=True) if letter == "i"]
-    in_channels = channels[0] if layout[0] != "i" else channels[-1]
+    in_channels = channels[0] if layout.lstrip("b")[0] != "i" else channels[-1]
     out = next(size for size, letter in zip(shape, layout, strict=True) if letter == "o")
     return in_channels == 1 and out > 1
 
@@ -221,20 +230,26 @@ def _conv1d(
 
 
 def _kernel_layout(name: str, shape: Shape, shapes: Mapping[str, tuple[Shape, str]], lead: str) -> str:
-    """A Flax kernel: dense `io`, attention `ioo` / `iio`, convolution `i..io`, with `b` in front if stacked."""
+    """A Flax kernel: dense `io`, attention `ioo` / `iio`, convolution `i..io`, with `b` in front if stacked.
+
+    Empty where name, bias and shape leave it open (such as layers stacked along another axis).
+    """
     inner = shape[len(lead) :]
-    separator = name[-7] if len(name) > 6 else "/"
-    module = re.split(r"[./]", name)[-2] if separator in name else ""
-    bias = shapes.get(name.removesuffix("kernel") + "bias")
+    module = re.split(r"[./]", name)[-2] if name != "kernel" else ""
+    bias = shapes.get(name.removesuffix("kernel") + "bias", ((), ""))[0]
+    projects = module in {"query", "key", "value"}
     if len(inner) == 2:
         return lead + "io"
-    if len(inner) == 3 and not lead and bias is not None and bias[0] == (shape[0], shape[2]) != shape[1:]:
+    if len(inner) == 3 and not lead and bias == (shape[0], shape[2]) != shape[1:]:
         return "bio"  # bias (layers, out)
-    if len(inner) == 3 and (
-        module in {"query", "key", "value"} or (bias is not None and bias[0][len(lead) :] == inner[1:])
-    ):
+    splits = bias[len(lead) :] == inner[1:] and (lead or bias != (shape[0], shape[2]))  # bias (heads, head_dim)
+    if len(inner) == 3 and (projects or splits):
         return lead + "ioo"
-    return lead + "i" * (len(inner) - 1) + "o"
+    window = len(inner) > 3 and max(inner[:-2]) <= 16 and not projects and module != "out"
+    read_out = len(inner) == 3 and module == "out"
+    if bias[len(lead) :] == inner[-1:] or "conv" in name.lower() or window or read_out:
+        return lead + "i" * (len(inner) - 1) + "o"
+    return ""
 
 
 def _is_attention_out(name: str) -> bool:
@@ -245,13 +260,13 @@ def _stacked_prefixes(shapes: Mapping[str, tuple[Shape, str]]) -> list[str]:
     """Prefixes of Flax modules whose parameters all carry one leading axis of stacked layers.
 
     A norm's `scale` has one axis; where it has two, the first is the stack's, and it is that of every parameter
-    below the same top-level module.
+    below the same module, or of the whole tree.
     """
     prefixes = []
     for name, (shape, _) in shapes.items():
         if re.search(r"(^|[./])scale$", name) and len(shape) == 2:
             parts = re.split(r"([./])", name)
-            for depth in range(2, len(parts), 2):
+            for depth in range(0, len(parts), 2):
                 prefix = "".join(parts[:depth])
                 below = [s for other, (s, _) in shapes.items() if other.startswith(prefix)]
                 if all(s and s[0] == shape[0] for s in below):

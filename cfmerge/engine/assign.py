@@ -35,13 +35,14 @@ class Assignment:
 
 
 def assign(
-    parameters: Mapping[str, Parameter], method: Method, rules: Sequence[Rule] = ()
+    parameters: Mapping[str, Parameter], method: Method, rules: Sequence[Rule] = (), others: Iterable[str] = ()
 ) -> dict[str, Assignment]:
     """What is done with every parameter.
 
     By default matrices and convolutions go through the method, everything else that is floating-point gets the
     mean of the deltas, and integers stay as they are in the base; an entrywise method takes all floating-point
-    parameters but running statistics. The first rule whose pattern matches a name overrides this.
+    parameters but running statistics. The first rule whose pattern matches a name overrides this. `others` are
+    names that the base lacks, which a rule may skip.
 
     Raises:
         CfmergeError: a rule matches nothing, names an unknown method, or a layout that does not fit.
@@ -68,7 +69,7 @@ def assign(
             result[name] = _explicit(changed, made[number] or method, rule)
         else:
             result[name] = dataclasses.replace(_default(changed, method, average), rule=rule)
-    _check_used(rules, used, parameters)
+    _check_used(rules, used, parameters, others)
     return result
 
 
@@ -115,10 +116,12 @@ def _for_layout(parameter: Parameter, method: Method) -> Method:
     return method if parameter.conv1d or method.without_conv1d is None else method.without_conv1d
 
 
-def _check_used(rules: Sequence[Rule], used: Iterable[bool], names: Iterable[str]) -> None:
-    names = list(names)
+def _check_used(
+    rules: Sequence[Rule], used: Iterable[bool], names: Iterable[str], others: Iterable[str]
+) -> None:
+    names, others = list(names), list(others)
     for rule, was_used in zip(rules, used, strict=True):
-        if was_used:
+        if was_used or (rule.method == "skip" and any(fnmatch.fnmatchcase(name, rule.match) for name in others)):
             continue
         shadowed = any(fnmatch.fnmatchcase(name, rule.match) for name in names)
         raise CfmergeError(

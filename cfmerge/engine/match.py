@@ -1,6 +1,7 @@
 """How the experts' tensors correspond to the base's, judged by headers alone; everything that does not fit."""
 
 import dataclasses
+import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 
@@ -8,8 +9,9 @@ from cfmerge.checkpoints import Checkpoint, TensorInfo
 from cfmerge.engine.assign import Action, Assignment
 from cfmerge.errors import nearest
 from cfmerge.parameters import HEAD, Kind, is_attention_mask, is_float
-from cfmerge.recipe import Expert, Recipe
+from cfmerge.recipe import Expert, Recipe, Rule
 
+UNSHARED_HEAD = re.compile(r"(^|[./])(pooler|lm_head)([./]|$)")  # part of the trunk where all models have it
 VOCABULARY = re.compile(
     r"(embed_tokens|word_embeddings|wte|lm_head|shared|predictions\.(decoder|bias)|embed_in|embed_out)"
 )
@@ -49,7 +51,7 @@ def match_experts(
         return result
     _settle_heads(recipe, base, experts, specs, result)
     for spec, expert, sources in zip(specs, experts, result.sources, strict=True):
-        _check_expert(base, spec, expert, sources, result)
+        _check_expert(recipe, base, spec, expert, sources, result)
     return result
 
 
@@ -104,12 +106,18 @@ def _settle_heads(
     recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint], specs: Sequence[Expert], result: Matched
 ) -> None:
     """Heads that not all models share in one shape need a choice; so do heads when a choice was made."""
-    base_heads = [n for n, a in result.assignments.items() if a.parameter.kind is Kind.HEAD and a.rule is None]
+    base_heads = [
+        name for name, assignment in result.assignments.items()
+        if assignment.rule is None and (
+            assignment.parameter.kind is Kind.HEAD
+            or (UNSHARED_HEAD.search(name) and any(name not in sources for sources in result.sources))
+        )
+    ]  # fmt: skip
     lines = []
     expert_heads: list[list[str]] = []
     for spec, expert, sources in zip(specs, experts, result.sources, strict=True):
         known = set(sources.values()) | set(expert.ties)
-        extra = [name for name in expert.tensors if name not in known and HEAD.search(name)]
+        extra = [name for name in expert.tensors if name not in known and _is_head(name)]
         ours = [sources[name] for name in base_heads if name in sources]
         expert_heads.append([*ours, *extra])
         lines += [f"  {spec.name}: {name} {expert.tensors[name].shape} is not in the base" for name in extra]
@@ -143,14 +151,30 @@ def _settle_heads(
             sources.pop(name, None)
 
 
+def _is_head(name: str) -> bool:
+    """Whether a tensor that not all models have is a head's."""
+    return bool(HEAD.search(name) or UNSHARED_HEAD.search(name))
+
+
+def _skips(rule: Rule, name: str) -> bool:
+    return rule.method == "skip" and fnmatch.fnmatchcase(name, rule.match)
+
+
 def _check_expert(
-    base: Checkpoint, spec: Expert, expert: Checkpoint, sources: Mapping[str, str], result: Matched
+    recipe: Recipe, base: Checkpoint, spec: Expert, expert: Checkpoint, sources: Mapping[str, str], result: Matched
 ) -> None:
     used = set(sources.values())
     extra = [
         name for name in expert.tensors
-        if name not in used and expert.ties.get(name) not in used and not HEAD.search(name)
+        if name not in used and expert.ties.get(name) not in used and not _is_head(name)
     ]  # fmt: skip
+    skipped = [name for name in extra if any(_skips(rule, name) for rule in recipe.rules)]
+    if skipped:
+        result.notes.append(
+            f"expert {spec.name!r}: {len(skipped)} tensors that the base lacks are left out by rule, such as "
+            f"{skipped[0]!r}"
+        )
+        extra = [name for name in extra if name not in skipped]
     tied_to = set(base.ties) | {name for name in expert.tensors if name in expert.ties}
     buffers = [
         n for n in extra
@@ -190,7 +214,8 @@ def _check_expert(
     for name in floats[:5]:
         result.problems.append(
             f"expert {spec.name!r} ({spec.path}) has a tensor that the base lacks: {name!r} "
-            f"{expert.tensors[name].shape}{nearest(name, missing) if missing else ''}"
+            f"{expert.tensors[name].shape}{nearest(name, missing) if missing else ''} (to leave it out: a rule "
+            "with method skip)"
         )
     if len(floats) > 5:
         result.problems.append(f"expert {spec.name!r} has {len(floats) - 5} more tensors that the base lacks")

@@ -147,7 +147,7 @@ def make_plan(recipe: Recipe) -> Plan:
     parameters = _parameters(base)
     tied = {alias: name for alias, name in base.ties.items() if alias in parameters and alias != name}
     own = {name: parameter for name, parameter in parameters.items() if name not in tied}
-    assignments = assign(own, method, recipe.rules)
+    assignments = assign(own, method, recipe.rules, {name for expert in experts for name in expert.tensors})
     matched = match_experts(recipe, base, experts, specs, assignments)
     if matched.problems:
         shown = matched.problems[:20]

@@ -1,0 +1,301 @@
+"""The command line, run as a subprocess: what people and scripts see."""
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+import cfmerge
+from cfmerge.recipe import load as load_recipe
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, make_model, llama):
+    """A directory with base, e1, e2, e3, and `files`, its contents."""
+    folder = tmp_path_factory.mktemp("cli")
+    for number, name in enumerate(("base", "e1", "e2", "e3")):
+        make_model(folder / name, llama(number))
+    return folder
+
+
+@pytest.fixture
+def cli(models):
+    """`cli(*arguments)` runs `python -m cfmerge` beside the models: `.code`, `.out`, `.err`."""
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "cfmerge", *map(str, arguments)],
+            cwd=models, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+    return run
+
+
+EXPERTS = ("-e", "e1", "-e", "e2", "-e", "e3")
+
+
+def test_importing_is_light():
+    """Neither `import cfmerge` nor `--help` imports JAX, torch or transformers."""
+    script = """
+import sys, cfmerge
+def heavy():
+    return sorted({"jax", "jaxlib", "flax", "torch", "transformers", "orbax", "matplotlib"} & set(sys.modules))
+assert not heavy(), heavy()
+assert "merge_params" in dir(cfmerge) and cfmerge.__version__
+from cfmerge.cli import main
+for arguments in (["--help"], ["merge", "--help"], ["--version"]):
+    sys.argv = ["cfmerge", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+    assert not heavy(), (arguments, heavy())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"cfmerge {cfmerge.__version__}" in done.stdout
+
+
+def test_merging_does_not_import_torch(models, tmp_path):
+    script = (
+        "import sys, cfmerge\n"
+        "cfmerge.merge('base', ['e1', 'e2'], 'average', output=sys.argv[1])\n"
+        "print(sorted({'torch', 'transformers', 'flax', 'orbax', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "out"], cwd=models, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_help_and_version(cli):
+    for option in ("-h", "--help"):
+        done = cli(option)
+        assert done.code == 0
+        for command in ("merge", "plan", "inspect", "methods", "demo"):
+            assert command in done.out
+    assert cli("--version").out.strip() == f"cfmerge {cfmerge.__version__}"
+
+
+def test_merge(cli, models, tmp_path, contents):
+    """What the command line makes is what the Python call makes; no progress where there is no terminal."""
+    done = cli("merge", "--base", "base", *EXPERTS, "-m", "task_arithmetic", "-p", "scale=2.5e-1", "-o", tmp_path / "a")
+    assert (done.code, done.err) == (0, "")
+    assert "task_arithmetic" in done.out
+    assert str(tmp_path / "a") in done.out
+    assert "\x1b" not in done.out
+    result = cfmerge.merge(
+        models / "base", [models / f"e{n}" for n in (1, 2, 3)], "task_arithmetic", parameters={"scale": 0.25},
+        output=tmp_path / "b",
+    )  # fmt: skip
+    assert result.plan.method.parameters == {"scale": 0.25}
+    assert contents(tmp_path / "a")["model.safetensors"] == contents(tmp_path / "b")["model.safetensors"]
+
+
+def test_merge_with_ace_by_default(cli, tmp_path):
+    parameters = ("-p", "eps=1e-5", "-p", "gate=log_variance")
+    done = cli("merge", "--base", "base", *EXPERTS, *parameters, "-q", "-o", tmp_path / "a")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    recipe = load_recipe(tmp_path / "a/README.md")
+    assert recipe.method == "ace"
+    assert recipe.parameters["eps"] == 1e-5
+    assert recipe.parameters["gate"] == "log_variance"
+
+
+def test_names_and_weights_of_experts(cli, models, tmp_path):
+    """PATH, NAME=PATH, NAME=PATH@WEIGHT, PATH@WEIGHT; a path with = or @ in it is a path."""
+    odd = models / "a=b@2"
+    odd.symlink_to("e3")
+    experts = ["-e", "maths=e1", "-e", "code=e2@0.5", "-e", "a=b@2"]
+    done = cli("merge", "--base", "base", *experts, "-m", "average", "--json", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    found = [(e.name, e.path, e.weight) for e in load_recipe(tmp_path / "out/README.md").resolved_experts()]
+    assert found == [("maths", "e1", 1.0), ("code", "e2", 0.5), ("e3", "a=b@2", 1.0)]
+    done = cli("plan", "--base", "base", "-e", "e1@2", "-e", "e2", "-m", "average")
+    assert "e1 (x2), e2" in done.out
+
+
+def test_merge_a_recipe(cli, models, tmp_path, load):
+    recipe = {
+        "base": "base", "experts": ["e1", {"path": "e2", "name": "second", "weight": 3}], "method": "average",
+        "rules": [{"match": Q, "method": "keep-base"}], "dtype": "float16",
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = cli("merge", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    found, base, one, two = (load(path) for path in (tmp_path / "out", *(models / n for n in ("base", "e1", "e2"))))
+    assert found[Q].dtype == np.float16
+    assert np.array_equal(found[Q], base[Q].astype(np.float16))
+    name = "model.norm.weight"
+    np.testing.assert_allclose(found[name], (one[name] + 3 * two[name]) / 4, rtol=1e-3)
+
+
+def test_the_command_line_goes_over_the_recipe(cli, tmp_path):
+    recipe = {"base": "elsewhere", "experts": ["e1", "e2"], "method": "ace", "parameters": {"tau": 0.5}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = cli("plan", tmp_path / "recipe.yaml", "--base", "base", "-p", "eps=2e-5", "--json")
+    told = json.loads(done.out)
+    assert (told["parameters"]["tau"], told["parameters"]["eps"]) == (0.5, 2e-5)
+    done = cli("plan", tmp_path / "recipe.yaml", "--base", "base", "-m", "average", "--json")
+    assert json.loads(done.out)["parameters"] == {}
+
+
+def test_json_of_a_merge(cli, models, tmp_path, contents):
+    done = cli("merge", "--base", "base", *EXPERTS, "-m", "average", "--json", "-o", tmp_path / "out")
+    assert (done.code, done.err) == (0, "")
+    events = [json.loads(line) for line in done.out.splitlines()]
+    assert [event["event"] for event in events[:-1]] == ["progress"] * (len(events) - 1)
+    assert len(events) > 2
+    shares = [event["bytes"] for event in events[:-1]]
+    assert shares == sorted(shares)
+    assert shares[-1] == events[0]["total"]
+    last = events[-1]
+    assert last["event"] == "done"
+    assert last["output"] == str(tmp_path / "out")
+    assert last["experts"] == ["e1", "e2", "e3"]
+    assert last["versions"]["cfmerge"] == cfmerge.__version__
+    assert contents(models)["base/model.safetensors"] in last["sha256"].values()
+    assert sum(row["tensors"] for row in last["counts"]) == 11
+
+
+def test_progress_in_a_terminal(models, tmp_path):
+    """Names and a bar on the terminal, the summary alone on stdout."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "cfmerge", "merge", "--base", "base", *EXPERTS, "-m", "average", "-o", tmp_path]
+    options = {"cwd": models, "env": os.environ | {"TERM": "xterm"}}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, **options) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", 0) as terminal:  # OSError: closed at the other end
+            while block := terminal.read(4096):
+                shown += block
+        out = process.stdout.read().decode()
+    assert process.returncode == 0
+    assert "merged by average" in out
+    assert "\x1b" not in out
+    assert b"weight" in shown
+    assert b"kB" in shown or b"bytes" in shown
+
+
+def test_plan(cli, models, contents):
+    before = contents(models)
+    done = cli("plan", "--base", "base", *EXPERTS)
+    assert done.code == 0
+    for text in ("ace", "eps_rel=", "matrix", "embedding", "average", "largest working set", "e1, e2, e3"):
+        assert text in done.out
+    assert Q not in done.out
+    assert Q in cli("plan", "--base", "base", *EXPERTS, "--tensors").out
+    assert "too large" in cli("plan", "--base", "base", *EXPERTS, "--memory", "1kB").out
+    assert contents(models) == before
+
+
+def test_plan_reads_headers_only(cli, models, make_model, tmp_path, llama):
+    """Contents that a merge refuses do not trouble a plan."""
+    spoiled = make_model(tmp_path / "nan", {name: t * np.float32(np.nan) for name, t in llama().items()})
+    assert cli("plan", "--base", "base", "-e", "e1", "-e", spoiled).code == 0
+
+
+def test_json_of_a_plan(cli):
+    told = json.loads(cli("plan", "--base", "base", *EXPERTS, "--json").out)
+    assert told["method"] == "ace"
+    assert told["bytes_read"] == 4 * told["bytes_written"]
+    row = next(row for row in told["tensors"] if row["name"] == Q)
+    assert (row["kind"], row["layout"], row["shape"], row["what"]) == ("matrix", "(out, in)", [8, 8], "ace")
+
+
+def test_inspect(cli, models, make_model, tmp_path, llama, llama_config):
+    tied = make_model(tmp_path / "tied", llama(), llama_config | {"tie_word_embeddings": True}, shards=2)
+    done = cli("inspect", tied)
+    assert done.code == 0
+    for text in (Q, "matrix", "(out, in)", "float32", "model-00002-of-00002.safetensors", "llama", "11 tensors"):
+        assert text in done.out
+    assert "tied: lm_head.weight = model.embed_tokens.weight (stored too)" in done.out
+    told = json.loads(cli("inspect", models / "base/model.safetensors", "--json").out)
+    assert told["files"] == ["model.safetensors"]
+    assert told["ties"] == {}
+    assert told["parameters"] * 4 == told["bytes"]
+    assert {row["name"] for row in told["tensors"]} == set(llama())
+
+
+def test_inspect_tells_of_ties_that_are_not_stored(cli, make_model, tmp_path, llama, llama_config):
+    tensors = {name: tensor for name, tensor in llama().items() if name != "lm_head.weight"}
+    path = make_model(tmp_path / "tied", tensors, llama_config | {"tie_word_embeddings": True})
+    assert "tied: lm_head.weight = model.embed_tokens.weight (not stored)" in cli("inspect", path).out
+
+
+def test_methods(cli):
+    everything = cli("methods").out
+    for name in ("ace", "average", "task_arithmetic", "2603.02945", "eps_rel"):
+        assert name in everything
+    assert "task_arithmetic" not in cli("methods", "ace").out
+    told = json.loads(cli("methods", "--json").out)
+    assert [entry["name"] for entry in told] == sorted(cfmerge.methods.registry())
+    for entry in told:
+        assert entry["summary"]
+        assert entry["source"]
+        assert all(parameter["doc"] for parameter in entry["parameters"].values()), entry
+    done = cli("methods", "acee")
+    assert done.code == 1
+    assert "did you mean 'ace'" in done.err
+
+
+WRONG = {
+    "no base": (["merge", "-e", "e1", "-e", "e2", "-o", "out"], 1, "--base"),
+    "no experts": (["merge", "--base", "base", "-o", "out"], 1, "--expert"),
+    "no output": (["merge", "--base", "base", *EXPERTS], 2, "--output"),
+    "missing model": (["merge", "--base", "base", "-e", "e1", "-e", "e9", "-o", "out"], 1, "e9: no such file"),
+    "parameter without a value": (["merge", "--base", "base", *EXPERTS, "-p", "eps", "-o", "out"], 1, "KEY=VALUE"),
+    "unknown method": (["merge", "--base", "base", *EXPERTS, "-m", "acee", "-o", "out"], 1, "did you mean 'ace'"),
+    "unknown option": (["merge", "--base", "base", *EXPERTS, "--methd", "ace", "-o", "out"], 2, "--methd"),
+    "unknown choice": (["merge", "--base", "base", *EXPERTS, "--heads", "all", "-o", "out"], 2, "keep-base"),
+    "unknown leave": (["merge", "--base", "base", *EXPERTS, "--allow", "all", "-o", "out"], 1, "allow"),
+    "bad memory": (["merge", "--base", "base", *EXPERTS, "--memory", "lots", "-o", "out"], 1, "not a size"),
+    "missing recipe": (["merge", "none.yaml", "-o", "out"], 1, "none.yaml"),
+    "output exists": (["merge", "--base", "base", *EXPERTS, "-m", "average", "-o", "e1"], 1, "holds an input"),
+    "no model": (["inspect", "nowhere"], 1, "nowhere: no such file"),
+    "unknown command": (["merg"], 2, "merg"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use(cli, models, contents, case):
+    arguments, code, word = WRONG[case]
+    before = contents(models)
+    done = cli(*arguments)
+    assert done.code == code
+    assert word in " ".join(done.err.split())
+    assert done.out == ""
+    assert contents(models) == before
+
+
+def test_errors_as_json(cli):
+    done = cli("merge", "--base", "base", "-e", "e1", "-e", "e9", "--json", "-o", "out")
+    assert done.code == 1
+    event = json.loads(done.out)
+    assert event["event"] == "error"
+    assert "e9" in event["message"]
+
+
+def test_nothing_said_is_help(cli):
+    done = cli()
+    assert "merge" in done.out + done.err
+
+
+def test_a_name_that_looks_like_markup(cli, make_model, tmp_path, llama):
+    """Tensor names in brackets are shown as they are."""
+    path = make_model(tmp_path / "m", {"w[bold].weight": llama()[Q], "[/red]": np.ones(2, np.float32)})
+    done = cli("inspect", path)
+    assert done.code == 0
+    assert "w[bold].weight" in done.out
+    assert "[/red]" in done.out

@@ -1,0 +1,640 @@
+"""Bad input: the message names what, where and the way out, and nothing is left on disk.
+
+`refused` (conftest) runs the merge, looks for the words, and compares everything on disk before and after.
+"""
+
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+import cfmerge
+from cfmerge import Expert, Rule
+from cfmerge.errors import CfmergeError
+from cfmerge.recipe import load, parse, parse_size
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+EMBED = "model.embed_tokens.weight"
+
+
+def rewrite(directory, change):
+    """Changes the tensors of a model in place."""
+    from safetensors.numpy import load_file
+
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def spoil(directory, name, value, at=0):
+    def change(tensors):
+        tensors[name].reshape(-1)[at] = value
+
+    rewrite(directory, change)
+
+
+# --- the expert is not of the base -------------------------------------------------------------------------------
+
+
+def test_another_architecture(family, refused, make_model, tmp_path, llama, llama_config):
+    other = make_model(tmp_path / "other", llama(1), llama_config | {"model_type": "mistral"})
+    refused(["'other'", str(other), "'mistral'", "'llama'", "architecture"], family.base, [family.experts[0], other])
+
+
+def test_missing_tensor(family, refused):
+    rewrite(family.experts[1], lambda tensors: tensors.pop(Q))
+    refused(["'m2'", str(family.experts[1]), repr(Q), "(8, 8)", "keep-base"], family.base, family.experts)
+
+
+def test_extra_tensor(family, refused):
+    rewrite(family.experts[2], lambda tensors: tensors.update({"model.new.weight": np.ones((3, 2), np.float32)}))
+    refused(["'m3'", "'model.new.weight'", "(3, 2)", "base lacks"], family.base, family.experts)
+
+
+def test_renamed_tensor(family, refused):
+    """The nearest name is suggested, both ways."""
+    rewrite(family.experts[0], lambda tensors: tensors.update({UP.replace("up_proj", "up_prj"): tensors.pop(UP)}))
+    message = refused([], family.base, family.experts)
+    lacks, has = message.split("\n")
+    assert "'m1'" in lacks
+    assert "lacks tensor " + repr(UP) in lacks
+    assert "did you mean 'model.layers.1.mlp.up_prj.weight'" in lacks
+    assert "'model.layers.1.mlp.up_prj.weight'" in has
+    assert f"did you mean {UP!r}" in has
+
+
+def test_all_problems_at_once(family, refused):
+    """Header problems of all experts come in one message, before a tensor is read."""
+    rewrite(family.experts[0], lambda tensors: tensors.pop(Q))
+    rewrite(family.experts[1], lambda tensors: tensors.update({UP: np.ones((8, 8), np.float32)}))
+    spoil(family.experts[2], Q, np.nan)
+    message = refused(["'m1'", repr(Q), "'m2'", repr(UP)], family.base, family.experts)
+    assert "NaN" not in message
+
+
+def test_many_problems_are_cut(family, refused, make_model, tmp_path):
+    nothing = make_model(tmp_path / "nothing", {"lm_head.weight": np.ones((12, 8), np.float32)})
+    message = refused(["5 more tensors"], family.base, [nothing, family.experts[0]])
+    assert len(message.split("\n")) == 6
+
+
+def test_shape_mismatch(family, refused):
+    """mergekit leaves such a tensor at the base, with a warning."""
+    rewrite(family.experts[1], lambda tensors: tensors.update({UP: np.ones((24, 8), np.float32)}))
+    words = ["'m2'", str(family.experts[1] / "model.safetensors"), repr(UP), "(24, 8)", "(16, 8)", "keep-base"]
+    refused(words, family.base, family.experts)
+
+
+def test_transposed_tensor(family, refused):
+    rewrite(family.experts[1], lambda tensors: tensors.update({UP: np.ascontiguousarray(tensors[UP].T)}))
+    refused(["'m2'", repr(UP), "(8, 16)", "(16, 8)"], family.base, family.experts)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.bool_, np.int64])
+def test_integers_for_floats(family, refused, dtype):
+    rewrite(family.experts[1], lambda tensors: tensors.update({Q: tensors[Q].astype(dtype)}))
+    refused(["'m2'", repr(Q), np.dtype(dtype).name, "float32", "dequantised"], family.base, family.experts)
+
+
+def test_floats_for_integers(refused, make_model, tmp_path, llama):
+    def model(name, number, dtype):
+        return make_model(tmp_path / name, llama(number) | {"model.position_ids": np.arange(4, dtype=dtype)})
+
+    base, one, two = model("a", 0, np.int64), model("b", 1, np.int64), model("c", 2, np.float32)
+    refused(["'c'", "'model.position_ids'", "float32", "int64"], base, [one, two])
+
+
+def test_quantised_base(family, refused, make_model, tmp_path, llama):
+    tensors = llama() | {Q: llama()[Q].astype(ml_dtypes.float8_e4m3fn)}
+    base = tmp_path / "base"
+    base.mkdir()
+    cfmerge.checkpoints.safetensors.save(base, tensors, {}, "model")
+    refused([str(base), repr(Q), "float8_e4m3fn", "bfloat16"], base, family.experts)
+
+
+def test_vocabulary_sizes(family, refused):
+    rewrite(family.experts[0], lambda tensors: tensors.update({EMBED: np.ones((13, 8), np.float32)}))
+    words = ["'m1'", repr(EMBED), "vocabulary", "13 rows", "12 in the base", "resize_token_embeddings", "keep-base"]
+    refused(words, family.base, family.experts)
+
+
+def test_vocabulary_sizes_the_named_way_out(family, tmp_path, load):
+    rewrite(family.experts[0], lambda tensors: tensors.update({EMBED: np.ones((13, 8), np.float32)}))
+    rules = [Rule(EMBED, "keep-base")]
+    result = cfmerge.merge(family.base, family.experts, "average", rules=rules, output=tmp_path / "out")
+    assert np.array_equal(load(result.output)[EMBED], family.tensors[0][EMBED])
+
+
+# --- NaN, infinity, overflow -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [Q, EMBED, "model.norm.weight"])
+def test_not_finite_in_an_expert(family, refused, name, value):
+    spoil(family.experts[1], name, value, at=-1)
+    words = ["expert 'm2'", str(family.experts[1]), repr(name), "NaN or infinity", "skip-expert"]
+    refused(words, family.base, family.experts)
+
+
+def test_not_finite_in_an_expert_with_ace(family, refused):
+    spoil(family.experts[2], UP, np.nan)
+    refused(["expert 'm3'", repr(UP), "NaN or infinity"], family.base, family.experts, "ace")
+
+
+@pytest.mark.parametrize("choice", ["error", "skip-expert"])
+def test_not_finite_in_the_base(family, refused, choice):
+    spoil(family.base, Q, np.nan)
+    message = refused([f"base ({family.base})", repr(Q)], family.base, family.experts, on_nonfinite=choice)
+    assert "skip-expert" not in message
+
+
+def test_not_finite_in_a_kept_tensor(family, refused):
+    spoil(family.base, EMBED, np.inf)
+    rules = [Rule(EMBED, "keep-base")]
+    refused([f"base ({family.base})", repr(EMBED), "NaN"], family.base, family.experts, rules=rules)
+
+
+def test_not_finite_in_an_exported_head(refused, make_model, tmp_path, llama):
+    def model(name, number, value):
+        return make_model(tmp_path / name, llama(number) | {"score.weight": np.full((2, 8), value, np.float32)})
+
+    base = make_model(tmp_path / "base")
+    refused(["'b'", "'score.weight'", "NaN"], base, [model("a", 1, 1), model("b", 2, np.nan)], heads="export")
+
+
+def test_skip_expert(family, tmp_path, load):
+    """The same as without it, and the notes, the card and its recipe say so."""
+    spoil(family.experts[1], Q, np.nan)
+    kept = [family.experts[0], family.experts[2]]
+    skipped = cfmerge.merge(
+        family.base, family.experts, "average", on_nonfinite="skip-expert", output=tmp_path / "skipped"
+    )
+    without = cfmerge.merge(family.base, kept, "average", output=tmp_path / "without")
+    files = [result.output / "model.safetensors" for result in (skipped, without)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [spec.name for spec in skipped.plan.expert_specs] == ["m1", "m3"]
+    assert any("'m2' was left out" in note and repr(Q) in note for note in skipped.notes)
+    card = skipped.output / "README.md"
+    assert "'m2' was left out" in card.read_text()
+    assert [expert.path for expert in load_experts(card)] == [str(path) for path in kept]
+
+
+def load_experts(card):
+    return load(card).resolved_experts()
+
+
+def test_skip_expert_needs_experts_that_are_left(family, refused):
+    for number in (0, 2):
+        spoil(family.experts[number], Q, np.nan)
+    refused(["'m3'", repr(Q), "1 expert is left"], family.base, family.experts, on_nonfinite="skip-expert")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_overflow_of_the_output(refused, make_model, tmp_path, llama, keep):
+    """float16 holds up to 65504; a merge that does not fit is not written."""
+    def model(name, number):
+        tensors = llama(number)
+        tensors[Q] = tensors[Q] * 1e5
+        return make_model(tmp_path / name, tensors)
+
+    models = [model(name, number) for number, name in enumerate("abc")]
+    rules = [Rule(Q, "keep-base")] if keep else []
+    refused([repr(Q), "float16"], models[0], models[1:], dtype="float16", rules=rules)
+
+
+def test_overflow_of_the_base_dtype(refused, make_model, tmp_path, llama):
+    """Experts fit, their sum does not."""
+    def model(name, value):
+        tensors = llama(dtype=np.float16)
+        tensors[Q] = tensors[Q] + np.float16(value)
+        return make_model(tmp_path / name, tensors)
+
+    models = [model("a", 0), model("b", 40_000), model("c", 41_000)]
+    words = [repr(Q), "float16", "--dtype float32"]
+    refused(words, models[0], models[1:], "task_arithmetic", parameters={"scale": 1})
+
+
+# --- corrupt files -----------------------------------------------------------------------------------------------
+
+
+def test_truncated_expert(family, refused):
+    path = family.experts[1] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    refused([str(path), "truncated"], family.base, family.experts)
+
+
+def test_pickled_expert(family, refused):
+    path = family.experts[1] / "model.safetensors"
+    path.write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    refused([str(path), "pickle", "not opened"], family.base, family.experts)
+
+
+def test_missing_expert(family, refused, tmp_path):
+    refused([str(tmp_path / "none"), "no such file"], family.base, [*family.experts, tmp_path / "none"])
+
+
+# --- the same model twice ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["path", "link", "copy", "in shards"])
+def test_base_as_expert(family, refused, make_model, tmp_path, how, llama):
+    path = family.base
+    if how == "link":
+        path = tmp_path / "link"
+        path.symlink_to(family.base)
+    elif how == "copy":
+        path = shutil.copytree(family.base, tmp_path / "copy")
+    elif how == "in shards":
+        path = make_model(tmp_path / "shards", llama(), shards=2)
+    words = [repr(path.resolve().name), str(path), "base", "--allow base-as-expert"]
+    refused(words, family.base, [path, family.experts[0]])
+
+
+def test_base_as_expert_allowed(family, tmp_path, load):
+    experts = [family.base, family.experts[0]]
+    cfmerge.merge(family.base, experts, "average", output=tmp_path / "out", allow=["base-as-expert"])
+    found = load(tmp_path / "out")
+    for name, tensor in family.tensors[1].items():
+        np.testing.assert_allclose(found[name], (family.tensors[0][name] + tensor) / 2, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_duplicate_experts(family, refused, tmp_path, copied):
+    one = family.experts[0]
+    two = shutil.copytree(one, tmp_path / "two") if copied else one
+    refused(["'m1'", "same", str(two), "--allow duplicate-experts"], family.base, [one, two, family.experts[1]])
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_duplicate_experts_count_twice(family, tmp_path, copied, load):
+    """mergekit keeps one of them."""
+    one, other = family.experts[:2]
+    two = shutil.copytree(one, tmp_path / "two") if copied else one
+    for method in ("task_arithmetic", "average"):
+        twice, heavy = tmp_path / f"{method}-twice", tmp_path / f"{method}-heavy"
+        result = cfmerge.merge(family.base, [one, two, other], method, output=twice, allow=["duplicate-experts"])
+        cfmerge.merge(family.base, [Expert(str(one), weight=2), Expert(str(other))], method, output=heavy)
+        assert any("'m1'" in note for note in result.notes)
+        a, b = load(twice), load(heavy)
+        for name in a:  # sums of another order: the last bit may differ
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-6, atol=1e-7)
+
+
+def test_names_of_experts_are_made_different(family, tmp_path):
+    """Two directories of one name; exported heads and notes need names that differ."""
+    for number, place in enumerate(("x/checkpoint", "y/checkpoint")):
+        shutil.copytree(family.experts[number], tmp_path / place)
+    recipe = parse({"base": "b", "experts": [str(tmp_path / p / "checkpoint") for p in "xy"]}, "test")
+    assert [expert.name for expert in recipe.resolved_experts()] == ["checkpoint", "y-checkpoint"]
+
+
+def test_two_experts_of_one_given_name(family, refused):
+    experts = [Expert(str(path), name="same") for path in family.experts]
+    refused(["'same'", str(family.experts[0]), str(family.experts[1])], family.base, experts)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a\\b", "a\0b"])
+def test_expert_name_that_is_no_file_name(family, refused, name):
+    refused([repr(name)], family.base, [Expert(str(family.experts[0]), name), Expert(str(family.experts[1]))])
+
+
+def test_one_expert(family, refused, tmp_path, load):
+    one = family.experts[:1]
+    refused([str(one[0]), "--allow one-expert"], family.base, one)
+    cfmerge.merge(family.base, one, "average", output=tmp_path / "out", allow=["one-expert"])
+    for name, tensor in load(tmp_path / "out").items():
+        np.testing.assert_allclose(tensor, family.tensors[1][name], rtol=1e-6, atol=1e-7)
+
+
+def test_no_experts(family, refused):
+    refused(["no experts"], family.base, [])
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [(1, -1, 0), (0, 0, 0), (0.1, 0.2, -0.3)])
+def test_weights_that_sum_to_nothing(family, refused, weights):
+    """mergekit writes infinity and NaN; 0.1 + 0.2 - 0.3 is not 0 in floating-point."""
+    experts = [Expert(str(path), weight=weight) for path, weight in zip(family.experts, weights, strict=True)]
+    refused(["sum to 0", f"m1: {weights[0]}", f"m2: {weights[1]}"], family.base, experts)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite(family, refused, weight):
+    experts = [Expert(str(family.experts[0]), weight=weight), Expert(str(family.experts[1]))]
+    refused([str(family.experts[0]), "weight", str(weight)], family.base, experts)
+
+
+def test_negative_weight_with_ace(family, refused):
+    experts = [Expert(str(family.experts[0]), weight=-1), *(Expert(str(path)) for path in family.experts[1:])]
+    refused(["'m1'", "positive weights", "-1", "task_arithmetic"], family.base, experts, "ace")
+
+
+# --- unknown words -----------------------------------------------------------------------------------------------
+
+
+def test_unknown_method(family, refused):
+    refused(["'averge'", "did you mean 'average'"], family.base, family.experts, "averge")
+    refused(["'zzz'", "ace", "task_arithmetic"], family.base, family.experts, "zzz")
+
+
+def test_unknown_parameter(family, refused):
+    words = ["'task_arithmetic'", "'scael'", "did you mean 'scale'"]
+    refused(words, family.base, family.experts, "task_arithmetic", parameters={"scael": 1})
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "words"),
+    [
+        ("task_arithmetic", {"scale": "much"}, ["'scale'", "'much'", "float"]),
+        ("task_arithmetic", {"scale": [1]}, ["'scale'", "[1]"]),
+        ("task_arithmetic", {"scale": float("nan")}, ["scale", "finite", "nan"]),
+        ("ace", {"eps": -1}, ["eps", "positive", "-1"]),
+        ("ace", {"k_frac": 1.5}, ["k_frac", "[0, 1]", "1.5"]),
+        ("ace", {"gate": "papre"}, ["'gate'", "'papre'"]),
+        ("ace", {"rank": 2.5}, ["'rank'", "2.5"]),
+    ],
+)
+def test_bad_value_of_a_parameter(family, refused, method, parameters, words):
+    refused(words, family.base, family.experts, method, parameters=parameters)
+
+
+UNKNOWN_KEYS = {
+    "recipe": ({"methdo": "ace"}, ["'methdo'", "did you mean 'method'"]),
+    "expert": ({"experts": [{"path": "x", "wieght": 2}]}, ["'wieght'", "experts", "did you mean 'weight'"]),
+    "rule": ({"rules": [{"match": "*", "metod": "skip"}]}, ["'metod'", "rules", "did you mean 'method'"]),
+    "top-level option of other tools": ({"normalize": True}, ["'normalize'"]),
+}
+
+
+@pytest.mark.parametrize("place", UNKNOWN_KEYS)
+def test_unknown_key(tmp_path, place):
+    content, words = UNKNOWN_KEYS[place]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"base": "b", "experts": ["x", "y"]} | content))
+    with pytest.raises(CfmergeError) as caught:
+        load(path)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"base": None}, ["base"]),
+        ({"experts": "x"}, ["experts"]),
+        ({"experts": [3]}, ["experts"]),
+        ({"experts": [{"name": "x"}]}, ["path"]),
+        ({"experts": [{"path": "x", "weight": "heavy"}]}, ["weight"]),
+        ({"parameters": [1]}, ["parameters"]),
+        ({"heads": "export-all"}, ["export-all", "heads"]),
+        ({"on_nonfinite": "ignore"}, ["ignore", "on_nonfinite"]),
+        ({"allow": ["everything"]}, ["everything", "allow"]),
+        ({"dtype": "float8"}, ["float8", "dtype"]),
+        ({"precision": "half"}, ["half", "precision"]),
+        ({"rules": [{"method": "skip"}]}, ["match"]),
+        ({"rules": [{"match": "*", "kind": "matrices"}]}, ["matrices", "kind"]),
+    ],
+)
+def test_bad_value_in_a_recipe(content, words):
+    with pytest.raises(CfmergeError) as caught:
+        parse({"base": "b", "experts": ["x", "y"]} | content, "recipe.yaml")
+    for word in ["recipe.yaml", *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("r.yaml", "a: [", "not valid YAML"),
+        ("r.yaml", "- 1", "mapping"),
+        ("r.yaml", "", "mapping"),
+        ("README.md", "# A model", "no recipe"),
+        ("r.yaml", b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_broken_recipe_file(tmp_path, name, content, word):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CfmergeError, match=word) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "five", "-1", "0", "nan", "1.2.3GB", "5XB", "5 G B"])
+def test_bad_size(text):
+    with pytest.raises(CfmergeError, match="is not a size"):
+        parse_size(text)
+
+
+def test_sizes():
+    sizes = {"5GB": 5 * 10**9, "512MiB": 512 << 20, "1000": 1000, "1.5k": 1500, "2 GiB": 2 << 30, "7B": 7}
+    assert {text: parse_size(text) for text in sizes} == sizes
+
+
+# --- the output --------------------------------------------------------------------------------------------------
+
+
+def test_output_exists(family, refused, make_model, tmp_path):
+    make_model(tmp_path / "out")
+    refused([str(tmp_path / "out"), "exists already", "--overwrite"], family.base, family.experts)
+
+
+def test_output_is_a_file(family, refused, tmp_path):
+    (tmp_path / "out").write_text("precious")
+    for overwrite in (False, True):
+        refused([str(tmp_path / "out"), "exists"], family.base, family.experts, overwrite=overwrite)
+
+
+def test_output_is_an_empty_directory(family, tmp_path):
+    (tmp_path / "out").mkdir()
+    cfmerge.merge(family.base, family.experts, "average", output=tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_overwrite(family, make_model, tmp_path, contents, llama):
+    make_model(tmp_path / "out", {"old": np.ones(3, np.float32)}, shards=1)
+    (tmp_path / "out/old.txt").write_text("old")
+    cfmerge.merge(family.base, family.experts, "average", output=tmp_path / "out", overwrite=True)
+    assert set(contents(tmp_path / "out")) == {"README.md", "config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+    assert set(cfmerge.open_checkpoint(tmp_path / "out").tensors) == set(llama())
+
+
+def test_overwrite_of_what_is_no_model(family, refused, tmp_path):
+    """A mistyped -o does not cost somebody their home directory."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("precious")
+    refused([str(tmp_path / "out"), "not overwritten"], family.base, family.experts, overwrite=True)
+
+
+PLACES = {
+    "the base": (lambda family: family.base, "holds an input"),
+    "an expert": (lambda family: family.experts[1], "holds an input"),
+    "around all inputs": (lambda family: family.base.parent, "holds an input"),
+    "in the base": (lambda family: family.base / "merged", "lies in an input"),
+    "deep in an expert": (lambda family: family.experts[2] / "a/b/c", "lies in an input"),
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_output_on_an_input(family, refused, place, overwrite):
+    where, word = PLACES[place]
+    output = where(family)
+    refused([str(output), word], family.base, family.experts, output=output, overwrite=overwrite)
+
+
+def test_output_is_a_base_of_links(family, refused, tmp_path):
+    """The hub's cache holds links to files that lie elsewhere."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in family.base.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    words = [str(snapshot), "holds an input"]
+    refused(words, snapshot, family.experts, output=snapshot, overwrite=True)
+
+
+def test_output_is_a_link_to_the_base(family, refused, tmp_path):
+    (tmp_path / "link").symlink_to(family.base)
+    refused(["holds an input"], family.base, family.experts, output=tmp_path / "link", overwrite=True)
+
+
+def test_new_parents_of_a_failed_output_do_not_stay(family, refused, tmp_path):
+    spoil(family.experts[0], Q, np.nan)
+    refused([repr(Q)], family.base, family.experts, output=tmp_path / "new/deep/out")
+
+
+def test_unwritable_output(family, refused):
+    words = ["/proc/none/out", "nothing was written"]
+    refused(words, family.base, family.experts, output="/proc/none/out")
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_not_enough_memory(family, refused):
+    """Known from the headers: nothing is read. The named way out works."""
+    spoil(family.experts[0], Q, np.nan)
+    words = ["model.layers.0.mlp.down_proj.weight", "(8, 16)", "--memory", "method: average", "MiB"]
+    refused(words, family.base, family.experts, "ace", memory=8_000)
+
+
+def test_not_enough_memory_the_named_way_out(family, tmp_path):
+    rules = [Rule("*.down_proj.weight", "average")]
+    result = cfmerge.merge(
+        family.base, family.experts, "ace", memory=8_000, rules=rules, output=tmp_path / "out"
+    )
+    assert result.plan.counts()["matrix", "average"] == 2
+
+
+def test_bad_memory(family, refused):
+    refused(["'plenty'", "is not a size"], family.base, family.experts, memory="plenty")
+
+
+# --- integers and ties -------------------------------------------------------------------------------------------
+
+
+def with_buffers(make_model, path, tensors, ids=(0, 1, 2), batches=7):
+    buffers = {
+        "model.position_ids": np.array([ids]),
+        "model.norm.num_batches_tracked": np.array(batches),
+        "model.mask": np.array([True, False]),
+    }
+    return make_model(path, tensors | buffers)
+
+
+def test_integers_that_agree(make_model, tmp_path, llama, load):
+    """They stay integers of their dtype and shape; `num_batches_tracked` differs by nature and is the base's."""
+    models = [with_buffers(make_model, tmp_path / f"m{n}", llama(n), batches=100 * n) for n in range(3)]
+    cfmerge.merge(models[0], models[1:], "average", output=tmp_path / "out")
+    found, expected = load(tmp_path / "out"), load(models[0])
+    for name in ("model.position_ids", "model.norm.num_batches_tracked", "model.mask"):
+        assert (found[name].dtype, found[name].shape) == (expected[name].dtype, expected[name].shape)
+        assert np.array_equal(found[name], expected[name])
+
+
+def test_integers_that_disagree(make_model, tmp_path, llama, refused, load):
+    base = with_buffers(make_model, tmp_path / "a", llama(0))
+    experts = [
+        with_buffers(make_model, tmp_path / "b", llama(1)),
+        with_buffers(make_model, tmp_path / "c", llama(2), ids=(0, 1, 9)),
+    ]
+    refused(["'c'", str(experts[1]), "'model.position_ids'", "int64", "keep-base"], base, experts)
+    rules = [Rule("model.position_ids", "keep-base")]
+    cfmerge.merge(base, experts, "average", rules=rules, output=tmp_path / "out")
+    assert load(tmp_path / "out")["model.position_ids"].tolist() == [[0, 1, 2]]
+
+
+def test_method_for_integers(make_model, tmp_path, llama, refused):
+    models = [with_buffers(make_model, tmp_path / f"m{n}", llama(n)) for n in range(3)]
+    rules = [Rule("model.position_ids", "average")]
+    refused(["'model.position_ids'", "int64", "keep-base"], models[0], models[1:], rules=rules)
+
+
+def test_integers_that_only_an_expert_has(make_model, tmp_path, llama, load):
+    base = make_model(tmp_path / "a")
+    experts = [make_model(tmp_path / "b", llama(1)), with_buffers(make_model, tmp_path / "c", llama(2))]
+    result = cfmerge.merge(base, experts, "average", output=tmp_path / "out")
+    assert any("'c'" in note and "integer" in note for note in result.notes)
+    assert set(load(tmp_path / "out")) == set(llama())
+
+
+def test_tied_tensors_that_differ(make_model, tmp_path, llama, llama_config, refused):
+    """The config ties them, the file says otherwise: one of the two is wrong."""
+    config = llama_config | {"tie_word_embeddings": True}
+
+    def model(name, number, same):
+        tensors = llama(number)
+        if same:
+            tensors["lm_head.weight"] = tensors[EMBED].copy()
+        return make_model(tmp_path / name, tensors, config)
+
+    good = [model(f"good{number}", number, True) for number in range(3)]
+    words = ["'lm_head.weight'", repr(EMBED), "tied", "differ", "tie_word_embeddings"]
+    refused(["base", *words], model("base", 0, False), good[1:])
+    refused(["expert 'bad'", *words], good[0], [good[1], model("bad", 2, False)])
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_expert_that_unties(make_model, tmp_path, llama, llama_config, refused, twice):
+    """An expert with an output layer of its own does not lose it without a word."""
+    tied = llama() | {"lm_head.weight": llama()[EMBED].copy()}
+    if not twice:
+        del tied["lm_head.weight"]
+    base = make_model(tmp_path / "base", tied, llama_config | {"tie_word_embeddings": True})
+    experts = [make_model(tmp_path / f"m{number}", llama(number)) for number in (1, 2)]
+    refused(["'m1'", "'lm_head.weight'", repr(EMBED), "tie_word_embeddings"], base, experts)
+
+
+# --- rules -------------------------------------------------------------------------------------------------------
+
+
+def test_rule_that_matches_nothing(family, refused):
+    words = ["'model.layer.*'", "no tensor", "names look like 'lm_head.weight'"]
+    refused(words, family.base, family.experts, rules=[Rule("model.layer.*", "keep-base")])
+
+
+def test_rule_behind_another(family, refused):
+    rules = [Rule("model.*", "average"), Rule(Q, "keep-base")]
+    refused([repr(Q), "earlier rule", "move it up"], family.base, family.experts, rules=rules)
+
+
+def test_rule_with_an_unknown_method(family, refused):
+    rules = [Rule(Q, "keep_base")]
+    refused([repr(Q), "'keep_base'", "did you mean 'keep-base'"], family.base, family.experts, rules=rules)
+
+
+def test_rule_with_parameters_for_nothing(family, refused):
+    rules = [Rule(Q, "keep-base", {"scale": 1})]
+    refused([repr(Q), "keep-base", "no parameters"], family.base, family.experts, rules=rules)
+
+
+def test_nothing_to_merge(family, refused):
+    refused(["nothing to merge"], family.base, family.experts, rules=[Rule("*", "keep-base")])
