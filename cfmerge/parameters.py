@@ -53,7 +53,7 @@ class Parameter:
             CfmergeError: there is none.
         """
         check_layout(self.name, self.shape, self.layout)
-        sizes = {letter: 1 for letter in "boi"}
+        sizes = dict.fromkeys("boi", 1)
         for letter, size in zip(self.layout, self.shape, strict=True):
             sizes[letter] *= size
         return sizes["b"], sizes["o"], sizes["i"]
@@ -92,9 +92,7 @@ def _order(layout: str) -> tuple[int, ...]:
 
 
 def _folded(shape: Shape, layout: str) -> tuple[int, int, int]:
-    b, o, i = (
-        math.prod(size for size, at in zip(shape, layout, strict=True) if at == letter) for letter in "boi"
-    )
+    b, o, i = (math.prod(size for size, at in zip(shape, layout, strict=True) if at == letter) for letter in "boi")
     return b, o, i
 
 
@@ -119,9 +117,7 @@ DEPTHWISE = "one input channel per filter (depthwise, or images of one channel):
 BIAS = re.compile(r"(^|[./])(bias|scale)$")  # of whatever shape, not a matrix
 
 
-def classify(
-    shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any] | None = None
-) -> dict[str, Parameter]:
+def classify(shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any] | None = None) -> dict[str, Parameter]:
     """The kind and layout of every parameter, from names, shapes, dtypes and the model's config.
 
     Args:

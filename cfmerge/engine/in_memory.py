@@ -102,14 +102,12 @@ def merge_params(
         result = _merge_stack(assignment, stacks[0], stacks[1:], weights)
         merged |= dict(zip(bucket, result, strict=True))
     for name, assignment in assignments.items():
-        if assignment.agree:
+        if assignment.agree and not _is_key_count(name, leaves):
             _check_agrees(name, leaves[name], [tree[name] for tree in expert_leaves], names)
     return unflatten(treedef, merged)
 
 
-def _merge_stack(
-    assignment: Assignment, base: Array, experts: Sequence[Array], weights: Sequence[Any]
-) -> Array:
+def _merge_stack(assignment: Assignment, base: Array, experts: Sequence[Array], weights: Sequence[Any]) -> Array:
     method = assignment.method
     layout = "" if method.entrywise else assignment.parameter.layout
     start, step, finish = steps(method, layout, _compute_dtype(base))
@@ -166,6 +164,12 @@ def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None
         warnings.warn(
             f"{len(unknown)} parameters are averaged, not solved, such as {unknown[0]!r}: {note}", stacklevel=3
         )
+
+
+def _is_key_count(name: str, leaves: Mapping[str, Any]) -> bool:
+    """How many keys an nnx stream has handed out: it lies beside the stream's key, and is the base's like it."""
+    key = leaves.get(name.removesuffix("count") + "key")
+    return name.endswith("count") and key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def _check_agrees(name: str, base: Any, experts: Sequence[Any], names: Sequence[str]) -> None:

@@ -4,12 +4,12 @@ B. Xu et al., ACE-Merging, CVPR 2026, arXiv 2603.02945v2. For one canonical weig
 m outputs, n inputs), `J = I - 1 1^T / m` and weights `w_t` (1 in the paper, which has none):
 
     n_t = ||D_t||^2,  C_t = (J D_t)^T (J D_t),  tr_t = trace(C_t)
-    gate = Var_t[ln n_t] / Mean_t[ln n_t]^2;  heterogeneous where gate > tau                     eq. (10)
-    a_t = 1/tr_t if heterogeneous else 1;  S_t = a_t C_t;  R_t = S_t + e_t I                     eq. (8), (11)
-    c = (s/n) 1^T sum_t w_t S_t,  s = 1/Mean_t[n_t] if heterogeneous else 1                      eq. (12)
-    X = [sum_t w_t (J D_t) R_t] [sum_t w_t R_t + 1 c]^{-1}                                       eq. (13)
+    gate = Var_t[ln n_t] / Mean_t[ln n_t]^2;  heterogeneous where gate > tau
+    a_t = 1/tr_t if heterogeneous else 1;  S_t = a_t C_t;  R_t = S_t + e_t I
+    c = (s/n) 1^T sum_t w_t S_t,  s = 1/Mean_t[n_t] if heterogeneous else 1
+    X = [sum_t w_t (J D_t) R_t] [sum_t w_t R_t + 1 c]^{-1}
     heterogeneous: E = sum_t w_t D_t (S_t - mean R), U s V^T = SVD(X + E) cut at k,
-                   X = X + mean(s) U V^T                                                         eq. (14)-(16)
+                   X = X + mean(s) U V^T
 
 Every sum is additive over experts, so the statistic is a handful of arrays whatever their number, and both
 branches' sums are kept: the gate may change side with the next expert. `M = sum R_t` is symmetric positive
@@ -22,59 +22,31 @@ When all deltas together have fewer rows (or rank) `q` than inputs, the same is 
 """
 
 import functools
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.covariance import centred, energy
+from cfmerge.methods._ace_rows import factor, gram_of_rows, solve_rows
+from cfmerge.methods._ace_sums import (
+    TINY,
+    GramSums,
+    Scalars,
+    Solved,
+    Statistic,
+    add_gram,
+    add_scalars,
+    gate_of,
+    gram_zeros,
+    positive,
+    ridges,
+    scalars_of,
+    weighted_mean,
+)
 from cfmerge.methods._base import Method, Report, check, register
-
-TINY = 1e-12  # the published code adds it to every trace, energy and denominator
-Scalar = Float[Array, ""]
-
-
-class Scalars(NamedTuple):
-    """Sums over the experts that count (see `zero_delta`). The gate is unweighted, the rest is weighted."""
-
-    weight: Scalar  # sum w_t
-    energy: Scalar  # sum w_t n_t
-    trace: Scalar  # sum w_t tr_t
-    inverse_trace: Scalar  # sum w_t / tr_t
-    experts: Scalar
-    log_energy: Scalar  # sum ln n_t
-    log_energy_squared: Scalar
-
-
-class GramSums(NamedTuple):
-    """The full form: sums with `a_t = 1`, and the same with `a_t = 1/tr_t` (`scaled_`)."""
-
-    gram: Float[Array, "in in"]  # sum w_t a_t C_t
-    cross: Float[Array, "out in"]  # sum w_t a_t D_t C_t, not centred
-    total: Float[Array, "out in"]  # sum w_t a_t D_t
-    scaled_gram: Float[Array, "in in"]
-    scaled_cross: Float[Array, "out in"]
-    scaled_total: Float[Array, "out in"]
-
-
-class Rows(NamedTuple):
-    """One expert of the narrow form, `D = left @ right`; `left` is the identity where it is None."""
-
-    left: Float[Array, "out r"] | None
-    right: Float[Array, "r in"]
-    weight: Scalar  # 0 for an expert that does not count
-    trace: Scalar
-    error: Scalar  # relative error of the factorisation
-
-
-class Statistic(NamedTuple):
-    """What ACE keeps of the experts that it has seen."""
-
-    scalars: Scalars
-    sums: GramSums | tuple[Rows, ...]
 
 
 @register
@@ -120,34 +92,34 @@ def ace(
         m, n = base.shape
         zero = jnp.zeros((), base.dtype)
         scalars = Scalars(*(zero,) * len(Scalars._fields))
-        return Statistic(scalars, _gram_zeros(m, n, base.dtype) if form == "full" else ())
+        return Statistic(scalars, gram_zeros(m, n, base.dtype) if form == "full" else ())
 
-    def update(
-        statistic: Statistic, delta: Float[Array, "out in"], weight: float | Array = 1.0
-    ) -> Statistic:
+    def update(statistic: Statistic, delta: Float[Array, "out in"], weight: float | Array = 1.0) -> Statistic:
+        forgets = isinstance(weight, int | float) and weight < 0
         n_t = energy(delta)
         rows = centred(delta)
         trace = energy(rows)
         counts = trace > jnp.finfo(delta.dtype).eps * n_t if zero_delta == "drop" else jnp.ones((), bool)
         weight = jnp.where(counts, weight, 0).astype(delta.dtype)
-        scalars = _add(statistic.scalars, _scalars(n_t, trace, weight))
+        scalars = add_scalars(statistic.scalars, scalars_of(n_t, trace, weight))
 
         sums = statistic.sums
         if isinstance(sums, GramSums):
-            return Statistic(scalars, _add_gram(sums, delta, rows, trace, weight))
-        sums = (*sums, _factor(delta, rank, weight, trace))
+            return Statistic(scalars, add_gram(sums, delta, rows, trace, weight))
+        check(not forgets, "ace: an expert is forgotten (negative weight) from Grams only: use form='full'")
+        sums = (*sums, factor(delta, rank, weight, trace))
         if form == "auto" and sum(s.right.shape[0] for s in sums) >= delta.shape[1]:
-            return Statistic(scalars, _gram_of_rows(sums, *delta.shape))
+            return Statistic(scalars, gram_of_rows(sums, *delta.shape))
         return Statistic(scalars, sums)
 
     def report(statistic: Statistic) -> tuple[Float[Array, "out in"], Report]:
         scalars, sums = statistic
-        gate_value, heterogeneous = _gate(scalars, gate, tau)
-        s = jnp.where(heterogeneous, 1 / (_mean(scalars.energy, scalars.weight) + TINY), 1)
+        gate_value, heterogeneous = gate_of(scalars, gate, tau)
+        s = jnp.where(heterogeneous, 1 / (weighted_mean(scalars.energy, scalars.weight) + TINY), 1)
         if isinstance(sums, GramSums):
             solved = _solve_full(scalars, sums, heterogeneous, s, eps, eps_rel)
         else:
-            solved = _solve_narrow(scalars, sums, heterogeneous, s, eps, eps_rel)
+            solved = solve_rows(scalars, sums, heterogeneous, s, eps, eps_rel)
         k = int(k_frac * min(solved.merged.shape) + 1e-9)
         merged, kept = lax.cond(
             heterogeneous,
@@ -204,100 +176,14 @@ NOTES = {
 }
 
 
-class _Solved(NamedTuple):
-    merged: Array  # X without refinement
-    residual: Callable[[], Array]  # E, needed by the heterogeneous branch alone
-    ridge: Array  # lam
-    largest: Array  # largest eigenvalue of the system, from below
-    held: Array
-    row_space: Array | None
-    factor_error: Array
-
-
-def _add(a: Scalars, b: Scalars) -> Scalars:
-    return Scalars(*(x + y for x, y in zip(a, b, strict=True)))
-
-
-def _mean(total: Array, weight: Array) -> Array:
-    return total / jnp.where(weight == 0, 1, weight)
-
-
-def _scalars(n_t: Array, trace: Array, weight: Array) -> Scalars:
-    sign = jnp.sign(weight)  # -1 forgets an expert, 0 is one that does not count
-    log = jnp.log(n_t + TINY)
-    return Scalars(
-        weight, weight * n_t, weight * trace, weight / (trace + TINY), sign, sign * log, sign * log * log
-    )
-
-
-def _gate(scalars: Scalars, kind: str, tau: float) -> tuple[Scalar, Bool[Array, ""]]:
-    """`Var[ln n] / (Mean[ln n]^2 + 1e-12)` with the unbiased variance; one expert is homogeneous."""
-    count = scalars.experts
-    mean = _mean(scalars.log_energy, count)
-    variance = (scalars.log_energy_squared - count * mean**2) / jnp.maximum(count - 1, 1)
-    value = jnp.maximum(variance, 0) / ((mean**2 + TINY) if kind == "paper" else 1)
-    value = jnp.where(count > 1, value, 0)
-    return value, value > tau
-
-
-def _gram_zeros(m: int, n: int, dtype: jnp.dtype) -> GramSums:
-    square, flat = jnp.zeros((n, n), dtype), jnp.zeros((m, n), dtype)
-    return GramSums(square, flat, flat, square, flat, flat)
-
-
-def _add_gram(sums: GramSums, delta: Array, rows: Array, trace: Array, weight: Array) -> GramSums:
-    covariance = linalg.gram(rows)
-    one = (covariance, linalg.times_gram(delta, rows, covariance), delta)
-    scaled = weight / (trace + TINY)
-    return GramSums(
-        *(total + weight * term for total, term in zip(sums[:3], one, strict=True)),
-        *(total + scaled * term for total, term in zip(sums[3:], one, strict=True)),
-    )
-
-
-def _factor(delta: Array, rank: int | None, weight: Array, trace: Array) -> Rows:
-    if rank is None or rank >= min(delta.shape):
-        return Rows(None, delta, weight, trace, jnp.zeros((), delta.dtype))
-    left, right, error = linalg.low_rank_factors(delta, rank)
-    return Rows(left, right, weight, trace, error)
-
-
-def _delta(rows: Rows) -> Array:
-    return rows.right if rows.left is None else linalg.matmul(rows.left, rows.right)
-
-
-def _gram_of_rows(experts: tuple[Rows, ...], m: int, n: int) -> GramSums:
-    sums = _gram_zeros(m, n, experts[0].right.dtype)
-    for expert in experts:
-        delta = _delta(expert)
-        sums = _add_gram(sums, delta, centred(delta), expert.trace, expert.weight)
-    return sums
-
-
-def _ridges(
-    scalars: Scalars, heterogeneous: Array, eps: float | None, eps_rel: float, n: int
-) -> tuple[Array, Array]:
-    """`e_t = absolute + relative / tr_t` for every expert: the two numbers `(absolute, relative)`."""
-    if eps is None:
-        scale = _mean(scalars.trace, scalars.weight) / n
-        return jnp.where(heterogeneous, eps_rel / n, eps_rel * scale), jnp.zeros_like(scale)
-    eps_array = jnp.asarray(eps, scalars.weight.dtype)
-    return jnp.where(heterogeneous, 0, eps_array), jnp.where(heterogeneous, eps_array, 0)
-
-
-def _positive(ridge: Array) -> Array:
-    """The ridge, or 1 where no expert counted (all sums are zero and so is the solution)."""
-    return jnp.where(ridge > 0, ridge, 1)
-
-
 def _solve_full(
     scalars: Scalars, sums: GramSums, heterogeneous: Array, s: Array, eps: float | None, eps_rel: float
-) -> _Solved:
+) -> Solved:
     n = sums.gram.shape[0]
     gram = jnp.where(heterogeneous, sums.scaled_gram, sums.gram)
     cross = jnp.where(heterogeneous, sums.scaled_cross, sums.cross)
-    absolute, relative = _ridges(scalars, heterogeneous, eps, eps_rel, n)
-    lam = _positive(absolute * scalars.weight + relative * scalars.inverse_trace)
+    absolute, relative = ridges(scalars, heterogeneous, eps, eps_rel, n)
+    lam = positive(absolute * scalars.weight + relative * scalars.inverse_trace)
 
     system = gram + lam * jnp.eye(n, dtype=gram.dtype)
     rhs = centred(cross + absolute * sums.total + relative * sums.scaled_total)
@@ -307,76 +193,10 @@ def _solve_full(
     merged = x_0 - jnp.outer(jnp.sum(x_0, axis=1), row) / (1 + jnp.sum(row))
 
     def residual() -> Array:
-        return cross - _mean(linalg.matmul(sums.total, system), scalars.weight)
+        return cross - weighted_mean(linalg.matmul(sums.total, system), scalars.weight)
 
     largest = linalg.largest_eigenvalue(system)
-    return _Solved(merged, residual, lam, largest, held, None, jnp.zeros_like(lam))
-
-
-def _solve_narrow(
-    scalars: Scalars,
-    experts: tuple[Rows, ...],
-    heterogeneous: Array,
-    s: Array,
-    eps: float | None,
-    eps_rel: float,
-) -> _Solved:
-    n = experts[0].right.shape[1]
-    absolute, relative = _ridges(scalars, heterogeneous, eps, eps_rel, n)
-    lam = _positive(absolute * scalars.weight + relative * scalars.inverse_trace)
-
-    # J D_t = P_t F_t with orthonormal (or vanishing) columns in P_t; F_t scaled so that sum a_t C_t = F^T F
-    z_blocks, f_blocks = [], []
-    for expert in experts:
-        p, f = _centred_factors(expert)
-        a = jnp.where(heterogeneous, 1 / (expert.trace + TINY), 1)
-        e = absolute + relative / (expert.trace + TINY)
-        middle = a * linalg.matmul(f, f.T) + e * jnp.eye(f.shape[0], dtype=f.dtype)
-        z = middle if p is None else linalg.matmul(p, middle)
-        z_blocks.append(jnp.sqrt(expert.weight / a) * z)
-        f_blocks.append(jnp.sqrt(expert.weight * a) * f)
-    z, f = jnp.concatenate(z_blocks, axis=1), jnp.concatenate(f_blocks)
-    check(
-        f.shape[0] < n,
-        f"ace: the low-rank form has {f.shape[0]} rows for {n} inputs, where it is neither cheaper nor accurate;"
-        " use form='auto', or a smaller rank",
-    )
-
-    system = linalg.matmul(f, f.T) + lam * jnp.eye(f.shape[0], dtype=f.dtype)
-    ones = jnp.sum(f, axis=1)
-    solution, held = linalg.solve_right(jnp.concatenate([z, ones[None]]), system)
-    core, y = solution[:-1], solution[-1]
-    denominator = 1 + (s / n) * jnp.dot(ones, y, precision=linalg.HIGHEST)
-    core = core - jnp.outer(linalg.matmul(z, y), y) * (s / n) / denominator
-    merged = linalg.matmul(core, f)
-
-    def residual() -> Array:  # a block of F is sqrt(w_t a_t) F_t, so D_t F^T F is the cross term's share
-        deltas = [_delta(expert) for expert in experts]
-        total, cross = jnp.zeros_like(merged), jnp.zeros_like(merged)
-        for expert, delta, block in zip(experts, deltas, f_blocks, strict=True):
-            total = total + expert.weight * delta
-            cross = cross + linalg.matmul(linalg.matmul(delta, block.T), block)
-        return cross - _mean(linalg.matmul(linalg.matmul(total, f.T), f) + lam * total, scalars.weight)
-
-    row_space = jnp.concatenate([expert.right for expert in experts])
-    error = jnp.max(jnp.stack([expert.error for expert in experts]))
-    return _Solved(merged, residual, lam, linalg.largest_eigenvalue(system), held, row_space, error)
-
-
-def _centred_factors(expert: Rows) -> tuple[Array | None, Array]:
-    """`J D = P F`: with `u = left^T 1 / sqrt(m)`, `left^T J left = I - u u^T = (I - c u u^T)^2`."""
-    if expert.left is None:
-        return None, centred(expert.right)
-    left = expert.left
-    u = jnp.sum(left, axis=0) / jnp.sqrt(jnp.asarray(left.shape[0], left.dtype))
-    length = jnp.minimum(jnp.sum(u * u), 1)
-    root = jnp.sqrt(jnp.maximum(1 - length, 0))
-    c = 1 / (1 + root)  # (1 - sqrt(1 - |u|^2)) / |u|^2
-    usable = root > jnp.sqrt(jnp.finfo(left.dtype).eps)
-    inverse = jnp.where(usable, c / jnp.where(usable, root, 1), 0)
-    p = centred(left)
-    p = p + inverse * jnp.outer(linalg.matmul(p, u), u)
-    return p, expert.right - c * jnp.outer(u, linalg.matmul(u, expert.right))
+    return Solved(merged, residual, lam, largest, held, None, jnp.zeros_like(lam))
 
 
 def _refine(target: Array, x: Array, k: int, row_space: Array | None) -> tuple[Array, Array]:
@@ -407,5 +227,3 @@ def _transposed(canonical: Method) -> Method:
         notes=canonical.notes,
         without_conv1d=canonical,
     )
-
-

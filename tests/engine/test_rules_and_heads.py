@@ -212,6 +212,39 @@ def test_heads_export(headed, tmp_path, load):
         assert all(np.array_equal(heads[key], expected[key]) for key in heads)
 
 
+POOLER = {"pooler.dense.weight": np.ones((8, 8), np.float32)}
+
+
+@pytest.mark.parametrize("owner", ["base", "experts"])
+def test_a_pooler_that_not_all_have_is_a_head(make_model, tmp_path, llama, refused, load, owner):
+    """As between BertForMaskedLM, which has none, and BertForSequenceClassification."""
+    extra = [POOLER if (owner == "base") == (n == 0) else {} for n in range(3)]
+    models = [make_model(tmp_path / "in" / f"m{n}", llama(n) | extra[n]) for n in range(3)]
+    refused(["pooler.dense.weight (8, 8)", "--heads keep-base"], models[0], models[1:])
+    merged = cfmerge.merge(models[0], models[1:], "average", heads="export", output=tmp_path / "out").output
+    assert set(load(merged)) == set(load(models[0]))
+    assert (merged / "heads").exists() == (owner == "experts")
+
+
+def test_a_pooler_that_all_have_is_merged(make_model, tmp_path, llama, load):
+    models = [
+        make_model(tmp_path / "in" / f"m{n}", llama(n) | {key: n * value for key, value in POOLER.items()})
+        for n in range(3)
+    ]
+    cfmerge.merge(models[0], models[1:], "average", output=tmp_path / "out")
+    assert (load(tmp_path / "out")["pooler.dense.weight"] == 1.5).all()
+
+
+def test_what_only_an_expert_has_is_skipped_by_rule(make_model, tmp_path, llama, refused, load):
+    extra = {"adapter.scale": np.ones(3, np.float32)}
+    models = [make_model(tmp_path / "in" / f"m{n}", llama(n) | (extra if n == 2 else {})) for n in range(3)]
+    refused(["has a tensor that the base lacks: 'adapter.scale' (3,)", "method skip"], models[0], models[1:])
+    rules = [{"match": "adapter.*", "method": "skip"}]
+    result = cfmerge.merge(models[0], models[1:], "average", rules=rules, output=tmp_path / "out")
+    assert set(load(result.output)) == set(load(models[0]))
+    assert any("adapter.scale" in note for note in result.notes)
+
+
 def test_heads_that_all_share_are_merged(family, make_model, tmp_path, load, llama):
     models = [
         make_model(tmp_path / f"h{n}", llama(n) | {"classifier.weight": np.full((2, 8), n, np.float32)})

@@ -140,6 +140,12 @@ def test_auto_takes_rows_until_they_outgrow_the_inputs():
     close(solve(deltas, ace()), solve(deltas, ace(form="full")), 1e-9)
 
 
+def test_forgetting_needs_grams():
+    _, deltas = problem(m=5, n=40)
+    with pytest.raises(CfmergeError, match="form=.full."):
+        solve(deltas, ace(), [1.0, 1.0, -1.0])
+
+
 def test_wrong_rank_is_reported():
     _, deltas = problem(m=14, n=60, rank=4)
     method = ace(form="low-rank", rank=2)
