@@ -40,9 +40,7 @@ def times_gram(
     return matmul(left, rows_gram)
 
 
-def solve_right(
-    rhs: Float[Array, "m n"], matrix: Float[Array, "n n"]
-) -> tuple[Float[Array, "m n"], Bool[Array, ""]]:
+def solve_right(rhs: Float[Array, "m n"], matrix: Float[Array, "n n"]) -> tuple[Float[Array, "m n"], Bool[Array, ""]]:
     """`rhs matrix^{-1}` for a symmetric positive definite matrix, by Cholesky.
 
     Returns the solution and whether the Cholesky factorisation held. Where it did not (the matrix is not

@@ -48,9 +48,7 @@ class HuggingFaceCheckpoint:
         if directory is not None and (directory / INDEX).is_file():
             self._check_index(directory / INDEX)
         self.files = tuple(files)
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: file.tensors[name] for name, file in self._where.items()
-        }
+        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._where.items()}
         self.config: Mapping[str, Any] = _read_json(directory / "config.json") if directory else {}
         self.side_files: Mapping[str, Path] = side_files(directory) if directory else {}
         self.metadata: Mapping[str, str] = self._files[0].metadata if self._files else {}
@@ -98,9 +96,7 @@ def find_weights(directory: Path) -> list[Path]:
         names = sorted(set(_weight_map(index).values()))
         for name in names:
             if Path(name).name != name or name in {"", ".", ".."}:
-                raise CfmergeError(
-                    f"{index}: points to {name!r}, outside its own directory; refusing to read it"
-                )
+                raise CfmergeError(f"{index}: points to {name!r}, outside its own directory; refusing to read it")
             if not (directory / name).is_file():
                 raise CfmergeError(f"{directory}: shard {name} of {index.name} is missing; fetch it again")
         return [directory / name for name in names]

@@ -63,9 +63,7 @@ class SafetensorsFile:
         self._data_start = 8 + length
         self.metadata, self.tensors, self._offsets = self._parse(header, size - 8 - length)
 
-    def _parse(
-        self, header: bytes, data_size: int
-    ) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
+    def _parse(self, header: bytes, data_size: int) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
         try:
             entries = json.loads(header)
             metadata = entries.pop("__metadata__", None) or {}
@@ -150,8 +148,7 @@ class ShardWriter:
         self._place: dict[str, tuple[int, int]] = {}
         self._dtypes = {name: np.dtype(dtype) for name, (_, dtype) in tensors.items()}
         self._missing = {
-            name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            for name, (shape, dtype) in tensors.items()
+            name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in tensors.items()
         }
         shards = shard(tensors, max_shard_bytes)
         weight_map: dict[str, str] = {}
@@ -169,9 +166,7 @@ class ShardWriter:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-    def _create(
-        self, path: Path, tensors: Mapping[str, tuple[Shape, np.dtype]], metadata: Mapping[str, str]
-    ) -> None:
+    def _create(self, path: Path, tensors: Mapping[str, tuple[Shape, np.dtype]], metadata: Mapping[str, str]) -> None:
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for name, (shape, _) in tensors.items():
@@ -232,4 +227,3 @@ def save(directory: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[s
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.close()
-

@@ -161,9 +161,7 @@ def methods(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where everything is left.")] = Path(
-        "cfmerge-demo"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where everything is left.")] = Path("cfmerge-demo"),
     seed: Annotated[int, typer.Option(help="Of data splits, initial weights and training.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Less training: a smoke test.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier demo.")] = False,

@@ -123,9 +123,7 @@ def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
         print(json_module.dumps(summary, indent=2))
         return
     console = out()
-    experts = ", ".join(
-        spec.name + (f" (x{spec.weight:g})" if spec.weight != 1 else "") for spec in plan.expert_specs
-    )
+    experts = ", ".join(spec.name + (f" (x{spec.weight:g})" if spec.weight != 1 else "") for spec in plan.expert_specs)
     parameters = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
     console.print(f"[bold]{plan.method.name}[/] ({parameters})", highlight=False, soft_wrap=True)
     console.print(f"base    {escape(str(plan.base.path))}\nexperts {escape(experts)}", soft_wrap=True)

@@ -36,9 +36,7 @@ def shift(key: jax.Array, images: jax.Array) -> jax.Array:
     """Moves each image `(batch, 28, 28)` by up to two pixels each way."""
     padded = jnp.pad(images, ((0, 0), (2, 2), (2, 2)))
     corners = jax.random.randint(key, (len(images), 2), 0, 5)
-    return jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, corner, images.shape[1:]))(
-        padded, corners
-    )
+    return jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, corner, images.shape[1:]))(padded, corners)
 
 
 def scale_pixels(images: jax.Array) -> jax.Array:
@@ -79,9 +77,7 @@ def _fit(
 ) -> Params:
     optimizer = schedule.optimizer()
 
-    def step(
-        state: tuple[Params, optax.OptState], key: jax.Array
-    ) -> tuple[tuple[Params, optax.OptState], None]:
+    def step(state: tuple[Params, optax.OptState], key: jax.Array) -> tuple[tuple[Params, optax.OptState], None]:
         params, moments = state
         draw_key, shift_key = jax.random.split(key)
         drawn = jax.random.randint(draw_key, (schedule.batch,), 0, len(labels))

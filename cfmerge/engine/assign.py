@@ -116,9 +116,7 @@ def _for_layout(parameter: Parameter, method: Method) -> Method:
     return method if parameter.conv1d or method.without_conv1d is None else method.without_conv1d
 
 
-def _check_used(
-    rules: Sequence[Rule], used: Iterable[bool], names: Iterable[str], others: Iterable[str]
-) -> None:
+def _check_used(rules: Sequence[Rule], used: Iterable[bool], names: Iterable[str], others: Iterable[str]) -> None:
     names, others = list(names), list(others)
     for rule, was_used in zip(rules, used, strict=True):
         if was_used or (rule.method == "skip" and any(fnmatch.fnmatchcase(name, rule.match) for name in others)):

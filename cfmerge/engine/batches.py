@@ -75,5 +75,5 @@ def check_memory(job: Job, memory: int) -> None:
         raise CfmergeError(
             f"tensor {job.name!r} {job.parameter.shape} needs {job.working_bytes / 2**20:.1f} MiB with "
             f"{job.assignment.label}, but the working set may be {memory / 2**20:.1f} MiB; raise --memory, or "
-            f"give it a rule: match: \"{job.name}\", method: average"
+            f'give it a rule: match: "{job.name}", method: average'
         )

@@ -126,9 +126,7 @@ def _settle_heads(
             if name not in sources:
                 lines.append(f"  base: {name} {shape} is not in expert {spec.name!r}")
             elif expert.tensors[sources[name]].shape != shape:
-                lines.append(
-                    f"  {spec.name}: {name} {expert.tensors[sources[name]].shape}, in the base {shape}"
-                )
+                lines.append(f"  {spec.name}: {name} {expert.tensors[sources[name]].shape}, in the base {shape}")
     if lines and recipe.heads is None:
         shown = [*lines[:12], *([f"  ... and {len(lines) - 12} more"] if len(lines) > 12 else [])]
         result.problems.append(
@@ -143,9 +141,7 @@ def _settle_heads(
         action: Action = "skip" if recipe.heads == "drop" else "keep-base"
         result.assignments[name] = dataclasses.replace(result.assignments[name], action=action)
     if recipe.heads == "export":
-        result.exported = {
-            spec.name: tuple(heads) for spec, heads in zip(specs, expert_heads, strict=True) if heads
-        }
+        result.exported = {spec.name: tuple(heads) for spec, heads in zip(specs, expert_heads, strict=True) if heads}
     for sources in result.sources:
         for name in base_heads:
             sources.pop(name, None)
@@ -221,9 +217,7 @@ def _check_expert(
         result.problems.append(f"expert {spec.name!r} has {len(floats) - 5} more tensors that the base lacks")
 
 
-def _header_problem(
-    name: str, ours: TensorInfo, spec: Expert, their_name: str, theirs: TensorInfo
-) -> str | None:
+def _header_problem(name: str, ours: TensorInfo, spec: Expert, their_name: str, theirs: TensorInfo) -> str | None:
     if is_float(ours.dtype.name) != is_float(theirs.dtype.name):
         return (
             f"expert {spec.name!r} ({theirs.file}): tensor {their_name!r} is {theirs.dtype.name}, in the base "

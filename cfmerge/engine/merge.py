@@ -169,9 +169,7 @@ def _attempt(
         _export_heads(plan, staged.path)
         (staged.path / "README.md").write_text(model_card(plan, digests.result(), notes))
         staged.commit()
-        return MergeResult(
-            staged.target, plan, (*plan.notes, *notes), account.reports, digests.result(), 0.0
-        )
+        return MergeResult(staged.target, plan, (*plan.notes, *notes), account.reports, digests.result(), 0.0)
 
 
 @contextlib.contextmanager

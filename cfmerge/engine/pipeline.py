@@ -3,38 +3,21 @@
 import dataclasses
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from cfmerge.checkpoints import Checkpoint
 from cfmerge.checkpoints.safetensors import ShardWriter
 from cfmerge.engine.batches import Batch, make_batches
-from cfmerge.engine.low_rank import CUT, rank_bound
 from cfmerge.engine.plan import Job, Plan
-from cfmerge.engine.steps import compiled
+from cfmerge.engine.solve import Merged, Progress, merge_batch
 from cfmerge.errors import CfmergeError, NonFiniteError
-from cfmerge.methods import Method
 from cfmerge.parameters import Kind, is_float
 
 WORKERS = 2  # batches in work at once: one computes while another reads, or factorises on one core
 WRITE_BEHIND = 8  # finished tensors
-LEAST_RIDGE_RATIO = 1e-4  # below it float32 sums lose about 1e-7 / ratio (specs: float64 then)
-
-Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last call)
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """A batch's result `(jobs, ...)`, what the method reports `{name: (jobs, stacked)}`, how many were done again."""
-
-    tensors: np.ndarray
-    reports: dict[str, np.ndarray]
-    float64: int
 
 
 @dataclasses.dataclass
@@ -45,7 +28,7 @@ class Account:
     reports: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     float64: int = 0
 
-    def add(self, batch: Batch, merged: "Merged") -> None:
+    def add(self, batch: Batch, merged: Merged) -> None:
         self.float64 += merged.float64
         for number, job in enumerate(batch.jobs):
             if merged.reports:
@@ -71,9 +54,7 @@ class Account:
         return lines
 
 
-def execute(
-    plan: Plan, writer: ShardWriter, memory: int, progress: Progress, stop: threading.Event
-) -> Account:
+def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, stop: threading.Event) -> Account:
     """Merges every job of the plan into the writer.
 
     Raises:
@@ -113,7 +94,7 @@ def execute(
                 tell(job.name, job.bytes_read * (1 + len(job.sources)))
         for batch in make_batches(plan.jobs, memory):
             _check_stop(stop)
-            merging.append((batch, mergers.submit(_merge, plan, batch, tell)))
+            merging.append((batch, mergers.submit(merge_batch, plan, batch, tell)))
             if len(merging) > workers:
                 finish()
         while merging:
@@ -130,92 +111,6 @@ def execute(
 def _write(writer: ShardWriter, job: Job, values: np.ndarray, first: int) -> None:
     for name in job.writes:
         writer.write(name, values, first)
-
-
-def _sources(plan: Plan, batch: Batch) -> Iterator[tuple[Checkpoint, tuple[str, ...]]]:
-    yield plan.base, tuple(job.name for job in batch.jobs)
-    for number, expert in enumerate(plan.experts):
-        yield expert, tuple(str(job.sources[number]) for job in batch.jobs)
-
-
-def _merge(plan: Plan, batch: Batch, progress: Progress) -> Merged:
-    """The merged tensors of a batch; those that float32 cannot do are done again in float64."""
-    method = batch.jobs[0].assignment.method
-    if plan.recipe.precision == "float64" or batch.jobs[0].parameter.dtype == "float64":
-        return _solve(plan, batch, method, progress, "float64")
-    merged = _merge_low_rank(plan, batch, method, progress) or _solve(plan, batch, method, progress, "float32")
-    ratios = merged.reports.get("ridge_ratio")
-    if plan.recipe.precision == "float32" or ratios is None:
-        return merged
-    weak = np.flatnonzero(ratios.min(axis=1) < LEAST_RIDGE_RATIO)
-    tensors = merged.tensors.copy() if weak.size else merged.tensors
-    for number in weak:
-        single = dataclasses.replace(batch, jobs=(batch.jobs[number],))
-        tensors[number] = _solve(plan, single, method, _silent, "float64").tensors[0]
-    return Merged(tensors, merged.reports, len(weak))
-
-
-def _merge_low_rank(plan: Plan, batch: Batch, method: Method, progress: Progress) -> Merged | None:
-    """By the form for low-rank deltas, if all deltas turn out to be of low rank."""
-    job = batch.jobs[0]
-    if method.of_rank is None or len(batch.jobs) > 1 or sorted(batch.layout) != ["i", "o"]:
-        return None
-    (checkpoint, (name,)), *experts = _sources(plan, batch)
-    rank = rank_bound(checkpoint.read(name), (c.read(names[0]) for c, names in experts), len(experts))
-    if rank is None:
-        return None
-    merged = _solve(plan, batch, method.of_rank(rank), _silent, "float32")
-    if merged.reports["factor_error"].max() > CUT:
-        return None
-    progress(job.name, job.bytes_read * (1 + len(experts)))
-    return merged
-
-
-def _silent(name: str, count: int) -> None:
-    pass
-
-
-def _solve(plan: Plan, batch: Batch, method: Method, progress: Progress, compute: str) -> Merged:
-    job = batch.jobs[0]
-    with jax.enable_x64(compute == "float64"):
-        start, step, finish = compiled(method, batch.layout, compute)
-        (checkpoint, names), *experts = _sources(plan, batch)
-        base = jnp.asarray(batch.read(checkpoint, names))
-        progress(job.name, base.nbytes)
-        statistics, finite = start(base), []
-        for spec, (checkpoint, names) in zip(plan.expert_specs, experts, strict=True):
-            expert = jnp.asarray(batch.read(checkpoint, names))
-            statistics, fine = step(statistics, base, expert, np.asarray(spec.weight, compute))
-            finite.append(fine)
-            progress(job.name, expert.nbytes)
-        merged, reports, fine = finish(statistics, base, job.dtype.name)
-    for spec, flags in zip(plan.expert_specs, finite, strict=True):
-        _check_finite(plan, batch, base, np.asarray(flags), f"expert {spec.name!r} ({spec.path})", spec.name)
-    _check_finite(plan, batch, base, np.asarray(fine), None, "")
-    told = {name: np.asarray(value) for name, value in reports.items()}
-    return Merged(np.asarray(merged), told, 0)
-
-
-def _check_finite(
-    plan: Plan, batch: Batch, base: jax.Array, flags: np.ndarray, who: str | None, source: str
-) -> None:
-    if flags.all():
-        return
-    number = int(np.argmin(flags))
-    name = batch.jobs[number].name
-    if not np.isfinite(np.asarray(base[number], np.float32)).all():
-        who, source = f"base ({plan.base.path})", ""
-    if who is None:
-        raise NonFiniteError(
-            f"merged tensor {name!r} holds NaN or infinity in {batch.jobs[0].dtype.name}: nothing was written; "
-            "a smaller scale, another method for it, or --dtype float32 may help",
-            source="", tensor=name,
-        )  # fmt: skip
-    raise NonFiniteError(
-        f"{who}: tensor {name!r} holds NaN or infinity. Repair or leave out that model"
-        + (", or pass --on-nonfinite skip-expert" if source else ""),
-        source=source, tensor=name,
-    )  # fmt: skip
 
 
 def _kept(plan: Plan, job: Job) -> np.ndarray:
@@ -286,6 +181,5 @@ def same_content(a: Checkpoint, b: Checkpoint, names: dict[str, str]) -> bool:
         names: `{name in a: name in b}`.
     """
     return all(
-        _same_bits(a.read(name), b.read(names[name]))
-        for name in sorted(names, key=lambda name: "embed" in name)
+        _same_bits(a.read(name), b.read(names[name])) for name in sorted(names, key=lambda name: "embed" in name)
     )

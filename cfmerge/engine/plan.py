@@ -102,9 +102,7 @@ class Plan:
 
     @property
     def bytes_to_write(self) -> int:
-        return sum(
-            int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self.output.values()
-        )
+        return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self.output.values())
 
     @property
     def flops(self) -> int:
@@ -226,6 +224,5 @@ def _side_files(recipe: Recipe, base: Checkpoint) -> Mapping[str, Path]:
     directory = Path(recipe.side_files).expanduser()
     if not directory.is_dir():
         raise CfmergeError(f"side_files: {directory} is not a directory")
-
 
     return side_files(directory)

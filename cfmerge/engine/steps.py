@@ -36,9 +36,7 @@ def compiled(method: Method, layout: str, compute: str) -> Steps:
         compute: `float32` or `float64` (then call under `jax.enable_x64(True)`).
     """
     plain = steps(method, layout, compute)
-    return Steps(
-        jax.jit(plain.start), jax.jit(plain.step), jax.jit(plain.finish, static_argnums=2)
-    )
+    return Steps(jax.jit(plain.start), jax.jit(plain.step), jax.jit(plain.finish, static_argnums=2))
 
 
 def steps(method: Method, layout: str, compute: str) -> Steps:

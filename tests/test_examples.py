@@ -1,0 +1,76 @@
+"""The examples run, and what they claim is what they print."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def run(name: str, *arguments: object) -> str:
+    """What the example prints."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / name, *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, cwd=ROOT, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(printed: str) -> dict[str, list[float]]:
+    """`{first words of the line: the numbers that follow}`."""
+    found = re.findall(r"^ *([^\d\n]+?) {2,}([\d. ]+)$", printed, re.MULTILINE)
+    return {name: [float(number) for number in numbers.split()] for name, numbers in found}
+
+
+def test_flax_pipeline():
+    """Each expert is good at its own task alone; ACE is closer to both than the average is."""
+    errors = rows(run("flax_pipeline.py"))
+    for task, own in enumerate(("expert A", "expert B")):
+        other = ("expert B", "expert A")[task]
+        assert errors[own][task] < 0.1 * errors["base"][task] < 0.1 * errors[other][task]
+        assert errors["ACE"][task] < 0.8 * errors["average"][task]
+        assert errors["average"][task] < 0.5 * errors["base"][task]
+
+
+def test_own_method():
+    """The spectral average is nearer than the average, and the same by all three ways."""
+    distances = {name: numbers[0] for name, numbers in rows(run("own_method.py")).items()}
+    ways = ("merge_tensor", "merge_params", "merge, on disk")
+    assert distances.keys() == {"average", *ways}
+    for way in ways:
+        assert distances[way] < 0.5 * distances["average"]
+        assert distances[way] == pytest.approx(distances["merge_tensor"], abs=0.002)
+
+
+def check_huggingface(printed: str) -> None:
+    assert "14 tensors  matrix: ace" in printed
+    assert "5 tensors  vector: keep-base" in printed
+    assert "2 tensors  embedding: average" in printed
+    assert "missing: 0, unexpected: 0" in printed
+    tokens = re.search(r"generates: \[([\d, ]+)\]", printed)
+    assert tokens
+    assert tokens[1].startswith("1, 7, 8, ")
+    assert sum(int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", printed)) > 900_000
+
+
+def test_huggingface_merge():
+    check_huggingface(run("huggingface_merge.py"))
+
+
+def test_huggingface_merge_of_given_checkpoints(tmp_path):
+    """As a user calls it, on checkpoints that the example's own function has made."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import huggingface_merge
+    finally:
+        sys.path.pop(0)
+    checkpoints = huggingface_merge.make_checkpoints(tmp_path)
+    check_huggingface(run("huggingface_merge.py", *checkpoints, "-o", tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "README.md").is_file()
