@@ -53,9 +53,7 @@ def commands(directory: Path, experts: int, mergekit: str | None) -> dict[str, t
     if mergekit:
         config = directory / "mergekit.yaml"
         models = "".join(f"  - {{model: {path}, parameters: {{weight: 0.3}}}}\n" for path in paths)
-        config.write_text(
-            f"merge_method: task_arithmetic\nbase_model: {base}\ndtype: bfloat16\nmodels:\n{models}"
-        )
+        config.write_text(f"merge_method: task_arithmetic\nbase_model: {base}\ndtype: bfloat16\nmodels:\n{models}")
         result["mergekit task_arithmetic"] = ([mergekit, str(config), str(out)], out)
     return result
 
@@ -74,6 +72,7 @@ def main() -> None:
     for round_number in range(args.rounds):
         for name, (command, out) in table.items():
             shutil.rmtree(out, ignore_errors=True)
+            print(f"load {os.getloadavg()[0]:.1f}  ", end="", flush=True)
             figures[name].append(run(command))
             wall, cpu, peak = figures[name][-1]
             print(f"round {round_number + 1}  {name:26} wall {wall:6.1f} s  cpu {cpu:6.1f} s  anon {peak:.2f} GiB")

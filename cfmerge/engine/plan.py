@@ -61,11 +61,14 @@ class Job:
 
     @property
     def working_bytes(self) -> int:
-        """What solving it needs at once, in float32: 2 Grams and 4 cross-sized sums, and as much again to solve."""
+        """What solving it may need at once: 2 Grams and 4 cross-sized sums, and as much again to solve.
+
+        In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
+        """
         if self.assignment.action != "merge" or self.assignment.method.entrywise:
             return 0
         _, m, n = self.parameter.canonical
-        return 4 * (5 * n * n + 10 * m * n)
+        return (4 if self.dtype.itemsize == 2 else 8) * (5 * n * n + 10 * m * n)
 
 
 def _dtype(name: str) -> np.dtype:

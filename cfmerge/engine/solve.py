@@ -16,10 +16,11 @@ from cfmerge.engine.steps import compiled
 from cfmerge.errors import NonFiniteError
 from cfmerge.methods import Method
 
-# By the smallest eigenvalue of the system over the largest (what a method reports as `ridge_ratio`), so that the
-# relative error stays below 1e-4: a float32 solve loses about 5e-8 / ratio, float32 sums about 2e-8 / ratio.
-SINGLE_SOLVE = 1e-3
-SINGLE_SUMS = 2e-4
+# Relative error of a merged delta, measured, times the smallest eigenvalue of the system over the largest (what a
+# method reports as `ridge_ratio`): when all is float32, and when float32 sums are solved in float64.
+LOSS_OF_SOLVE = 7e-8
+LOSS_OF_SUMS = 2e-8
+TOLERANCE = {2: 1e-3, 4: 1e-4, 8: 1e-4}  # by the bytes of the output's dtype: bfloat16 rounds far more coarsely
 
 Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last call)
 
@@ -43,7 +44,7 @@ def merge_batch(plan: Plan, batch: Batch, progress: Progress) -> Merged:
     if plan.recipe.precision == "float64" or batch.jobs[0].parameter.dtype == "float64":
         return _merge_in(plan, batch, method, progress, "float64")
     merged = _merge_low_rank(plan, batch, method, progress) or _merge_in(plan, batch, method, progress, "float32")
-    weak = _weak(plan, merged.reports, SINGLE_SUMS)
+    weak = _weak(plan, batch, merged.reports, LOSS_OF_SUMS)
     for number in weak:
         single = dataclasses.replace(batch, jobs=(batch.jobs[number],))
         merged.tensors[number] = _merge_in(plan, single, method, _silent, "float64").tensors[0]
@@ -85,7 +86,7 @@ def _merge_in(plan: Plan, batch: Batch, method: Method, progress: Progress, comp
         _check_finite(plan, batch, base, flags, f"expert {spec.name!r} ({spec.path})", spec.name)
     _check_finite(plan, batch, base, np.asarray(fine), None, "")
     told = {name: np.asarray(value) for name, value in reports.items()}
-    weak = _weak(plan, told, SINGLE_SOLVE if compute == "float32" else 0.0)
+    weak = _weak(plan, batch, told, LOSS_OF_SOLVE if compute == "float32" else 0.0)
     if len(weak) == 0:
         return Merged(np.asarray(merged), told)
     tensors = np.array(merged)
@@ -100,12 +101,12 @@ def _finish_in_double(batch: Batch, method: Method, statistics: Any, base: jax.A
         return np.asarray(finish(double, base, batch.jobs[0].dtype.name)[0])
 
 
-def _weak(plan: Plan, reports: dict[str, np.ndarray], least: float) -> np.ndarray:
-    """The jobs whose ridge ratio is below `least`, if precision is left to us."""
+def _weak(plan: Plan, batch: Batch, reports: dict[str, np.ndarray], loss: float) -> np.ndarray:
+    """The jobs that would miss the tolerance at this loss, if precision is left to us."""
     ratios = reports.get("ridge_ratio")
     if ratios is None or plan.recipe.precision != "auto":
         return np.zeros(0, int)
-    return np.flatnonzero(ratios.min(axis=1) < least)
+    return np.flatnonzero(ratios.min(axis=1) < loss / TOLERANCE[batch.jobs[0].dtype.itemsize])
 
 
 def _silent(name: str, count: int) -> None:

@@ -123,7 +123,7 @@ EXAMPLES = {
     "bool": np.array([True, False, True]),
     "empty": np.zeros((0, 4), np.float32),
     "scalar": np.array(2.5, np.float32),
-    "Gewichte.größe/重み 🎲 \"x\"\\": np.ones(2, np.float32),
+    'Gewichte.größe/重み 🎲 "x"\\': np.ones(2, np.float32),
 }
 
 

@@ -197,6 +197,7 @@ def test_skip_expert_needs_experts_that_are_left(family, refused):
 @pytest.mark.parametrize("keep", [False, True])
 def test_overflow_of_the_output(refused, make_model, tmp_path, llama, keep):
     """float16 holds up to 65504; a merge that does not fit is not written."""
+
     def model(name, number):
         tensors = llama(number)
         tensors[Q] = tensors[Q] * 1e5
@@ -209,6 +210,7 @@ def test_overflow_of_the_output(refused, make_model, tmp_path, llama, keep):
 
 def test_overflow_of_the_base_dtype(refused, make_model, tmp_path, llama):
     """Experts fit, their sum does not."""
+
     def model(name, value):
         tensors = llama(dtype=np.float16)
         tensors[Q] = tensors[Q] + np.float16(value)
@@ -528,9 +530,7 @@ def test_not_enough_memory(family, refused):
 
 def test_not_enough_memory_the_named_way_out(family, tmp_path):
     rules = [Rule("*.down_proj.weight", "average")]
-    result = cfmerge.merge(
-        family.base, family.experts, "ace", memory=8_000, rules=rules, output=tmp_path / "out"
-    )
+    result = cfmerge.merge(family.base, family.experts, "ace", memory=8_000, rules=rules, output=tmp_path / "out")
     assert result.plan.counts()["matrix", "average"] == 2
 
 

@@ -121,6 +121,7 @@ def test_rules_as_mappings(family, merged):
 
 def test_tensors_that_no_architecture_names_are_merged(make_model, tmp_path, llama, load):
     """mergekit drops what its architecture file does not list."""
+
     def model(number):
         extra = {
             "model.extra_adapter.table": np.full((3, 5), number, np.float32),
@@ -152,6 +153,7 @@ def test_every_tensor_of_the_base_is_merged_or_said_to_be_kept(family, merged):
 @pytest.fixture
 def headed(make_model, tmp_path, llama):
     """A base with a classifier of two classes, experts with two, three and another head."""
+
     def model(name, number, heads):
         tensors = {key: tensor for key, tensor in llama(number).items() if key != HEAD}
         return make_model(tmp_path / "in" / name, tensors | heads)
@@ -256,9 +258,7 @@ def test_heads_that_all_share_are_merged(family, make_model, tmp_path, load, lla
 
 def test_a_rule_settles_a_head(headed, tmp_path, load):
     """What a rule says of a head needs no choice."""
-    cfmerge.merge(
-        headed[0], headed[1:3], "average", rules=[Rule("classifier.*", "keep-base")], output=tmp_path / "out"
-    )
+    cfmerge.merge(headed[0], headed[1:3], "average", rules=[Rule("classifier.*", "keep-base")], output=tmp_path / "out")
     assert (load(tmp_path / "out")["classifier.weight"] == 0).all()
 
 

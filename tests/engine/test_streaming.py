@@ -176,6 +176,7 @@ def test_kept_tensors_get_the_dtype_too(family, tmp_path, load):
 
 def test_mean_in_bfloat16_is_rounded_once(make_model, tmp_path, load):
     """The mean of 1 + i/128, i = 0..6, is 1.0234375; sums in bfloat16 give 1.0156 (fusion_bench)."""
+
     def model(name, value):
         return make_model(tmp_path / name, {"model.norm.weight": np.full(8, value, BF16)})
 
@@ -247,9 +248,7 @@ def test_side_files(family, tmp_path, contents):
         same = name not in {"README.md", "model.safetensors"}
         assert (after[name] == before[name]) == same, name
     assert set(after) == set(before)
-    cfmerge.merge(
-        family.base, family.experts, "average", output=tmp_path / "named", side_files=str(family.experts[0])
-    )
+    cfmerge.merge(family.base, family.experts, "average", output=tmp_path / "named", side_files=str(family.experts[0]))
     assert set(contents(tmp_path / "named")) == {"README.md", "model.safetensors", "config.json", "special.json"}
 
 

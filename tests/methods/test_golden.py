@@ -97,7 +97,5 @@ def test_weighted_task_arithmetic():
     arrays = load(case)
     experts = [arrays[f"expert_{t}"].astype(np.float32) for t in range(case["num_experts"])]
     method = methods.task_arithmetic(case["params"]["lambda"])
-    merged = cfmerge.merge_tensor(
-        arrays["base"].astype(np.float32), experts, method, weights=case["params"]["weight"]
-    )
+    merged = cfmerge.merge_tensor(arrays["base"].astype(np.float32), experts, method, weights=case["params"]["weight"])
     assert np.max(np.abs(np.asarray(merged) - arrays["expected"])) <= case["tolerance"]["expected"]["float32"]
