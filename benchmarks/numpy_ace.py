@@ -10,6 +10,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 (NumPy learns bfloat16)
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file

@@ -115,12 +115,20 @@ def parse(content: Any, source: str) -> Recipe:
         raise CfmergeError(f"{source}: {_explain(str(error))}") from None
 
 
-def _explain(message: str) -> str:
+def parse_rule(content: Any) -> Rule:
+    """One rule from plain values; raises `CfmergeError` as `parse` does."""
+    try:
+        return msgspec.convert(content, Rule)
+    except msgspec.ValidationError as error:
+        raise CfmergeError(f"rule {content!r}: {_explain(str(error), Rule)}") from None
+
+
+def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
     unknown = re.search(r"unknown field `(.+?)`(?: - at `(.+)`)?", message)
     if not unknown:
         return message
     key, place = unknown.groups()
-    struct = Expert if place and "experts" in place else Rule if place and "rules" in place else Recipe
+    struct = struct or (Expert if place and "experts" in place else Rule if place and "rules" in place else Recipe)
     return f"unknown key {key!r}{f' at {place}' if place else ''}{nearest(key, struct.__struct_fields__)}"
 
 

@@ -1,7 +1,5 @@
 """The command line. JAX is imported by the commands that compute, not here."""
 
-import contextlib
-import ctypes
 import json as json_module
 import signal
 import sys
@@ -108,7 +106,6 @@ def merge(
         "shard_size": shard_size, "side_files": side_files,
     })  # fmt: skip
     limit = None if memory is None else parse_size(memory)
-    _return_freed_memory()
     with show.progress(_total_bytes(asked), json=json, quiet=quiet) as progress:
         result = cfmerge.merge_recipe(asked, output, overwrite=overwrite, memory=limit, progress=progress)
     if json:
@@ -235,12 +232,6 @@ def _key_values(texts: Sequence[str]) -> dict[str, str]:
 
 def _total_bytes(recipe: Recipe) -> int:
     return cfmerge.make_plan(recipe).bytes_to_read
-
-
-def _return_freed_memory() -> None:
-    """Has glibc give back large buffers when they are freed; left alone it keeps them, up to twice the working set."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ from cfmerge.engine.steps import steps
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
 from cfmerge.parameters import classify, is_float
-from cfmerge.recipe import Rule
+from cfmerge.recipe import Rule, parse_rule
 
 
 def merge_tensor(
@@ -91,7 +91,7 @@ def merge_params(
     expert_leaves = [_matching(leaves, flatten(tree)[0], name) for name, tree in zip(names, trees, strict=True)]
 
     shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
-    made = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
+    made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
     assignments = assign(classify(shapes), method, made)
     _warn_unknown(assignments, method)
 

@@ -92,7 +92,7 @@ def merge(
         rules: `Rule`s, or mappings with their fields; the first whose pattern matches a tensor's name wins.
         overwrite: replace a model directory that is there.
         memory: bound of the working set, bytes or `"4GB"`; none: a quarter of what is free.
-        progress: called with (tensor name, bytes read since the last call).
+        progress: called with (tensor name, bytes read since the last call), from the working threads, one at a time.
         **options: the other fields of `Recipe`: heads, on_nonfinite, allow, dtype, precision, shard_size,
             side_files.
 

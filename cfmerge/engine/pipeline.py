@@ -1,7 +1,9 @@
 """The pipeline: workers read and merge batches, a thread writes behind them; memory is bounded by the batches."""
 
+import contextlib
 import dataclasses
 import threading
+import warnings
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -83,8 +85,11 @@ def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, st
         while len(writing) > WRITE_BEHIND:
             writing.popleft().result()
 
+    settings = contextlib.ExitStack()
     # LAPACK on the CPU is OpenBLAS, whose threads fight with XLA's: 0.17 s of Cholesky have become 2 s
-    limit = threadpool_limits(1, user_api="blas")
+    settings.enter_context(threadpool_limits(1, user_api="blas"))
+    settings.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", message="Some donated buffers were not usable")  # where rows become a Gram
     try:
         for job in plan.jobs:
             _check_stop(stop)
@@ -104,7 +109,7 @@ def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, st
     finally:
         mergers.shutdown(cancel_futures=True)
         writers.shutdown(cancel_futures=True)
-        limit.restore_original_limits()
+        settings.close()
     return account
 
 

@@ -29,14 +29,14 @@ class Steps(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def compiled(method: Method, layout: str, compute: str) -> Steps:
-    """The three steps, jitted; compiled once for every shape that they meet.
+    """The three steps, jitted; compiled once for every shape that they meet. `step` uses up its statistics.
 
     Args:
         layout: of the stored tensors, see `cfmerge.parameters`; empty for an entrywise method.
         compute: `float32` or `float64` (then call under `jax.enable_x64(True)`).
     """
     plain = steps(method, layout, compute)
-    return Steps(jax.jit(plain.start), jax.jit(plain.step), jax.jit(plain.finish, static_argnums=2))
+    return Steps(jax.jit(plain.start), jax.jit(plain.step, donate_argnums=0), jax.jit(plain.finish, static_argnums=2))
 
 
 def steps(method: Method, layout: str, compute: str) -> Steps:

@@ -529,3 +529,9 @@ def test_integers_must_agree_or_follow_a_rule():
 def test_rules_that_cannot_be_followed(rule, message):
     with pytest.raises(cfmerge.CfmergeError, match=message):
         cfmerge.merge_params(BASE, [BASE, BASE], ACE, rules=[rule])
+
+
+def test_a_misspelt_rule():
+    tree = {"a": {"kernel": np.ones((2, 3), np.float32)}}
+    with pytest.raises(cfmerge.CfmergeError, match="did you mean 'layout'"):
+        cfmerge.merge_params(tree, [tree, tree], cfmerge.methods.ace(), rules=[{"match": "*", "layuot": "io"}])

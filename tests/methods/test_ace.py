@@ -142,7 +142,7 @@ def test_auto_takes_rows_until_they_outgrow_the_inputs():
 
 def test_forgetting_needs_grams():
     _, deltas = problem(m=5, n=40)
-    with pytest.raises(CfmergeError, match="form=.full."):
+    with pytest.raises(CfmergeError, match=r"form=.full."):
         solve(deltas, ace(), [1.0, 1.0, -1.0])
 
 
