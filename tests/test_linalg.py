@@ -54,7 +54,7 @@ def test_top_singular_inside_a_row_space():
     rows = rng.standard_normal((4, 30))
     matrix = rng.standard_normal((20, 4)) @ rows
     with jax.enable_x64(True):
-        u, s, vt = linalg.top_singular(jnp.asarray(matrix), 3, jnp.asarray(rows))
+        u, s, vt = map(np.asarray, linalg.top_singular(jnp.asarray(matrix), 3, jnp.asarray(rows)))
     exact = np.linalg.svd(matrix, full_matrices=False)
     np.testing.assert_allclose(s, exact[1][:3], rtol=1e-10)
     np.testing.assert_allclose(u @ vt, exact[0][:, :3] @ exact[2][:3], atol=1e-9)
