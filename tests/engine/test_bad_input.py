@@ -525,12 +525,12 @@ def test_not_enough_memory(family, refused):
     """Known from the headers: nothing is read. The named way out works."""
     spoil(family.experts[0], Q, np.nan)
     words = ["model.layers.0.mlp.down_proj.weight", "(8, 16)", "--memory", "method: average", "MiB"]
-    refused(words, family.base, family.experts, "ace", memory=8_000)
+    refused(words, family.base, family.experts, "ace", memory=16_000)
 
 
 def test_not_enough_memory_the_named_way_out(family, tmp_path):
     rules = [Rule("*.down_proj.weight", "average")]
-    result = cfmerge.merge(family.base, family.experts, "ace", memory=8_000, rules=rules, output=tmp_path / "out")
+    result = cfmerge.merge(family.base, family.experts, "ace", memory=16_000, rules=rules, output=tmp_path / "out")
     assert result.plan.counts()["matrix", "average"] == 2
 
 

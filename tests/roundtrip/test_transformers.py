@@ -28,7 +28,7 @@ import cfmerge
 HOMOGENEOUS, REFINED, FLOAT64, BFLOAT16 = 5e-5, 5e-4, 3e-6, 0.01
 SMALL = (0.003, 0.0035, 0.004)  # deltas of about one energy: ACE's homogeneous branch
 SPREAD = (0.002, 0.008, 0.03)  # energies over two decades: the heterogeneous branch, at these sizes
-ONE_BY_ONE = 200_000  # bytes: no two matrices are stacked, so that families share compiled steps
+ONE_BY_ONE = 400_000  # bytes: so little that no two matrices of these sizes are stacked
 
 
 # --- the families: a tiny model, what its tensors are, and what it is asked ---------------------------------
