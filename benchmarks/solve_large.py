@@ -120,7 +120,7 @@ def low_rank(rounds: int) -> None:
         ratios.append(slow / fast)
         print(
             f"low-rank {fast:.2f} s, full {slow:.1f} s, ratio {slow / fast:.0f}; errors against float64: "
-            f"low-rank {error(narrow, exact):.1e}, full {error(wide, exact):.1e}; between them {error(narrow, wide):.1e}; "
+            f"low-rank {error(narrow, exact):.1e}, full {error(wide, exact):.1e}, mutual {error(narrow, wide):.1e}; "
             f"ridge ratio {told['ridge_ratio']:.1e}, factor error {told['factor_error']:.1e}",
             flush=True,
         )

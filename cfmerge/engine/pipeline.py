@@ -52,7 +52,7 @@ class Account:
             for note, names in self.notes.items()
         ]
         if self.float64:
-            lines.append(f"{self.float64} tensors were ill-conditioned and computed in float64")
+            lines.append(f"float64 was used for {self.float64} ill-conditioned tensors")
         return lines
 
 
