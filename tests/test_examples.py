@@ -60,11 +60,15 @@ def check_huggingface(printed: str) -> None:
 
 
 def test_huggingface_merge():
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
     check_huggingface(run("huggingface_merge.py"))
 
 
 def test_huggingface_merge_of_given_checkpoints(tmp_path):
     """As a user calls it, on checkpoints that the example's own function has made."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
     sys.path.insert(0, str(ROOT / "examples"))
     try:
         import huggingface_merge
