@@ -91,7 +91,7 @@ def _default(parameter: Parameter, method: Method, average: Method) -> Assignmen
         return Assignment(parameter, "keep-base", average)
     if parameter.kind is Kind.OTHER:
         return Assignment(parameter, "merge", average)
-    if method.entrywise:
+    if method.scope != "matrix":
         return Assignment(parameter, "merge", method)
     if parameter.kind in {Kind.MATRIX, Kind.CONVOLUTION} and parameter.layout:
         return Assignment(parameter, "merge", _for_layout(parameter, method))
@@ -104,7 +104,7 @@ def _explicit(parameter: Parameter, method: Method, rule: Rule) -> Assignment:
             f"rule {rule.match!r}: tensor {parameter.name!r} is {parameter.dtype}, which is not merged; "
             "use method keep-base"
         )
-    if not method.entrywise and not parameter.layout:
+    if method.scope == "matrix" and not parameter.layout:
         raise CfmergeError(
             f"rule {rule.match!r}: {method.name} needs the layout of {parameter.name!r}, shape {parameter.shape}; "
             "give it in the rule, such as 'layout: oi' for (out, in)"

@@ -25,7 +25,7 @@ class Batch:
     @property
     def layout(self) -> str:
         job = self.jobs[0]
-        return "" if job.assignment.method.entrywise else job.parameter.layout
+        return "" if (job.assignment.method.scope == "entry") else job.parameter.layout
 
     def read(self, checkpoint: Checkpoint, names: tuple[str, ...]) -> np.ndarray:
         """`(jobs, *stored shape)`, or `(1, count)` for a piece."""
@@ -48,7 +48,7 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
     for job in jobs:
         if job.assignment.action != "merge" or job.parameter.size == 0:
             continue
-        if job.assignment.method.entrywise and job.parameter.size > ENTRIES:
+        if (job.assignment.method.scope == "entry") and job.parameter.size > ENTRIES:
             for first in range(0, job.parameter.size, ENTRIES):
                 yield Batch((job,), first, min(ENTRIES, job.parameter.size - first))
             continue
@@ -64,7 +64,7 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
 
 def _stack(job: Job, memory: int) -> int:
     check_memory(job, memory)
-    by_size = (ENTRIES if job.assignment.method.entrywise else STACKED) // job.parameter.size
+    by_size = (ENTRIES if (job.assignment.method.scope == "entry") else STACKED) // job.parameter.size
     by_memory = memory // 2 // max(job.working_bytes, 1)
     return max(1, min(by_size, by_memory))
 

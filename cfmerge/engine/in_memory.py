@@ -1,5 +1,6 @@
 """Merging arrays and pytrees: pure functions that work under `jit`, `vmap` and `grad`."""
 
+import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,9 @@ from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.engine.steps import steps
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.methods import Method
+from cfmerge.methods import Context, Method
+from cfmerge.methods._random import key_of
+from cfmerge.methods._registry import Place, of_expert, resolve
 from cfmerge.parameters import classify, is_float
 from cfmerge.recipe import Rule, parse_rule
 
@@ -24,15 +27,22 @@ def merge_tensor(
     method: Method,
     *,
     weights: Sequence[float] | None = None,
+    moments: Sequence[Array] | None = None,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> Float[Array, "out in"]:
     """Merges one canonical weight: the mathematics alone.
 
     Args:
-        base: the weight `(out, in)`, acting as `y = W x`; any shape for an entrywise method. ACE and its kin
+        base: the weight `(out, in)`, acting as `y = W x`; any shape for a method that takes it. ACE and its kin
             average what is not two-dimensional.
         experts: the fine-tuned weights, same shape.
         method: such as `cfmerge.methods.ace()`.
         weights: one per expert; none: all 1.
+        moments: what was measured of each expert, for methods that need it: input Grams `(in, in)`, or diagonal
+            Fishers of the weight's shape.
+        seed: of random methods.
+        names: of the experts, for parameters that are given by name, and for keys; none: their numbers.
 
     Returns:
         The merged weight, in the base's dtype. Computed in float32, or in float64 if that is what comes in.
@@ -42,20 +52,25 @@ def merge_tensor(
     """
     base = jnp.asarray(base)
     experts = [jnp.asarray(expert) for expert in experts]
-    weights = _check_weights(len(experts), weights)
     for number, expert in enumerate(experts):
         if expert.shape != base.shape:
             raise CfmergeError(f"expert {number} has shape {expert.shape}, the base {base.shape}")
-    if not method.entrywise and base.ndim != 2:
+    if method.scope == "matrix" and base.ndim != 2:
         from cfmerge.methods import average
 
         method = average()
     compute = _compute_dtype(base)
     wide = base.astype(compute)
-    statistic = method.init(wide)
-    for expert, weight in zip(experts, weights, strict=True):
-        statistic = method.update(statistic, expert.astype(compute) - wide, jnp.asarray(weight, compute))
-    return (wide + method.solve(statistic)).astype(base.dtype)
+    names = names or [str(number) for number in range(len(experts))]
+    method = resolve(method, Place("tensor", None, tuple(names), fnmatch.fnmatchcase))
+    weights = _check_weights(len(experts), weights)
+    moments = moments or [None] * len(experts)
+    statistic = of_expert(method, 0).init(wide)
+    for number, (expert, weight, moment) in enumerate(zip(experts, weights, moments, strict=True)):
+        context = Context(key_of(seed, "tensor", names[number]), number, moment)
+        delta = expert.astype(compute) - wide
+        statistic = of_expert(method, number).see(statistic, delta, jnp.asarray(weight, compute), context)
+    return (wide + of_expert(method, 0).solve(statistic)).astype(base.dtype)
 
 
 def merge_params(
@@ -109,7 +124,7 @@ def merge_params(
 
 def _merge_stack(assignment: Assignment, base: Array, experts: Sequence[Array], weights: Sequence[Any]) -> Array:
     method = assignment.method
-    layout = "" if method.entrywise else assignment.parameter.layout
+    layout = "" if method.scope == "entry" else assignment.parameter.layout
     start, step, finish = steps(method, layout, _compute_dtype(base))
     statistics = start(base)
     for expert, weight in zip(experts, weights, strict=True):
@@ -159,7 +174,7 @@ def _matching(base: Mapping[str, Any], expert: Mapping[str, Any], who: str) -> M
 
 def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None:
     unknown = [name for name, a in assignments.items() if a.parameter.note and a.rule is None]
-    if unknown and not method.entrywise:
+    if unknown and method.scope == "matrix":
         note = assignments[unknown[0]].parameter.note
         warnings.warn(
             f"{len(unknown)} parameters are averaged, not solved, such as {unknown[0]!r}: {note}", stacklevel=3

@@ -54,7 +54,7 @@ class Job:
         if self.assignment.action != "merge":
             return 0
         experts = len(self.sources)
-        if self.assignment.method.entrywise:
+        if (self.assignment.method.scope == "entry"):
             return 3 * experts * self.parameter.size
         b, m, n = self.parameter.canonical
         return b * (experts * (2 * m * n * n + 2 * m * n * min(n, 2 * m)) + n**3 // 3 + 2 * m * n * n)
@@ -65,7 +65,7 @@ class Job:
 
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
-        if self.assignment.action != "merge" or self.assignment.method.entrywise:
+        if self.assignment.action != "merge" or (self.assignment.method.scope == "entry"):
             return 0
         _, m, n = self.parameter.canonical
         return (4 if self.dtype.itemsize == 2 else 8) * (5 * n * n + 10 * m * n)
@@ -186,7 +186,7 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
 
 
 def _check_weights(specs: Sequence[Expert], method: Method) -> None:
-    if not method.entrywise:
+    if method.scope == "matrix":
         for spec in specs:
             if spec.weight <= 0:
                 raise CfmergeError(

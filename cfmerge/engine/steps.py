@@ -41,7 +41,7 @@ def compiled(method: Method, layout: str, compute: str) -> Steps:
 
 def steps(method: Method, layout: str, compute: str) -> Steps:
     """The three steps, not jitted."""
-    entrywise = method.entrywise
+    entrywise = method.scope == "entry"
     dtype = jnp.dtype(compute)
     over = _map if not entrywise else _vmap
 

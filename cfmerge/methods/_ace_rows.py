@@ -21,7 +21,7 @@ from cfmerge.methods._ace_sums import (
     ridges,
     weighted_mean,
 )
-from cfmerge.methods._base import check
+from cfmerge.methods._registry import Number, check
 
 
 def factor(delta: Array, rank: int | None, weight: Array, trace: Array) -> Rows:
@@ -48,8 +48,8 @@ def solve_rows(
     experts: tuple[Rows, ...],
     heterogeneous: Array,
     s: Array,
-    eps: float | None,
-    eps_rel: float,
+    eps: Number | None,
+    eps_rel: Number,
 ) -> Solved:
     n = experts[0].right.shape[1]
     absolute, relative = ridges(scalars, heterogeneous, eps, eps_rel, n)

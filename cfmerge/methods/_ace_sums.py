@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cfmerge import linalg
+from cfmerge.methods._registry import Number
 
 TINY = 1e-12  # the published code adds it to every trace, energy and denominator
 Scalar = Float[Array, ""]
@@ -80,7 +81,7 @@ def weighted_mean(total: Array, weight: Array) -> Array:
     return total / jnp.where(weight == 0, 1, weight)
 
 
-def gate_of(scalars: Scalars, kind: str, tau: float) -> tuple[Scalar, Bool[Array, ""]]:
+def gate_of(scalars: Scalars, kind: str, tau: Number) -> tuple[Scalar, Bool[Array, ""]]:
     """`Var[ln n] / (Mean[ln n]^2 + 1e-12)` with the unbiased variance; one expert is homogeneous."""
     count = scalars.experts
     mean = weighted_mean(scalars.log_energy, count)
@@ -90,7 +91,7 @@ def gate_of(scalars: Scalars, kind: str, tau: float) -> tuple[Scalar, Bool[Array
     return value, value > tau
 
 
-def ridges(scalars: Scalars, heterogeneous: Array, eps: float | None, eps_rel: float, n: int) -> tuple[Array, Array]:
+def ridges(scalars: Scalars, heterogeneous: Array, eps: Number | None, eps_rel: Number, n: int) -> tuple[Array, Array]:
     """`e_t = absolute + relative / tr_t` for every expert: the two numbers `(absolute, relative)`."""
     if eps is None:
         scale = weighted_mean(scalars.trace, scalars.weight) / n

@@ -46,14 +46,15 @@ from cfmerge.methods._ace_sums import (
     scalars_of,
     weighted_mean,
 )
-from cfmerge.methods._base import Method, Report, check, register
+from cfmerge.methods._base import Method, Report
+from cfmerge.methods._registry import Number, check, check_number, register
 
 
 @register
 def ace(
-    eps: float | None = None,
-    eps_rel: float = 0.07,
-    tau: float = 0.3,
+    eps: Number | None = None,
+    eps_rel: Number = 0.07,
+    tau: Number = 0.3,
     k_frac: float = 0.3,
     gate: Literal["paper", "log_variance"] = "paper",
     orientation: Literal["canonical", "as_published"] = "canonical",
@@ -82,8 +83,8 @@ def ace(
 
     Source: Xu et al., ACE-Merging, CVPR 2026, arXiv 2603.02945v2.
     """
-    check(eps is None or eps > 0, f"ace: eps must be positive, got {eps}")
-    check(eps_rel > 0, f"ace: eps_rel must be positive, got {eps_rel}")
+    check_number("ace: eps", eps, above=0)
+    check_number("ace: eps_rel", eps_rel, above=0)
     check(0 <= k_frac <= 1, f"ace: k_frac must lie in [0, 1], got {k_frac}")
     check(rank is None or rank >= 1, f"ace: rank must be at least 1, got {rank}")
     check(not (rank and form == "full"), "ace: rank is for the low-rank form, but form is 'full'")
@@ -150,7 +151,8 @@ def ace(
         update,
         lambda statistic: report(statistic)[0],
         report,
-        additive=form != "low-rank",
+        weights="positive",
+        statistic=("ace", zero_delta, form, rank),
         notes=NOTES,
         of_rank=of_rank if form == "auto" and rank is None else None,
     )
@@ -177,7 +179,7 @@ NOTES = {
 
 
 def _solve_full(
-    scalars: Scalars, sums: GramSums, heterogeneous: Array, s: Array, eps: float | None, eps_rel: float
+    scalars: Scalars, sums: GramSums, heterogeneous: Array, s: Array, eps: Number | None, eps_rel: Number
 ) -> Solved:
     n = sums.gram.shape[0]
     gram = jnp.where(heterogeneous, sums.scaled_gram, sums.gram)
@@ -223,7 +225,7 @@ def _transposed(canonical: Method) -> Method:
         lambda statistic, delta, weight=1.0: canonical.update(statistic, delta.T, weight),
         lambda statistic: canonical.solve(statistic).T,
         report,
-        additive=canonical.additive,
+        weights="positive",
         notes=canonical.notes,
         without_conv1d=canonical,
     )

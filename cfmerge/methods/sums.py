@@ -9,7 +9,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cfmerge.methods._base import Method, check, register
+from cfmerge.methods._base import Method
+from cfmerge.methods._registry import Number, check_number, register
 
 
 class Sum(NamedTuple):
@@ -37,11 +38,11 @@ def average() -> Method:
     def solve(statistic: Sum) -> Array:
         return statistic.total / jnp.where(statistic.weight == 0, 1, statistic.weight)
 
-    return Method("average", init, update, solve, entrywise=True)
+    return Method("average", init, update, solve, scope="entry", statistic="sum", normalises=True)
 
 
 @register
-def task_arithmetic(scale: float = 0.3) -> Method:
+def task_arithmetic(scale: Number = 0.3) -> Method:
     """The sum of the deltas, each times its weight, all times one scale.
 
     Args:
@@ -49,5 +50,7 @@ def task_arithmetic(scale: float = 0.3) -> Method:
 
     Source: Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089.
     """
-    check(scale == scale and abs(scale) < float("inf"), f"task_arithmetic: scale must be finite, got {scale}")
-    return Method("task_arithmetic", init, update, lambda statistic: scale * statistic.total, entrywise=True)
+    check_number("task_arithmetic: scale", scale)
+    return Method(
+        "task_arithmetic", init, update, lambda statistic: scale * statistic.total, scope="entry", statistic="sum"
+    )

@@ -1,0 +1,34 @@
+"""Random numbers that depend on (seed, tensor, expert) and on nothing else: not on order, pieces, stacks or device."""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+BLOCK = 1 << 16  # entries that one folded key serves; pieces of a large tensor begin at a multiple of it
+
+
+def key_of(seed: int, tensor: str, expert: str) -> Array:
+    """The JAX key of one tensor of one expert."""
+    digest = hashlib.sha256(f"{tensor}\0{expert}".encode()).digest()
+    key = jax.random.key(seed)
+    for number in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, int.from_bytes(number, "little"))
+    return key
+
+
+def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, start: int | Array = 0) -> Float[Array, "..."]:
+    """Numbers in [0, 1) for the entries `start ..` of a tensor, laid out in `shape`; `start` is a multiple of BLOCK.
+
+    Every block of entries has a key of its own, so that a piece of a tensor gets what it gets in the whole.
+    """
+    size = 1
+    for length in shape:
+        size *= length
+    blocks = -(-size // BLOCK)
+    numbers = jnp.asarray(start) // BLOCK + jnp.arange(blocks)
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+    # float32 draws for every dtype: the same decisions in float32 and float64
+    draws = jax.vmap(lambda one: jax.random.uniform(one, (min(BLOCK, size),), jnp.float32))(keys)
+    return draws.reshape(-1)[:size].reshape(shape).astype(dtype)
