@@ -24,17 +24,23 @@ class Expert(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     path: str
     name: str = ""
-    weight: float = 1.0
+    weight: float | dict[str, Any] | list[Any] = 1.0  # a number, a gradient over depth, or values by name
+    moments: str = ""  # a file of what was measured of it: input Grams, diagonal Fishers
 
 
 class Rule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """What is done with the tensors whose name matches. The first rule that matches wins."""
 
-    match: str  # a glob over the whole name: * any characters, ? one, [..] a set
+    match: str = ""  # a glob over the whole name: * any characters, ? one, [..] a set; none: any name
     method: str = ""  # a method's name, or `keep-base` or `skip` (left out of the output)
     parameters: dict[str, Any] = {}
     kind: Kind | None = None
     layout: str = ""  # one letter per axis: o output, i input, b stacked
+    kinds: list[Kind] = []  # only tensors of these kinds; none: of any
+
+    def __post_init__(self) -> None:
+        if not self.match and not self.kinds:
+            raise ValueError("a rule needs `match` (a pattern of names) or `kinds`")
 
 
 class Recipe(msgspec.Struct, forbid_unknown_fields=True):
@@ -52,8 +58,10 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     precision: Literal["auto", "float32", "float64"] = "auto"  # of the computation
     shard_size: str = "5GB"
     side_files: str | None = None  # where config and tokenizer come from; none: the base
+    seed: int = 0  # of random methods
+    plugins: list[str] = []  # Python files that register methods
 
-    def resolved_experts(self) -> list[Expert]:
+    def resolved_experts(self, least: int = 2) -> list[Expert]:
         """The experts with a name each: the one given, else that of their directory.
 
         Raises:
@@ -62,7 +70,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         experts = [Expert(path=e) if isinstance(e, str) else e for e in self.experts]
         if not experts:
             raise CfmergeError("no experts: a merge needs a base and at least two experts")
-        if len(experts) == 1 and "one-expert" not in self.allow:
+        if len(experts) < least and "one-expert" not in self.allow:
             raise CfmergeError(
                 f"one expert ({experts[0].path}): there is nothing to merge it with. Give another, or allow it: "
                 "--allow one-expert (recipe: 'allow: [one-expert]')"
@@ -70,7 +78,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         seen: dict[str, str] = {}
         named = []
         for expert in experts:
-            if not math.isfinite(expert.weight):
+            if isinstance(expert.weight, int | float) and not math.isfinite(expert.weight):
                 raise CfmergeError(f"expert {expert.path}: its weight must be finite, found {expert.weight}")
             name = expert.name or _default_name(expert.path, seen)
             if name in seen:
@@ -80,13 +88,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
             if re.search(r"[/\\\0]", name) or name in {".", ".."}:
                 raise CfmergeError(f"expert name {name!r} cannot be used as a file name")
             seen[name] = expert.path
-            named.append(Expert(expert.path, name, expert.weight))
-        weights = [expert.weight for expert in named]
-        if abs(sum(weights)) <= 1e-9 * sum(map(abs, weights)):
-            raise CfmergeError(
-                "the experts' weights sum to 0, so that their mean is not defined: "
-                + ", ".join(f"{expert.name}: {expert.weight}" for expert in named)
-            )
+            named.append(Expert(expert.path, name, expert.weight, expert.moments))
         return named
 
     def to_yaml(self) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 from cfmerge import methods
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
+from cfmerge.methods._base import is_chain
 from cfmerge.parameters import Kind, Parameter, check_layout, is_attention_mask, is_float
 from cfmerge.recipe import Rule
 
@@ -52,7 +53,7 @@ def assign(
     used = [False] * len(rules)
     result = {}
     for name, parameter in parameters.items():
-        number = next((i for i, rule in enumerate(rules) if fnmatch.fnmatchcase(name, rule.match)), None)
+        number = next((i for i, rule in enumerate(rules) if _matches(rule, parameter)), None)
         if number is None:
             result[name] = _default(parameter, method, average)
             continue
@@ -73,17 +74,28 @@ def assign(
     return result
 
 
+def _matches(rule: Rule, parameter: Parameter) -> bool:
+    return _fits(parameter.name, rule) and (not rule.kinds or parameter.kind in rule.kinds)
+
+
+def _fits(name: str, rule: Rule) -> bool:
+    return not rule.match or fnmatch.fnmatchcase(name, rule.match)
+
+
 def _rule_method(rule: Rule, method: Method) -> Method | None:
     if rule.method in {"", "keep-base", "skip"}:
         if rule.parameters and not rule.method:
+            if is_chain(method):
+                raise CfmergeError(f"rule {rule.match!r}: give the method with its parameters: {method.name!r} is a chain")
             return methods.make(method.name, {**method.parameters, **rule.parameters})
         if rule.parameters:
             raise CfmergeError(f"rule {rule.match!r}: {rule.method} takes no parameters")
         return None
-    known = [*methods.registry(), "keep-base", "skip"]
-    if rule.method not in known:
-        raise CfmergeError(f"rule {rule.match!r}: unknown method {rule.method!r}{nearest(rule.method, known)}")
-    return methods.make(rule.method, rule.parameters)
+    try:
+        return methods.make(rule.method, rule.parameters)
+    except CfmergeError as error:
+        hint = nearest(rule.method, ["keep-base", "skip"]) if "unknown method" in str(error) else ""
+        raise CfmergeError(f"rule {rule.match!r}: {error}{hint}") from None
 
 
 def _default(parameter: Parameter, method: Method, average: Method) -> Assignment:
@@ -119,14 +131,16 @@ def _for_layout(parameter: Parameter, method: Method) -> Method:
 def _check_used(rules: Sequence[Rule], used: Iterable[bool], names: Iterable[str], others: Iterable[str]) -> None:
     names, others = list(names), list(others)
     for rule, was_used in zip(rules, used, strict=True):
-        if was_used or (rule.method == "skip" and any(fnmatch.fnmatchcase(name, rule.match) for name in others)):
+        if was_used or (rule.method == "skip" and any(_fits(name, rule) for name in others)):
             continue
-        shadowed = any(fnmatch.fnmatchcase(name, rule.match) for name in names)
+        shadowed = any(_fits(name, rule) for name in names) and not rule.kinds
         raise CfmergeError(
             f"rule {rule.match!r} is never used: "
             + (
                 "an earlier rule takes every tensor that it matches; move it up"
                 if shadowed
+                else "no tensor of these kinds matches it, or an earlier rule takes it"
+                if rule.kinds
                 else f"no tensor of the base matches it; names look like {names[0]!r}"
             )
         )

@@ -7,8 +7,13 @@ from typing import Any
 import numpy as np
 
 from cfmerge.checkpoints import Checkpoint
-from cfmerge.engine.plan import Job
+from cfmerge.engine.plan import Job, Plan
+from cfmerge.engine.steps import Inputs
+from cfmerge.engine.survey import Place, Stack
 from cfmerge.errors import CfmergeError
+from cfmerge.methods import Method
+from cfmerge.methods._random import digest_of
+from cfmerge.methods._registry import numbers, structure
 
 ENTRIES = 1 << 22  # of an entrywise batch or piece
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
@@ -16,7 +21,7 @@ STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy a
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Jobs of one shape, dtype, layout and method; or, with `count`, a flat piece of one entrywise job."""
+    """Jobs of one shape, dtype, layout and method (but for its numbers); or a flat piece of one job, with `count`."""
 
     jobs: tuple[Job, ...]
     first: int = 0
@@ -24,8 +29,14 @@ class Batch:
 
     @property
     def layout(self) -> str:
+        return self.jobs[0].layout
+
+    @property
+    def places(self) -> tuple[Place, ...]:
         job = self.jobs[0]
-        return "" if (job.assignment.method.scope == "entry") else job.parameter.layout
+        if self.count is not None:
+            return ((job.name, self.first),)
+        return tuple((job.name, number) for job in self.jobs for number in range(job.matrices))
 
     def read(self, checkpoint: Checkpoint, names: tuple[str, ...]) -> np.ndarray:
         """`(jobs, *stored shape)`, or `(1, count)` for a piece."""
@@ -36,6 +47,41 @@ class Batch:
             wide = np.float64 if any(array.dtype == np.float64 for array in arrays) else np.float32
             arrays = [array.astype(wide) for array in arrays]
         return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+    def base(self, plan: Plan) -> np.ndarray:
+        return self.read(plan.base, tuple(job.name for job in self.jobs))
+
+    def expert(self, plan: Plan, number: int) -> np.ndarray:
+        return self.read(plan.experts[number], tuple(str(job.sources[number]) for job in self.jobs))
+
+    def inputs(self, plan: Plan, number: int) -> Inputs:
+        """What comes with an expert's tensors."""
+        job, expert = self.jobs[0], plan.expert_specs[number].name
+        method = job.assignment.method
+        weight = np.repeat([job.weights[number] for job in self.jobs], job.matrices)
+        inputs = Inputs(weight, number, seed=plan.recipe.seed, start=self.first)
+        if method.random:
+            names = [layer_name(job.name, layer, job.matrices) for job in self.jobs for layer in range(job.matrices)]
+            inputs = inputs._replace(digest=np.stack([digest_of(name, expert) for name in names]))
+        measured = plan.moments[number] if method.moments else None
+        if measured is not None:
+            moment = self.read(measured, tuple(job.name for job in self.jobs))
+            if method.moments == "input_gram":
+                moment = moment.reshape(-1, *moment.shape[-2:])
+            inputs = inputs._replace(moment=moment)
+        return inputs
+
+    def stack(self, plan: Plan) -> Stack:
+        """For a survey."""
+        return Stack(
+            self.places, self.layout, self.base(plan), lambda number: self.expert(plan, number),
+            lambda number: self.inputs(plan, number),
+        )  # fmt: skip
+
+
+def layer_name(name: str, layer: int, layers: int) -> str:
+    """What the keys of a random method are made of: the tensor's name, and which of its stacked layers."""
+    return name if layers == 1 else f"{name}[{layer}]"
 
 
 def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
@@ -48,12 +94,12 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
     for job in jobs:
         if job.assignment.action != "merge" or job.parameter.size == 0:
             continue
-        if (job.assignment.method.scope == "entry") and job.parameter.size > ENTRIES:
+        if job.assignment.method.scope == "entry" and job.parameter.size > ENTRIES:
             for first in range(0, job.parameter.size, ENTRIES):
                 yield Batch((job,), first, min(ENTRIES, job.parameter.size - first))
             continue
         p = job.parameter
-        key = (p.shape, p.dtype, str(job.dtype), p.layout, job.assignment.method)
+        key = (p.shape, p.dtype, str(job.dtype), job.layout, kind_of(job.assignment.method))
         bucket = waiting.setdefault(key, [])
         bucket.append(job)
         if len(bucket) >= _stack(job, memory):
@@ -62,9 +108,14 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
         yield Batch(tuple(bucket))
 
 
+def kind_of(method: Method) -> Any:
+    """Equal for methods that can be in one batch: those that surveyed the model must agree in numbers too."""
+    return structure(method) if method.survey is None else (structure(method), repr(numbers(method)))
+
+
 def _stack(job: Job, memory: int) -> int:
     check_memory(job, memory)
-    by_size = (ENTRIES if (job.assignment.method.scope == "entry") else STACKED) // job.parameter.size
+    by_size = (ENTRIES if job.assignment.method.scope == "entry" else STACKED) // job.parameter.size
     by_memory = memory // 2 // max(job.working_bytes, 1)
     return max(1, min(by_size, by_memory))
 

@@ -1,6 +1,6 @@
 """Merging arrays and pytrees: pure functions that work under `jit`, `vmap` and `grad`."""
 
-import fnmatch
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cfmerge import methods
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.engine.assign import Assignment, assign
-from cfmerge.engine.steps import steps
+from cfmerge.engine.batches import kind_of, layer_name
+from cfmerge.engine.plan import check_count, check_moment
+from cfmerge.engine.resolve import depths, place, settle, weight_at
+from cfmerge.engine.steps import Inputs, settings_of, steps
+from cfmerge.engine.survey import Stack, at_places, survey
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.methods import Context, Method
-from cfmerge.methods._random import key_of
-from cfmerge.methods._registry import Place, of_expert, resolve
-from cfmerge.parameters import classify, is_float
+from cfmerge.methods import Found, Method
+from cfmerge.methods._random import digest_of
+from cfmerge.methods._registry import of_expert
+from cfmerge.parameters import Kind, Parameter, classify, is_float
 from cfmerge.recipe import Rule, parse_rule
 
 
@@ -42,35 +47,28 @@ def merge_tensor(
         moments: what was measured of each expert, for methods that need it: input Grams `(in, in)`, or diagonal
             Fishers of the weight's shape.
         seed: of random methods.
-        names: of the experts, for parameters that are given by name, and for keys; none: their numbers.
+        names: of the experts, for numbers that are given by name, and for random keys; none: "0", "1", ...
 
     Returns:
         The merged weight, in the base's dtype. Computed in float32, or in float64 if that is what comes in.
 
     Raises:
-        CfmergeError: no experts, another shape, or another number of weights.
+        CfmergeError: no experts, another shape, another number of weights, or moments that do not fit.
     """
     base = jnp.asarray(base)
     experts = [jnp.asarray(expert) for expert in experts]
     for number, expert in enumerate(experts):
         if expert.shape != base.shape:
             raise CfmergeError(f"expert {number} has shape {expert.shape}, the base {base.shape}")
-    if method.scope == "matrix" and base.ndim != 2:
-        from cfmerge.methods import average
-
-        method = average()
-    compute = _compute_dtype(base)
-    wide = base.astype(compute)
-    names = names or [str(number) for number in range(len(experts))]
-    method = resolve(method, Place("tensor", None, tuple(names), fnmatch.fnmatchcase))
-    weights = _check_weights(len(experts), weights)
-    moments = moments or [None] * len(experts)
-    statistic = of_expert(method, 0).init(wide)
-    for number, (expert, weight, moment) in enumerate(zip(experts, weights, moments, strict=True)):
-        context = Context(key_of(seed, "tensor", names[number]), number, moment)
-        delta = expert.astype(compute) - wide
-        statistic = of_expert(method, number).see(statistic, delta, jnp.asarray(weight, compute), context)
-    return (wide + of_expert(method, 0).solve(statistic)).astype(base.dtype)
+    matrix = base.ndim == 2
+    if method.scope == "matrix" and not matrix:
+        method = methods.average()
+    kind, layout = (Kind.MATRIX, "oi") if matrix else (Kind.VECTOR, "")
+    assignment = Assignment(Parameter("tensor", base.shape, str(base.dtype), kind, layout), "merge", method)
+    names = _names(len(experts), names)
+    given = [None] * len(experts) if moments is None else [{"tensor": moment} for moment in moments]
+    tensors = [{"tensor": array} for array in (base, *experts)]
+    return _merge({"tensor": assignment}, tensors, names, weights, given, seed)["tensor"]
 
 
 def merge_params(
@@ -80,6 +78,8 @@ def merge_params(
     *,
     weights: Sequence[float] | None = None,
     rules: Sequence[Rule | Mapping[str, Any]] = (),
+    moments: Sequence[Any] | None = None,
+    seed: int = 0,
 ) -> Any:
     """Merges pytrees of parameters: dicts, FrozenDicts, `nnx.State`, any registered pytree.
 
@@ -90,58 +90,171 @@ def merge_params(
         base: the base's parameters.
         experts: one tree per expert, of the same structure; a mapping `{name: tree}` names them in errors.
         method: such as `cfmerge.methods.ace()`.
-        weights: one per expert; none: all 1.
+        weights: one per expert: numbers, or what a recipe takes (gradients over depth, values by name); none: all 1.
         rules: as in a recipe, on names joined by `/`: `{"match": "*/w", "layout": "io"}`.
+        moments: one per expert, of what was measured of it: `{name: array}`, or a tree like `base` (Fishers).
+        seed: of random methods.
 
     Returns:
         A tree like `base`, in its dtypes. Integers, booleans and keys are the base's.
 
     Raises:
-        CfmergeError: trees of another structure or shape, or integers that do not agree.
+        CfmergeError: trees of another structure or shape, integers that do not agree, or moments that do not fit.
     """
-    names = list(experts) if isinstance(experts, Mapping) else [f"expert {n}" for n in range(len(experts))]
+    named = isinstance(experts, Mapping)
     trees = list(experts.values()) if isinstance(experts, Mapping) else list(experts)
-    weights = _check_weights(len(trees), weights)
     leaves, treedef = flatten(base)
-    expert_leaves = [_matching(leaves, flatten(tree)[0], name) for name, tree in zip(names, trees, strict=True)]
+    labels = list(experts) if named else [f"expert {n}" for n in range(len(trees))]
+    expert_leaves = [_matching(leaves, flatten(tree)[0], name) for name, tree in zip(labels, trees, strict=True)]
+    names = _names(len(trees), list(experts) if named else None)
 
     shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
     made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
     assignments = assign(classify(shapes), method, made)
     _warn_unknown(assignments, method)
+    skipped = [name for name, assignment in assignments.items() if assignment.action == "skip"]
+    if skipped:
+        raise CfmergeError(f"rule for {skipped[0]!r}: a tree keeps all its leaves; use keep-base instead of skip")
 
-    merged = dict(leaves)
-    for bucket in _buckets(assignments, leaves):
-        stacks = [jnp.stack([tree[name] for name in bucket]) for tree in (leaves, *expert_leaves)]
-        assignment = assignments[bucket[0]]
-        result = _merge_stack(assignment, stacks[0], stacks[1:], weights)
-        merged |= dict(zip(bucket, result, strict=True))
+    given = [None] * len(trees) if moments is None else [flatten(moment)[0] for moment in moments]
+    merged = dict(leaves) | _merge(assignments, [leaves, *expert_leaves], names, weights, given, seed)
     for name, assignment in assignments.items():
         if assignment.agree and not _is_key_count(name, leaves):
-            _check_agrees(name, leaves[name], [tree[name] for tree in expert_leaves], names)
+            _check_agrees(name, leaves[name], [tree[name] for tree in expert_leaves], labels)
     return unflatten(treedef, merged)
 
 
-def _merge_stack(assignment: Assignment, base: Array, experts: Sequence[Array], weights: Sequence[Any]) -> Array:
-    method = assignment.method
-    layout = "" if method.scope == "entry" else assignment.parameter.layout
-    start, step, finish = steps(method, layout, _compute_dtype(base))
-    statistics = start(base)
-    for expert, weight in zip(experts, weights, strict=True):
-        statistics, _ = step(statistics, base, expert, weight)
-    return finish(statistics, base, str(base.dtype))[0]
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
+    """Tensors that are merged together: one shape, dtype, layout and method (but for its numbers)."""
+
+    assignments: tuple[Assignment, ...]
+    weights: tuple[tuple[Any, ...], ...]  # of each tensor, one for each expert
+
+    @property
+    def names(self) -> list[str]:
+        return [assignment.parameter.name for assignment in self.assignments]
+
+    @property
+    def layout(self) -> str:
+        return "" if self.assignments[0].method.scope == "entry" else self.assignments[0].parameter.layout
+
+    @property
+    def matrices(self) -> int:
+        return self.assignments[0].parameter.canonical[0] if self.layout else 1
+
+    def stack(self, trees: Sequence[Mapping[str, Any]], given: Sequence[Any], experts: Sequence[str], seed: int) -> Stack:
+        layers = [(name, layer) for name in self.names for layer in range(self.matrices)]
+        method = self.assignments[0].method
+
+        def inputs(number: int) -> Inputs:
+            weight = jnp.repeat(jnp.stack([jnp.asarray(own[number]) for own in self.weights]), self.matrices)
+            made = Inputs(weight, number, seed=seed)
+            if method.random:
+                names = [layer_name(name, layer, self.matrices) for name, layer in layers]
+                made = made._replace(digest=np.stack([digest_of(name, experts[number]) for name in names]))
+            if method.moments:
+                moment = jnp.stack([jnp.asarray(given[number][name]) for name in self.names])
+                if method.moments == "input_gram":
+                    moment = moment.reshape(-1, *moment.shape[-2:])
+                made = made._replace(moment=moment)
+            return made
+
+        def arrays(number: int) -> Array:
+            return jnp.stack([trees[number][name] for name in self.names])
+
+        return Stack(tuple(layers), self.layout, arrays(0), lambda number: arrays(number + 1), inputs)
 
 
-def _buckets(assignments: Mapping[str, Assignment], leaves: Mapping[str, Any]) -> list[list[str]]:
-    """Names of tensors that are solved together: one shape, dtype, layout and method."""
-    buckets: dict[Any, list[str]] = {}
+def _merge(
+    assignments: Mapping[str, Assignment],
+    trees: Sequence[Mapping[str, Any]],
+    experts: Sequence[str],
+    weights: Sequence[Any] | None,
+    given: Sequence[Any],
+    seed: int,
+) -> dict[str, Array]:
+    """The merged tensors by name; `trees` are the base's and the experts'."""
+    groups: dict[Any, list[_Bucket]] = {}  # by what their surveys have in common
+    for bucket in _buckets(assignments, trees[0], experts, _check_weights(len(experts), weights)):
+        method = bucket.assignments[0].method
+        check_count(method, len(experts))
+        _check_moments(bucket, given, experts)
+        groups.setdefault(kind_of(method) if method.survey else None, []).append(bucket)
+    merged: dict[str, Array] = {}
+    for buckets in groups.values():
+        stacks = [bucket.stack(trees, given, experts, seed) for bucket in buckets]
+        double = any(stack.base.dtype == jnp.float64 for stack in stacks)
+        method = buckets[0].assignments[0].method
+        found = survey(method, len(experts), lambda stacks=stacks: stacks, "float64" if double else "float32")  # type: ignore[misc]
+        for bucket, stack in zip(buckets, stacks, strict=True):
+            merged |= dict(zip(bucket.names, _merge_stack(bucket, stack, found, len(experts)), strict=True))
+    return merged
+
+
+def _merge_stack(bucket: _Bucket, stack: Stack, found: Found | None, experts: int) -> Array:
+    rules = [assignment.method for assignment in bucket.assignments]
+    found = at_places(found, stack.places)
+    settings = [settings_of([of_expert(rule, t) for rule in rules], bucket.matrices, found) for t in range(experts)]
+    plain = steps(of_expert(rules[0], 0), stack.layout, _compute_dtype(stack.base))
+    out = str(stack.base.dtype)
+    inputs = [stack.inputs(t) for t in range(experts)]
+    if rules[0].additive:
+        statistics = plain.start(settings[0], stack.base)
+        for t in range(experts):
+            statistics, _ = plain.step(settings[t], statistics, stack.base, stack.expert(t), inputs[t])
+        result, reports, _ = plain.finish(settings[0], statistics, stack.base, out)
+    else:
+        result, reports, _ = plain.together(settings, stack.base, [*map(stack.expert, range(experts))], inputs, out)
+    _tell(bucket, reports)
+    return result
+
+
+def _tell(bucket: _Bucket, reports: Mapping[str, Array]) -> None:
+    """Warnings of what a method did that one would not expect; nothing while values are traced."""
+    for key, (condition, message) in bucket.assignments[0].method.notes.items():
+        values = reports.get(key)
+        if values is None or isinstance(values, jax.core.Tracer):
+            continue
+        largest = np.asarray(values).reshape(len(bucket.names), -1).max(axis=1)
+        told = [name for name, value in zip(bucket.names, largest, strict=True) if condition(float(value))]
+        if told:
+            others = f" and {len(told) - 1} more" if len(told) > 1 else ""
+            warnings.warn(f"{told[0]}{others}: {message.format(value=float(largest.max()))}", stacklevel=5)
+
+
+def _buckets(
+    assignments: Mapping[str, Assignment], leaves: Mapping[str, Any], experts: Sequence[str], weights: Sequence[Any]
+) -> list[_Bucket]:
+    buckets: dict[Any, list[tuple[Assignment, tuple[Any, ...]]]] = {}
+    depth_of = depths(assignments)
     for name, assignment in assignments.items():
-        if assignment.action == "skip":
-            raise CfmergeError(f"rule for {name!r}: a tree keeps all its leaves; use keep-base instead of skip")
-        if assignment.action == "merge":
-            leaf, layout = leaves[name], assignment.parameter.layout
-            buckets.setdefault((leaf.shape, leaf.dtype, layout, assignment.method), []).append(name)
-    return list(buckets.values())
+        if assignment.action != "merge":
+            continue
+        where = place(name, depth_of[name], experts)
+        settled = dataclasses.replace(assignment, method=settle(assignment.method, where))
+        own = tuple(w if isinstance(w, jax.Array) else weight_at(w, where, e) for w, e in zip(weights, experts, strict=True))
+        layout = "" if assignment.method.scope == "entry" else assignment.parameter.layout
+        key = (leaves[name].shape, leaves[name].dtype, layout, kind_of(settled.method))
+        buckets.setdefault(key, []).append((settled, own))
+    return [_Bucket(*map(tuple, zip(*members, strict=True))) for members in buckets.values()]  # type: ignore[arg-type]
+
+
+def _check_moments(bucket: _Bucket, given: Sequence[Any], experts: Sequence[str]) -> None:
+    for assignment in bucket.assignments:
+        method, parameter = assignment.method, assignment.parameter
+        if method.moments:
+            for expert, moment in zip(experts, given, strict=True):
+                found = None if moment is None else moment.get(parameter.name)
+                check_moment(method.moments, parameter, found, method.name, f"expert {expert!r}")
+
+
+def _names(count: int, names: Sequence[str] | None) -> list[str]:
+    if count == 0:
+        raise CfmergeError("no experts: a merge needs at least one")
+    if names is not None and (len(names) != count or len(set(names)) != count):
+        raise CfmergeError(f"{count} experts need as many different names, found {list(names)}")
+    return [str(number) for number in range(count)] if names is None else list(names)
 
 
 def _compute_dtype(array: Array) -> str:
@@ -149,8 +262,6 @@ def _compute_dtype(array: Array) -> str:
 
 
 def _check_weights(count: int, weights: Sequence[float] | None) -> Sequence[Any]:
-    if count == 0:
-        raise CfmergeError("no experts: a merge needs at least one")
     if weights is None:
         return [1.0] * count
     if len(weights) != count:

@@ -153,7 +153,7 @@ def _is_head(name: str) -> bool:
 
 
 def _skips(rule: Rule, name: str) -> bool:
-    return rule.method == "skip" and fnmatch.fnmatchcase(name, rule.match)
+    return rule.method == "skip" and bool(rule.match) and fnmatch.fnmatchcase(name, rule.match)
 
 
 def _check_expert(

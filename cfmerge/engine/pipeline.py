@@ -2,20 +2,26 @@
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import warnings
 from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
+import jax
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from cfmerge.checkpoints import Checkpoint
 from cfmerge.checkpoints.safetensors import ShardWriter
-from cfmerge.engine.batches import Batch, make_batches
+from cfmerge.engine.batches import Batch, kind_of, make_batches
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.solve import Merged, Progress, merge_batch
+from cfmerge.engine.survey import Stack, survey
 from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.methods import Found
 from cfmerge.parameters import Kind, is_float
 
 WORKERS = 2  # batches in work at once: one computes while another reads, or factorises on one core
@@ -97,9 +103,11 @@ def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, st
             if job.assignment.action == "keep-base":
                 _write(writer, job, _kept(plan, job), 0)
                 tell(job.name, job.bytes_read * (1 + len(job.sources)))
+        found = _surveys(plan, memory, tell, stop)
         for batch in make_batches(plan.jobs, memory):
             _check_stop(stop)
-            merging.append((batch, mergers.submit(merge_batch, plan, batch, tell)))
+            known = found.get(kind_of(batch.jobs[0].assignment.method))
+            merging.append((batch, mergers.submit(merge_batch, plan, batch, known, tell)))
             if len(merging) > workers:
                 finish()
         while merging:
@@ -111,6 +119,28 @@ def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, st
         writers.shutdown(cancel_futures=True)
         settings.close()
     return account
+
+
+def _surveys(plan: Plan, memory: int, progress: Progress, stop: threading.Event) -> dict[Any, Found | None]:
+    """What the methods that need to know the whole model found in it: each in the tensors that it merges."""
+    surveyed: dict[Any, list[Job]] = {}
+    for job in plan.jobs:
+        if job.assignment.action == "merge" and job.assignment.method.survey is not None:
+            surveyed.setdefault(kind_of(job.assignment.method), []).append(job)
+
+    def stacks(jobs: list[Job]) -> Iterator[Stack]:
+        for batch in make_batches(tuple(jobs), memory):
+            _check_stop(stop)
+            progress(batch.jobs[0].name, 0)
+            yield batch.stack(plan)
+
+    found = {}
+    for kind, jobs in surveyed.items():
+        double = plan.recipe.precision == "float64" or any(job.parameter.dtype == "float64" for job in jobs)
+        with jax.enable_x64(double):
+            method, compute = jobs[0].assignment.method, "float64" if double else "float32"
+            found[kind] = survey(method, len(plan.experts), functools.partial(stacks, jobs), compute)
+    return found
 
 
 def _write(writer: ShardWriter, job: Job, values: np.ndarray, first: int) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import msgspec
@@ -13,9 +14,13 @@ from cfmerge import methods
 from cfmerge.checkpoints import Checkpoint, open_checkpoint
 from cfmerge.checkpoints.huggingface import side_files
 from cfmerge.engine.assign import Assignment, assign
+from cfmerge.engine.cost import statistic_size
 from cfmerge.engine.match import match_experts
+from cfmerge.engine.plugins import load_plugins
+from cfmerge.engine.resolve import depths, place, settle, weight_at
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
+from cfmerge.methods._base import is_chain
 from cfmerge.parameters import Parameter, classify, is_float
 from cfmerge.recipe import Expert, Recipe, parse_size
 
@@ -32,6 +37,7 @@ class Job:
         writes: the names that it is written under: its own and those tied to it.
         sources: its name in each expert, or None where the expert does not have it.
         dtype: of the output.
+        weights: of the experts, for this tensor.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Job:
     writes: tuple[str, ...]
     sources: tuple[str | None, ...]
     dtype: np.dtype
+    weights: tuple[float, ...]
 
     @property
     def parameter(self) -> Parameter:
@@ -49,26 +56,46 @@ class Job:
         return self.parameter.size * np.dtype(_dtype(self.parameter.dtype)).itemsize
 
     @property
+    def layout(self) -> str:
+        """That the method sees it in: none if it takes entries one by one, or where there is no matrix."""
+        return "" if self.assignment.method.scope == "entry" else self.parameter.layout
+
+    @property
+    def matrices(self) -> int:
+        """How many canonical matrices it holds: layers may be stacked."""
+        return self.parameter.canonical[0] if self.layout else 1
+
+    @property
     def flops(self) -> int:
         """Of the merge, about: for a matrix method the Gram and cross term of each expert, and one solve."""
         if self.assignment.action != "merge":
             return 0
         experts = len(self.sources)
-        if (self.assignment.method.scope == "entry"):
+        if self.assignment.method.scope != "matrix":
             return 3 * experts * self.parameter.size
         b, m, n = self.parameter.canonical
         return b * (experts * (2 * m * n * n + 2 * m * n * min(n, 2 * m)) + n**3 // 3 + 2 * m * n * n)
 
     @property
     def working_bytes(self) -> int:
-        """What solving it may need at once: 2 Grams and 4 cross-sized sums, and as much again to solve.
+        """What merging it may need at once: the statistic of all experts, the experts, and room to solve.
 
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
-        if self.assignment.action != "merge" or (self.assignment.method.scope == "entry"):
+        method = self.assignment.method
+        if self.assignment.action != "merge" or method.scope == "entry":
             return 0
-        _, m, n = self.parameter.canonical
-        return (4 if self.dtype.itemsize == 2 else 8) * (5 * n * n + 10 * m * n)
+        if self.layout:
+            _, m, n = self.parameter.canonical
+        else:
+            m, n = 1, self.parameter.size
+        shape = (m, n) if self.layout else self.parameter.shape
+        floats = statistic_size(method, shape, len(self.sources)) + 6 * m * n
+        if method.scope == "matrix":
+            floats += 3 * n * n
+        if not method.additive:
+            floats += len(self.sources) * m * n
+        return (4 if self.dtype.itemsize == 2 else 8) * floats
 
 
 def _dtype(name: str) -> np.dtype:
@@ -89,6 +116,7 @@ class Plan:
     notes: tuple[str, ...]
     shard_bytes: int
     side_files: Mapping[str, Path]
+    moments: tuple[Checkpoint | None, ...] = ()  # what was measured of each expert
 
     @property
     def output(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -119,7 +147,7 @@ class Plan:
     @property
     def explicit_recipe(self) -> Recipe:
         """The recipe with every parameter of the method and every expert's name and weight written out."""
-        parameters = dict(self.method.parameters)
+        parameters = {} if is_chain(self.method) else dict(self.method.parameters)
         return msgspec.structs.replace(self.recipe, parameters=parameters, experts=list(self.expert_specs))
 
     def counts(self) -> Counter[tuple[str, str]]:
@@ -133,8 +161,9 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
     """
-    specs = recipe.resolved_experts()
+    load_plugins(recipe.plugins)
     method = methods.make(recipe.method, recipe.parameters)
+    specs = recipe.resolved_experts(least=2 if method.experts[1] != 1 else 1)
     shard_bytes = parse_size(recipe.shard_size)
     base = open_checkpoint(recipe.base)
     experts = [open_checkpoint(spec.path) for spec in specs]
@@ -142,7 +171,7 @@ def make_plan(recipe: Recipe) -> Plan:
         if not expert.config:  # a bare file: tied as the base is
             told = {alias: name for alias, name in base.ties.items() if name in expert.tensors}
             expert.ties = {**told, **expert.ties}
-    _check_weights(specs, method)
+    check_count(method, len(specs))
     notes = _check_same_files(recipe, base, specs, experts)
 
     parameters = _parameters(base)
@@ -158,16 +187,25 @@ def make_plan(recipe: Recipe) -> Plan:
     aliases: dict[str, list[str]] = {}
     for alias, name in tied.items():
         aliases.setdefault(name, []).append(alias)
+    depth_of = depths(matched.assignments)
+    experts_named = [spec.name for spec in specs]
     jobs = []
     for name, assignment in matched.assignments.items():
         stored = base.tensors[name].dtype
         floating = is_float(assignment.parameter.dtype)
         dtype = OUTPUT_DTYPES[recipe.dtype] if recipe.dtype and floating else stored
         sources = tuple(names.get(name) for names in matched.sources)
-        jobs.append(Job(name, assignment, (name, *aliases.get(name, ())), sources, dtype))
+        weights: tuple[float, ...] = ()
+        if assignment.action == "merge":
+            where = place(name, depth_of[name], experts_named)
+            assignment = dataclasses.replace(assignment, method=settle(assignment.method, where))
+            weights = tuple(weight_at(spec.weight, where, spec.name) for spec in specs)
+            check_weights(assignment.method, dict(zip(experts_named, weights, strict=True)), name)
+        jobs.append(Job(name, assignment, (name, *aliases.get(name, ())), sources, dtype, weights))
+    moments = _moments(specs, jobs)
     plan = Plan(
         recipe, method, base, tuple(experts), tuple(specs), tuple(jobs), matched.exported,
-        tuple(notes + matched.notes), shard_bytes, _side_files(recipe, base),
+        tuple(notes + matched.notes), shard_bytes, _side_files(recipe, base), moments,
     )  # fmt: skip
     if not any(job.assignment.action == "merge" for job in jobs):
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
@@ -185,14 +223,61 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
     return classify(headers, checkpoint.config)
 
 
-def _check_weights(specs: Sequence[Expert], method: Method) -> None:
-    if method.scope == "matrix":
-        for spec in specs:
-            if spec.weight <= 0:
-                raise CfmergeError(
-                    f"expert {spec.name!r}: {method.name} needs positive weights, found {spec.weight}; "
-                    "leave the expert out, or use task_arithmetic"
-                )
+def check_count(method: Method, count: int) -> None:
+    """Raises `CfmergeError` unless the method takes that many experts."""
+    least, most = method.experts
+    if count < least or (most is not None and count > most):
+        wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+        raise CfmergeError(f"{method.name} takes {wanted} expert{'s' if wanted != '1' else ''}, found {count}")
+
+
+def check_weights(method: Method, weights: Mapping[str, float], tensor: str) -> None:
+    """Raises `CfmergeError` unless the weights `{expert: weight}` have a meaning for the method."""
+    for name, weight in weights.items():
+        if method.weights == "positive" and weight <= 0:
+            raise CfmergeError(
+                f"expert {name!r}: {method.name} needs positive weights, found {weight} for {tensor!r}; "
+                "leave the expert out, or use task_arithmetic"
+            )
+        if method.weights == "none" and weight != 1:
+            raise CfmergeError(
+                f"expert {name!r}: {method.name} knows no weights, found {weight}; leave the weight out, or choose "
+                "another method"
+            )
+    if method.normalises and abs(sum(weights.values())) <= 1e-9 * sum(map(abs, weights.values())):
+        raise CfmergeError(
+            f"the experts' weights sum to 0, so that {method.name} of {tensor!r} is not defined: "
+            + ", ".join(f"{name}: {weight}" for name, weight in weights.items())
+        )
+
+
+def _moments(specs: Sequence[Expert], jobs: Sequence[Job]) -> tuple[Checkpoint | None, ...]:
+    """The files of what was measured of the experts, checked against what the methods need."""
+    files = tuple(open_checkpoint(spec.moments) if spec.moments else None for spec in specs)
+    for job in jobs:
+        needed = job.assignment.method.moments if job.assignment.action == "merge" else ""
+        if not needed:
+            continue
+        for spec, file in zip(specs, files, strict=True):
+            check_moment(needed, job.parameter, file and file.tensors.get(job.name), job.assignment.method.name,
+                         f"expert {spec.name!r}" + (f" ({spec.moments})" if file else ""))  # fmt: skip
+    return files
+
+
+def check_moment(needed: str, parameter: Parameter, found: Any, method: str, who: str) -> None:
+    """Raises `CfmergeError` unless what was `found` of a tensor (an array, or its header) is what is needed."""
+    shape: tuple[int, ...] = parameter.shape
+    what = "a diagonal Fisher"
+    if needed == "input_gram":
+        b, _, n = parameter.canonical
+        shape, what = ((b, n, n) if b > 1 else (n, n)), "an input Gram"
+    if found is None:
+        raise CfmergeError(
+            f"{who}: {method} needs {what} of {parameter.name!r}, of shape {shape}: give a file of them (in the recipe "
+            "'moments: FILE' beside the expert's path), or another method for this tensor by a rule"
+        )
+    if tuple(found.shape) != shape:
+        raise CfmergeError(f"{who}: {what} of {parameter.name!r} has shape {tuple(found.shape)}, expected {shape}")
 
 
 def _check_same_files(

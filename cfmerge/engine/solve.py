@@ -1,20 +1,20 @@
 """One batch: its statistic from the models one by one, its solution in as much precision as it needs."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.checkpoints import Checkpoint
 from cfmerge.engine.batches import Batch
 from cfmerge.engine.low_rank import CUT, rank_bound
 from cfmerge.engine.plan import Plan
-from cfmerge.engine.steps import compiled
+from cfmerge.engine.steps import compiled, settings_of
+from cfmerge.engine.survey import at_places
 from cfmerge.errors import NonFiniteError
-from cfmerge.methods import Method
+from cfmerge.methods import Found, Method
+from cfmerge.methods._registry import of_expert
 
 # Relative error of a merged delta, measured, times the smallest eigenvalue of the system over the largest (what a
 # method reports as `ridge_ratio`): when all is float32, and when float32 sums are solved in float64. For deltas that
@@ -35,21 +35,24 @@ class Merged:
     float64: int = 0
 
 
-def merge_batch(plan: Plan, batch: Batch, progress: Progress) -> Merged:
-    """The merged tensors of a batch.
+def merge_batch(plan: Plan, batch: Batch, found: Found | None, progress: Progress) -> Merged:
+    """The merged tensors of a batch; `found` is what surveys of the whole model found for its method.
 
     Raises:
         NonFiniteError: a NaN or infinity in a model, or a result that does not fit its dtype.
     """
-    method = batch.jobs[0].assignment.method
+    methods = [job.assignment.method for job in batch.jobs]
     if plan.recipe.precision == "float64" or batch.jobs[0].parameter.dtype == "float64":
-        return _merge_in(plan, batch, method, progress, "float64")
-    merged = _merge_low_rank(plan, batch, method, progress) or _merge_in(plan, batch, method, progress, "float32")
-    weak = _weak(plan, batch, merged.reports, LOSS_OF_SUMS)
+        return _merge_in(plan, batch, methods, found, progress, "float64")
+    merged = _merge_low_rank(plan, batch, methods[0], progress)
+    merged = merged or _merge_in(plan, batch, methods, found, progress, "float32")
+    weak = _weak(plan, batch, merged.reports, LOSS_OF_SUMS if methods[0].additive else LOSS_OF_SOLVE)
+    if len(weak):
+        merged = dataclasses.replace(merged, tensors=np.array(merged.tensors))
     for number in weak:
         single = dataclasses.replace(batch, jobs=(batch.jobs[number],))
-        merged.tensors[number] = _merge_in(plan, single, method, _silent, "float64").tensors[0]
-    return merged
+        merged.tensors[number] = _merge_in(plan, single, [methods[number]], found, _silent, "float64").tensors[0]
+    return merged if methods[0].additive else dataclasses.replace(merged, float64=len(weak))
 
 
 def _merge_low_rank(plan: Plan, batch: Batch, method: Method, progress: Progress) -> Merged | None:
@@ -57,49 +60,62 @@ def _merge_low_rank(plan: Plan, batch: Batch, method: Method, progress: Progress
     job = batch.jobs[0]
     if method.of_rank is None or len(batch.jobs) > 1 or sorted(batch.layout) != ["i", "o"]:
         return None
-    (checkpoint, (name,)), *experts = _sources(plan, batch)
-    rank = rank_bound(checkpoint.read(name), (c.read(names[0]) for c, names in experts), len(experts))
+    experts = range(len(plan.experts))
+    rank = rank_bound(batch.base(plan)[0], (batch.expert(plan, t)[0] for t in experts), len(experts))
     if rank is None:
         return None
-    merged = _merge_in(plan, batch, method.of_rank(rank), _silent, "float32")
+    merged = _merge_in(plan, batch, [method.of_rank(rank)], None, _silent, "float32")
     if merged.reports["factor_error"].max() > CUT:
         return None
     progress(job.name, job.bytes_read * (1 + len(experts)))
     return merged
 
 
-def _merge_in(plan: Plan, batch: Batch, method: Method, progress: Progress, compute: str) -> Merged:
+def _merge_in(
+    plan: Plan, batch: Batch, methods: Sequence[Method], found: Found | None, progress: Progress, compute: str
+) -> Merged:
     """In one precision; the solve of a float32 statistic in float64 where that is enough."""
-    job = batch.jobs[0]
+    job, experts = batch.jobs[0], range(len(plan.experts))
+    found = at_places(found, batch.places)
     with jax.enable_x64(compute == "float64"):
-        start, step, finish = compiled(method, batch.layout, compute)
-        (checkpoint, names), *experts = _sources(plan, batch)
-        base = jnp.asarray(batch.read(checkpoint, names))
+        settings = [settings_of([of_expert(m, t) for m in methods], job.matrices, found) for t in experts]
+        compiled_steps = compiled(of_expert(methods[0], 0), batch.layout, compute)
+        base = jnp.asarray(batch.base(plan))
         progress(job.name, base.nbytes)
-        statistics, finite = start(base), []
-        for spec, (checkpoint, names) in zip(plan.expert_specs, experts, strict=True):
-            expert = jnp.asarray(batch.read(checkpoint, names))
-            statistics, fine = step(statistics, base, expert, np.asarray(spec.weight, compute))
-            finite.append(np.asarray(fine))  # waits: steps that are only queued would hold all experts' buffers
-            progress(job.name, expert.nbytes)
-        merged, reports, fine = finish(statistics, base, job.dtype.name)
+        if methods[0].additive:
+            statistics, finite = compiled_steps.start(settings[0], base), []
+            for t in experts:
+                expert = jnp.asarray(batch.expert(plan, t))
+                statistics, fine = compiled_steps.step(settings[t], statistics, base, expert, batch.inputs(plan, t))
+                finite.append(np.asarray(fine))  # waits: steps that are only queued would hold all experts' buffers
+                progress(job.name, expert.nbytes)
+            merged, reports, fine = compiled_steps.finish(settings[0], statistics, base, job.dtype.name)
+        else:
+            stacks = [jnp.asarray(batch.expert(plan, t)) for t in experts]
+            inputs = [batch.inputs(plan, t) for t in experts]
+            merged, reports, flags = compiled_steps.together(settings, base, stacks, inputs, job.dtype.name)
+            *finite, fine = np.asarray(flags)
+            progress(job.name, sum(stack.nbytes for stack in stacks))
     for spec, flags in zip(plan.expert_specs, finite, strict=True):
         _check_finite(plan, batch, base, flags, f"expert {spec.name!r} ({spec.path})", spec.name)
     _check_finite(plan, batch, base, np.asarray(fine), None, "")
     told = {name: np.asarray(value) for name, value in reports.items()}
+    if not methods[0].additive:
+        return Merged(np.array(merged), told)
     weak = _weak(plan, batch, told, LOSS_OF_SOLVE if compute == "float32" else 0.0)
     if len(weak) == 0:
         return Merged(np.asarray(merged), told)
+    with jax.enable_x64(True):
+        double = jax.tree.map(_doubled, statistics)
+        finish = compiled(of_expert(methods[0], 0), batch.layout, "float64").finish
+        again = np.asarray(finish(settings[0], double, base, job.dtype.name)[0])
     tensors = np.array(merged)
-    tensors[weak] = _finish_in_double(batch, method, statistics, base)[weak]
+    tensors[weak] = again[weak]
     return Merged(tensors, told, len(weak))
 
 
-def _finish_in_double(batch: Batch, method: Method, statistics: Any, base: jax.Array) -> np.ndarray:
-    with jax.enable_x64(True):
-        double = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), statistics)
-        finish = compiled(method, batch.layout, "float64").finish
-        return np.asarray(finish(double, base, batch.jobs[0].dtype.name)[0])
+def _doubled(leaf: jax.Array) -> jax.Array:
+    return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _weak(plan: Plan, batch: Batch, reports: dict[str, np.ndarray], loss: float) -> np.ndarray:
@@ -112,13 +128,6 @@ def _weak(plan: Plan, batch: Batch, reports: dict[str, np.ndarray], loss: float)
 
 def _silent(name: str, count: int) -> None:
     pass
-
-
-def _sources(plan: Plan, batch: Batch) -> Iterator[tuple[Checkpoint, tuple[str, ...]]]:
-    """The base and each expert, with the names of the batch's tensors in it."""
-    yield plan.base, tuple(job.name for job in batch.jobs)
-    for number, expert in enumerate(plan.experts):
-        yield expert, tuple(str(job.sources[number]) for job in batch.jobs)
 
 
 def _check_finite(plan: Plan, batch: Batch, base: jax.Array, flags: np.ndarray, who: str | None, source: str) -> None:

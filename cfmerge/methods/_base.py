@@ -127,7 +127,7 @@ class Transform(Part):
 
     def __call__(self, delta: Array, context: Context = Context()) -> Array:
         """The transformed delta."""
-        return _call(self.apply, (delta,), context)
+        return with_context(self.apply, (delta,), context)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,14 +172,15 @@ class Method(Part):
         self, statistic: Statistic, delta: Array, weight: float | Array = 1.0, context: Context = Context()
     ) -> Statistic:
         """`update`, given the context if it takes one."""
-        return _call(self.update, (statistic, delta, weight), context)
+        return with_context(self.update, (statistic, delta, weight), context)
 
     def solve_with_report(self, statistic: Statistic) -> tuple[Array, Report]:
         """`(solve(statistic), what there is to tell)`."""
         return self.report(statistic) if self.report else (self.solve(statistic), {})
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...], context: Context) -> Any:
+def with_context(function: Callable[..., Any], arguments: tuple[Any, ...], context: Context) -> Any:
+    """The function called, with the context as a last argument if it takes one."""
     return function(*arguments, context) if _takes(function, len(arguments) + 1) else function(*arguments)
 
 
@@ -229,6 +230,7 @@ def chain(*parts: Part) -> Any:
     if at == len(parts):
         return Transform(name, apply, **shared, **_survey_of(parts, at))
     inner = parts[at]
+    others = chain(*before, inner.without_conv1d, *after) if inner.without_conv1d else None
     looks_back = any(part.looks_back for part in after)
 
     def init(base: Array) -> Chained:
@@ -262,6 +264,7 @@ def chain(*parts: Part) -> Any:
         lambda statistic: behind(statistic, inner.solve(statistic.inner)),
         report if inner.report else None,
         additive=inner.additive and not looks_back,
+        without_conv1d=others,
         **{field: getattr(inner, field) for field in INHERITED},
         **shared,
         **_survey_of(parts, at),
@@ -313,7 +316,7 @@ def _survey_of(parts: tuple[Any, ...], at: int) -> dict[str, Any]:
     def measure_one(following: Survey, delta: Array, context: Context) -> Any:
         for part in before:
             delta = part(delta, context)
-        return _call(following.measure, (delta,), context)
+        return with_context(following.measure, (delta,), context)
 
     def measure_all(following: Survey, seen: Seen) -> Any:
         if number <= at:

@@ -4,18 +4,26 @@ import hashlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 BLOCK = 1 << 16  # entries that one folded key serves; pieces of a large tensor begin at a multiple of it
 
 
+def digest_of(tensor: str, expert: str) -> np.ndarray:
+    """Two 32-bit numbers `(2,)` that stand for one tensor of one expert."""
+    return np.frombuffer(hashlib.sha256(f"{tensor}\0{expert}".encode()).digest()[:8], np.uint32)
+
+
+def key_from(seed: int | Array, digest: Array | np.ndarray) -> Array:
+    """The JAX key of a seed and a digest."""
+    key = jax.random.key(seed)
+    return jax.random.fold_in(jax.random.fold_in(key, digest[0]), digest[1])
+
+
 def key_of(seed: int, tensor: str, expert: str) -> Array:
     """The JAX key of one tensor of one expert."""
-    digest = hashlib.sha256(f"{tensor}\0{expert}".encode()).digest()
-    key = jax.random.key(seed)
-    for number in (digest[:4], digest[4:8]):
-        key = jax.random.fold_in(key, int.from_bytes(number, "little"))
-    return key
+    return key_from(seed, digest_of(tensor, expert))
 
 
 def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, start: int | Array = 0) -> Float[Array, "..."]:

@@ -98,7 +98,7 @@ def register(factory: F) -> F:
             made, name=name, parameters=shown, origin=Origin(named, arguments, traced, listed)
         )
 
-    if name in _REGISTRY and inspect.getmodule(_REGISTRY[name].factory) is not inspect.getmodule(factory):
+    if name in _REGISTRY and _REGISTRY[name].factory.__module__ != factory.__module__:
         raise CfmergeError(f"there is a method {name!r} already; give yours another name")
     kind = "transform" if hints.get("return") is Transform else "method"
     _REGISTRY[name] = Entry(name, named, kind)
@@ -162,6 +162,16 @@ def resolve(part: P, place: Place) -> P:
     if not _needs(part, lambda key, value: key == "depth" or not (value is None or _is_number(value))):
         return part
     return _remake(part, settle)
+
+
+def settle_number(value: Any, place: Place, what: str) -> Any:
+    """A number that may be a gradient over depth, or values by name, at one tensor.
+
+    Raises:
+        CfmergeError: it has another form; `what` says what it is.
+    """
+    _plain(what, "value", value, False)
+    return _at(value, place, False, what)
 
 
 def _at(value: Any, place: Place, per_expert: bool, what: str) -> Any:

@@ -1,0 +1,57 @@
+"""Numbers that differ by tensor: depth in the network, and a method settled for one tensor."""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import Method
+from cfmerge.methods._registry import Place, listed, resolve, settle_number
+
+LAYER = re.compile(r"(?:^|[./]|_)(\d+)(?=[./]|$)")  # h.3.attn, layers/3/..., layers_3/..., encoderblock_3/...
+
+
+def depths(names: Iterable[str]) -> dict[str, float | None]:
+    """`{name: depth}`: layer l of L has depth l / (L - 1), a tensor outside the layers has none.
+
+    A tensor's layer is the first number among its name's parts; the layers that count are those that share what
+    stands before the number (`encoder.layer.`, `decoder.layer.`). With a single layer its depth is 0.
+    """
+    found = {name: LAYER.search(name) for name in names}
+    counts: dict[str, set[int]] = {}
+    for name, match in found.items():
+        if match:
+            counts.setdefault(name[: match.start(1)], set()).add(int(match[1]))
+    ranks = {stem: {layer: rank for rank, layer in enumerate(sorted(layers))} for stem, layers in counts.items()}
+
+    def depth(name: str, match: re.Match[str] | None) -> float | None:
+        if not match:
+            return None
+        layers = ranks[name[: match.start(1)]]
+        return layers[int(match[1])] / max(len(layers) - 1, 1)
+
+    return {name: depth(name, match) for name, match in found.items()}
+
+
+def place(name: str, depth: float | None, experts: Sequence[str]) -> Place:
+    return Place(name, depth, tuple(experts), fnmatch.fnmatchcase)
+
+
+def settle(method: Method, where: Place) -> Method:
+    """The method with the numbers of one tensor; lists hold one for each expert.
+
+    Raises:
+        CfmergeError: a list of another length than there are experts, or a number for an unknown one.
+    """
+    resolved = resolve(method, where)
+    wrong = listed(resolved) - {len(where.experts)}
+    if wrong:
+        raise CfmergeError(f"{method.name}: {wrong.pop()} values for {len(where.experts)} experts in one parameter")
+    return resolved
+
+
+def weight_at(value: Any, where: Place, expert: str) -> float:
+    """An expert's weight for one tensor: a number, a gradient over depth, or values by name."""
+    return float(settle_number(value, where, f"expert {expert!r}: its weight"))
+
