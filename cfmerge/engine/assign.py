@@ -86,7 +86,9 @@ def _rule_method(rule: Rule, method: Method) -> Method | None:
     if rule.method in {"", "keep-base", "skip"}:
         if rule.parameters and not rule.method:
             if is_chain(method):
-                raise CfmergeError(f"rule {rule.match!r}: give the method with its parameters: {method.name!r} is a chain")
+                raise CfmergeError(
+                    f"rule {rule.match!r}: give the method with its parameters: {method.name!r} is a chain"
+                )
             return methods.make(method.name, {**method.parameters, **rule.parameters})
         if rule.parameters:
             raise CfmergeError(f"rule {rule.match!r}: {rule.method} takes no parameters")

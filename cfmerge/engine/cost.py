@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cfmerge.engine.steps import Like
-from cfmerge.methods import Context, Found, Method, Survey
+from cfmerge.methods import Context, Method
 
 
 def statistic_size(method: Method, shape: tuple[int, ...], experts: int) -> int:

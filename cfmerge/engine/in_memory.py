@@ -143,7 +143,9 @@ class _Bucket:
     def matrices(self) -> int:
         return self.assignments[0].parameter.canonical[0] if self.layout else 1
 
-    def stack(self, trees: Sequence[Mapping[str, Any]], given: Sequence[Any], experts: Sequence[str], seed: int) -> Stack:
+    def stack(
+        self, trees: Sequence[Mapping[str, Any]], given: Sequence[Any], experts: Sequence[str], seed: int
+    ) -> Stack:
         layers = [(name, layer) for name in self.names for layer in range(self.matrices)]
         method = self.assignments[0].method
 
@@ -233,7 +235,9 @@ def _buckets(
             continue
         where = place(name, depth_of[name], experts)
         settled = dataclasses.replace(assignment, method=settle(assignment.method, where))
-        own = tuple(w if isinstance(w, jax.Array) else weight_at(w, where, e) for w, e in zip(weights, experts, strict=True))
+        own = tuple(
+            w if isinstance(w, jax.Array) else weight_at(w, where, e) for w, e in zip(weights, experts, strict=True)
+        )
         layout = "" if assignment.method.scope == "entry" else assignment.parameter.layout
         key = (leaves[name].shape, leaves[name].dtype, layout, kind_of(settled.method))
         buckets.setdefault(key, []).append((settled, own))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import msgspec
 import numpy as np
@@ -199,7 +200,7 @@ def make_plan(recipe: Recipe) -> Plan:
         if assignment.action == "merge":
             where = place(name, depth_of[name], experts_named)
             assignment = dataclasses.replace(assignment, method=settle(assignment.method, where))
-            weights = tuple(weight_at(spec.weight, where, spec.name) for spec in specs)
+            weights = tuple(float(weight_at(spec.weight, where, spec.name)) for spec in specs)
             check_weights(assignment.method, dict(zip(experts_named, weights, strict=True)), name)
         jobs.append(Job(name, assignment, (name, *aliases.get(name, ())), sources, dtype, weights))
     moments = _moments(specs, jobs)
@@ -233,6 +234,8 @@ def check_count(method: Method, count: int) -> None:
 
 def check_weights(method: Method, weights: Mapping[str, float], tensor: str) -> None:
     """Raises `CfmergeError` unless the weights `{expert: weight}` have a meaning for the method."""
+    if any(isinstance(weight, jax.core.Tracer) for weight in weights.values()):
+        return
     for name, weight in weights.items():
         if method.weights == "positive" and weight <= 0:
             raise CfmergeError(

@@ -51,7 +51,6 @@ def settle(method: Method, where: Place) -> Method:
     return resolved
 
 
-def weight_at(value: Any, where: Place, expert: str) -> float:
-    """An expert's weight for one tensor: a number, a gradient over depth, or values by name."""
-    return float(settle_number(value, where, f"expert {expert!r}: its weight"))
-
+def weight_at(value: Any, where: Place, expert: str) -> Any:
+    """An expert's weight for one tensor: a number (it may be traced), a gradient over depth, or values by name."""
+    return settle_number(value, where, f"expert {expert!r}: its weight")

@@ -94,7 +94,7 @@ def _merge_in(
             stacks = [jnp.asarray(batch.expert(plan, t)) for t in experts]
             inputs = [batch.inputs(plan, t) for t in experts]
             merged, reports, flags = compiled_steps.together(settings, base, stacks, inputs, job.dtype.name)
-            *finite, fine = np.asarray(flags)
+            finite, fine = list(np.asarray(flags[:-1])), jnp.asarray(flags[-1])
             progress(job.name, sum(stack.nbytes for stack in stacks))
     for spec, flags in zip(plan.expert_specs, finite, strict=True):
         _check_finite(plan, batch, base, flags, f"expert {spec.name!r} ({spec.path})", spec.name)

@@ -120,7 +120,7 @@ def steps(method: Method, layout: str, compute: str) -> Steps:
     def made(settings: Settings, own: list[Any], tensor: Any) -> Method:
         cast = [None if value is None else jnp.asarray(value, dtype) for value in own]
         informed = with_numbers(method, cast)
-        return informed.informed(Found(settings.model, tensor)) if method.informed else informed
+        return informed.informed(Found(settings.model, tensor)) if informed.informed else informed
 
     def moments(inputs: Inputs) -> Any:
         if inputs.moment is None:

@@ -125,4 +125,3 @@ def _on_host(values: Any) -> Any:
 
 def _xp(*leaves: Any) -> Any:
     return jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) else np
-

@@ -1,11 +1,11 @@
 """What a method is, what a transform is, and how they are chained.
 
-    statistic = init(base)                            nothing seen yet
-    statistic = update(statistic, delta, weight)      one expert seen
-    merged    = solve(statistic)                      the merged delta; the result is base + merged
+statistic = init(base)                            nothing seen yet
+statistic = update(statistic, delta, weight)      one expert seen
+merged    = solve(statistic)                      the merged delta; the result is base + merged
 
-    transform: delta -> delta                         in front of a method, or behind it on the merged delta
-    trim(0.2) >> disjoint_mean() >> scale(0.5)        is a method again
+transform: delta -> delta                         in front of a method, or behind it on the merged delta
+trim(0.2) >> disjoint_mean() >> scale(0.5)        is a method again
 """
 
 import dataclasses
@@ -39,6 +39,9 @@ class Context(NamedTuple):
     number: int | Array = 0
     moment: Array | None = None
     start: int | Array = 0
+
+
+NO_CONTEXT = Context()
 
 
 class Seen(NamedTuple):
@@ -125,7 +128,7 @@ class Transform(Part):
     scope: Scope = "entry"
     looks_back: bool = False
 
-    def __call__(self, delta: Array, context: Context = Context()) -> Array:
+    def __call__(self, delta: Array, context: Context = NO_CONTEXT) -> Array:
         """The transformed delta."""
         return with_context(self.apply, (delta,), context)
 
@@ -169,7 +172,7 @@ class Method(Part):
     without_conv1d: Union["Method", None] = None
 
     def see(
-        self, statistic: Statistic, delta: Array, weight: float | Array = 1.0, context: Context = Context()
+        self, statistic: Statistic, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT
     ) -> Statistic:
         """`update`, given the context if it takes one."""
         return with_context(self.update, (statistic, delta, weight), context)
@@ -210,7 +213,14 @@ def chain(*parts: Part) -> Any:
     Raises:
         CfmergeError: two methods, two parts that survey the model, or a transform on the wrong side.
     """
-    parts = tuple(inner for part in parts for inner in (part.parameters["parts"] if is_chain(part) else (part,)))
+    return _chain_of(tuple(inner for part in parts for inner in _links(part)))
+
+
+def _links(part: Part) -> tuple[Any, ...]:
+    return part.parameters["parts"] if is_chain(part) else (part,)
+
+
+def _chain_of(parts: tuple[Any, ...]) -> Any:
     at = next((number for number, part in enumerate(parts) if isinstance(part, Method)), len(parts))
     before, after = parts[:at], parts[at + 1 :]
     _check_chain(parts, before, after)
@@ -222,7 +232,7 @@ def chain(*parts: Part) -> Any:
     }
     name = " >> ".join(part.name for part in parts)
 
-    def apply(delta: Array, context: Context = Context()) -> Array:
+    def apply(delta: Array, context: Context = NO_CONTEXT) -> Array:
         for part in before:
             delta = part(delta, context)
         return delta
@@ -236,9 +246,7 @@ def chain(*parts: Part) -> Any:
     def init(base: Array) -> Chained:
         return Chained(inner.init(base), base if looks_back else None, (), ())
 
-    def update(
-        statistic: Chained, delta: Array, weight: float | Array = 1.0, context: Context = Context()
-    ) -> Chained:
+    def update(statistic: Chained, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT) -> Chained:
         known = inner.see(statistic.inner, apply(delta, context), weight, context)
         if not looks_back:
             return Chained(known, None, (), ())
@@ -248,7 +256,7 @@ def chain(*parts: Part) -> Any:
         for part in after:
             if part.looks_back:
                 weights = jnp.stack(statistic.weights)
-                merged = part.apply(merged, Seen(statistic.base, jnp.stack(statistic.deltas), weights))
+                merged = part.apply(merged, Seen(statistic.base, jnp.stack(statistic.deltas), weights))  # type: ignore[arg-type]
             else:
                 merged = part(merged)
         return merged
@@ -278,10 +286,6 @@ def is_chain(part: Any) -> bool:
     return set(part.parameters) == {"parts"}
 
 
-def _chain_of(parts: tuple[Part, ...]) -> Any:
-    return chain(*parts)
-
-
 def _check_chain(parts: tuple[Any, ...], before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
     methods = [part.name for part in parts if isinstance(part, Method)]
     if len(methods) > 1:
@@ -307,8 +311,8 @@ def _survey_of(parts: tuple[Any, ...], at: int) -> dict[str, Any]:
     def reaching(seen: Seen) -> Seen:
         if not before:
             return seen
-        contexts = seen.contexts or (Context(),) * len(seen.deltas)
-        deltas = [delta for delta in seen.deltas]
+        contexts = seen.contexts or (NO_CONTEXT,) * len(seen.deltas)
+        deltas = list(seen.deltas)
         for part in before:
             deltas = [part(delta, context) for delta, context in zip(deltas, contexts, strict=True)]
         return seen._replace(deltas=jnp.stack(deltas))
@@ -321,7 +325,7 @@ def _survey_of(parts: tuple[Any, ...], at: int) -> dict[str, Any]:
     def measure_all(following: Survey, seen: Seen) -> Any:
         if number <= at:
             return following.measure(reaching(seen))
-        contexts = seen.contexts or (Context(),) * len(seen.deltas)
+        contexts = seen.contexts or (NO_CONTEXT,) * len(seen.deltas)
         front = chain(*parts[:number])
         statistic = front.init(seen.base)
         for delta, weight, context in zip(seen.deltas, seen.weights, contexts, strict=True):

@@ -18,7 +18,7 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import jax
@@ -94,9 +94,7 @@ def register(factory: F) -> F:
                  for key, value in arguments.items()}  # fmt: skip
         made = factory(**plain)
         shown = {key: value for key, value in arguments.items() if key != "depth"}
-        return dataclasses.replace(
-            made, name=name, parameters=shown, origin=Origin(named, arguments, traced, listed)
-        )
+        return dataclasses.replace(made, name=name, parameters=shown, origin=Origin(named, arguments, traced, listed))
 
     if name in _REGISTRY and _REGISTRY[name].factory.__module__ != factory.__module__:
         raise CfmergeError(f"there is a method {name!r} already; give yours another name")
@@ -117,8 +115,13 @@ def _marked(hint: Any, mark: str) -> bool:
 # --- values of a parameter ----------------------------------------------------------------------------------------
 
 
+LISTS = 'a list, or {"experts": {name: number}}'
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.generic | jax.Array) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return isinstance(value, int | float | np.generic | jax.Array) or (
+        isinstance(value, np.ndarray) and value.ndim == 0
+    )
 
 
 def _plain(method: str, key: str, value: Any, per_expert: bool) -> Any:
@@ -126,19 +129,22 @@ def _plain(method: str, key: str, value: Any, per_expert: bool) -> Any:
     if value is None or (_is_number(value) and not isinstance(value, bool)):
         return value
     if isinstance(value, Mapping) and set(value) == {"gradient"} and value["gradient"]:
-        return _plain(method, key, list(value["gradient"])[0], False)
+        return _plain(method, key, next(iter(value["gradient"])), False)
     if isinstance(value, Mapping) and set(value) == {"experts"} and value["experts"] and per_expert:
         return _plain(method, key, next(iter(value["experts"].values())), False)
     if isinstance(value, Sequence) and value and not isinstance(value, str):
         if all(isinstance(item, Mapping) and {"value"} <= set(item) <= {"match", "value"} for item in value):
-            return [_plain(method, key, item["value"], per_expert) for item in value][0]
+            return next(iter([_plain(method, key, item["value"], per_expert) for item in value]))
         if per_expert:
-            return [_plain(method, key, item, False) for item in value][0]
+            return next(iter([_plain(method, key, item, False) for item in value]))
     raise CfmergeError(
         f"{method}: parameter {key!r} cannot be {value!r}; give a number, a gradient over depth "
         '{"gradient": [first, ..., last]}, or values by name [{"match": "*mlp*", "value": 1}, {"value": 0}]'
-        + (', or one number for each expert (a list, or {"experts": {name: number}})' if per_expert else
-           "; it cannot differ from expert to expert")  # fmt: skip
+        + (
+            ', or one number for each expert (a list, or {"experts": {name: number}})'
+            if per_expert
+            else "; it cannot differ from expert to expert"
+        )  # fmt: skip
     )
 
 
@@ -159,7 +165,7 @@ def resolve(part: P, place: Place) -> P:
             return place.depth or 0.0
         return _at(value, place, key in origin.listed, f"{part.name}: parameter {key!r}") if value is not None else None
 
-    if not _needs(part, lambda key, value: key == "depth" or not (value is None or _is_number(value))):
+    if all(key != "depth" and (value is None or _is_number(value)) for key, value in _numbers(part)):
         return part
     return _remake(part, settle)
 
@@ -202,31 +208,26 @@ def _at(value: Any, place: Place, per_expert: bool, what: str) -> Any:
 
 def of_expert(part: P, number: int) -> P:
     """The part with the numbers of one expert."""
-    if not _needs(part, lambda key, value: isinstance(value, tuple | list)):
+    if not any(isinstance(value, tuple | list) for _, value in _numbers(part)):
         return part
     return _remake(part, lambda key, value, origin: value[number] if isinstance(value, tuple | list) else value)
 
 
 def listed(part: Part) -> set[int]:
     """Lengths of the lists of one number for each expert in the part's parameters."""
-    lengths: set[int] = set()
-
-    def look(key: str, value: Any) -> bool:
-        if isinstance(value, tuple | list) and value and _is_number(value[0]):
-            lengths.add(len(value))
-        return False
-
-    _needs(part, look)
-    return lengths
+    lists = [value for _, value in _numbers(part) if isinstance(value, tuple | list)]
+    return {len(value) for value in lists if value and _is_number(value[0])}
 
 
-def _needs(part: Part, condition: Callable[[str, Any], bool]) -> bool:
-    """Whether the condition holds for any number among the part's parameters, and those of the parts in them."""
+def _numbers(part: Part) -> Iterator[tuple[str, Any]]:
+    """`(parameter, value)` of every number in the part, and in the parts that are its parameters."""
     if part.origin is None:
-        return False
-    own = any(condition(key, part.origin.arguments[key]) for key in part.origin.traced)
-    inner = [p for value in part.origin.arguments.values() for p in _parts(value)]
-    return own | any([_needs(p, condition) for p in inner])
+        return
+    for key, value in part.origin.arguments.items():
+        if key in part.origin.traced:
+            yield key, value
+        for inner in _parts(value):
+            yield from _numbers(inner)
 
 
 def _remake(part: P, change: Callable[[str, Any, Origin], Any]) -> P:
@@ -258,9 +259,7 @@ def _parts(value: Any) -> tuple[Part, ...]:
 
 def numbers(part: Part) -> list[Any]:
     """The part's numbers, in a fixed order, for `with_numbers`."""
-    found: list[Any] = []
-    _remake(part, lambda key, value, origin: (found.append(value), value)[1])
-    return found
+    return [value for _, value in _numbers(part)]
 
 
 def with_numbers(part: P, values: Sequence[Any]) -> P:
@@ -317,7 +316,7 @@ def make_part(text: str, parameters: Mapping[str, Any] | None = None) -> Any:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise CfmergeError(f"method {text!r} cannot be read; write NAME, or NAME(key=value) >> NAME(key=value)") from None
+        raise CfmergeError(f"method {text!r} cannot be read; write NAME(key=value) >> NAME(key=value)") from None
     return _built(tree, text)
 
 
@@ -457,4 +456,3 @@ def check_number(
 def as_array(value: Any, dtype: Any) -> Array:
     """A number as a scalar of a dtype: one that was traced in another precision may come in."""
     return jnp.asarray(value, dtype)
-
