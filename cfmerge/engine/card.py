@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def model_card(plan: Plan, digests: Mapping[Path, str], notes: list[str]) -> str
         "base_model": [_public_name(plan, -1), *(_public_name(plan, t) for t in range(len(plan.experts)))],
         "base_model_relation": "merge",
         "library_name": "transformers" if plan.base.config.get("model_type") else "cfmerge",
-        "tags": ["merge", "cfmerge", plan.method.name],
+        "tags": ["merge", "cfmerge", *re.findall(r"\w+", plan.method.name)],
     }
     names = [Path(plan.recipe.base).name, *(spec.name for spec in plan.expert_specs)]
     lines = [
@@ -42,7 +43,7 @@ def model_card(plan: Plan, digests: Mapping[Path, str], notes: list[str]) -> str
         *(f"| {kind} | {what} | {count} |" for (kind, what), count in sorted(plan.counts().items())),
         "", "## Inputs", "", "| model | weight | file | SHA-256 |", "|---|---|---|---|",
     ]  # fmt: skip
-    weights = ["", *(f"{spec.weight:g}" for spec in plan.expert_specs)]
+    weights = ["", *(format(w, "g") if isinstance(w := spec.weight, int | float) else "by tensor" for spec in plan.expert_specs)]
     for name, weight, checkpoint in zip(names, weights, (plan.base, *plan.experts), strict=True):
         role = "base" if weight == "" else name
         lines += [f"| {role} | {weight} | {file.name} | `{digests[file]}` |" for file in checkpoint.files]

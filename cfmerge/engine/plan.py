@@ -21,7 +21,8 @@ from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.resolve import depths, place, settle, weight_at
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._base import is_chain
+from cfmerge.methods._base import Part, is_chain
+from cfmerge.methods._registry import expression, plain_number
 from cfmerge.parameters import Parameter, classify, is_float
 from cfmerge.recipe import Expert, Recipe, parse_size
 
@@ -148,7 +149,8 @@ class Plan:
     @property
     def explicit_recipe(self) -> Recipe:
         """The recipe with every parameter of the method and every expert's name and weight written out."""
-        parameters = {} if is_chain(self.method) else dict(self.method.parameters)
+        known = {} if is_chain(self.method) else self.method.parameters
+        parameters = {k: expression(v) if isinstance(v, Part) else plain_number(v) for k, v in known.items()}
         return msgspec.structs.replace(self.recipe, parameters=parameters, experts=list(self.expert_specs))
 
     def counts(self) -> Counter[tuple[str, str]]:

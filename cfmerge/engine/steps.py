@@ -162,10 +162,15 @@ def steps(method: Method, layout: str, compute: str) -> Steps:
         return written(merged, reports, base, out)
 
     def written(merged: Array, reports: dict[str, Array], base: Array, out: str) -> tuple[Array, Any, Array]:
+        """Base plus delta, as stored: `(stack, *stored)`, or `(stack, results, *stored)` of a sweep."""
         reports = {name: value.reshape(base.shape[0], -1) for name, value in reports.items()}
-        if layout and not entries:
-            merged = from_canonical(merged, "b" + layout, base.shape)
-        result = (base.astype(dtype) + merged).astype(out)
+
+        def stored(delta: Array) -> Array:
+            if layout and not entries:
+                delta = from_canonical(delta, "b" + layout, base.shape)
+            return (base.astype(dtype) + delta).astype(out)
+
+        result = stored(merged) if method.results == 1 else jax.vmap(stored, in_axes=1, out_axes=1)(merged)
         return result, reports, finite(result)
 
     def together(

@@ -152,6 +152,7 @@ class Method(Part):
         notes: `{report name: (condition, message)}`: what is said to the user when `condition(value)` holds.
         of_rank: `of_rank(r)` is the method in a form for deltas of rank at most `r`, where it has one; it then
             reports `factor_error`, the relative error of taking them so.
+        results: how many merged deltas `solve` gives, stacked: more than one in a sweep.
         without_conv1d: the method for tensors that are *not* stored as GPT-2's Conv1D, if it is another one.
     """
 
@@ -170,6 +171,7 @@ class Method(Part):
     notes: Mapping[str, tuple[Callable[[float], bool], str]] = dataclasses.field(default_factory=dict)
     of_rank: Callable[[int], "Method"] | None = None
     without_conv1d: Union["Method", None] = None
+    results: int = 1
 
     def see(
         self, statistic: Statistic, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT

@@ -248,6 +248,28 @@ def _remake(part: P, change: Callable[[str, Any, Origin], Any]) -> P:
     return origin.factory(**{key: renewed(key, value) for key, value in origin.arguments.items()})
 
 
+def expression(part: Part) -> str:
+    """The part as text that `make` reads: `trim(density=0.2) >> disjoint_mean()`, with what differs from defaults."""
+    if part.origin is None:
+        return part.name
+    links = part.parameters.get("parts")
+    if links is not None:
+        return " >> ".join(expression(link) for link in links)
+
+    def text(value: Any) -> str:
+        return expression(value) if isinstance(value, Part) else repr(plain_number(value))
+
+    defaults = {key: p.default for key, p in inspect.signature(part.origin.factory).parameters.items()}
+    shown = {key: value for key, value in part.parameters.items() if defaults.get(key) is not value}
+    changed = {key: text(value) for key, value in shown.items() if text(value) != text(defaults.get(key))}
+    return f"{part.name}({', '.join(f'{key}={value}' for key, value in changed.items())})" if changed else part.name
+
+
+def plain_number(value: Any) -> Any:
+    """Arrays and NumPy's numbers as Python's own, for text."""
+    return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
+
+
 def _parts(value: Any) -> tuple[Part, ...]:
     if isinstance(value, Part):
         return (value,)
