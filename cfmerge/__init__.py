@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from cfmerge.engine.merge import merge_recipe as merge_recipe
     from cfmerge.engine.plan import Plan as Plan
     from cfmerge.engine.plan import make_plan as make_plan
+    from cfmerge.engine.sweep import grid as grid
+    from cfmerge.engine.sweep import sweep as sweep
     from cfmerge.errors import CfmergeError as CfmergeError
     from cfmerge.recipe import Expert as Expert
     from cfmerge.recipe import Recipe as Recipe
@@ -38,6 +40,8 @@ _PUBLIC = {
     "merge_recipe": "cfmerge.engine.merge",
     "Plan": "cfmerge.engine.plan",
     "make_plan": "cfmerge.engine.plan",
+    "grid": "cfmerge.engine.sweep",
+    "sweep": "cfmerge.engine.sweep",
     "CfmergeError": "cfmerge.errors",
     "Expert": "cfmerge.recipe",
     "Recipe": "cfmerge.recipe",

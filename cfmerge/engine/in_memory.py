@@ -22,6 +22,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Found, Method
 from cfmerge.methods._random import digest_of
 from cfmerge.methods._registry import of_expert
+from cfmerge.methods._several import several
 from cfmerge.parameters import Kind, Parameter, classify, is_float
 from cfmerge.recipe import Rule, parse_rule
 
@@ -101,6 +102,21 @@ def merge_params(
     Raises:
         CfmergeError: trees of another structure or shape, integers that do not agree, or moments that do not fit.
     """
+    options = {"weights": weights, "rules": rules, "moments": moments, "seed": seed}
+    return merge_params_by(base, experts, [method], **options)[0]
+
+
+def merge_params_by(
+    base: Any,
+    experts: Sequence[Any] | Mapping[str, Any],
+    by: Sequence[Method],
+    *,
+    weights: Sequence[float] | None = None,
+    rules: Sequence[Rule | Mapping[str, Any]] = (),
+    moments: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> list[Any]:
+    """`merge_params` by several methods, which share what they keep of the experts: one tree for each."""
     named = isinstance(experts, Mapping)
     trees = list(experts.values()) if isinstance(experts, Mapping) else list(experts)
     leaves, treedef = flatten(base)
@@ -110,18 +126,31 @@ def merge_params(
 
     shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
     made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
-    assignments = assign(classify(shapes), method, made)
-    _warn_unknown(assignments, method)
-    skipped = [name for name, assignment in assignments.items() if assignment.action == "skip"]
+    parameters = classify(shapes)
+    each = [assign(parameters, method, made) for method in by]
+    for assignments, method in zip(each, by, strict=True):
+        _warn_unknown(assignments, method)
+    skipped = [name for name, assignment in each[0].items() if assignment.action == "skip"]
     if skipped:
         raise CfmergeError(f"rule for {skipped[0]!r}: a tree keeps all its leaves; use keep-base instead of skip")
-
-    given = [None] * len(trees) if moments is None else [flatten(moment)[0] for moment in moments]
-    merged = dict(leaves) | _merge(assignments, [leaves, *expert_leaves], names, weights, given, seed)
-    for name, assignment in assignments.items():
+    for name, assignment in each[0].items():
         if assignment.agree and not _is_key_count(name, leaves):
             _check_agrees(name, leaves[name], [tree[name] for tree in expert_leaves], labels)
-    return unflatten(treedef, merged)
+
+    given = [None] * len(trees) if moments is None else [flatten(moment)[0] for moment in moments]
+    merged = _merge(_in_one(each), [leaves, *expert_leaves], names, weights, given, seed)
+    results = [merged] if len(by) == 1 else [{n: values[k] for n, values in merged.items()} for k in range(len(by))]
+    return [unflatten(treedef, dict(leaves) | result) for result in results]
+
+
+def _in_one(each: Sequence[Mapping[str, Assignment]]) -> Mapping[str, Assignment]:
+    """Assignments to methods that do what all the given ones do."""
+    if len(each) == 1:
+        return each[0]
+    return {
+        name: dataclasses.replace(assignment, method=several(tuple(other[name].method for other in each)))
+        for name, assignment in each[0].items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,19 +99,31 @@ def merge(
     Raises:
         CfmergeError: bad input; nothing is written then.
     """
+    recipe = as_recipe(base, experts, method, parameters or {}, {"rules": rules, **options})
+    return merge_recipe(recipe, output, overwrite=overwrite, memory=memory, progress=progress)
+
+
+def as_recipe(
+    base: str | Path,
+    experts: Sequence[str | Path | recipes.Expert] | Mapping[str, str | Path],
+    method: str,
+    parameters: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Recipe:
+    """The arguments of `merge` as a recipe."""
     if isinstance(experts, Mapping):
         experts = [recipes.Expert(path=str(path), name=name) for name, path in experts.items()]
     content = {
         "base": str(base),
         "experts": [msgspec.to_builtins(e) if isinstance(e, recipes.Expert) else str(e) for e in experts],
         "method": method,
-        "parameters": dict(parameters or {}),
-        "rules": [msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in rules],
+        "parameters": dict(parameters),
         **options,
+        "rules": [
+            msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in options.get("rules", ())
+        ],
     }
-    return merge_recipe(
-        recipes.parse(content, "cfmerge.merge"), output, overwrite=overwrite, memory=memory, progress=progress
-    )
+    return recipes.parse(content, "cfmerge.merge")
 
 
 def merge_recipe(
@@ -131,45 +143,69 @@ def merge_recipe(
         for job in plan.jobs:
             check_memory(job, limit)
         try:
-            result = _attempt(plan, Path(output), overwrite, limit, progress or (lambda *_: None), dropped)
+            result = carry_out(plan, [plan], [Path(output)], overwrite, limit, progress, dropped)[0]
         except NonFiniteError as error:
-            if recipe.on_nonfinite == "error" or not error.source:
-                raise
-            dropped.append(f"expert {error.source!r} was left out: tensor {error.tensor!r} is not finite")
-            kept = [spec for spec in plan.expert_specs if spec.name != error.source]
-            if len(kept) < 2 and "one-expert" not in recipe.allow:
-                raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
-            recipe = msgspec.structs.replace(recipe, experts=kept)
+            recipe = without_expert(plan, error, dropped)
             continue
         return dataclasses.replace(result, seconds=time.monotonic() - started)
 
 
-def _attempt(
-    plan: Plan, output: Path, overwrite: bool, memory: int, progress: Progress, dropped: list[str]
-) -> MergeResult:
-    inputs = [file for checkpoint in (plan.base, *plan.experts) for file in checkpoint.files]
-    places = [*inputs, *(checkpoint.path for checkpoint in (plan.base, *plan.experts))]
-    with _clear_errors(output), StagedDirectory(output, overwrite=overwrite, inputs=places) as staged:
-        _check_space(staged.path, plan)
+def without_expert(plan: Plan, error: NonFiniteError, dropped: list[str]) -> Recipe:
+    """The recipe without the expert that is not finite, if it may be left out; otherwise raises the error."""
+    if plan.recipe.on_nonfinite == "error" or not error.source:
+        raise error
+    dropped.append(f"expert {error.source!r} was left out: tensor {error.tensor!r} is not finite")
+    kept = [spec for spec in plan.expert_specs if spec.name != error.source]
+    if len(kept) < 2 and "one-expert" not in plan.recipe.allow:
+        raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
+    return msgspec.structs.replace(plan.recipe, experts=kept)
+
+
+def carry_out(
+    plan: Plan,
+    shown: Sequence[Plan],
+    outputs: Sequence[Path],
+    overwrite: bool,
+    memory: int,
+    progress: Progress | None,
+    dropped: Sequence[str] = (),
+) -> list[MergeResult]:
+    """Executes a plan whose methods give one result for each of `shown`: the plans that the outputs are told to be of."""
+    checkpoints = (plan.base, *plan.experts)
+    inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
+    places = [*inputs, *(checkpoint.path for checkpoint in checkpoints)]
+    with contextlib.ExitStack() as stack:
+        staged = []
+        for output in outputs:
+            stack.enter_context(_clear_errors(output))
+            staged.append(stack.enter_context(StagedDirectory(output, overwrite=overwrite, inputs=places)))
+        _check_space(staged[0].path, plan.bytes_to_write * len(outputs))
         notes = [*dropped, *_check_contents(plan)]
         metadata = {"format": "pt", **plan.base.metadata}
-        writer = safetensors.ShardWriter(staged.path, plan.output, plan.shard_bytes, metadata)
+        writers = [safetensors.ShardWriter(one.path, plan.output, plan.shard_bytes, metadata) for one in staged]
         stop = threading.Event()
         with ThreadPoolExecutor(1, "hash") as hasher:
             digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
             try:
-                account = execute(plan, writer, memory, progress, stop)
-                writer.close()
+                account = execute(plan, writers, memory, progress or (lambda *_: None), stop)
+                for writer in writers:
+                    writer.close()
             except BaseException:
                 stop.set()
-                writer.abort()
+                for writer in writers:
+                    writer.abort()
                 raise
         notes += account.lines()
-        _write_side_files(plan, staged.path)
-        _export_heads(plan, staged.path)
-        (staged.path / "README.md").write_text(model_card(plan, digests.result(), notes))
-        staged.commit()
-        return MergeResult(staged.target, plan, (*plan.notes, *notes), account.reports, digests.result(), 0.0)
+        for one, told in zip(staged, shown, strict=True):
+            _write_side_files(plan, one.path)
+            _export_heads(plan, one.path)
+            (one.path / "README.md").write_text(model_card(told, digests.result(), notes))
+        for one in staged:
+            one.commit()
+        return [
+            MergeResult(one.target, told, (*plan.notes, *notes), reports, digests.result(), 0.0)
+            for one, told, reports in zip(staged, shown, account.by_result(len(shown)), strict=True)
+        ]
 
 
 @contextlib.contextmanager
@@ -184,8 +220,8 @@ def _clear_errors(output: Path) -> Iterator[None]:
         raise CfmergeError(f"output {output}: {reason}{place}; nothing was written") from None
 
 
-def _check_space(directory: Path, plan: Plan) -> None:
-    free, needed = shutil.disk_usage(directory).free, plan.bytes_to_write
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
     if needed > free:
         raise CfmergeError(
             f"output {directory.parent}: the merged model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"

@@ -6,7 +6,7 @@ import functools
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -51,6 +51,18 @@ class Account:
                 existing = next((note for note in self.notes if note.startswith(generic)), None)
                 self.notes.setdefault(existing or message.format(value=value), []).append(job.name)
 
+    def by_result(self, results: int) -> list[dict[str, dict[str, float]]]:
+        """The reports of each result of a sweep; there they are called `NUMBER:NAME`."""
+        if results == 1:
+            return [self.reports]
+        return [
+            {
+                tensor: {key.split(":", 1)[1]: v for key, v in report.items() if key.startswith(f"{number}:")}
+                for tensor, report in self.reports.items()
+            }
+            for number in range(results)
+        ]
+
     def lines(self) -> list[str]:
         counts = Counter({note: len(names) for note, names in self.notes.items()})
         lines = [
@@ -62,8 +74,10 @@ class Account:
         return lines
 
 
-def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, stop: threading.Event) -> Account:
-    """Merges every job of the plan into the writer.
+def execute(
+    plan: Plan, writers: Sequence[ShardWriter], memory: int, progress: Progress, stop: threading.Event
+) -> Account:
+    """Merges every job of the plan into the writers, one for each result of its methods.
 
     Raises:
         NonFiniteError: a NaN or infinity in a model, or a result that does not fit its dtype.
@@ -78,7 +92,7 @@ def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, st
 
     largest = plan.largest
     workers = WORKERS if largest is None or largest.working_bytes * WORKERS <= memory else 1
-    mergers, writers = ThreadPoolExecutor(workers, "merge"), ThreadPoolExecutor(1, "write")
+    mergers, behind = ThreadPoolExecutor(workers, "merge"), ThreadPoolExecutor(1, "write")
     merging: deque[tuple[Batch, Future[Merged]]] = deque()
     writing: deque[Future[None]] = deque()
 
@@ -87,7 +101,9 @@ def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, st
         merged = future.result()
         account.add(batch, merged)
         for job, values in zip(batch.jobs, merged.tensors, strict=True):
-            writing.append(writers.submit(_write, writer, job, values, batch.first))
+            results = values[None] if len(writers) == 1 else values
+            for writer, result in zip(writers, results, strict=True):
+                writing.append(behind.submit(_write, writer, job, result, batch.first))
         while len(writing) > WRITE_BEHIND:
             writing.popleft().result()
 
@@ -101,7 +117,9 @@ def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, st
             _check_stop(stop)
             _check_ties(plan, job)
             if job.assignment.action == "keep-base":
-                _write(writer, job, _kept(plan, job), 0)
+                kept = _kept(plan, job)
+                for writer in writers:
+                    _write(writer, job, kept, 0)
                 tell(job.name, job.bytes_read * (1 + len(job.sources)))
         found = _surveys(plan, memory, tell, stop)
         for batch in make_batches(plan.jobs, memory):
@@ -116,7 +134,7 @@ def execute(plan: Plan, writer: ShardWriter, memory: int, progress: Progress, st
             writing.popleft().result()
     finally:
         mergers.shutdown(cancel_futures=True)
-        writers.shutdown(cancel_futures=True)
+        behind.shutdown(cancel_futures=True)
         settings.close()
     return account
 

@@ -92,7 +92,7 @@ class Job:
         else:
             m, n = 1, self.parameter.size
         shape = (m, n) if self.layout else self.parameter.shape
-        floats = statistic_size(method, shape, len(self.sources)) + 6 * m * n
+        floats = statistic_size(method, shape, len(self.sources)) + (5 + method.results) * m * n
         if method.scope == "matrix":
             floats += 3 * n * n
         if not method.additive:

@@ -68,7 +68,11 @@ def several(methods: tuple[Method, ...]) -> Method:
         random=any(method.random for method in methods),
         additive=all(method.additive for method in methods),
         moments=next((method.moments for method in methods if method.moments), ""),
-        notes={f"{n}:{name}": note for n, method in enumerate(methods) for name, note in method.notes.items()},
+        notes={
+            f"{n}:{name}": (condition, f"{method.name}: {message}")
+            for n, method in enumerate(methods)
+            for name, (condition, message) in method.notes.items()
+        },
         results=len(methods),
         origin=Origin(several, {"methods": methods}, frozenset(), frozenset()),
         **_surveys(methods),
