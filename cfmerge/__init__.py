@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cfmerge import methods as methods
     from cfmerge.checkpoints import open_checkpoint as open_checkpoint
+    from cfmerge.engine.accumulate import accumulate as accumulate
+    from cfmerge.engine.accumulate import solve as solve
     from cfmerge.engine.in_memory import merge_params as merge_params
     from cfmerge.engine.in_memory import merge_tensor as merge_tensor
     from cfmerge.engine.merge import MergeResult as MergeResult
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from cfmerge.engine.merge import merge_recipe as merge_recipe
     from cfmerge.engine.plan import Plan as Plan
     from cfmerge.engine.plan import make_plan as make_plan
+    from cfmerge.engine.statistics import Statistics as Statistics
     from cfmerge.engine.sweep import grid as grid
     from cfmerge.engine.sweep import sweep as sweep
     from cfmerge.errors import CfmergeError as CfmergeError
@@ -40,6 +43,9 @@ _PUBLIC = {
     "merge_recipe": "cfmerge.engine.merge",
     "Plan": "cfmerge.engine.plan",
     "make_plan": "cfmerge.engine.plan",
+    "accumulate": "cfmerge.engine.accumulate",
+    "solve": "cfmerge.engine.accumulate",
+    "Statistics": "cfmerge.engine.statistics",
     "grid": "cfmerge.engine.sweep",
     "sweep": "cfmerge.engine.sweep",
     "CfmergeError": "cfmerge.errors",

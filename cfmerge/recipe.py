@@ -47,7 +47,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     """A whole merge."""
 
     base: str
-    experts: list[str | Expert]
+    experts: list[str | Expert] = []
     method: str = "ace"
     parameters: dict[str, Any] = {}
     rules: list[Rule] = []
@@ -60,6 +60,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     side_files: str | None = None  # where config and tokenizer come from; none: the base
     seed: int = 0  # of random methods
     plugins: list[str] = []  # Python files that register methods
+    statistics: str | None = None  # what was accumulated of other experts, to begin from
 
     def resolved_experts(self, least: int = 2) -> list[Expert]:
         """The experts with a name each: the one given, else that of their directory.
@@ -68,7 +69,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
             CfmergeError: none, one without leave, two of one name, or weights that sum to nothing.
         """
         experts = [Expert(path=e) if isinstance(e, str) else e for e in self.experts]
-        if not experts:
+        if len(experts) < min(least, 1):
             raise CfmergeError("no experts: a merge needs a base and at least two experts")
         if len(experts) < least and "one-expert" not in self.allow:
             raise CfmergeError(

@@ -8,6 +8,7 @@ import numpy as np
 
 from cfmerge.checkpoints import Checkpoint
 from cfmerge.engine.plan import Job, Plan
+from cfmerge.engine.statistics import stacked
 from cfmerge.engine.steps import Inputs
 from cfmerge.engine.survey import Place, Stack
 from cfmerge.errors import CfmergeError
@@ -59,7 +60,7 @@ class Batch:
         job, expert = self.jobs[0], plan.expert_specs[number].name
         method = job.assignment.method
         weight = np.repeat([job.weights[number] for job in self.jobs], job.matrices)
-        inputs = Inputs(weight, number, seed=plan.recipe.seed, start=self.first)
+        inputs = Inputs(weight, plan.before + number, seed=plan.recipe.seed, start=self.first)
         if method.random:
             names = [layer_name(job.name, layer, job.matrices) for job in self.jobs for layer in range(job.matrices)]
             inputs = inputs._replace(digest=np.stack([digest_of(name, expert) for name in names]))
@@ -70,6 +71,15 @@ class Batch:
                 moment = moment.reshape(-1, *moment.shape[-2:])
             inputs = inputs._replace(moment=moment)
         return inputs
+
+    def kept(self, plan: Plan, method: Method, compute: str) -> Any:
+        """What the plan's statistics hold of the batch, as the method's statistics."""
+        if plan.statistics is None:
+            return None
+        job = self.jobs[0]
+        shape = job.parameter.canonical[1:] if self.layout else job.parameter.shape
+        piece = None if self.count is None else slice(self.first, self.first + self.count)
+        return stacked([plan.statistics.tensors[job.name] for job in self.jobs], method, shape, compute, piece)
 
     def stack(self, plan: Plan) -> Stack:
         """For a survey."""

@@ -43,7 +43,10 @@ def model_card(plan: Plan, digests: Mapping[Path, str], notes: list[str]) -> str
         *(f"| {kind} | {what} | {count} |" for (kind, what), count in sorted(plan.counts().items())),
         "", "## Inputs", "", "| model | weight | file | SHA-256 |", "|---|---|---|---|",
     ]  # fmt: skip
-    weights = ["", *(format(w, "g") if isinstance(w := spec.weight, int | float) else "by tensor" for spec in plan.expert_specs)]
+    weights = [
+        "",
+        *(format(w, "g") if isinstance(w := spec.weight, int | float) else "by tensor" for spec in plan.expert_specs),
+    ]
     for name, weight, checkpoint in zip(names, weights, (plan.base, *plan.experts), strict=True):
         role = "base" if weight == "" else name
         lines += [f"| {role} | {weight} | {file.name} | `{digests[file]}` |" for file in checkpoint.files]

@@ -2,8 +2,8 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from cfmerge import methods
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.engine.batches import kind_of, layer_name
-from cfmerge.engine.plan import check_count, check_moment
+from cfmerge.engine.plan import check_count, check_moment, check_weights
 from cfmerge.engine.resolve import depths, place, settle, weight_at
-from cfmerge.engine.steps import Inputs, settings_of, steps
+from cfmerge.engine.statistics import Statistics, fingerprint, full_form, stacked
+from cfmerge.engine.steps import Inputs, Steps, settings_of, steps
 from cfmerge.engine.survey import Stack, at_places, survey
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Found, Method
@@ -25,6 +26,8 @@ from cfmerge.methods._registry import of_expert
 from cfmerge.methods._several import several
 from cfmerge.parameters import Kind, Parameter, classify, is_float
 from cfmerge.recipe import Rule, parse_rule
+
+NO_EXPERTS = "no experts: a merge needs at least one"
 
 
 def merge_tensor(
@@ -66,7 +69,9 @@ def merge_tensor(
         method = methods.average()
     kind, layout = (Kind.MATRIX, "oi") if matrix else (Kind.VECTOR, "")
     assignment = Assignment(Parameter("tensor", base.shape, str(base.dtype), kind, layout), "merge", method)
-    names = _names(len(experts), names)
+    names = _names(names, len(experts))
+    if not experts:
+        raise CfmergeError(NO_EXPERTS)
     given = [None] * len(experts) if moments is None else [{"tensor": moment} for moment in moments]
     tensors = [{"tensor": array} for array in (base, *experts)]
     return _merge({"tensor": assignment}, tensors, names, weights, given, seed)["tensor"]
@@ -117,30 +122,56 @@ def merge_params_by(
     seed: int = 0,
 ) -> list[Any]:
     """`merge_params` by several methods, which share what they keep of the experts: one tree for each."""
-    named = isinstance(experts, Mapping)
-    trees = list(experts.values()) if isinstance(experts, Mapping) else list(experts)
-    leaves, treedef = flatten(base)
-    labels = list(experts) if named else [f"expert {n}" for n in range(len(trees))]
-    expert_leaves = [_matching(leaves, flatten(tree)[0], name) for name, tree in zip(labels, trees, strict=True)]
-    names = _names(len(trees), list(experts) if named else None)
-
-    shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
-    made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
-    parameters = classify(shapes)
-    each = [assign(parameters, method, made) for method in by]
-    for assignments, method in zip(each, by, strict=True):
-        _warn_unknown(assignments, method)
-    skipped = [name for name, assignment in each[0].items() if assignment.action == "skip"]
-    if skipped:
-        raise CfmergeError(f"rule for {skipped[0]!r}: a tree keeps all its leaves; use keep-base instead of skip")
-    for name, assignment in each[0].items():
-        if assignment.agree and not _is_key_count(name, leaves):
-            _check_agrees(name, leaves[name], [tree[name] for tree in expert_leaves], labels)
-
-    given = [None] * len(trees) if moments is None else [flatten(moment)[0] for moment in moments]
-    merged = _merge(_in_one(each), [leaves, *expert_leaves], names, weights, given, seed)
+    problem = Problem.of(base, experts, by, rules)
+    if not problem.names:
+        raise CfmergeError(NO_EXPERTS)
+    given = [None] * len(problem.names) if moments is None else [flatten(moment)[0] for moment in moments]
+    merged = _merge(_in_one(problem.assignments), problem.trees, problem.names, weights, given, seed)
     results = [merged] if len(by) == 1 else [{n: values[k] for n, values in merged.items()} for k in range(len(by))]
-    return [unflatten(treedef, dict(leaves) | result) for result in results]
+    return [unflatten(problem.treedef, dict(problem.trees[0]) | result) for result in results]
+
+
+def merge_assigned(base: Any, method: Method, kept: Statistics) -> dict[str, Array]:
+    """The merged leaves of the base, by name, from what was kept of experts."""
+    rules = kept.options["rules"]
+    problem = Problem.of(base, {}, [method], rules)
+    names = list(kept.kinds)
+    if any(name not in problem.trees[0] for name in names) or fingerprint(problem.trees[0], names) != kept.base:
+        raise CfmergeError("solve: the statistics were accumulated over another base")
+    for name, assignment in problem.assignments[0].items():
+        if assignment.action == "merge":
+            kept.check(full_form(assignment.method), name)
+    return _merge(problem.assignments[0], problem.trees, [], None, [], 0, kept)
+
+
+class Problem(NamedTuple):
+    """Trees as named arrays, the base's first, and what is done with each of them."""
+
+    trees: list[Mapping[str, Any]]
+    treedef: Any
+    names: list[str]  # of the experts
+    assignments: list[Mapping[str, Assignment]]  # of each method
+
+    @staticmethod
+    def of(base: Any, experts: Any, by: Sequence[Method], rules: Sequence[Rule | Mapping[str, Any]]) -> "Problem":
+        """Checks that the trees fit together, and assigns the methods."""
+        named = isinstance(experts, Mapping)
+        trees = list(experts.values()) if named else list(experts)
+        leaves, treedef = flatten(base)
+        labels = list(experts) if named else [f"expert {n}" for n in range(len(trees))]
+        others = [_matching(leaves, flatten(tree)[0], name) for name, tree in zip(labels, trees, strict=True)]
+        shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
+        made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
+        parameters = classify(shapes)
+        each = [assign(parameters, method, made) for method in by]
+        for assignments, method in zip(each, by, strict=True):
+            _warn_unknown(assignments, method)
+        for name, assignment in each[0].items():
+            if assignment.action == "skip":
+                raise CfmergeError(f"rule for {name!r}: a tree keeps all its leaves; use keep-base instead of skip")
+            if assignment.agree and not _is_key_count(name, leaves):
+                _check_agrees(name, leaves[name], [tree[name] for tree in others], labels)
+        return Problem([leaves, *others], treedef, _names(labels if named else None, len(trees)), each)
 
 
 def _in_one(each: Sequence[Mapping[str, Assignment]]) -> Mapping[str, Assignment]:
@@ -154,11 +185,12 @@ def _in_one(each: Sequence[Mapping[str, Assignment]]) -> Mapping[str, Assignment
 
 
 @dataclasses.dataclass(frozen=True)
-class _Bucket:
+class Bucket:
     """Tensors that are merged together: one shape, dtype, layout and method (but for its numbers)."""
 
     assignments: tuple[Assignment, ...]
     weights: tuple[tuple[Any, ...], ...]  # of each tensor, one for each expert
+    before: int = 0  # experts that were seen before these
 
     @property
     def names(self) -> list[str]:
@@ -180,7 +212,7 @@ class _Bucket:
 
         def inputs(number: int) -> Inputs:
             weight = jnp.repeat(jnp.stack([jnp.asarray(own[number]) for own in self.weights]), self.matrices)
-            made = Inputs(weight, number, seed=seed)
+            made = Inputs(weight, self.before + number, seed=seed)
             if method.random:
                 names = [layer_name(name, layer, self.matrices) for name, layer in layers]
                 made = made._replace(digest=np.stack([digest_of(name, experts[number]) for name in names]))
@@ -204,44 +236,88 @@ def _merge(
     weights: Sequence[Any] | None,
     given: Sequence[Any],
     seed: int,
+    kept: Statistics | None = None,
 ) -> dict[str, Array]:
-    """The merged tensors by name; `trees` are the base's and the experts'."""
-    groups: dict[Any, list[_Bucket]] = {}  # by what their surveys have in common
-    for bucket in _buckets(assignments, trees[0], experts, _check_weights(len(experts), weights)):
-        method = bucket.assignments[0].method
-        check_count(method, len(experts))
-        _check_moments(bucket, given, experts)
-        groups.setdefault(kind_of(method) if method.survey else None, []).append(bucket)
+    """The merged tensors by name; `trees` are the base's and the experts', `kept` is of experts before them."""
     merged: dict[str, Array] = {}
-    for buckets in groups.values():
-        stacks = [bucket.stack(trees, given, experts, seed) for bucket in buckets]
-        double = any(stack.base.dtype == jnp.float64 for stack in stacks)
-        method = buckets[0].assignments[0].method
-        found = survey(method, len(experts), lambda stacks=stacks: stacks, "float64" if double else "float32")  # type: ignore[misc]
-        for bucket, stack in zip(buckets, stacks, strict=True):
-            merged |= dict(zip(bucket.names, _merge_stack(bucket, stack, found, len(experts)), strict=True))
+    for bucket, stack, found in prepared(assignments, trees, experts, weights, given, seed, kept):
+        result, reports = _merge_stack(bucket, stack, found, experts, kept)
+        _tell(bucket, reports)
+        merged |= dict(zip(bucket.names, result, strict=True))
     return merged
 
 
-def _merge_stack(bucket: _Bucket, stack: Stack, found: Found | None, experts: int) -> Array:
+def prepared(
+    assignments: Mapping[str, Assignment],
+    trees: Sequence[Mapping[str, Any]],
+    experts: Sequence[str],
+    weights: Sequence[Any] | None,
+    given: Sequence[Any],
+    seed: int,
+    kept: Statistics | None = None,
+    sums: bool = False,
+) -> Iterator[tuple[Bucket, Stack, Found | None]]:
+    """The tensors in buckets, with their arrays, and what surveys of the whole model found for their method."""
+    weights = _check_weights(len(experts), weights)
+    groups: dict[Any, list[Bucket]] = {}  # by what their surveys have in common
+    if sums or kept is not None:  # in the form whose statistic is a sum of fixed size
+        assignments = {
+            name: dataclasses.replace(a, method=full_form(a.method)) if a.action == "merge" else a
+            for name, a in assignments.items()
+        }
+    for bucket in _buckets(assignments, trees[0], experts, weights, list(kept.experts) if kept else []):
+        method = bucket.assignments[0].method
+        check_count(method, len(experts) + bucket.before)
+        _check_moments(bucket, given, experts)
+        groups.setdefault(kind_of(method) if method.survey else None, []).append(bucket)
+    for buckets in groups.values():
+        stacks = [bucket.stack(trees, given, experts, seed) for bucket in buckets]
+        double = any(stack.base.dtype == jnp.float64 for stack in stacks)
+        method, compute = buckets[0].assignments[0].method, "float64" if double else "float32"
+        found = survey(method, len(experts), lambda stacks=stacks: stacks, compute)  # type: ignore[misc]
+        yield from ((bucket, stack, found) for bucket, stack in zip(buckets, stacks, strict=True))
+
+
+def statistics_of(
+    bucket: Bucket, stack: Stack, found: Found | None, experts: Sequence[str], kept: Statistics | None
+) -> Any:
+    """The statistics of an additive method when all experts were seen."""
+    plain, settings = _plain_steps(bucket, stack, found, experts)
+    if kept is None:
+        statistics = plain.start(settings[0], stack.base)
+    else:
+        method, parameter = of_expert(bucket.assignments[0].method, 0), bucket.assignments[0].parameter
+        shape = parameter.canonical[1:] if bucket.layout else parameter.shape
+        own = [kept.tensors[name] for name in bucket.names]
+        statistics = stacked(own, method, shape, _compute_dtype(stack.base), None)
+    for t in range(len(experts)):
+        statistics, _ = plain.step(settings[t + 1], statistics, stack.base, stack.expert(t), stack.inputs(t))
+    return statistics
+
+
+def _plain_steps(bucket: Bucket, stack: Stack, found: Found | None, experts: Sequence[str]) -> tuple[Steps, list[Any]]:
+    """The steps, and the settings of start and solve, and then of each expert."""
     rules = [assignment.method for assignment in bucket.assignments]
     found = at_places(found, stack.places)
-    settings = [settings_of([of_expert(rule, t) for rule in rules], bucket.matrices, found) for t in range(experts)]
-    plain = steps(of_expert(rules[0], 0), stack.layout, _compute_dtype(stack.base))
+    numbers = [0, *range(bucket.before, bucket.before + len(experts))]
+    settings = [settings_of([of_expert(rule, t) for rule in rules], bucket.matrices, found) for t in numbers]
+    return steps(of_expert(rules[0], 0), stack.layout, _compute_dtype(stack.base)), settings
+
+
+def _merge_stack(
+    bucket: Bucket, stack: Stack, found: Found | None, experts: Sequence[str], kept: Statistics | None
+) -> tuple[Array, dict[str, Array]]:
+    plain, settings = _plain_steps(bucket, stack, found, experts)
     out = str(stack.base.dtype)
-    inputs = [stack.inputs(t) for t in range(experts)]
-    if rules[0].additive:
-        statistics = plain.start(settings[0], stack.base)
-        for t in range(experts):
-            statistics, _ = plain.step(settings[t], statistics, stack.base, stack.expert(t), inputs[t])
-        result, reports, _ = plain.finish(settings[0], statistics, stack.base, out)
-    else:
-        result, reports, _ = plain.together(settings, stack.base, [*map(stack.expert, range(experts))], inputs, out)
-    _tell(bucket, reports)
-    return result
+    if bucket.assignments[0].method.additive:
+        statistics = statistics_of(bucket, stack, found, experts, kept)
+        return plain.finish(settings[0], statistics, stack.base, out)[:2]
+    numbers = range(len(experts))
+    others, inputs = [stack.expert(t) for t in numbers], [stack.inputs(t) for t in numbers]
+    return plain.together(settings[1:], stack.base, others, inputs, out)[:2]
 
 
-def _tell(bucket: _Bucket, reports: Mapping[str, Array]) -> None:
+def _tell(bucket: Bucket, reports: Mapping[str, Array]) -> None:
     """Warnings of what a method did that one would not expect; nothing while values are traced."""
     for key, (condition, message) in bucket.assignments[0].method.notes.items():
         values = reports.get(key)
@@ -255,25 +331,31 @@ def _tell(bucket: _Bucket, reports: Mapping[str, Array]) -> None:
 
 
 def _buckets(
-    assignments: Mapping[str, Assignment], leaves: Mapping[str, Any], experts: Sequence[str], weights: Sequence[Any]
-) -> list[_Bucket]:
+    assignments: Mapping[str, Assignment],
+    leaves: Mapping[str, Any],
+    experts: Sequence[str],
+    weights: Sequence[Any],
+    before: Sequence[str],
+) -> list[Bucket]:
     buckets: dict[Any, list[tuple[Assignment, tuple[Any, ...]]]] = {}
     depth_of = depths(assignments)
     for name, assignment in assignments.items():
         if assignment.action != "merge":
             continue
-        where = place(name, depth_of[name], experts)
+        where = place(name, depth_of[name], [*before, *experts])
         settled = dataclasses.replace(assignment, method=settle(assignment.method, where))
-        own = tuple(
-            w if isinstance(w, jax.Array) else weight_at(w, where, e) for w, e in zip(weights, experts, strict=True)
-        )
+        own = tuple(weight_at(w, where, expert) for w, expert in zip(weights, experts, strict=True))
+        check_weights(settled.method, dict(zip(experts, own, strict=True)), name)
         layout = "" if assignment.method.scope == "entry" else assignment.parameter.layout
         key = (leaves[name].shape, leaves[name].dtype, layout, kind_of(settled.method))
         buckets.setdefault(key, []).append((settled, own))
-    return [_Bucket(*map(tuple, zip(*members, strict=True))) for members in buckets.values()]  # type: ignore[arg-type]
+    return [
+        Bucket(tuple(settled for settled, _ in members), tuple(own for _, own in members), len(before))
+        for members in buckets.values()
+    ]
 
 
-def _check_moments(bucket: _Bucket, given: Sequence[Any], experts: Sequence[str]) -> None:
+def _check_moments(bucket: Bucket, given: Sequence[Any], experts: Sequence[str]) -> None:
     for assignment in bucket.assignments:
         method, parameter = assignment.method, assignment.parameter
         if method.moments:
@@ -282,9 +364,7 @@ def _check_moments(bucket: _Bucket, given: Sequence[Any], experts: Sequence[str]
                 check_moment(method.moments, parameter, found, method.name, f"expert {expert!r}")
 
 
-def _names(count: int, names: Sequence[str] | None) -> list[str]:
-    if count == 0:
-        raise CfmergeError("no experts: a merge needs at least one")
+def _names(names: Sequence[str] | None, count: int) -> list[str]:
     if names is not None and (len(names) != count or len(set(names)) != count):
         raise CfmergeError(f"{count} experts need as many different names, found {list(names)}")
     return [str(number) for number in range(count)] if names is None else list(names)

@@ -23,6 +23,7 @@ from cfmerge.engine.card import model_card, versions
 from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.pipeline import Progress, execute, same_content
 from cfmerge.engine.plan import Plan, make_plan
+from cfmerge.engine.statistics import Statistics
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.parameters import is_float
 from cfmerge.recipe import Recipe
@@ -119,9 +120,7 @@ def as_recipe(
         "method": method,
         "parameters": dict(parameters),
         **options,
-        "rules": [
-            msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in options.get("rules", ())
-        ],
+        "rules": [msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in options.get("rules", ())],
     }
     return recipes.parse(content, "cfmerge.merge")
 
@@ -133,13 +132,14 @@ def merge_recipe(
     overwrite: bool = False,
     memory: str | int | None = None,
     progress: Progress | None = None,
+    statistics: Statistics | None = None,
 ) -> MergeResult:
-    """Carries out a recipe; see `merge`."""
+    """Carries out a recipe; see `merge`. `statistics` are what was kept of other experts, instead of a file of them."""
     started = time.monotonic()
     limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
     dropped: list[str] = []
     while True:
-        plan = make_plan(recipe)
+        plan = make_plan(recipe, statistics)
         for job in plan.jobs:
             check_memory(job, limit)
         try:

@@ -19,6 +19,7 @@ from cfmerge.engine.cost import statistic_size
 from cfmerge.engine.match import match_experts
 from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.resolve import depths, place, settle, weight_at
+from cfmerge.engine.statistics import Statistics, fingerprint, full_form
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._base import Part, is_chain
@@ -119,6 +120,12 @@ class Plan:
     shard_bytes: int
     side_files: Mapping[str, Path]
     moments: tuple[Checkpoint | None, ...] = ()  # what was measured of each expert
+    statistics: Statistics | None = None  # what was kept of experts before these
+
+    @property
+    def before(self) -> int:
+        """How many experts are in the statistics: those of the plan are numbered after them."""
+        return len(self.statistics.experts) if self.statistics else 0
 
     @property
     def output(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -158,15 +165,25 @@ class Plan:
         return Counter((str(job.parameter.kind), job.assignment.label) for job in self.jobs)
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: bool = False) -> Plan:
     """Opens all checkpoints, reads their headers, and settles everything that can be settled from them.
+
+    Args:
+        recipe: what is asked for.
+        statistics: what was kept of other experts; none: what the recipe names, if it does.
+        sums: methods in the form whose statistic is a sum of fixed size, as accumulating needs it.
 
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
     """
     load_plugins(recipe.plugins)
     method = methods.make(recipe.method, recipe.parameters)
-    specs = recipe.resolved_experts(least=2 if method.experts[1] != 1 else 1)
+    if statistics is None and recipe.statistics is not None:
+        statistics = Statistics.load(recipe.statistics)
+    sums = sums or statistics is not None
+    if statistics is not None:
+        recipe = statistics.recipe(recipe)
+    specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or method.experts[1] == 1 else 2)
     shard_bytes = parse_size(recipe.shard_size)
     base = open_checkpoint(recipe.base)
     experts = [open_checkpoint(spec.path) for spec in specs]
@@ -174,7 +191,8 @@ def make_plan(recipe: Recipe) -> Plan:
         if not expert.config:  # a bare file: tied as the base is
             told = {alias: name for alias, name in base.ties.items() if name in expert.tensors}
             expert.ties = {**told, **expert.ties}
-    check_count(method, len(specs))
+    earlier = list(statistics.experts) if statistics else []
+    check_count(method, len(earlier) + len(specs))
     notes = _check_same_files(recipe, base, specs, experts)
 
     parameters = _parameters(base)
@@ -191,7 +209,7 @@ def make_plan(recipe: Recipe) -> Plan:
     for alias, name in tied.items():
         aliases.setdefault(name, []).append(alias)
     depth_of = depths(matched.assignments)
-    experts_named = [spec.name for spec in specs]
+    experts_named = [*earlier, *(spec.name for spec in specs)]
     jobs = []
     for name, assignment in matched.assignments.items():
         stored = base.tensors[name].dtype
@@ -201,16 +219,22 @@ def make_plan(recipe: Recipe) -> Plan:
         weights: tuple[float, ...] = ()
         if assignment.action == "merge":
             where = place(name, depth_of[name], experts_named)
-            assignment = dataclasses.replace(assignment, method=settle(assignment.method, where))
+            settled = settle(assignment.method, where)
+            assignment = dataclasses.replace(assignment, method=full_form(settled) if sums else settled)
             weights = tuple(float(weight_at(spec.weight, where, spec.name)) for spec in specs)
-            check_weights(assignment.method, dict(zip(experts_named, weights, strict=True)), name)
+            check_weights(assignment.method, dict(zip([spec.name for spec in specs], weights, strict=True)), name)
+            if statistics:
+                statistics.check(assignment.method, name)
         jobs.append(Job(name, assignment, (name, *aliases.get(name, ())), sources, dtype, weights))
     moments = _moments(specs, jobs)
     plan = Plan(
         recipe, method, base, tuple(experts), tuple(specs), tuple(jobs), matched.exported,
-        tuple(notes + matched.notes), shard_bytes, _side_files(recipe, base), moments,
+        tuple(notes + matched.notes), shard_bytes, _side_files(recipe, base), moments, statistics,
     )  # fmt: skip
-    if not any(job.assignment.action == "merge" for job in jobs):
+    merged = [job.name for job in jobs if job.assignment.action == "merge"]
+    if statistics and fingerprint(base, list(statistics.kinds)) != statistics.base:
+        raise CfmergeError(f"base {recipe.base}: the statistics were accumulated over another base")
+    if not merged:
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
     return plan
 
@@ -249,7 +273,7 @@ def check_weights(method: Method, weights: Mapping[str, float], tensor: str) -> 
                 f"expert {name!r}: {method.name} knows no weights, found {weight}; leave the weight out, or choose "
                 "another method"
             )
-    if method.normalises and abs(sum(weights.values())) <= 1e-9 * sum(map(abs, weights.values())):
+    if method.normalises and weights and abs(sum(weights.values())) <= 1e-9 * sum(map(abs, weights.values())):
         raise CfmergeError(
             f"the experts' weights sum to 0, so that {method.name} of {tensor!r} is not defined: "
             + ", ".join(f"{name}: {weight}" for name, weight in weights.items())

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from cfmerge.engine.batches import Batch
 from cfmerge.engine.low_rank import CUT, rank_bound
 from cfmerge.engine.plan import Plan
-from cfmerge.engine.steps import compiled, settings_of
+from cfmerge.engine.steps import Settings, compiled, settings_of
 from cfmerge.engine.survey import at_places
 from cfmerge.errors import NonFiniteError
 from cfmerge.methods import Found, Method
@@ -44,8 +45,10 @@ def merge_batch(plan: Plan, batch: Batch, found: Found | None, progress: Progres
     methods = [job.assignment.method for job in batch.jobs]
     if plan.recipe.precision == "float64" or batch.jobs[0].parameter.dtype == "float64":
         return _merge_in(plan, batch, methods, found, progress, "float64")
-    merged = _merge_low_rank(plan, batch, methods[0], progress)
+    merged = None if plan.statistics else _merge_low_rank(plan, batch, methods[0], progress)
     merged = merged or _merge_in(plan, batch, methods, found, progress, "float32")
+    if plan.statistics:  # their float32 sums are all there is
+        return merged
     weak = _weak(plan, batch, merged.reports, LOSS_OF_SUMS if methods[0].additive else LOSS_OF_SOLVE)
     if len(weak):
         merged = dataclasses.replace(merged, tensors=np.array(merged.tensors))
@@ -78,26 +81,20 @@ def _merge_in(
     job, experts = batch.jobs[0], range(len(plan.experts))
     found = at_places(found, batch.places)
     with jax.enable_x64(compute == "float64"):
-        settings = [settings_of([of_expert(m, t) for m in methods], job.matrices, found) for t in experts]
+        settings = settings_by_expert(plan, batch, methods, found)
         compiled_steps = compiled(of_expert(methods[0], 0), batch.layout, compute)
         base = jnp.asarray(batch.base(plan))
         progress(job.name, base.nbytes)
         if methods[0].additive:
-            statistics, finite = compiled_steps.start(settings[0], base), []
-            for t in experts:
-                expert = jnp.asarray(batch.expert(plan, t))
-                statistics, fine = compiled_steps.step(settings[t], statistics, base, expert, batch.inputs(plan, t))
-                finite.append(np.asarray(fine))  # waits: steps that are only queued would hold all experts' buffers
-                progress(job.name, expert.nbytes)
+            statistics, finite = see_all(plan, batch, methods[0], settings, base, compute, progress)
             merged, reports, fine = compiled_steps.finish(settings[0], statistics, base, job.dtype.name)
         else:
             stacks = [jnp.asarray(batch.expert(plan, t)) for t in experts]
             inputs = [batch.inputs(plan, t) for t in experts]
-            merged, reports, flags = compiled_steps.together(settings, base, stacks, inputs, job.dtype.name)
+            merged, reports, flags = compiled_steps.together(settings[1:], base, stacks, inputs, job.dtype.name)
             finite, fine = list(np.asarray(flags[:-1])), jnp.asarray(flags[-1])
             progress(job.name, sum(stack.nbytes for stack in stacks))
-    for spec, flags in zip(plan.expert_specs, finite, strict=True):
-        _check_finite(plan, batch, base, flags, f"expert {spec.name!r} ({spec.path})", spec.name)
+    check_experts(plan, batch, base, finite)
     _check_finite(plan, batch, base, np.asarray(fine), None, "")
     told = {name: np.asarray(value) for name, value in reports.items()}
     if not methods[0].additive:
@@ -112,6 +109,39 @@ def _merge_in(
     tensors = np.array(merged)
     tensors[weak] = again[weak]
     return Merged(tensors, told, len(weak))
+
+
+def settings_by_expert(plan: Plan, batch: Batch, methods: Sequence[Method], found: Found | None) -> list[Settings]:
+    """The settings of start and solve, and then of each expert."""
+    numbers = [0, *range(plan.before, plan.before + len(plan.experts))]
+    return [settings_of([of_expert(m, t) for m in methods], batch.jobs[0].matrices, found) for t in numbers]
+
+
+def see_all(
+    plan: Plan,
+    batch: Batch,
+    method: Method,
+    settings: Sequence[Settings],
+    base: jax.Array,
+    compute: str,
+    progress: Progress,
+) -> tuple[Any, list[np.ndarray]]:
+    """The statistics of a batch when all experts were seen, and for each expert which tensors were finite."""
+    compiled_steps = compiled(of_expert(method, 0), batch.layout, compute)
+    kept = batch.kept(plan, of_expert(method, 0), compute)
+    statistics = compiled_steps.start(settings[0], base) if kept is None else kept
+    finite = []
+    for t in range(len(plan.experts)):
+        expert = jnp.asarray(batch.expert(plan, t))
+        statistics, fine = compiled_steps.step(settings[t + 1], statistics, base, expert, batch.inputs(plan, t))
+        finite.append(np.asarray(fine))  # waits: steps that are only queued would hold all experts' buffers
+        progress(batch.jobs[0].name, expert.nbytes)
+    return statistics, finite
+
+
+def check_experts(plan: Plan, batch: Batch, base: jax.Array, finite: Sequence[np.ndarray]) -> None:
+    for spec, flags in zip(plan.expert_specs, finite, strict=True):
+        _check_finite(plan, batch, base, flags, f"expert {spec.name!r} ({spec.path})", spec.name)
 
 
 def _doubled(leaf: jax.Array) -> jax.Array:

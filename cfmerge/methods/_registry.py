@@ -290,6 +290,11 @@ def with_numbers(part: P, values: Sequence[Any]) -> P:
     return _remake(part, lambda key, value, origin: next(following))
 
 
+def with_argument(part: P, name: str, value: Any) -> P:
+    """The part with another argument of its factory."""
+    return part.origin.factory(**{**part.origin.arguments, name: value}) if part.origin else part
+
+
 def structure(part: Part) -> Hashable:
     """All of the part but its numbers: parts of equal structure differ in these alone."""
     if part.origin is None:

@@ -39,8 +39,7 @@ def several(methods: tuple[Method, ...]) -> Method:
         statistics: tuple[Statistic, ...], delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT
     ) -> tuple[Statistic, ...]:
         return tuple(
-            leader.see(statistic, delta, weight, context)
-            for leader, statistic in zip(leaders, statistics, strict=True)
+            leader.see(statistic, delta, weight, context) for leader, statistic in zip(leaders, statistics, strict=True)
         )
 
     def report(statistics: tuple[Statistic, ...]) -> tuple[Array, Report]:

@@ -1,0 +1,96 @@
+"""What TSV-M, Iso-CTS and DC-Merge share: the experts' leading singular vectors, side by side, made orthonormal."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from cfmerge import singular
+from cfmerge.methods._base import Report
+from cfmerge.methods._stack import Stack, weighted
+
+
+class Triplets(NamedTuple):
+    """`k` singular triplets of each of T matrices, largest first; those that are numerically zero are zeros."""
+
+    u: Float[Array, "T m k"]
+    s: Float[Array, "T k"]
+    vt: Float[Array, "T k n"]
+
+
+def stacked(statistic: Stack) -> Float[Array, "T m n"]:
+    """`w_t D_t`."""
+    return jnp.stack(weighted(statistic))
+
+
+def leading(matrices: Float[Array, "T m n"], k: int, largest: Float[Array, " T"] | None = None) -> Triplets:
+    """The leading triplets of each matrix.
+
+    Args:
+        largest: what a singular value must be measured against to count as zero; none: the matrix's own largest.
+    """
+    cutoff = singular.rank_cutoff(matrices.shape[1:], matrices.dtype)
+
+    def one(arguments: tuple[Array, Array | None]) -> Triplets:
+        matrix, reference = arguments
+        u, s, vt = singular.leading(matrix, k)
+        kept = singular.nonzero(s, s[0] if reference is None else reference, cutoff)
+        return Triplets(u * kept, s * kept, vt * kept[:, None])
+
+    return lax.map(one, (matrices, largest))
+
+
+class Bases(NamedTuple):
+    """`polar([U_1 .. U_T])` and `polar([V_1 .. V_T])`, and how many directions linear dependence has cost them."""
+
+    u: Float[Array, "m kT"]
+    vt: Float[Array, "kT n"]
+    lost: Float[Array, ""]
+
+
+def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Float[Array, ""]) -> Bases:
+    """The polar factors of left and right vectors side by side.
+
+    Singular vectors are known to about the square root of the precision where the values lie close, so that is
+    where dependent ones are told from independent ones.
+
+    Args:
+        columns: how many of the `q` are not zero.
+    """
+    cutoff = float(np.sqrt(jnp.finfo(us.dtype).eps))
+    left, right = singular.polar(us, cutoff), singular.polar(vts, cutoff)
+    possible = jnp.minimum(columns, min(us.shape[0], vts.shape[1]))
+    return Bases(left.factor, right.factor, possible - jnp.minimum(left.rank, right.rank))
+
+
+def side_by_side(triplets: Triplets) -> tuple[Float[Array, "m kT"], Float[Array, " kT"], Float[Array, "kT n"]]:
+    """`[U_1 .. U_T]`, the values in that order, and `[V_1 .. V_T]^T`."""
+    u, s, vt = triplets
+    return jnp.moveaxis(u, 0, 1).reshape(u.shape[1], -1), s.ravel(), vt.reshape(-1, vt.shape[2])
+
+
+def cover(triplets: Triplets) -> tuple[Bases, Float[Array, " kT"]]:
+    """The orthonormal bases of all triplets, and their singular values."""
+    us, s, vts = side_by_side(triplets)
+    return orthonormal(us, vts, jnp.sum(s > 0, dtype=s.dtype)), s
+
+
+def told(bases: Bases, crowded: bool = False) -> Report:
+    """What there is to tell of bases; `crowded`: there were more experts than the matrix has directions."""
+    return {"dependent": jax.lax.stop_gradient(bases.lost), "crowded": jnp.asarray(crowded)}
+
+
+NOTES = {
+    "dependent": (
+        lambda value: value > 0,
+        "the experts' singular vectors are linearly dependent ({value:.0f} directions fewer than vectors): their "
+        "polar factor spans what there is",
+    ),
+    "crowded": (
+        bool,
+        "more experts than min(out, in): one singular triplet of each expert is kept, and they cannot be orthogonal",
+    ),
+}

@@ -1,0 +1,220 @@
+"""What follows from one eigendecomposition of the Gram: filters, rank rules, grids of ridges, cross-validation.
+
+With `G = Q diag(l) Q^T` every member of the family is `X = X_a + (K - X_a G) Q diag(h(l)/l) Q^T` (see
+`_least_squares`). The filters and rank rules are those of SWUDI and ASWUDI (arXiv 2606.07289), whose Gram has trace
+`T`, so that their numbers mean the same whatever the deltas' size.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from cfmerge import linalg
+from cfmerge.methods._base import Report
+from cfmerge.methods._least_squares import Anchor, Grams, Statistic, anchor_of, stacked
+from cfmerge.methods._registry import as_array
+
+CUT = 2.0**-23  # times n: singular to float32, whatever the precision that is computed in
+
+class Spectrum(NamedTuple):
+    """`X = anchor + (coordinates * phi) basis` for the filter `h(l) = l phi`; see `spectrum`.
+
+    Attributes:
+        values: `l`, ascending; those that are zero because there are fewer rows than inputs are left out.
+        coordinates, basis: `(m, k)` and `(k, n)`, such that the directions of `basis` are the eigenvectors' of `G`.
+        energies: `||(K - X_a G) q_j||^2`.
+        kappa: `sum_t w_t a_t tr((D_t - X_a) S_t (D_t - X_a)^T)`.
+        count: number of rows `R` that the estimates are made from.
+    """
+
+    values: Float[Array, " k"]
+    coordinates: Float[Array, "m k"]
+    basis: Float[Array, "k n"]
+    energies: Float[Array, " k"]
+    kappa: Float[Array, ""]
+    count: Float[Array, ""]
+    anchor: Float[Array, "m n"] | None
+
+    def filtered(self, phi: Float[Array, " k"]) -> Float[Array, "m n"]:
+        """`X_a + (K - X_a G) Q diag(phi) Q^T`."""
+        change = linalg.matmul(self.coordinates * phi, self.basis)
+        return change if self.anchor is None else self.anchor + change
+
+    def ridge(self, relative: float | Array) -> Float[Array, ""]:
+        """`rho = relative trace(G)/n`."""
+        return as_array(relative, self.values.dtype) * jnp.sum(self.values) / self.basis.shape[1]
+
+    def told(self, phi: Float[Array, " k"]) -> Report:
+        """`ridge_ratio`, and the filter's effective rank `sum_j h(l_j)`."""
+        tiny = jnp.finfo(phi.dtype).tiny
+        gain = jnp.max(self.values) * jnp.max(phi)
+        return {
+            "ridge_ratio": jnp.where(gain > 0, 1 / jnp.maximum(gain, tiny), 1),
+            "effective_rank": jnp.sum(self.values * phi),
+        }
+
+
+def spectrum(statistic: Statistic, anchor: Anchor | Array = "zero") -> Spectrum:
+    """One eigendecomposition of `G` (or of `F F^T`), from which any filter and any ridge follow at little cost."""
+    target = anchor_of(statistic, anchor)
+    if isinstance(statistic.experts, Grams):
+        gram, cross, kappa = statistic.experts
+        values, vectors = linalg.symmetric_eigen(gram)
+        values = jnp.maximum(values, 0)
+        coordinates, basis = linalg.matmul(cross, vectors), vectors.T
+        if target is not None:
+            there = linalg.matmul(target, vectors)
+            kappa = kappa + jnp.sum(there * (there * values - 2 * coordinates))
+            coordinates = coordinates - there * values
+        energies = jnp.sum(coordinates * coordinates, axis=0)
+    else:
+        f, z = stacked(statistic.experts)
+        values, vectors = linalg.symmetric_eigen(linalg.matmul(f, f.T))
+        values = jnp.maximum(values, 0)
+        difference = z if target is None else z - linalg.matmul(target, f.T)
+        kappa = jnp.sum(difference * difference)
+        coordinates, basis = linalg.matmul(difference, vectors), linalg.matmul(vectors.T, f)
+        energies = values * jnp.sum(coordinates * coordinates, axis=0)
+    return Spectrum(values, coordinates, basis, energies, kappa, statistic.count, target)
+
+
+def inverse(values: Float[Array, " k"], inputs: int, rtol: float | Array | None = None) -> Float[Array, " k"]:
+    """`1/l` where `l > rtol max(l)`, else 0: the pseudo-inverse; `rtol` is `n` times float32's epsilon by default."""
+    cut = (inputs * CUT if rtol is None else as_array(rtol, values.dtype)) * jnp.max(values)
+    keep = values > cut
+    return jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
+
+
+def ridge_filter(values: Array, rho: Array) -> Array:
+    total = values + rho
+    return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+
+
+def ridge_path(
+    statistic: Statistic, ridges: Sequence[float] | Float[Array, " k"], anchor: Anchor | Array = "zero"
+) -> Float[Array, "k m n"]:
+    """The merged deltas for a grid of relative ridges, from one eigendecomposition.
+
+    Args:
+        statistic: of any method of this family.
+        ridges: relative to the mean eigenvalue of the Gram.
+        anchor: "zero", "mean", "sum", or a merged delta.
+    """
+    found = spectrum(statistic, anchor)
+    return lax.map(lambda r: found.filtered(ridge_filter(found.values, found.ridge(r))), jnp.asarray(ridges))
+
+
+def gcv(
+    statistic: Statistic | Spectrum, ridges: Sequence[float] | Float[Array, " k"], anchor: Anchor | Array = "zero"
+) -> Float[Array, " k"]:
+    """Generalised cross-validation of a grid of relative ridges; the smallest value is the one to choose.
+
+        RSS(rho) = kappa + sum_j ||Y_j||^2 (l_j/(l_j+rho)^2 - 2/(l_j+rho)),   Y = (K - X_a G) Q
+        df(rho)  = sum_j l_j/(l_j+rho),   GCV = (RSS/R) / (1 - df/R)^2
+
+    Design and targets are made from the same deltas, so it sees the variance of the estimate, not its bias.
+
+    Args:
+        statistic: of any method of this family, or its `spectrum`.
+        ridges: relative to the mean eigenvalue of the Gram.
+        anchor: "zero", "mean", "sum", or a merged delta (a spectrum has its own).
+    """
+    found = statistic if isinstance(statistic, Spectrum) else spectrum(statistic, anchor)
+    count = jnp.maximum(found.count, 1)
+
+    def score(ridge: Array) -> Array:
+        phi = ridge_filter(found.values, found.ridge(ridge))
+        rss = found.kappa + jnp.sum(found.energies * phi * (found.values * phi - 2))
+        free = jnp.maximum(1 - jnp.sum(found.values * phi) / count, jnp.finfo(phi.dtype).eps)
+        return jnp.maximum(rss, 0) / count / free**2
+
+    return jax.vmap(score)(jnp.asarray(ridges))
+
+
+# --- filters and ranks --------------------------------------------------------------------------------------------
+
+Rule = Literal[
+    "participation_sqrt",
+    "participation",
+    "entropy",
+    "entropy_squared",
+    "cumulative",
+    "stable_rank",
+    "gavish_donoho",
+    "gavish_donoho_released",
+    "all",
+]
+
+
+def rank_of(
+    values: Float[Array, " n"], rule: Rule, share: float | Array, shape: tuple[int, int], count: Array
+) -> Array:
+    """How many of the largest eigenvalues a rule keeps, at least one.
+
+    Args:
+        values: all `n` eigenvalues, ascending and positive.
+        rule: participation `ceil((sum l)^2 / sum l^2)`, of the root spectrum with "_sqrt"; entropy
+            `ceil(exp H(l / sum l))`, of the squared spectrum with "_squared"; "cumulative": the fewest that hold
+            `share` of the sum; stable rank `ceil(sum l^2 / max l^2)`; Gavish and Donoho's threshold.
+        shape: of one delta.
+        count: number of rows that the Gram is made from.
+    """
+    if rule == "all":
+        return jnp.asarray(len(values))
+    if rule.startswith("gavish_donoho"):
+        return jnp.maximum(_gavish_donoho(values, shape, count, rule == "gavish_donoho_released"), 1)
+    if rule == "cumulative":
+        held = jnp.cumsum(values[::-1]) / jnp.sum(values)
+        return jnp.minimum(jnp.sum(held < as_array(share, values.dtype)) + 1, len(values))
+    if rule.startswith("entropy"):
+        p = values**2 if rule == "entropy_squared" else values
+        p = p / jnp.sum(p)
+        size = jnp.exp(-jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))))
+    elif rule == "stable_rank":
+        size = jnp.sum(values**2) / values[-1] ** 2
+    else:
+        y = jnp.sqrt(values) if rule == "participation_sqrt" else values
+        size = jnp.sum(y) ** 2 / jnp.sum(y**2)
+    return jnp.clip(jnp.ceil(size).astype(jnp.int32), 1, len(values))
+
+
+def _gavish_donoho(values: Array, shape: tuple[int, int], count: Array, released: bool) -> Array:
+    """Singular values above `lambda*(beta) / sqrt(median of Marchenko-Pastur)` times their median (arXiv 1305.5870).
+
+    The singular values are those of the stacked rows, `count` by `n`. The released code takes `beta` from the shape
+    of one delta, a guess for the median, and the median of all `n` roots, null directions included.
+    """
+    n = len(values)
+    y = jnp.sqrt(values)
+    if released:
+        beta = jnp.asarray(min(shape) / max(shape), y.dtype)
+        guess = jnp.where(beta < 0.9999, jnp.sqrt(jnp.maximum((1 - beta) ** 2 + beta, 1e-3)), (2 + 3**0.5) ** 0.5)
+        median = y[(n - 1) // 2]
+    else:
+        count = jnp.maximum(count, 1).astype(y.dtype)
+        beta = jnp.minimum(count, n) / jnp.maximum(count, n)
+        guess = jnp.sqrt(marchenko_pastur_median(beta))
+        filled = jnp.minimum(count, n).astype(jnp.int32)
+        median = (y[n - filled + (filled - 1) // 2] + y[n - filled + filled // 2]) / 2
+    best = jnp.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + jnp.sqrt(beta**2 + 14 * beta + 1)))
+    return jnp.sum(y > best / guess * median).astype(jnp.int32)
+
+
+def marchenko_pastur_median(beta: float | Array, points: int = 4096) -> Array:
+    """The median of the Marchenko-Pastur law of ratio `0 < beta <= 1` and unit variance.
+
+    With `x = 1 + beta - 2 sqrt(beta) cos(u)` its density is `2 sin(u)^2 / (pi x) du` on `[0, pi]`, which is smooth.
+    """
+    beta = jnp.asarray(beta)
+    edges = jnp.linspace(0, jnp.pi, points + 1, dtype=beta.dtype)
+    middle = (edges[1:] + edges[:-1]) / 2
+
+    def place(u: Array) -> Array:
+        return 1 + beta - 2 * jnp.sqrt(beta) * jnp.cos(u)
+
+    below = jnp.cumsum(jnp.sin(middle) ** 2 / place(middle))
+    return place(jnp.interp(0.5, below / below[-1], edges[1:]))

@@ -1,0 +1,32 @@
+"""The statistic of methods that must see all deltas at once: the deltas and weights themselves."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Stack(NamedTuple):
+    """The deltas and their weights, in order."""
+
+    deltas: tuple[Float[Array, "..."], ...]
+    weights: tuple[Float[Array, ""], ...]
+
+
+def init(base: Float[Array, "..."]) -> Stack:
+    return Stack((), ())
+
+
+def update(statistic: Stack, delta: Float[Array, "..."], weight: float | Array = 1.0) -> Stack:
+    return Stack((*statistic.deltas, delta), (*statistic.weights, jnp.asarray(weight, delta.dtype)))
+
+
+def weighted(statistic: Stack) -> list[Float[Array, "..."]]:
+    """`w_t D_t` of every expert."""
+    return [weight * delta for weight, delta in zip(statistic.weights, statistic.deltas, strict=True)]
+
+
+def ratio(above: Array, below: Array, otherwise: float = 0.0) -> Array:
+    """`above / below`, or `otherwise` where `below` is (in effect) 0; so are its derivatives."""
+    zero = jnp.abs(below) < jnp.finfo(below.dtype).tiny
+    return jnp.where(zero, otherwise, above / jnp.where(zero, 1, below))

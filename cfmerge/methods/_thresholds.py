@@ -1,0 +1,222 @@
+"""Exact order statistics without sorting: of one array inside a compiled function, and of the whole model in passes.
+
+The bits of a non-negative float, read as an integer, are in the order of the floats. So the k-th largest magnitude
+is found bit by bit from the top (one array), or digit by digit of 16 bits (the whole model: each pass over it counts
+how often each value of the next digit occurs). Both give the k-th largest itself, not an estimate; what ties with it
+is taken in the order of the entries.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from cfmerge.methods._base import NO_CONTEXT, Context, Found, Seen, Survey
+
+Rounding = Literal["ceil", "floor", "round"]
+BITS = 16  # of a digit
+VALUES = 1 << BITS
+
+
+# --- keys: unsigned integers in the order of the floats ----------------------------------------------------------
+
+
+def magnitude_keys(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Integers in the order of `|x|`."""
+    unsigned = _unsigned(x)
+    return unsigned & ~_top_bit(unsigned.dtype)
+
+
+def value_keys(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Integers in the order of `x`."""
+    unsigned = _unsigned(x)
+    top = _top_bit(unsigned.dtype)
+    return jnp.where(unsigned & top != 0, ~unsigned, unsigned | top)
+
+
+def value_of(keys: UInt[Array, "..."]) -> Float[Array, "..."]:
+    """The numbers whose `value_keys` these are."""
+    top = _top_bit(keys.dtype)
+    unsigned = jnp.where(keys & top != 0, keys & ~top, ~keys)
+    return magnitude_of(unsigned)
+
+
+def magnitude_of(keys: UInt[Array, "..."]) -> Float[Array, "..."]:
+    """The magnitudes whose `magnitude_keys` these are."""
+    return lax.bitcast_convert_type(keys, jnp.float64 if keys.dtype.itemsize == 8 else jnp.float32)
+
+
+def _unsigned(x: Array) -> Array:
+    """The bits; those of float64 wherever there is float64, so that the tensors of a model compare."""
+    return lax.bitcast_convert_type(lax.stop_gradient(x).astype(_wide()), jnp.dtype(f"uint{8 * _wide().itemsize}"))
+
+
+def _wide() -> Any:
+    return jnp.dtype("float64" if jax.config.jax_enable_x64 else "float32")  # type: ignore[attr-defined]
+
+
+def _top_bit(dtype: Any) -> Array:
+    return jnp.asarray(1, dtype) << jnp.asarray(8 * jnp.dtype(dtype).itemsize - 1, dtype)
+
+
+# --- one array ---------------------------------------------------------------------------------------------------
+
+
+def kth_largest(keys: UInt[Array, "..."], rank: int | Int[Array, ""]) -> UInt[Array, ""]:
+    """The key with `rank - 1` others before it in descending order; above all keys for rank 0."""
+    return highest(keys.dtype, lambda key: jnp.sum(keys >= key, dtype=jnp.int32) >= rank)
+
+
+def highest(dtype: Any, holds: Callable[[Array], Array]) -> Array:
+    """The largest integer at which a condition holds that holds below it and not above; found bit by bit."""
+    bits = 8 * jnp.dtype(dtype).itemsize
+
+    def step(number: int | Array, found: Array) -> Array:
+        candidate = found | (jnp.asarray(1, dtype) << (bits - 1 - jnp.asarray(number)).astype(dtype))
+        return jnp.where(holds(candidate), candidate, found)
+
+    return lax.fori_loop(0, bits, step, jnp.zeros((), dtype))
+
+
+def largest(keys: UInt[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
+    """Which entries are the `count` largest: exactly so many, of equal ones those of lower index."""
+    key = kth_largest(keys, count)
+    above = keys > key
+    return above | first(keys == key, count - jnp.sum(above, dtype=jnp.int32))
+
+
+def first(mask: Bool[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
+    """The first `count` of the entries that are set."""
+    places = jnp.arange(mask.size, dtype=jnp.uint32).reshape(mask.shape)
+
+    def cut() -> Array:
+        end = highest(jnp.uint32, lambda end: jnp.sum(mask & (places < end), dtype=jnp.int32) <= count)
+        return mask & (places < end)
+
+    return lax.cond(jnp.sum(mask, dtype=jnp.int32) > count, cut, lambda: mask)
+
+
+def middle_ranks(keys: UInt[Array, "... n"]) -> Float[Array, "... n"]:
+    """Ranks `0 .. n-1` along the last axis, from the smallest; equal entries share the mean of their ranks."""
+    rows = keys.reshape(-1, keys.shape[-1])
+    ordered = lax.sort(rows, dimension=1, is_stable=False)
+    below = jax.vmap(lambda row, key: jnp.searchsorted(row, key, side="left"))(ordered, rows)
+    upto = jax.vmap(lambda row, key: jnp.searchsorted(row, key, side="right"))(ordered, rows)
+    return ((below + upto - 1) / 2).reshape(keys.shape)
+
+
+def share_of(share: Any, size: Any, rounding: Rounding = "ceil") -> Any:
+    """`share * size` as a whole number.
+
+    Exact where both are known; a traced share has 24 bits, and a product within them of a whole number is taken
+    for it.
+    """
+    if isinstance(share, int | float | np.generic) and isinstance(size, int | np.integer):
+        product = float(share) * int(size)
+        nearest = round(product)
+        if rounding == "ceil":
+            return nearest if abs(product - nearest) <= 1e-12 * product else math.ceil(product)
+        return math.floor(product) if rounding == "floor" else nearest
+    product = jnp.asarray(share) * size
+    nearest = jnp.round(product)
+    rounded = {"ceil": jnp.ceil, "floor": jnp.floor, "round": jnp.round}[rounding](product)
+    near = jnp.abs(product - nearest) <= 2 * jnp.finfo(product.dtype).eps * product
+    return jnp.where(near, nearest, rounded).astype(jnp.int32)
+
+
+# --- the whole model ---------------------------------------------------------------------------------------------
+
+
+class Search(NamedTuple):
+    """Order statistics of the whole model, for `T` experts and `R` ranks each, as far as they are known.
+
+    Attributes:
+        keys: the leading digits of each; at the end the keys themselves.
+        ranks: from the largest, from 1, among the entries that share these digits: at the end, how many of the
+            entries that tie with it are wanted.
+        equal: how many entries share them.
+        asked: the ranks as they were asked for.
+        unknown: digits of the keys that are yet to be found.
+    """
+
+    keys: UInt[np.ndarray, "T R"]
+    ranks: Int[np.ndarray, "T R"]
+    equal: Int[np.ndarray, "T R"]
+    asked: Int[np.ndarray, "T R"]
+    unknown: Int[np.ndarray, " T"]
+
+    @property
+    def complete(self) -> bool:
+        return not np.any(self.unknown)
+
+    @property
+    def tied(self) -> bool:
+        """Whether some, but not all, of the entries that tie are wanted; those that are 0 make no difference."""
+        return bool(np.any((self.ranks < self.equal) & (self.keys > 0) & (self.asked > 0)))
+
+
+Ranks = Callable[[Int[np.ndarray, " T"]], Int[np.ndarray, "T R"]]
+
+
+def search(found: Search | None, keys_of: Callable[..., Array], ranks_of: Ranks, joint: bool = False) -> Survey:
+    """The next pass of a search for order statistics, whose `combine` returns a `Search`.
+
+    Args:
+        keys_of: `keys_of(delta, context)`, or of all experts `keys_of(seen)` if `joint`.
+        ranks_of: `ranks_of(entries)`: for each expert the ranks from the largest, from 1 (0: above all).
+    """
+    left = int(found.unknown[0]) - 1 if found else None  # digits behind the one that is counted
+
+    def counted(keys: Array, prefixes: Array | None) -> dict[str, Array]:
+        digits = 8 * keys.dtype.itemsize // BITS
+        shift = BITS * (digits - 1 if left is None else left)
+        digit = (keys >> shift).astype(jnp.uint32) & (VALUES - 1)
+        zeros = jnp.zeros(VALUES, jnp.int32)
+        one = jnp.ones((), jnp.int32)
+        if prefixes is None:
+            return {"histogram": zeros.at[digit].add(1)[None], "digits": digits * one, "places": one}
+        rows = [jnp.where((keys >> (shift + BITS)) == prefix, digit, VALUES) for prefix in prefixes]
+        return {"histogram": jnp.stack([zeros.at[row].add(1, mode="drop") for row in rows])}
+
+    def measure(delta: Array, context: Context = NO_CONTEXT) -> dict[str, Array]:
+        return counted(keys_of(delta, context), found_keys(found)[context.number] if found else None)
+
+    def measure_all(seen: Seen) -> dict[str, Array]:
+        keys = keys_of(seen)
+        prefixes = found_keys(found) if found else [None] * len(keys)
+        each = [counted(*pair) for pair in zip(keys, prefixes, strict=True)]
+        return {name: jnp.stack([one[name] for one in each]) for name in each[0]}
+
+    return Survey(measure_all if joint else measure, lambda totals: _narrow(found, totals, ranks_of), joint)
+
+
+def _narrow(found: Search | None, totals: Mapping[str, Any], ranks_of: Ranks) -> Search:
+    """The search with one more digit known, from how often each value of that digit occurs."""
+    histogram = np.asarray(totals["histogram"], np.int64)  # (T, R, VALUES), R = 1 in the first pass
+    if found is None:
+        entries = histogram.sum((1, 2))
+        asked = np.asarray(ranks_of(entries), np.int64)
+        ranks = np.clip(asked, 1, np.maximum(entries, 1)[:, None])
+        unknown = np.asarray(totals["digits"]) // np.asarray(totals["places"])
+        found = Search(np.zeros(asked.shape, np.uint64), ranks, ranks, asked, unknown)
+    from_top = np.broadcast_to(np.cumsum(histogram[..., ::-1], axis=-1), (*found.ranks.shape, VALUES))
+    place = np.argmax(from_top >= found.ranks[..., None], axis=-1)[..., None]
+    upto = np.take_along_axis(from_top, place, -1)[..., 0]
+    before = np.where(place > 0, np.take_along_axis(from_top, np.maximum(place - 1, 0), -1), 0)[..., 0]
+    keys = (found.keys << np.uint64(BITS)) | (VALUES - 1 - place[..., 0]).astype(np.uint64)
+    return Search(keys, found.ranks - before, upto - before, found.asked, found.unknown - 1)
+
+
+def found_keys(search: Search) -> UInt[Array, "T R"]:
+    """The keys that were found, or their leading digits, as the keys of arrays are."""
+    return jnp.asarray(search.keys).astype(f"uint{8 * _wide().itemsize}")
+
+
+def model_of(found: Any) -> Any:
+    """What a survey found of the whole model, whether it came with what it found of a tensor or not."""
+    return found.model if isinstance(found, Found) else found
