@@ -123,7 +123,9 @@ def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
         print(json_module.dumps(summary, indent=2))
         return
     console = out()
-    experts = ", ".join(spec.name + (f" (x{spec.weight:g})" if spec.weight != 1 else "") for spec in plan.expert_specs)
+    experts = ", ".join(
+        spec.name + (f" (weight {spec.weight})" if spec.weight != 1 else "") for spec in plan.expert_specs
+    )
     parameters = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
     console.print(f"[bold]{plan.method.name}[/] ({parameters})", highlight=False, soft_wrap=True)
     console.print(f"base    {escape(str(plan.base.path))}\nexperts {escape(experts)}", soft_wrap=True)
@@ -192,13 +194,14 @@ def checkpoint(checkpoint: "Checkpoint", json: bool) -> None:
     )  # fmt: skip
 
 
-def methods(entries: Sequence["Entry"], json: bool) -> None:
+def methods(entries: Sequence["Entry"], json: bool, full: bool) -> None:
+    """One line each, or all of it."""
     if json:
         described = [
             {
-                "name": entry.name, "summary": entry.summary, "source": entry.source,
+                "name": entry.name, "kind": entry.kind, "summary": entry.summary, "source": entry.source,
                 "parameters": {
-                    name: {"default": parameter.default, "doc": entry.describe(name)}
+                    name: {"default": _default(parameter.default), "doc": entry.describe(name)}
                     for name, parameter in entry.signature.items()
                 },
             }
@@ -207,12 +210,34 @@ def methods(entries: Sequence["Entry"], json: bool) -> None:
         print(json_module.dumps(described, indent=2))
         return
     console = out()
+    if not full:
+        for kind in ("method", "transform"):
+            table = Table(kind + "s", "", "parameters", box=None, padding=(0, 2, 0, 0))
+            for entry in entries:
+                if entry.kind == kind:
+                    table.add_row(f"[bold]{entry.name}[/]", escape(entry.summary), ", ".join(entry.signature))
+            console.print(table)
+            console.print()
+        console.print("`cfmerge methods NAME` tells all of one; `A >> B >> C` chains transforms with a method.")
+        return
     for entry in entries:
         console.print(f"[bold]{entry.name}[/]  {escape(entry.summary)}", highlight=False)
         console.print(f"  [dim]{escape(entry.source)}[/]", highlight=False)
         if entry.signature:
             table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
             for name, parameter in entry.signature.items():
-                table.add_row(f"{name}={parameter.default}", escape(entry.describe(name)))
+                default = "" if parameter.default is parameter.empty else f"={_default(parameter.default)}"
+                table.add_row(f"{name}{default}", escape(entry.describe(name)))
             console.print(table)
         console.print()
+
+
+def _default(value: Any) -> Any:
+    """A parameter's default as JSON has it, or as text."""
+    if isinstance(value, type) and value.__name__ == "_empty":
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else getattr(value, "name", str(value))
+
+
+def line(text: str) -> None:
+    out().print(escape(text), soft_wrap=True, highlight=False)

@@ -107,8 +107,7 @@ def merge_params(
     Raises:
         CfmergeError: trees of another structure or shape, integers that do not agree, or moments that do not fit.
     """
-    options = {"weights": weights, "rules": rules, "moments": moments, "seed": seed}
-    return merge_params_by(base, experts, [method], **options)[0]
+    return merge_params_by(base, experts, [method], weights=weights, rules=rules, moments=moments, seed=seed)[0]
 
 
 def merge_params_by(
@@ -150,7 +149,7 @@ class Problem(NamedTuple):
     trees: list[Mapping[str, Any]]
     treedef: Any
     names: list[str]  # of the experts
-    assignments: list[Mapping[str, Assignment]]  # of each method
+    assignments: Sequence[Mapping[str, Assignment]]  # of each method
 
     @staticmethod
     def of(base: Any, experts: Any, by: Sequence[Method], rules: Sequence[Rule | Mapping[str, Any]]) -> "Problem":

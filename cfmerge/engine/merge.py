@@ -170,7 +170,7 @@ def carry_out(
     progress: Progress | None,
     dropped: Sequence[str] = (),
 ) -> list[MergeResult]:
-    """Executes a plan whose methods give one result for each of `shown`: the plans that the outputs are told to be of."""
+    """Executes a plan whose methods give one result for each of `shown`, the plans that the outputs tell of."""
     checkpoints = (plan.base, *plan.experts)
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
     places = [*inputs, *(checkpoint.path for checkpoint in checkpoints)]

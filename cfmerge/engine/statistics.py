@@ -69,7 +69,7 @@ class Statistics:
         for name, weight in other.experts.items():
             if weight != self.experts[name]:
                 raise CfmergeError(
-                    f"statistics: expert {name!r} has weight {weight} in what is subtracted, {self.experts[name]} before"
+                    f"statistics: expert {name!r} was added with weight {self.experts[name]}, not {weight}"
                 )
         kept = {name: weight for name, weight in self.experts.items() if name not in other.experts}
         return self._with(other, kept, operator.sub)
@@ -99,8 +99,8 @@ class Statistics:
         wanted = statistic_name(method)
         if wanted != self.kinds[name]:
             raise CfmergeError(
-                f"statistics: {method.name} needs the statistic {wanted} of tensor {name!r}, but {self.kinds[name]} was "
-                f"kept; accumulate for {method.name}"
+                f"statistics: {method.name} needs the statistic {wanted} of tensor {name!r}, but {self.kinds[name]} "
+                f"was kept; accumulate for {method.name}"
             )
 
     def recipe(self, asked: Recipe) -> Recipe:
