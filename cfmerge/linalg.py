@@ -4,10 +4,14 @@ Nobody else calls a decomposition. Products run at the full precision of their i
 default would be TF32 or bfloat16); arrays stay in the dtype that they come in.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -15,6 +19,29 @@ HIGHEST = lax.Precision.HIGHEST
 def matmul(a: Array, b: Array) -> Array:
     """`a @ b`, never in reduced precision."""
     return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def root(x: Array) -> Array:
+    """The square root, 0 of what is negative, and of derivative 0 there."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+def norm(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """The Euclidean norm over the axes (all of them: None), which stay as ones; no square over- or underflows.
+
+    Its derivative at zero is taken to be zero.
+    """
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    nonzero = largest >= jnp.finfo(x.dtype).tiny
+    scale = jnp.where(nonzero, largest, 1)
+    squares = jnp.sum((x / scale) ** 2, axis=axis, keepdims=True)
+    return jnp.where(nonzero, scale * jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)
+
+
+def unit(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+    """`x / norm(x)` over the axes, and zero where `x` is zero."""
+    length = norm(x, axis)
+    return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), 0)
 
 
 def gram(rows: Float[Array, "r n"]) -> Float[Array, "n n"]:
@@ -81,6 +108,50 @@ def top_singular(
     return u[:, :k], s[:k], vt[:k]
 
 
+@jax.custom_jvp
+def symmetric_eigen(matrix: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
+    """Eigenvalues, ascending, and eigenvectors as columns, of a symmetric matrix.
+
+    Differentiable; eigenvectors whose eigenvalues are the same to working precision do not turn into each other,
+    which is right for functions of the matrix that are constant there, and never infinite.
+    """
+    return jnp.linalg.eigh(matrix)
+
+
+@symmetric_eigen.defjvp
+def _symmetric_eigen_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    values, vectors = symmetric_eigen(primals[0])
+    inner = matmul(vectors.T, matmul((tangents[0] + tangents[0].T) / 2, vectors))
+    gaps = values[None, :] - values[:, None]
+    close = jnp.abs(gaps) <= len(values) * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+    turn = jnp.where(close, 0, inner / jnp.where(close, 1, gaps))
+    return (values, vectors), (jnp.diagonal(inner), matmul(vectors, turn))
+
+
+def thin_svd(
+    matrix: Float[Array, "m n"],
+) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
+    """`U, s, V^T` with `r = min(m, n)`, largest first."""
+    return jnp.linalg.svd(matrix, full_matrices=False)
+
+
+def kth_largest(values: Float[Array, "..."], k: int | Array) -> Float[Array, ""]:
+    """The `k`-th largest of numbers that are not negative, `k >= 1`: exact, by bisection on their bits.
+
+    One pass over the numbers for every bit, which beats sorting them; `k` may be traced.
+    """
+    integer = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[values.dtype.itemsize]
+    bits = lax.bitcast_convert_type(lax.stop_gradient(values), integer)  # ordered as the numbers are
+    count = jnp.asarray(k, jnp.int32)
+
+    def settle(step: int | Array, found: Array) -> Array:
+        raised = found | jnp.left_shift(jnp.ones((), integer), jnp.asarray(top - step, integer))
+        return jnp.where(jnp.sum(bits >= raised, dtype=jnp.int32) >= count, raised, found)
+
+    top = 8 * values.dtype.itemsize - 2
+    return lax.bitcast_convert_type(lax.fori_loop(0, top + 1, settle, jnp.zeros((), integer)), values.dtype)
+
+
 def largest_eigenvalue(matrix: Float[Array, "n n"], steps: int = 16) -> Float[Array, ""]:
     """The largest eigenvalue of a symmetric positive semi-definite matrix, from below, by power iteration."""
     tiny = jnp.finfo(matrix.dtype).tiny
@@ -94,6 +165,71 @@ def largest_eigenvalue(matrix: Float[Array, "n n"], steps: int = 16) -> Float[Ar
     image = matmul(matrix, vector)
     scale = jnp.maximum(jnp.max(jnp.abs(image)), tiny)
     return scale * jnp.linalg.norm(image / scale) / jnp.maximum(jnp.linalg.norm(vector), tiny)
+
+
+def pseudo_inverse(
+    matrix: Float[Array, "n n"], cutoff: float | Array | None = None
+) -> tuple[Float[Array, "n n"], Int[Array, ""], Float[Array, ""]]:
+    """The pseudo-inverse of a symmetric positive semi-definite matrix; differentiable while its rank stays.
+
+    Eigenvalues up to `cutoff` times the largest count as zero (none: `n * machine epsilon`). Returns also how many
+    do not, and the least of these over the largest.
+    """
+    floor = matrix.shape[0] * jnp.finfo(matrix.dtype).eps if cutoff is None else cutoff
+    return _pseudo_inverse(matrix, jnp.asarray(floor, matrix.dtype))
+
+
+@jax.custom_jvp
+def _pseudo_inverse(matrix: Array, cutoff: Array) -> tuple[Array, Array, Array]:
+    values, vectors = jnp.linalg.eigh(matrix)
+    largest = jnp.maximum(jnp.max(jnp.abs(values)), jnp.finfo(matrix.dtype).tiny)
+    keep = values > cutoff * largest
+    inverse = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
+    least = jnp.min(jnp.where(keep, values, largest)) / largest
+    return matmul(vectors * inverse, vectors.T), jnp.sum(keep, dtype=jnp.int32), least
+
+
+@_pseudo_inverse.defjvp
+def _pseudo_inverse_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Any, Any]:
+    """Golub and Pereyra 1973: `dP = -P dA P + P P dA (I - A P) + (I - P A) dA P P` for symmetric `A`."""
+    matrix, change = primals[0], tangents[0]
+    inverse, kept, least = _pseudo_inverse(*primals)
+    outside = jnp.eye(matrix.shape[0], dtype=matrix.dtype) - matmul(matrix, inverse)
+    across = matmul(matmul(inverse, inverse), matmul(change, outside))
+    changed = across + across.T - matmul(matmul(inverse, change), inverse)
+    return (inverse, kept, least), (changed, np.zeros(kept.shape, jax.dtypes.float0), jnp.zeros_like(least))
+
+
+def conjugate_gradients(
+    times: Callable[[Array], Array], target: Array, start: Array, steps: int
+) -> tuple[Array, Float[Array, ""]]:
+    """`steps` steps of conjugate gradients on `times(x) = target`, for arrays of any shape.
+
+    `times` is linear, symmetric and positive semi-definite for the sum of entrywise products. Stops where the
+    residual is at rounding level. Returns the solution and the residual's norm over the target's.
+    """
+    tiny, eps = jnp.finfo(target.dtype).tiny, jnp.finfo(target.dtype).eps
+    size = jnp.max(jnp.abs(target))  # the residuals are scaled by it: their squares would leave the range
+    unit = jnp.where(size > 0, size, 1)
+    goal = target / unit
+    enough = (eps * jnp.linalg.norm(goal)) ** 2
+
+    def step(_: int | Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        x, residual, direction, square = state
+        image = times(direction)
+        curvature = jnp.sum(direction * image)
+        going = (square > enough) & (curvature > tiny)
+        length = jnp.where(going, square / jnp.where(going, curvature, 1), 0)
+        x, residual = x + length * direction, residual - length * image
+        following = jnp.sum(residual * residual)
+        turn = jnp.where(going, following / jnp.where(going, square, 1), 0)
+        return x, residual, jnp.where(going, residual + turn * direction, direction), following
+
+    start = start / unit
+    residual = goal - times(start)
+    state = (start, residual, residual, jnp.sum(residual * residual))
+    x, residual, _, square = lax.fori_loop(0, steps, step, state)
+    return x * unit, jnp.sqrt(lax.stop_gradient(square)) / jnp.where(size > 0, jnp.linalg.norm(goal), 1)
 
 
 def low_rank_factors(

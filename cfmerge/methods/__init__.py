@@ -16,6 +16,7 @@ from cfmerge.methods._registry import registry as registry
 from cfmerge.methods._spectrum import gcv as gcv
 from cfmerge.methods._spectrum import ridge_path as ridge_path
 from cfmerge.methods.ace import ace as ace
+from cfmerge.methods.cart import cart as cart
 from cfmerge.methods.competition import pcb as pcb
 from cfmerge.methods.consensus import breadcrumbs as breadcrumbs
 from cfmerge.methods.consensus import breadcrumbs_ties as breadcrumbs_ties
@@ -25,6 +26,9 @@ from cfmerge.methods.consensus import della as della
 from cfmerge.methods.consensus import della_linear as della_linear
 from cfmerge.methods.consensus import disjoint_mean as disjoint_mean
 from cfmerge.methods.consensus import ties as ties
+from cfmerge.methods.dc_merge import dc_merge as dc_merge
+from cfmerge.methods.isotropic import iso_c as iso_c
+from cfmerge.methods.isotropic import iso_cts as iso_cts
 from cfmerge.methods.layer_scales import larv as larv
 from cfmerge.methods.layer_scales import lines as lines
 from cfmerge.methods.least_squares import actmat as actmat
@@ -41,6 +45,8 @@ from cfmerge.methods.measured import fisher as fisher
 from cfmerge.methods.measured import lot as lot
 from cfmerge.methods.measured import regmean as regmean
 from cfmerge.methods.model_stock import model_stock as model_stock
+from cfmerge.methods.opcm import opcm as opcm
+from cfmerge.methods.orthomerge import orthomerge as orthomerge
 from cfmerge.methods.pairs import arcee_fusion as arcee_fusion
 from cfmerge.methods.pairs import nearswap as nearswap
 from cfmerge.methods.robust import cauchy_poe as cauchy_poe
@@ -52,6 +58,11 @@ from cfmerge.methods.sparsify import scale as scale
 from cfmerge.methods.sparsify import trim as trim
 from cfmerge.methods.sparsify import trim_deviation as trim_deviation
 from cfmerge.methods.sparsify import trim_energy as trim_energy
+from cfmerge.methods.spectral import half_flatten as half_flatten
+from cfmerge.methods.spectral import low_rank as low_rank
+from cfmerge.methods.spectral import star as star
+from cfmerge.methods.spectral import subspace_boosting as subspace_boosting
+from cfmerge.methods.spectral import svc as svc
 from cfmerge.methods.spherical import karcher as karcher
 from cfmerge.methods.spherical import multislerp as multislerp
 from cfmerge.methods.spherical import nuslerp as nuslerp
@@ -61,6 +72,7 @@ from cfmerge.methods.sums import expo as expo
 from cfmerge.methods.sums import linear as linear
 from cfmerge.methods.sums import metagpt as metagpt
 from cfmerge.methods.sums import task_arithmetic as task_arithmetic
+from cfmerge.methods.tsv import tsv_m as tsv_m
 from cfmerge.methods.wudi import aswudi as aswudi
 from cfmerge.methods.wudi import optmerge as optmerge
 from cfmerge.methods.wudi import swudi as swudi

@@ -124,13 +124,18 @@ def gcv(
         anchor: "zero", "mean", "sum", or a merged delta (a spectrum has its own).
     """
     found = statistic if isinstance(statistic, Spectrum) else spectrum(statistic, anchor)
+    known = found.values > found.basis.shape[1] * CUT * jnp.max(found.values)
+    explained = jnp.where(known, found.energies / jnp.where(known, found.values, 1), 0)
     count = jnp.maximum(found.count, 1)
+    spare = jnp.maximum(count - jnp.sum(known), 0)  # RSS and df are formed without cancellation: h -> 1 - h
+    rest = jnp.where(spare > 0, jnp.maximum(found.kappa - jnp.sum(explained), 0), 0)
 
     def score(ridge: Array) -> Array:
-        phi = ridge_filter(found.values, found.ridge(ridge))
-        rss = found.kappa + jnp.sum(found.energies * phi * (found.values * phi - 2))
-        free = jnp.maximum(1 - jnp.sum(found.values * phi) / count, jnp.finfo(phi.dtype).eps)
-        return jnp.maximum(rss, 0) / count / free**2
+        rho = found.ridge(ridge)
+        left = jnp.where(known, rho * ridge_filter(found.values, rho), 0)
+        rss = rest + jnp.sum(explained * left**2)
+        free = (spare + jnp.sum(left)) / count
+        return jnp.where(free > 0, rss / count / jnp.where(free > 0, free, 1) ** 2, jnp.inf)  # nothing to judge by
 
     return jax.vmap(score)(jnp.asarray(ridges))
 
