@@ -37,7 +37,7 @@ def leading(matrices: Float[Array, "T m n"], k: int, largest: Float[Array, " T"]
     def one(arguments: tuple[Array, Array | None]) -> Triplets:
         matrix, reference = arguments
         u, s, vt = singular.leading(matrix, k)
-        kept = singular.nonzero(s, s[0] if reference is None else reference, cutoff)
+        kept = singular.nonzero(s, jnp.max(s, initial=0) if reference is None else reference, cutoff)
         return Triplets(u * kept, s * kept, vt * kept[:, None])
 
     return lax.map(one, (matrices, largest))

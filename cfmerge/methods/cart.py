@@ -1,0 +1,52 @@
+"""CART: deltas about their mean, at low rank.
+
+J. Choi et al., Revisiting Weight Averaging for Model Merging, arXiv 2412.12153. With weights `w_t` (1 in the paper)
+
+    A = sum_t w_t D_t / sum_t w_t
+    X = A + scale sum_t w_t topk(D_t - A),     topk the best approximation of rank k
+
+Deltas about their mean share fewer directions than deltas about the base. At full rank and equal weights the sum is
+zero: it is the cut that leaves something, and the scale that makes up for it.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from cfmerge import linalg, singular
+from cfmerge.methods._base import Method
+from cfmerge.methods._registry import Number, as_array, check, check_number, register
+from cfmerge.methods._stack import Stack, init, update
+
+
+def rank_of(fraction: float, shape: tuple[int, ...]) -> int:
+    """That share of `min(m, n)`, rounded down, and at least 1."""
+    return max(1, int(fraction * min(shape) + 1e-9))
+
+
+@register
+def cart(scale: Number = 1.0, rank_fraction: float = 0.08) -> Method:
+    """The mean of the deltas, plus the leading directions of what each expert has of its own.
+
+    Args:
+        scale: of the sum of what is the experts' own (the paper's lambda); usually tuned.
+        rank_fraction: the share of min(out, in) that is kept of each, at least rank 1; the paper uses up to 0.5.
+
+    Source: Choi et al., Revisiting Weight Averaging for Model Merging, arXiv 2412.12153.
+    """
+    check_number("cart: scale", scale)
+    check(0 < rank_fraction <= 1, f"cart: rank_fraction must lie in (0, 1], got {rank_fraction}")
+
+    def solve(statistic: Stack) -> Float[Array, "m n"]:
+        deltas, weights = jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
+        weight = jnp.sum(weights)
+        mean = _sum(weights, deltas) / jnp.where(weight == 0, 1, weight)
+        k = rank_of(rank_fraction, mean.shape)
+        own = lax.map(lambda delta: singular.truncated(delta - mean, k), deltas)
+        return mean + as_array(scale, mean.dtype) * _sum(weights, own)
+
+    return Method("cart", init, update, solve, additive=False, statistic="stack", normalises=True)
+
+
+def _sum(weights: Float[Array, " T"], matrices: Float[Array, "T m n"]) -> Float[Array, "m n"]:
+    return jnp.tensordot(weights, matrices, 1, precision=linalg.HIGHEST)

@@ -1,0 +1,108 @@
+"""OPCM: experts one after the other, each without what overlaps with the model merged so far.
+
+A. Tang et al., Merging Models on the Fly Without Retraining (orthogonal projection-based continual merging), arXiv
+2501.09522. With `D` the merged delta of the experts before, `D = U diag(s) V^T`, and the new expert's delta `D_t`
+
+    rho = the number of leading i with (s_1 + .. + s_i) / |s|_1 <= alpha
+    M = U^T D_t V, its diagonal and its block M[:rho, :rho] set to zero;  clean_t = U M V^T
+    D <- (lambda_{t-1} D + clean_t) / lambda_t,   lambda_t such that ||D|| = n_t = the mean of ||D_1|| .. ||D_t||
+    what is not a matrix: clean_t = D_t
+
+with norms of the whole model. `lambda_{t-1} D` is the running sum `S` before any division, and neither U, V nor rho
+depends on its scale; so `S <- S + clean_t`, and only the last division, `X = S n_T / ||S||`, couples the tensors: a
+survey of the whole model finds that scale. U and V are square in the paper; as rows and columns beyond min(m, n) are
+never set to zero, `clean_t = D_t - U (what is set to zero) V^T` needs the thin ones only. Directions in which `D` is
+numerically zero have no vectors of their own: nothing is removed from them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cfmerge import linalg, singular
+from cfmerge.methods._base import Found, Method, Seen, Survey
+from cfmerge.methods._registry import Number, as_array, check_number, register
+from cfmerge.methods._stack import ratio
+
+
+class Running(NamedTuple):
+    """The sum `S` of what was added, the sum of the experts' norms (of this tensor), and their number."""
+
+    total: Float[Array, "..."]
+    norms: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+def init(base: Float[Array, "..."]) -> Running:
+    zero = jnp.zeros((), base.dtype)
+    return Running(jnp.zeros_like(base), zero, zero)
+
+
+def clean(total: Float[Array, "m n"], delta: Float[Array, "m n"], alpha: Array) -> Float[Array, "m n"]:
+    """The delta without its part along, and among the leading, singular directions of the total."""
+    u, s, vt = singular.svd(total)
+    shares = jnp.cumsum(s) * ratio(jnp.ones((), s.dtype), jnp.sum(s))
+    kept = singular.nonzero(s, s[0], singular.rank_cutoff(total.shape, total.dtype))
+    leading = (shares <= alpha) & kept
+    overlap = linalg.matmul(linalg.matmul(u.T, delta), vt.T)
+    removed = (leading[:, None] & leading[None]) | jnp.diag(kept)
+    return delta - linalg.matmul(linalg.matmul(u, jnp.where(removed, overlap, 0)), vt)
+
+
+@register
+def opcm(alpha: Number = 0.5) -> Method:
+    """Experts in order, each without its overlap with those before; at the mean norm of the experts.
+
+    The order of the experts matters. What is not a matrix is summed, and rescaled like the rest. Without a survey of
+    the whole model (in `update` alone) the norms are those of the tensor.
+
+    Args:
+        alpha: the share of the merged delta's nuclear norm whose directions are closed to the next expert; 0 removes
+            only what lies along single directions.
+
+    Source: Tang et al., Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual
+        Model Merging, arXiv 2501.09522.
+    """
+    check_number("opcm: alpha", alpha, 0, 1)
+    return _opcm(alpha, None)
+
+
+def _opcm(alpha: Any, found: Found | None) -> Method:
+    def update(statistic: Running, delta: Float[Array, "..."], weight: float | Array = 1.0) -> Running:
+        total, norms, count = statistic
+        new = clean(total, delta, as_array(alpha, delta.dtype)) if delta.ndim == 2 else delta
+        return Running(total + new, norms + linalg.norm(delta).reshape(()), count + 1)
+
+    def solve(statistic: Running) -> Float[Array, "..."]:
+        total, norms, count = statistic
+        if found is not None:
+            return as_array(found.model, total.dtype) * total
+        return ratio(norms, count) * linalg.unit(total)
+
+    def measure(seen: Seen) -> dict[str, Array]:
+        statistic = init(seen.base)
+        for delta in seen.deltas:
+            statistic = update(statistic, delta)
+        axes = tuple(range(1, seen.deltas.ndim))
+        return {"experts": jnp.sum(seen.deltas**2, axis=axes), "merged": jnp.sum(statistic.total**2)}
+
+    def combine(energies: dict[str, Any]) -> Any:
+        """`n_T / ||S||`; 1 where nothing was merged."""
+        xp = np if isinstance(energies["merged"], np.ndarray | np.generic | float) else jnp
+        merged = xp.sqrt(energies["merged"])
+        return xp.where(merged > 0, xp.mean(xp.sqrt(energies["experts"])) / xp.where(merged > 0, merged, 1), 1.0)
+
+    return Method(
+        "opcm",
+        init,
+        update,
+        solve,
+        scope="tensor",
+        additive=False,
+        ordered=True,
+        weights="none",
+        survey=None if found else lambda known: Survey(measure, combine, joint=True) if known is None else None,
+        informed=None if found else lambda known: _opcm(alpha, known),
+    )

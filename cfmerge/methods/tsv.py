@@ -1,0 +1,59 @@
+"""TSV-M: the experts' leading singular vectors, side by side, are made orthonormal together.
+
+A. A. Gargiulo et al., Task Singular Vectors, CVPR 2025, arXiv 2412.00081. With `r = min(m, n)` and T experts
+
+    k = floor(r / T);  U_t, s_t, V_t = the k largest singular triplets of D_t
+    Uhat = [U_1 .. U_T],  shat = [s_1 .. s_T],  Vhat = [V_1 .. V_T]
+    X = alpha polar(Uhat) diag(shat) polar(Vhat)^T
+
+The polar factor is the partial isometry: experts that share directions share them, and an expert that did not change
+the tensor takes no part. T identical experts of rank k return the expert.
+"""
+
+from typing import Literal
+
+from jaxtyping import Array
+
+from cfmerge import linalg, singular
+from cfmerge.methods._base import Method, Report
+from cfmerge.methods._blocks import NOTES, cover, leading, side_by_side, stacked, told
+from cfmerge.methods._registry import Number, as_array, check_number, register
+from cfmerge.methods._stack import Stack, init, update
+
+
+def share(shape: tuple[int, ...], experts: int) -> int:
+    """`floor(min(m, n) / T)`, and at least 1: with more experts than directions there would be nothing left."""
+    return max(1, min(shape) // experts)
+
+
+@register
+def tsv_m(alpha: Number = 1.0, variant: Literal["merge", "lossless", "low_rank"] = "merge") -> Method:
+    """Leading singular triplets of every delta, their vectors made orthonormal across experts.
+
+    Args:
+        alpha: scale of the merged delta; the paper's 1 is for eight vision tasks, and it is usually tuned.
+        variant: "merge"; "lossless" keeps all triplets of every expert, "low_rank" keeps the leading ones as they
+            are (the sum of the truncated deltas, no orthonormal vectors).
+
+    Source: Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, CVPR 2025,
+        arXiv 2412.00081.
+    """
+    check_number("tsv_m: alpha", alpha)
+
+    def report(statistic: Stack) -> tuple[Array, Report]:
+        deltas = stacked(statistic)
+        experts, *shape = deltas.shape
+        scale = as_array(alpha, deltas.dtype)
+        k = min(shape) if variant == "lossless" else share(tuple(shape), experts)
+        triplets = leading(deltas, k)
+        if variant == "low_rank":
+            us, s, vts = side_by_side(triplets)
+            return scale * linalg.matmul(us * s, vts), {}
+        bases, s = cover(triplets)
+        return scale * linalg.matmul(bases.u * s, bases.vt), told(bases, experts > min(shape))
+
+    return Method(
+        "tsv_m", init, update, lambda statistic: report(statistic)[0], report, additive=False, statistic="stack",
+        notes=NOTES,
+    )  # fmt: skip
+

@@ -1,0 +1,241 @@
+"""Singular values, singular vectors and polar factors: `linalg` for methods that act on spectra.
+
+`matrix = U diag(s) V^T`, `r = min(m, n)`; the polar factor is `U V^T` over the singular values that are not zero to
+working precision. That is a partial isometry, and unique; an SVD's `U V^T` would fill the null space with whatever
+vectors it happens to return.
+
+Where they are accurate enough, an eigendecomposition of the smaller Gram replaces the SVD (it squares the condition
+number, but costs a fraction), and Newton-Schulz iterations, which are nothing but products, replace it on
+accelerators. Which of them it was is decided by what they find, not by what is hoped for.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from cfmerge.linalg import gram, matmul
+
+# Odd quintics a x + b x^3 + c x^5 that take [1e-3, 1] to within 1e-3 of 1, each the closest to 1 on what the last one
+# leaves (Remez; greedy choice is optimal: Amsel et al., The Polar Express, arXiv 2505.16932). The last is Newton-Schulz.
+QUINTICS = (
+    (8.470329, -25.108075, 18.629276),
+    (4.182834, -3.108701, 0.580607),
+    (3.961857, -2.954064, 0.562976),
+    (3.286586, -2.464720, 0.507358),
+    (2.273750, -1.644660, 0.416191),
+    (1.888716, -1.265157, 0.376519),
+    (1.875, -1.25, 0.375),
+)
+SLOPE = 1980.0  # what the quintics before the last multiply a small singular value by, together
+
+
+def rank_cutoff(shape: tuple[int, ...], dtype: Any) -> float:
+    """The singular value, relative to the largest, up to which a matrix is singular to working precision."""
+    return max(shape) * float(jnp.finfo(dtype).eps)
+
+
+def nonzero(s: Float[Array, " k"], largest: Array, cutoff: float) -> Bool[Array, " k"]:
+    """Which singular values are above `cutoff` times the largest, and not denormal."""
+    return (s > cutoff * largest) & (s >= jnp.finfo(s.dtype).tiny)
+
+
+# --- singular triplets --------------------------------------------------------------------------------------------
+
+
+def svd(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
+    """`U, s, V^T`, largest first; differentiable as `leading` is."""
+    return leading(matrix, min(matrix.shape))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def leading(
+    matrix: Float[Array, "m n"], k: int
+) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
+    """The `k` largest singular triplets, largest first: by the smaller Gram if it resolves them, else by the SVD.
+
+    The Gram sees `s_k / s_1` squared; it is trusted while that is above `eps^0.5` (`s_k / s_1 > 0.019` in float32,
+    1e-4 in float64). In derivatives the vectors of equal singular values do not turn into one another.
+    """
+    m, n = matrix.shape
+    if m > n:
+        v, s, ut = leading(matrix.T, k)
+        return ut.T, s, v.T
+    if k == 0 or (2 * k > m and n < 2 * m):  # nothing to gain
+        return _svd_wide(matrix, k)
+    scale = _scale(matrix)
+    scaled = matrix / scale
+    values, vectors = jnp.linalg.eigh(gram(scaled.T))
+    largest_first = vectors[:, ::-1][:, :k]
+
+    def by_gram(x: Array) -> tuple[Array, Array, Array]:
+        rows = matmul(largest_first.T, x)
+        s = jnp.sqrt(jnp.sum(rows**2, axis=1))
+        rows = rows / s[:, None]
+        return largest_first, s, 1.5 * rows - 0.5 * matmul(matmul(rows, rows.T), rows)  # orthonormal again
+
+    resolved = values[-k] > jnp.finfo(matrix.dtype).eps ** 0.5 * values[-1]
+    u, s, vt = lax.cond(resolved, by_gram, lambda x: _svd_wide(x, k), scaled)
+    return u, scale * s, vt
+
+
+@leading.defjvp
+def _leading_jvp(k: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    (matrix,), (change,) = primals, tangents
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    squares = s**2
+    apart = squares[None, :k] - squares[:, None]
+    tied = jnp.abs(apart) <= 8 * jnp.finfo(s.dtype).eps * jnp.maximum(squares[0], jnp.finfo(s.dtype).tiny)
+    turn = jnp.where(tied, 0, 1 / jnp.where(tied, 1, apart))
+    s_k, positive = s[:k], nonzero(s[:k], s[0], rank_cutoff(matrix.shape, s.dtype))
+    inverse = jnp.where(positive, 1 / jnp.where(positive, s_k, 1), 0)
+    right, left = matmul(change, vt[:k].T), matmul(change.T, u[:, :k])  # dA V_k, dA^T U_k
+    across, along = matmul(u.T, right), matmul(vt, left)  # U^T dA V_k, V^T dA^T U_k
+    du = matmul(u, turn * (across * s_k + s[:, None] * along)) + (right - matmul(u, across)) * inverse
+    dv = matmul(vt.T, turn * (s[:, None] * across + along * s_k)) + (left - matmul(vt.T, along)) * inverse
+    return (u[:, :k], s_k, vt[:k]), (du, jnp.diagonal(across), dv.T)
+
+
+def _svd_wide(matrix: Float[Array, "m n"], k: int) -> tuple[Array, Array, Array]:
+    """By the SVD of the transposed, which LAPACK does about twice as fast where m < n."""
+    v, s, ut = jnp.linalg.svd(matrix.T, full_matrices=False)
+    return ut.T[:, :k], s[:k], v.T[:k]
+
+
+def _scale(matrix: Array) -> Array:
+    """The largest entry, by which squares neither over- nor underflow; 1 of a matrix that is zero."""
+    largest = jnp.max(jnp.abs(matrix), initial=0)
+    return jnp.where(largest >= jnp.finfo(matrix.dtype).tiny, largest, 1)
+
+
+def truncated(matrix: Float[Array, "m n"], k: int) -> Float[Array, "m n"]:
+    """The best approximation of rank `k`."""
+    u, s, vt = leading(matrix, k)
+    return matmul(u * s, vt)
+
+
+# --- polar factors ------------------------------------------------------------------------------------------------
+
+
+class Polar(NamedTuple):
+    """A polar factor, and how it was found.
+
+    Attributes:
+        factor: `sum_i u_i v_i^T` over the singular values above the cutoff.
+        rank: their number, as a float.
+        by_svd: 1 if it took an SVD, 0 if products (or the Gram) were enough.
+    """
+
+    factor: Float[Array, "m n"]
+    rank: Float[Array, ""]
+    by_svd: Float[Array, ""]
+
+
+def polar(matrix: Float[Array, "m n"], cutoff: float | None = None) -> Polar:
+    """The polar factor; differentiable while the rank stays.
+
+    Args:
+        cutoff: singular values up to this share of the largest count as zero (none: `rank_cutoff`).
+    """
+    return _polar(matrix, rank_cutoff(matrix.shape, matrix.dtype) if cutoff is None else cutoff)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _polar(matrix: Float[Array, "m n"], cutoff: float) -> Polar:
+    m, n = matrix.shape
+    if m > n:
+        transposed = _polar(matrix.T, cutoff)
+        return transposed._replace(factor=transposed.factor.T)
+    scaled = matrix / _scale(matrix)
+    if n < 2 * m:
+        return _by_platform(scaled, cutoff)
+    values, vectors = jnp.linalg.eigh(gram(scaled.T))
+
+    def by_gram(x: Array) -> Polar:
+        root = matmul(vectors / jnp.sqrt(values), vectors.T)
+        return Polar(matmul(root, x), jnp.asarray(m, x.dtype), jnp.zeros((), x.dtype))
+
+    resolved = values[0] > jnp.finfo(matrix.dtype).eps ** 0.4 * values[-1]
+    return lax.cond(resolved, by_gram, lambda x: _by_platform(x, cutoff), scaled)
+
+
+def _by_platform(x: Float[Array, "m n"], cutoff: float) -> Polar:
+    """On a CPU an SVD costs no more than the ten or so products; elsewhere it costs very much more."""
+    return lax.platform_dependent(
+        x,
+        cpu=lambda x: polar_by_svd(x, cutoff),
+        default=lambda x: polar_by_products(x, cutoff),
+    )
+
+
+def polar_by_svd(x: Float[Array, "m n"], cutoff: float) -> Polar:
+    """The polar factor of a wide matrix by its SVD, which alone can tell the rank of a matrix that has not all."""
+    u, s, vt = _svd_wide(x, x.shape[0])
+    kept = nonzero(s, s[0], cutoff)
+    return Polar(matmul(u * kept, vt), jnp.sum(kept, dtype=x.dtype), jnp.ones((), x.dtype))
+
+
+def polar_by_products(x: Float[Array, "m n"], cutoff: float) -> Polar:
+    """The polar factor of a wide matrix by Newton-Schulz, by the SVD if that does not converge."""
+    factor, converged, _ = newton_schulz(x, cutoff)
+    found = Polar(factor, jnp.asarray(x.shape[0], x.dtype), jnp.zeros((), x.dtype))
+    return lax.cond(converged, lambda x: found, lambda x: polar_by_svd(x, cutoff), x)
+
+
+def newton_schulz(
+    x: Float[Array, "m n"], cutoff: float
+) -> tuple[Float[Array, "m n"], Bool[Array, ""], Int[Array, ""]]:
+    """Quintic steps on a wide matrix until `X X^T = I`: the factor, whether it got there, the number of steps.
+
+    Singular values are multiplied until they are 1; those below the cutoff would be too, so the number of steps
+    is bounded by what the cutoff needs, and a matrix that has such does not converge.
+    """
+    m = x.shape[0]
+    eye, coefficients = jnp.eye(m, dtype=x.dtype), jnp.asarray(np.asarray(QUINTICS), x.dtype)
+    most = len(QUINTICS) + max(1, int(np.log(max(8 / (SLOPE * cutoff), 1)) / np.log(1.875)))
+    tolerance = 64 * float(jnp.finfo(x.dtype).eps)
+
+    square = gram(x.T)
+    fourth = jnp.sqrt(jnp.sqrt(jnp.linalg.norm(matmul(square, square))))  # (sum s^8)^(1/8), at least s_1
+    bound = jnp.where(fourth > 0, fourth, 1) * (1 + 1e-3)
+
+    def unfinished(state: tuple[Array, Array, Array]) -> Array:
+        step, _, square = state
+        return (step < most) & (_distance(square, eye) > tolerance)
+
+    def next_step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        step, x, square = state
+        a, b, c = coefficients[jnp.minimum(step, len(QUINTICS) - 1)]
+        x = matmul(a * eye + matmul(b * eye + c * square, square), x)
+        return step + 1, x, gram(x.T)
+
+    steps, factor, square = lax.while_loop(unfinished, next_step, (jnp.zeros((), int), x / bound, square / bound**2))
+    return factor, _distance(square, eye) <= tolerance, steps
+
+
+def _distance(square: Array, eye: Array) -> Array:
+    """Root mean square of the rows of `X X^T - I`."""
+    return jnp.linalg.norm(square - eye) / np.sqrt(eye.shape[0])
+
+
+@_polar.defjvp
+def _polar_jvp(cutoff: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    """`U [(P - P^T) / (s_i + s_j)] V^T` with `P = U^T dA V`, and what leaves the row and column spaces, over `s`."""
+    (matrix,), (change,) = primals, tangents
+    found = _polar(matrix, cutoff)
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    kept = nonzero(s, s[0], cutoff)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+    both = kept[:, None] & kept[None]
+    inside = jnp.where(both, 1 / jnp.where(both, s[:, None] + s[None], 1), 0)
+    u, vt = u * kept, vt * kept[:, None]
+    right, left = matmul(change, vt.T), matmul(u.T, change)
+    across = matmul(u.T, right)
+    changed = matmul(matmul(u, inside * (across - across.T)), vt)
+    changed += matmul((right - matmul(u, across)) * inverse, vt)
+    changed += matmul(u * inverse, left - matmul(across, vt))
+    return found, Polar(changed, jnp.zeros_like(found.rank), jnp.zeros_like(found.by_svd))

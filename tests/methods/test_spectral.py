@@ -1,0 +1,546 @@
+"""Spectral methods: the peers' numbers, the equations in plain NumPy, the identities that they state, singular.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CASES, check, check_states, load, names
+
+import cfmerge
+from cfmerge import methods, singular
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import Found, Seen
+
+RNG = np.random.default_rng(7)
+M, N = 9, 12
+DELTAS = [RNG.standard_normal((M, N)) for _ in range(3)]
+
+
+def merged(method, deltas, base=None, weights=None, precision="float64"):
+    """The merged delta."""
+    with jax.enable_x64(precision == "float64"):
+        base = jnp.zeros(deltas[0].shape, precision) if base is None else jnp.asarray(base, precision)
+        statistic = method.init(base)
+        for number, delta in enumerate(deltas):
+            weight = jnp.asarray(weights[number] if weights else 1.0, precision)
+            statistic = method.see(statistic, jnp.asarray(delta, precision), weight)
+        return np.asarray(method.solve(statistic), np.float64)
+
+
+def report(method, deltas):
+    with jax.enable_x64(True):
+        statistic = method.init(jnp.zeros(deltas[0].shape))
+        for delta in deltas:
+            statistic = method.see(statistic, jnp.asarray(delta))
+        return {name: float(value) for name, value in method.solve_with_report(statistic)[1].items()}
+
+
+def close(a, b, tolerance=1e-9):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.max(np.abs(b)), 1e-300))
+
+
+def svd(matrix):
+    return np.linalg.svd(matrix, full_matrices=False)
+
+
+def polar(matrix, cutoff=1e-10):
+    u, s, vt = svd(matrix)
+    keep = s > cutoff * s[0]
+    return (u * keep) @ vt
+
+
+def top(matrix, k):
+    u, s, vt = svd(matrix)
+    return u[:, :k], s[:k], vt[:k]
+
+
+def of_rank(rank, seed, shape=(M, N)):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((shape[0], rank)) @ rng.standard_normal((rank, shape[1]))
+
+
+# --- the peers' numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in names("fb_tsvm_") if "quirk" not in name])
+def test_tsv_m_is_fusion_bench(name):
+    check(CASES[name], methods.tsv_m(CASES[name]["params"]["alpha"]))
+
+
+def test_more_experts_than_directions_do_not_give_zero():
+    """The peer keeps floor(3 / 4) = 0 triplets and silently returns the base."""
+    arrays = load(CASES["fb_tsvm_T_gt_rank_quirk"])
+    deltas = [arrays[f"expert_{t}"] - arrays["base"] for t in range(4)]
+    assert np.all(arrays["expected"] == arrays["base"])
+    assert report(methods.tsv_m(), deltas)["crowded"] == 1
+    triplets = [top(delta, 1) for delta in deltas]
+    us, s, vts = (np.concatenate(parts, axis) for parts, axis in zip(zip(*triplets, strict=True), (1, 0, 0), strict=True))
+    close(merged(methods.tsv_m(), deltas), (polar(us) * s) @ polar(vts))
+
+
+@pytest.mark.parametrize("name", names("fb_iso_c_"))
+def test_iso_c_is_fusion_bench(name):
+    check(CASES[name], methods.iso_c(CASES[name]["params"]["scaling_factor"]))
+
+
+@pytest.mark.parametrize("name", names("fb_iso_cts_"))
+def test_iso_cts_is_fusion_bench(name):
+    params = CASES[name]["params"]
+    check(CASES[name], methods.iso_cts(params["scaling_factor"], params["common_space_fraction"]))
+
+
+def test_svc_is_fusion_bench():
+    params = CASES["fb_svc_ta"]["params"]
+    scaled = methods.task_arithmetic(params["task_arithmetic_scaling"])
+    check(CASES["fb_svc_ta"], scaled >> methods.svc(params["alpha"]))
+
+
+def test_opcm_is_fusion_bench():
+    check_states(CASES["fb_opcm"], methods.opcm(CASES["fb_opcm"]["params"]["alpha"]))
+
+
+# --- TSV-M --------------------------------------------------------------------------------------------------------
+
+
+def test_tsv_m_variants():
+    parts = [svd(delta) for delta in DELTAS]
+    us, s, vts = np.concatenate([p[0] for p in parts], 1), np.concatenate([p[1] for p in parts]), parts
+    vts = np.concatenate([p[2] for p in parts])
+    close(merged(methods.tsv_m(variant="lossless"), DELTAS), (polar(us) * s) @ polar(vts))
+    truncated = [(u * s) @ vt for u, s, vt in (top(delta, M // 3) for delta in DELTAS)]
+    close(merged(methods.tsv_m(0.5, variant="low_rank"), DELTAS), 0.5 * sum(truncated))
+
+
+@pytest.mark.parametrize("variant", ["merge", "lossless"])
+def test_tsv_m_of_one_expert_returns_it(variant):
+    close(merged(methods.tsv_m(variant=variant), DELTAS[:1]), DELTAS[0])
+
+
+def test_tsv_m_of_identical_experts_is_the_expert_cut():
+    """The published code fills the null space with arbitrary directions; the partial isometry has none there."""
+    u, s, vt = top(DELTAS[0], 3)
+    close(merged(methods.tsv_m(), [DELTAS[0]] * 3), (u * s) @ vt)
+    assert report(methods.tsv_m(), [DELTAS[0]] * 3)["dependent"] == 6
+    assert report(methods.tsv_m(), DELTAS)["dependent"] == 0
+
+
+def test_an_expert_that_did_not_change_takes_no_part():
+    zero = np.zeros((M, N))
+    u, s, vt = top(DELTAS[0], 3)
+    close(merged(methods.tsv_m(), [DELTAS[0], zero, zero]), (u * s) @ vt)
+    two = [top(delta, 3) for delta in DELTAS[:2]]
+    us, s, vts = (np.concatenate(parts, axis) for parts, axis in zip(zip(*two, strict=True), (1, 0, 0), strict=True))
+    close(merged(methods.tsv_m(), [DELTAS[0], zero, DELTAS[1]]), (polar(us) * s) @ polar(vts))
+
+
+def test_tsv_m_of_orthogonal_experts_is_their_sum():
+    q = np.linalg.qr(RNG.standard_normal((M, M)))[0]
+    p = np.linalg.qr(RNG.standard_normal((N, N)))[0]
+    experts = [(q[:, 3 * t : 3 * t + 3] * [3.0, 2.0, 1.0]) @ p[:, 3 * t : 3 * t + 3].T for t in range(3)]
+    close(merged(methods.tsv_m(), experts), sum(experts))
+
+
+SPECTRAL = {
+    "tsv_m": methods.tsv_m(),
+    "lossless": methods.tsv_m(variant="lossless"),
+    "iso_c": methods.iso_c(),
+    "iso_cts": methods.iso_cts(common=0.5),
+    "dc_merge": methods.dc_merge(density=0.05),
+    "cart": methods.cart(rank_fraction=0.3),
+    "star": methods.star() >> methods.average(),
+    "boosted": methods.average() >> methods.subspace_boosting(0.2),
+    "flattened": methods.average() >> methods.half_flatten(),
+    "svc": methods.task_arithmetic() >> methods.svc(),
+    "opcm": methods.opcm(),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_rotations_and_scales_commute(name):
+    """Everything is U f(s) V^T: rotating rows and columns, or scaling the deltas, does the same to the result."""
+    method = SPECTRAL[name]
+    left = np.linalg.qr(RNG.standard_normal((M, M)))[0]
+    right = np.linalg.qr(RNG.standard_normal((N, N)))[0]
+    plain = merged(method, DELTAS)
+    close(merged(method, [left @ delta @ right for delta in DELTAS]), left @ plain @ right, 1e-8)
+    for scale in (1e-6, -1e6):
+        close(merged(method, [scale * delta for delta in DELTAS]), scale * plain, 1e-8)
+    close(merged(method, [delta.T for delta in DELTAS]), plain.T, 1e-8) if name not in ("iso_cts", "svc") else None
+
+
+@pytest.mark.parametrize("name", [name for name in SPECTRAL if name != "opcm"])
+def test_order_does_not_matter(name):
+    close(merged(SPECTRAL[name], DELTAS[::-1]), merged(SPECTRAL[name], DELTAS), 1e-8)
+
+
+# --- Iso ----------------------------------------------------------------------------------------------------------
+
+
+def test_iso_c_targets():
+    total = sum(DELTAS)
+    s = svd(total)[1]
+    for target, value in (("mean", s.mean()), ("rms", np.sqrt(np.mean(s**2))), ("largest", s[0]), ("one", 1)):
+        close(merged(methods.iso_c(1.5, target), DELTAS), 1.5 * value * polar(total))
+
+
+def test_iso_c_returns_a_multiple_of_an_isometry_and_flattens_the_rest():
+    isometry = 3.0 * polar(DELTAS[0])
+    close(merged(methods.iso_c(), [isometry]), isometry)
+    s = svd(merged(methods.iso_c(), DELTAS[:1]))[1]
+    close(s, np.full(M, svd(DELTAS[0])[1].mean()))
+
+
+def test_iso_c_streams_and_forgets():
+    method = methods.iso_c()
+    assert method.additive and method.statistic == methods.average().statistic
+    close(merged(method, [*DELTAS, DELTAS[1]], weights=[1, 1, 1, -1]), merged(method, [DELTAS[0], DELTAS[2]]))
+
+
+def test_iso_c_of_low_rank_stays_in_its_space():
+    low = of_rank(2, 0)
+    assert report(methods.iso_c(), [low])["null_space"] == M - 2
+    close(merged(methods.iso_c(), [low]), svd(low)[1].sum() / M * polar(low))
+
+
+def iso_cts_reference(deltas, common):
+    m, n = deltas[0].shape
+    r, total = min(m, n), sum(deltas)
+    nt = round((r - int(r * common)) / len(deltas))
+    u_c, s_c, vt_c = top(total, r - nt * len(deltas))
+    blocks = [top(delta - u_c @ (u_c.T @ delta), nt) for delta in deltas] + [(u_c, s_c, vt_c)]
+    us, s, vts = (np.concatenate(p, axis) for p, axis in zip(zip(*blocks, strict=True), (1, 0, 0), strict=True))
+    return s.mean() * polar(us) @ polar(vts)
+
+
+@pytest.mark.parametrize("common", [0.0, 0.5, 0.9, 1.0])
+def test_iso_cts_is_the_formula(common):
+    close(merged(methods.iso_cts(common=common), DELTAS), iso_cts_reference(DELTAS, common))
+
+
+def test_iso_cts_with_all_of_it_common_is_iso_c():
+    close(merged(methods.iso_cts(common=1.0), DELTAS), merged(methods.iso_c(), DELTAS))
+
+
+# --- DC-Merge, CART -----------------------------------------------------------------------------------------------
+
+
+def dc_reference(deltas, k, smoothing, density, rho=5.0):
+    parts = [top(delta, k) for delta in deltas]
+    uhat = polar(np.concatenate([p[0] for p in parts], 1))
+    vhat = polar(np.concatenate([p[2] for p in parts])).T
+    cores = []
+    for u, s, vt in parts:
+        if smoothing == "average":
+            s = np.full(k, s.mean())
+        if smoothing == "linear":
+            profile = np.linspace(min(rho, s[0] / s[-1]), 1, k)
+            s = profile * s.sum() / profile.sum()
+        core = uhat.T @ ((u * s) @ vt) @ vhat
+        size = np.sort(np.abs(core).ravel())[::-1]
+        cores.append(np.where(np.abs(core) >= size[max(1, int(density * core.size)) - 1], core, 0))
+    sign = np.sign(sum(cores))
+    agree = [(np.sign(core) == sign) & (sign != 0) for core in cores]
+    mean = sum(core * a for core, a in zip(cores, agree, strict=True)) / np.maximum(sum(agree), 1)
+    blocks = np.arange(len(mean)) // k
+    return uhat @ (mean * (blocks[:, None] == blocks[None])) @ vhat.T
+
+
+@pytest.mark.parametrize("smoothing", ["none", "average", "linear"])
+@pytest.mark.parametrize(("rank", "density"), [(None, 0.001), (None, 0.3), (2, 0.1)])
+def test_dc_merge_is_the_formula(smoothing, rank, density):
+    method = methods.dc_merge(rank=rank, smoothing=smoothing, density=density, rho=3.0)
+    close(merged(method, DELTAS), dc_reference(DELTAS, rank or 3, smoothing, density, 3.0))
+
+
+def test_dc_merge_of_one_expert_keeps_what_is_dense_enough():
+    close(merged(methods.dc_merge(density=1.0), DELTAS[:1]), DELTAS[0])
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5]])
+def test_cart_is_the_formula(weights):
+    w = weights or [1.0] * 3
+    mean = sum(a * delta for a, delta in zip(w, DELTAS, strict=True)) / sum(w)
+    own = [(u * s) @ vt for u, s, vt in (top(delta - mean, 2) for delta in DELTAS)]
+    expected = mean + 0.7 * sum(a * o for a, o in zip(w, own, strict=True))
+    close(merged(methods.cart(0.7, rank_fraction=0.3), DELTAS, weights=weights), expected)
+
+
+def test_cart_at_full_rank_is_the_mean():
+    close(merged(methods.cart(2.0, rank_fraction=1.0), DELTAS), sum(DELTAS) / 3)
+    close(merged(methods.cart(), [DELTAS[0]] * 3), DELTAS[0])
+
+
+# --- transforms ---------------------------------------------------------------------------------------------------
+
+
+def applied(transform, delta):
+    with jax.enable_x64(True):
+        return np.asarray(transform(jnp.asarray(delta)))
+
+
+@pytest.mark.parametrize("eta", [0.01, 0.4, 0.9, 1.0])
+def test_star(eta):
+    u, s, vt = svd(DELTAS[0])
+    k = next(k for k in range(1, M + 1) if s[:k].sum() >= eta * s.sum() - 1e-12)
+    got = applied(methods.star(eta), DELTAS[0])
+    close(got, (u[:, :k] * s[:k]) @ vt[:k] * s.sum() / s[:k].sum())
+    close(svd(got)[1].sum(), s.sum())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("energy", ["values", "squares"])
+def test_subspace_boosting(beta, energy):
+    u, s, vt = svd(DELTAS[0])
+    amount = s if energy == "values" else s**2
+    share = np.cumsum(amount) / amount.sum()
+    level = s[np.argmax(share > beta)] if beta < 1 else s[-1]
+    close(applied(methods.subspace_boosting(beta, energy), DELTAS[0]), (u * np.maximum(s, level)) @ vt)
+
+
+def test_boosting_leaves_the_null_space_alone():
+    low = of_rank(2, 0)
+    close(applied(methods.subspace_boosting(0.0), low), svd(low)[1][0] * polar(low))
+
+
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0, 2.0])
+def test_half_flatten(q):
+    u, s, vt = svd(DELTAS[0])
+    expected = (u * s**q) @ vt * s.sum() / (s**q).sum()
+    close(applied(methods.half_flatten(q), DELTAS[0]), expected)
+    if q == 0:
+        close(expected, merged(methods.iso_c(), DELTAS[:1]))
+
+
+def test_low_rank():
+    u, s, vt = top(DELTAS[0], 2)
+    close(applied(methods.low_rank(2), DELTAS[0]), (u * s) @ vt)
+    close(applied(methods.low_rank(fraction=0.3), DELTAS[0]), (u * s) @ vt)
+    close(applied(methods.low_rank(99), DELTAS[0]), DELTAS[0])
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+def test_svc_is_the_formula(alpha):
+    total = 0.4 * sum(DELTAS)
+    u, s, vt = svd(total)
+    shares = [np.sum((u.T @ total) * (u.T @ d), 1) / np.sum((u.T @ d) ** 2, 1) for d in DELTAS]
+    gamma = 3 / np.maximum(alpha, shares).sum(0)
+    got = merged(methods.task_arithmetic(0.4) >> methods.svc(alpha), DELTAS)
+    close(got, (u * gamma * s) @ vt)
+
+
+def test_svc_leaves_one_expert_as_it_is():
+    close(merged(methods.average() >> methods.svc(), DELTAS[:1]), DELTAS[0])
+
+
+# --- OPCM ---------------------------------------------------------------------------------------------------------
+
+
+def opcm_reference(experts, alpha):
+    """As published, step by step: square bases, a division at every step; `experts` are lists of tensors."""
+
+    def size(tensors):
+        return np.sqrt(sum(np.sum(tensor**2) for tensor in tensors))
+
+    running, factor, norms = experts[0], 1.0, [size(experts[0])]
+    for expert in experts[1:]:
+        norms.append(size(expert))
+        stepped = []
+        for previous, delta in zip(running, expert, strict=True):
+            if delta.ndim == 2:
+                u, s, vt = np.linalg.svd(previous, full_matrices=True)
+                rho = int(np.argmax(np.cumsum(s) / s.sum() > alpha))
+                core = u.T @ delta @ vt.T
+                np.fill_diagonal(core, 0)
+                core[:rho, :rho] = 0
+                delta = u @ core @ vt
+            stepped.append(factor * previous + delta)
+        factor = size(stepped) / np.mean(norms)
+        running = [tensor / factor for tensor in stepped]
+    return running
+
+
+def surveyed(method, models):
+    """A merge of models that are lists of tensors, survey first."""
+    with jax.enable_x64(True):
+        seen = [Seen(jnp.zeros(tensors[0].shape), jnp.stack([jnp.asarray(t) for t in tensors]), jnp.ones(len(models)))
+                for tensors in zip(*models, strict=True)]  # fmt: skip
+        survey = method.survey(None)
+        assert survey.joint
+        totals = jax.tree.map(lambda *leaves: np.asarray(sum(leaves)), *(survey.measure(one) for one in seen))
+        found = survey.combine(totals)
+        assert method.survey(found) is None
+        informed = method.informed(Found(found))
+    return [merged(informed, list(one.deltas)) for one in seen]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
+def test_opcm_needs_one_scale_for_the_whole_model(alpha):
+    models = [[RNG.standard_normal(shape) for shape in ((5, 7), (6, 4), (8,), (2, 3, 3))] for _ in range(4)]
+    for got, expected in zip(surveyed(methods.opcm(alpha), models), opcm_reference(models, alpha), strict=True):
+        close(got, expected)
+
+
+def test_opcm_of_a_tensor_alone_is_the_model_of_that_tensor():
+    expected = opcm_reference([[delta] for delta in DELTAS], 0.5)[0]
+    close(merged(methods.opcm(), DELTAS), expected)
+    close(np.linalg.norm(expected), np.mean([np.linalg.norm(delta) for delta in DELTAS]))
+    close(merged(methods.opcm(), DELTAS[:1]), DELTAS[0])
+    assert methods.opcm().ordered
+    assert np.max(np.abs(merged(methods.opcm(), DELTAS[::-1]) - expected)) > 1e-3
+
+
+def test_opcm_after_a_low_rank_expert_is_defined():
+    first, second = of_rank(2, 1), DELTAS[1]
+    u, s, vt = top(first, 2)
+    core = u.T @ second @ vt.T
+    rho = int(np.sum(np.cumsum(s) / s.sum() <= 0.5))
+    zeroed = np.diag(np.diag(core))
+    zeroed[:rho, :rho] = core[:rho, :rho]
+    total = first + second - u @ zeroed @ vt
+    scale = (np.linalg.norm(first) + np.linalg.norm(second)) / 2 / np.linalg.norm(total)
+    close(merged(methods.opcm(), [first, second]), scale * total)
+
+
+# --- OrthoMerge ---------------------------------------------------------------------------------------------------
+
+
+def rotated(n, size, seed):
+    skew = np.random.default_rng(seed).standard_normal((n, n))
+    skew = size * (skew - skew.T)
+    return np.linalg.solve(np.eye(n) - skew, np.eye(n) + skew)
+
+
+def orthomerge_reference(base, deltas, scale):
+    n = base.shape[1]
+    eye = np.eye(n)
+    rotations = [polar(base.T @ (base + delta)) for delta in deltas]
+    skews = [np.linalg.solve(r + eye, r - eye) for r in rotations]
+    total = sum(skews)
+    q = total / np.linalg.norm(total) * np.mean([np.linalg.norm(one) for one in skews])
+    rotation = np.linalg.solve(eye - q, eye + q)
+    residuals = [base + delta - base @ r for delta, r in zip(deltas, rotations, strict=True)]
+    return base @ rotation - base + scale * sum(residuals)
+
+
+def test_orthomerge_is_the_formula():
+    base = RNG.standard_normal((12, 6))
+    deltas = [0.3 * RNG.standard_normal((12, 6)) for _ in range(3)]
+    close(merged(methods.orthomerge(), deltas, base), orthomerge_reference(base, deltas, 0.3), 1e-7)
+    close(merged(methods.orthomerge(methods.average()), deltas, base), orthomerge_reference(base, deltas, 1 / 3), 1e-7)
+
+
+@pytest.mark.parametrize("shape", [(12, 6), (4, 6)])
+def test_orthomerge_returns_one_expert(shape):
+    base, delta = RNG.standard_normal(shape), 0.1 * RNG.standard_normal(shape)
+    close(merged(methods.orthomerge(methods.average()), [delta], base), delta, 1e-8)
+    assert np.all(merged(methods.orthomerge(), [0 * delta] * 2, base) == 0)
+
+
+def test_orthomerge_of_rotations_about_one_axis_is_the_mean_rotation():
+    """Rotations that commute have skew parts on a line: their norms are averaged."""
+    base, plane = RNG.standard_normal((7, 5)), np.linalg.qr(RNG.standard_normal((5, 2)))[0]
+    skew = np.outer(plane[:, 0], plane[:, 1])
+    skew = skew - skew.T
+
+    def turned(size):
+        return base @ np.linalg.solve(np.eye(5) - size * skew, np.eye(5) + size * skew)
+
+    deltas = [turned(size) - base for size in (0.1, 0.3)]
+    close(merged(methods.orthomerge(methods.tsv_m()), deltas, base), turned(0.2) - base, 1e-7)
+
+
+def test_a_reflection_is_left_to_the_residual():
+    base = RNG.standard_normal((7, 5))
+    delta = base @ np.diag([-1.0, 1, 1, 1, 1]) - base
+    method = methods.orthomerge(methods.average())
+    close(merged(method, [delta], base), delta, 1e-8)
+    with jax.enable_x64(True):
+        statistic = method.see(method.init(jnp.asarray(base)), jnp.asarray(delta))
+        value = float(method.solve_with_report(statistic)[1]["reflected"])
+    assert value == 1 and method.notes["reflected"][0](value)
+
+
+def test_orthomerge_can_be_named_with_an_inner_method():
+    method = methods.make("orthomerge(residual=tsv_m(alpha=0.5))")
+    assert method.parameters["residual"].parameters["alpha"] == 0.5
+    with pytest.raises(CfmergeError, match="residual must be a method"):
+        methods.orthomerge(methods.star())
+    with pytest.raises(CfmergeError, match="surveys the whole model"):
+        methods.orthomerge(methods.opcm())
+
+
+# --- all of them --------------------------------------------------------------------------------------------------
+
+EVERY = {**SPECTRAL, "low_rank": methods.low_rank(2) >> methods.average(), "orthomerge": methods.orthomerge()}
+SAFE = ["tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "star", "boosted", "flattened", "svc", "opcm", "orthomerge"]
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_derivatives(name):
+    """Along a random direction, against differences; numbers that select (signs, ranks) stay where they are."""
+    rng = np.random.default_rng(3)
+    base, direction = rng.standard_normal((M, N)), np.stack([rng.standard_normal((M, N)) for _ in DELTAS])
+    shape = (M, N) if name != "orthomerge" else (N, M)
+    base, direction = base.reshape(shape), direction.reshape(3, *shape)
+    experts, probe = np.stack(DELTAS).reshape(3, *shape), rng.standard_normal(shape)
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def loss(experts):
+            return jnp.sum(probe * cfmerge.merge_tensor(jnp.asarray(base), list(base + experts), EVERY[name]))
+
+        gradient = float(jnp.sum(jax.grad(loss)(jnp.asarray(experts)) * direction))
+        step = 1e-6
+        finite = float(loss(experts + step * direction) - loss(experts - step * direction)) / (2 * step)
+    np.testing.assert_allclose(gradient, finite, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "svc"])
+def test_vmap_and_traced_numbers(name):
+    experts = jnp.asarray(np.stack(DELTAS), jnp.float32)
+    base = jnp.zeros((M, N))
+
+    def merge(experts, number):
+        made = {
+            "tsv_m": methods.tsv_m, "iso_c": methods.iso_c, "iso_cts": methods.iso_cts, "dc_merge": methods.dc_merge,
+            "cart": methods.cart, "svc": lambda alpha: methods.average() >> methods.svc(alpha),
+        }[name](number)  # fmt: skip
+        return cfmerge.merge_tensor(base, list(experts), made)
+
+    both = jax.jit(jax.vmap(merge))(jnp.stack([experts, 2 * experts]), jnp.asarray([0.5, 1.5]))
+    for got, scale, number in zip(both, (1, 2), (0.5, 1.5), strict=True):
+        np.testing.assert_allclose(got, merge(scale * experts, number), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_zero_deltas_change_nothing(name):
+    base = RNG.standard_normal((M, N)).astype(np.float32)
+    assert np.all(np.asarray(cfmerge.merge_tensor(base, [base] * 3, EVERY[name])) == base)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: methods.tsv_m(float("inf")), "alpha must be finite"),
+        (lambda: methods.iso_cts(common=1.2), r"common must lie in \[0, 1\]"),
+        (lambda: methods.dc_merge(rank=0), "rank must be at least 1"),
+        (lambda: methods.dc_merge(rho=0.5), "rho must be at least 1"),
+        (lambda: methods.cart(rank_fraction=0.0), r"rank_fraction must lie in \(0, 1\]"),
+        (lambda: methods.star(0.0), r"eta must lie in \(0, 1\]"),
+        (lambda: methods.subspace_boosting(-0.1), r"beta must lie in \[0, 1\]"),
+        (lambda: methods.half_flatten(-1.0), "q must not be negative"),
+        (lambda: methods.svc(0.0), "alpha must be positive"),
+        (lambda: methods.low_rank(0), "rank must be at least 1"),
+        (lambda: methods.opcm(2.0), r"alpha must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_parameters(call, message):
+    with pytest.raises(CfmergeError, match=message):
+        call()
+
+
+def test_every_parameter_is_explained():
+    for name in ("tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "star", "subspace_boosting", "half_flatten", "svc",
+                 "low_rank", "opcm", "orthomerge"):  # fmt: skip
+        entry = methods.registry()[name]
+        assert entry.summary and entry.source and all(entry.describe(key) for key in entry.signature)

@@ -1,0 +1,142 @@
+"""Singular triplets and polar factors: each way of finding them against NumPy, and against one another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cfmerge import singular
+
+SHAPES = [(6, 24), (24, 6), (9, 12), (8, 8), (1, 5), (5, 1)]
+
+
+def matrix_of(shape, values, seed=0):
+    rng = np.random.default_rng(seed)
+    u = np.linalg.qr(rng.standard_normal((shape[0], len(values))))[0]
+    v = np.linalg.qr(rng.standard_normal((shape[1], len(values))))[0]
+    return (u * values) @ v.T
+
+
+def polar(matrix, cutoff=1e-10):
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    return (u * (s > cutoff * s[0])) @ vt
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("smallest", [0.5, 1e-3, 1e-9])
+def test_leading_triplets(shape, smallest):
+    r = min(shape)
+    values = np.geomspace(1, smallest, r)
+    matrix = matrix_of(shape, values)
+    with jax.enable_x64(True):
+        for k in {1, -(-r // 2), r}:
+            u, s, vt = (np.asarray(part) for part in singular.leading(jnp.asarray(1e5 * matrix), k))
+            np.testing.assert_allclose(s, 1e5 * values[:k], rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(u.T @ u, np.eye(k), atol=1e-12)
+            np.testing.assert_allclose(vt @ vt.T, np.eye(k), atol=1e-7)
+            cut = np.linalg.svd(matrix, full_matrices=False)
+            np.testing.assert_allclose((u * s) @ vt, 1e5 * (cut[0][:, :k] * values[:k]) @ cut[2][:k], atol=1e-6)
+
+
+def test_the_gram_is_trusted_only_where_it_resolves():
+    """In float32 the Gram of values 1 .. 1e-4 has noise in place of the last: the SVD takes over."""
+    for smallest, k in ((0.1, 3), (1e-4, 3), (1e-4, 1)):
+        matrix = matrix_of((6, 40), [1.0, 0.5, smallest, smallest / 2, smallest / 3, smallest / 4])
+        u, s, vt = (np.asarray(part, np.float64) for part in singular.leading(jnp.asarray(matrix, jnp.float32), k))
+        expected = np.linalg.svd(matrix.astype(np.float32).astype(np.float64), full_matrices=False)
+        np.testing.assert_allclose(s, expected[1][:k], rtol=0, atol=2e-6)
+        np.testing.assert_allclose((u * s) @ vt, (expected[0][:, :k] * expected[1][:k]) @ expected[2][:k], atol=5e-6)
+        np.testing.assert_allclose(vt @ vt.T, np.eye(k), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_polar_factor(shape):
+    matrix = matrix_of(shape, np.geomspace(1, 0.01, min(shape)))
+    for precision, tolerance in (("float64", 1e-10), ("float32", 1e-4)):
+        with jax.enable_x64(precision == "float64"):
+            found = singular.polar(jnp.asarray(matrix, precision))
+            np.testing.assert_allclose(found.factor, polar(matrix), atol=tolerance)
+            assert float(found.rank) == min(shape)
+            np.testing.assert_allclose(jnp.sum(found.factor * matrix), np.sum(np.geomspace(1, 0.01, min(shape))), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 24), (24, 6), (9, 12), (8, 8)])
+def test_polar_factor_of_deficient_rank_is_the_partial_isometry(shape):
+    matrix = matrix_of(shape, [1.0, 0.3, 0.05])
+    for precision, tolerance in (("float64", 1e-11), ("float32", 2e-5)):
+        with jax.enable_x64(precision == "float64"):
+            found = singular.polar(jnp.asarray(matrix, precision))
+            np.testing.assert_allclose(found.factor, polar(matrix), atol=tolerance)
+            assert float(found.rank) == 3 and float(found.by_svd) == 1
+
+
+def test_zero_has_the_polar_factor_zero():
+    for shape in ((6, 24), (8, 8)):
+        found = singular.polar(jnp.zeros(shape))
+        assert np.all(np.asarray(found.factor) == 0) and float(found.rank) == 0
+
+
+@pytest.mark.parametrize("condition", [1.0, 8.0, 156.0])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 20)])
+def test_products_agree_with_the_svd(shape, condition):
+    matrix = matrix_of(shape, np.geomspace(1, 1 / condition, 8))
+    for precision, tolerance in (("float64", 1e-11), ("float32", 2e-5)):
+        with jax.enable_x64(precision == "float64"):
+            x = jnp.asarray(matrix, precision)
+            cutoff = singular.rank_cutoff(shape, x.dtype)
+            factor, converged, steps = singular.newton_schulz(x, cutoff)
+            assert bool(converged) and int(steps) <= 9
+            np.testing.assert_allclose(factor, polar(matrix), atol=tolerance)
+            np.testing.assert_allclose(factor, singular.polar_by_svd(x, cutoff).factor, atol=2 * tolerance)
+            assert float(singular.polar_by_products(x, cutoff).by_svd) == 0
+
+
+@pytest.mark.parametrize("values", [[1.0, 0.3, 0.05], [1.0], [1.0, 0.5, 0.2, 1e-6]])
+def test_products_do_not_converge_without_full_rank_and_say_so(values):
+    x = jnp.asarray(matrix_of((6, 10), values), jnp.float32)
+    cutoff = float(np.sqrt(np.finfo(np.float32).eps))
+    assert not bool(singular.newton_schulz(x, cutoff)[1])
+    found = singular.polar_by_products(x, cutoff)
+    assert float(found.by_svd) == 1 and float(found.rank) == min(len(values), 3)
+    np.testing.assert_allclose(found.factor, polar(np.asarray(x, np.float64), cutoff), atol=1e-5)
+
+
+def test_quintics_take_the_interval_to_one():
+    x = np.geomspace(1e-3, 1, 1000)
+    slope = 1.0
+    for a, b, c in singular.QUINTICS[:-1]:
+        x, slope = a * x + b * x**3 + c * x**5, slope * a
+    assert np.max(np.abs(x - 1)) < 1e-3
+    np.testing.assert_allclose(slope, singular.SLOPE, rtol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (6, 7), (7, 5)])
+def test_derivatives(shape):
+    rng = np.random.default_rng(0)
+    matrix, direction, probe = (rng.standard_normal(shape) for _ in range(3))
+    functions = {
+        "polar": lambda a: singular.polar(a).factor,
+        "cut": lambda a: singular.truncated(a, 2),
+        "values": lambda a: singular.svd(a)[1] * jnp.arange(1.0, 1 + min(shape)),
+        "flat": lambda a: (lambda u, s, vt: (u * jnp.sqrt(s)) @ vt)(*singular.svd(a)),
+    }
+    with jax.enable_x64(True):
+        for name, function in functions.items():
+            def loss(a, function=function):
+                value = function(a)
+                return jnp.sum(value * (probe if value.shape == shape else 1.0))
+
+            for at in (matrix, matrix_of(shape, [2.0, 1.0, 0.5])) if name == "polar" else (matrix,):
+                got = float(jnp.sum(jax.grad(loss)(jnp.asarray(at)) * direction))
+                assert np.isfinite(got)
+                if at is matrix:
+                    step = 1e-6
+                    finite = float(loss(at + step * direction) - loss(at - step * direction)) / (2 * step)
+                    np.testing.assert_allclose(got, finite, rtol=1e-6, err_msg=name)
+
+
+def test_derivatives_at_ties_and_zeros_are_finite():
+    for matrix in (np.eye(4), np.zeros((4, 6)), np.ones((4, 6)), np.diag([1.0, 1.0, 0, 0])):
+        for function in (lambda a: singular.polar(a).factor, lambda a: singular.truncated(a, 2)):
+            gradient = jax.grad(lambda a, function=function: jnp.sum(function(a) ** 2))(jnp.asarray(matrix, jnp.float32))
+            assert np.isfinite(np.asarray(gradient)).all()
