@@ -1,5 +1,8 @@
 """The statistic of methods that must see all deltas at once: the deltas and weights themselves."""
 
+import functools
+import operator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,6 +27,11 @@ def update(statistic: Stack, delta: Float[Array, "..."], weight: float | Array =
 def weighted(statistic: Stack) -> list[Float[Array, "..."]]:
     """`w_t D_t` of every expert."""
     return [weight * delta for weight, delta in zip(statistic.weights, statistic.deltas, strict=True)]
+
+
+def total(items: Iterable[Array]) -> Array:
+    """The sum of arrays, of which there is at least one."""
+    return functools.reduce(operator.add, items)
 
 
 def ratio(above: Array, below: Array, otherwise: float = 0.0) -> Array:

@@ -116,17 +116,17 @@ def share_of(share: Any, size: Any, rounding: Rounding = "ceil") -> Any:
     Exact where both are known; a traced share has 24 bits, and a product within them of a whole number is taken
     for it.
     """
-    if isinstance(share, int | float | np.generic) and isinstance(size, int | np.integer):
+    if isinstance(share, int | float) and isinstance(size, int | np.integer):
         product = float(share) * int(size)
         nearest = round(product)
         if rounding == "ceil":
             return nearest if abs(product - nearest) <= 1e-12 * product else math.ceil(product)
         return math.floor(product) if rounding == "floor" else nearest
-    product = jnp.asarray(share) * size
-    nearest = jnp.round(product)
-    rounded = {"ceil": jnp.ceil, "floor": jnp.floor, "round": jnp.round}[rounding](product)
-    near = jnp.abs(product - nearest) <= 2 * jnp.finfo(product.dtype).eps * product
-    return jnp.where(near, nearest, rounded).astype(jnp.int32)
+    traced = jnp.asarray(share) * size
+    whole = jnp.round(traced)
+    rounded = {"ceil": jnp.ceil, "floor": jnp.floor, "round": jnp.round}[rounding](traced)
+    near = jnp.abs(traced - whole) <= 2 * jnp.finfo(traced.dtype).eps * traced
+    return jnp.where(near, whole, rounded).astype(jnp.int32)
 
 
 # --- the whole model ---------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class Search(NamedTuple):
 Ranks = Callable[[Int[np.ndarray, " T"]], Int[np.ndarray, "T R"]]
 
 
-def search(found: Search | None, keys_of: Callable[..., Array], ranks_of: Ranks, joint: bool = False) -> Survey:
+def search(found: Search | None, keys_of: Callable[..., Any], ranks_of: Ranks, joint: bool = False) -> Survey:
     """The next pass of a search for order statistics, whose `combine` returns a `Search`.
 
     Args:

@@ -1,0 +1,138 @@
+"""PCB-Merging: parameters compete within their expert and with the same parameter of the others.
+
+G. Du et al., Parameter Competition Balancing, NeurIPS 2024, arXiv 2410.02396, as in the published code. On the flat
+model, for `T` experts, with `q_c` quantiles of an expert's entries over the whole model:
+
+    |D|c = clip(|D_t|, q_c, q_{1-c}),     v_t = (|D|c - q_c) / (q_{1-c} - q_c),     Dc_t = sgn(D_t) |D|c
+    intra = exp(T v_t^2),     inter = tanh(D_t sum_s D_s),     score = intra inter
+    b_t = (max(score, q) - q) / (max score - q),     q the quantile of the scores that `ratio` of them exceed
+    X = scale sum_t w_t b_t Dc_t / sum_t b_t
+
+The paper's text has softmax forms instead; the code is what its numbers come from. tanh is almost linear in products
+of deltas, so the scores' order decides, not their size. `exp(T v^2 - T)` is used below: `b` is the same.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cfmerge.methods import _thresholds
+from cfmerge.methods._base import Method, Seen, Survey
+from cfmerge.methods._registry import Number, check, check_number, register
+from cfmerge.methods._stack import Stack, init, total, update
+from cfmerge.methods._stack import ratio as over
+from cfmerge.methods._thresholds import Search, magnitude_keys, magnitude_of, value_keys, value_of
+
+Inter = Literal["deltas", "ranks"]
+
+
+class Quantiles(NamedTuple):
+    """Order statistics of each expert: of its magnitudes (upper and lower clip), and of its scores (largest, q)."""
+
+    magnitudes: Search
+    scores: Search | None = None
+
+
+@register
+def pcb(ratio: float = 0.1, clip: float = 1e-4, scale: Number = 1.2, inter: Inter = "deltas") -> Method:
+    """The mean of the deltas, each entry weighted by how it competes within its expert and with the other experts.
+
+    All quantiles are of the whole model; of a tensor that is merged by itself, its own.
+
+    Args:
+        ratio: share of each expert's entries that compete; the others get no weight.
+        clip: share of each expert's entries whose magnitude is clipped, at either end.
+        scale: of the merged delta; the authors search it.
+        inter: what each delta is multiplied with to see whether it agrees with the others: "deltas", their sum; or
+            "ranks", the sum of their signed v, as in the authors' script for vision models (there with a clip of
+            0.01 and a ratio of 0.05).
+
+    Source: Du et al., Parameter Competition Balancing for Model Merging, NeurIPS 2024, arXiv 2410.02396.
+    """
+    check(0 < ratio <= 1, f"pcb: ratio must lie in (0, 1], got {ratio}")
+    check(0 <= clip < 0.5, f"pcb: clip must lie in [0, 0.5), got {clip}")
+    check_number("pcb: scale", scale)
+
+    def clips(size: int) -> tuple[int, int]:
+        """Ranks from the largest of the upper and the lower clip."""
+        return size - max(int(size * (1 - clip) - 1), 0), size - int(size * clip)
+
+    def best(size: int) -> tuple[int, int]:
+        """Ranks from the largest of the largest score and of q."""
+        return 1, size - min(int(size * (1 - ratio)), size - 1)
+
+    def merged(statistic: Stack, quantiles: Quantiles | None) -> Float[Array, "..."]:
+        deltas = statistic.deltas
+        if quantiles is None:
+            limits = [_limits(magnitude_keys(delta), clips(delta.size), magnitude_of) for delta in deltas]
+        else:
+            limits = _found(quantiles.magnitudes, magnitude_of)
+        scores, clipped = _scores(deltas, limits, inter)
+        if quantiles is None or quantiles.scores is None:
+            limits = [_limits(value_keys(score), best(score.size), value_of) for score in scores]
+        else:
+            limits = _found(quantiles.scores, value_of)
+        shares = [_share(*each) for each in zip(scores, limits, deltas, strict=True)]
+        summed = total(w * b * c for w, b, c in zip(statistic.weights, shares, clipped, strict=True))
+        return jnp.asarray(scale, summed.dtype) * summed / jnp.maximum(total(shares), 1e-12)
+
+    def survey(found: Any) -> Survey | None:
+        if found is None or not found.magnitudes.complete:
+            search = found and found.magnitudes
+            first = _thresholds.search(search, lambda delta, _: magnitude_keys(delta), _ranks(clips))
+            return first._replace(combine=lambda totals: Quantiles(first.combine(totals)))
+        if found.scores is not None and found.scores.complete:
+            return None
+
+        def keys(seen: Seen) -> list[Array]:
+            limits = _found(found.magnitudes, magnitude_of)
+            return [value_keys(score) for score in _scores(list(seen.deltas), limits, inter)[0]]
+
+        then = _thresholds.search(found.scores, keys, _ranks(best), joint=True)
+        return then._replace(combine=lambda totals: Quantiles(found.magnitudes, then.combine(totals)))
+
+    def made(quantiles: Quantiles | None) -> Method:
+        return Method("pcb", init, update, lambda s: merged(s, quantiles), scope="entry", additive=False)
+
+    return dataclasses.replace(made(None), survey=survey, informed=lambda found: made(found.model))
+
+
+Pair = tuple[Array, Array]  # the larger one first
+
+
+def _scores(deltas: Sequence[Array], limits: Sequence[Pair], inter: Inter) -> tuple[list[Array], list[Array]]:
+    """The scores, and the clipped deltas."""
+    T = len(deltas)
+    limits = [
+        (high.astype(delta.dtype), low.astype(delta.dtype)) for (high, low), delta in zip(limits, deltas, strict=True)
+    ]
+    clipped = [jnp.clip(jnp.abs(delta), low, high) for delta, (high, low) in zip(deltas, limits, strict=True)]
+    v = [over(c - low, high - low) for c, (high, low) in zip(clipped, limits, strict=True)]
+    signs = [jnp.sign(delta) for delta in deltas]
+    others = total(deltas) if inter == "deltas" else total(sign * x for sign, x in zip(signs, v, strict=True))
+    scores = [jnp.exp(T * (x**2 - 1)) * jnp.tanh(delta * others) for x, delta in zip(v, deltas, strict=True)]
+    return scores, [sign * c for sign, c in zip(signs, clipped, strict=True)]
+
+
+def _share(score: Array, limits: Pair, delta: Array) -> Array:
+    """`b`; where no score exceeds q, all that reach it (and are not zero) count alike."""
+    highest, q = (limit.astype(score.dtype) for limit in limits)
+    alike = ((score >= q) & (delta != 0)).astype(score.dtype)
+    return jnp.where(highest > q, jnp.clip(over(score - q, highest - q), 0, 1), alike)
+
+
+def _limits(keys: Array, ranks: tuple[int, int], value: Callable[[Array], Array]) -> Pair:
+    first, second = (value(_thresholds.kth_largest(keys, rank)) for rank in ranks)
+    return first, second
+
+
+def _found(search: Search, value: Callable[[Array], Array]) -> list[Pair]:
+    return [(value(high), value(low)) for high, low in _thresholds.found_keys(search)]
+
+
+def _ranks(ranks: Callable[[int], tuple[int, int]]) -> _thresholds.Ranks:
+    return lambda entries: np.array([ranks(int(size)) for size in entries])

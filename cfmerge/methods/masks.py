@@ -1,0 +1,229 @@
+"""Masks: entry by entry, which experts have a say.
+
+magmax      the delta of largest magnitude                                         MagMax, arXiv 2407.06322
+consensus   the sum, where enough experts lean on it                               TALL masks, arXiv 2405.07813
+sce         select, calculate, erase                                               FuseChat SCE, arXiv 2408.07990
+ram         the mean over those that changed the entry                             RAM, arXiv 2601.13572
+random_expert   the delta of an expert drawn at random: a control for all of these
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cfmerge import linalg
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import _stack
+from cfmerge.methods._base import Context, Method
+from cfmerge.methods._random import uniform
+from cfmerge.methods._registry import Number, check_number, register
+from cfmerge.methods._stack import Stack, ratio, total
+from cfmerge.methods._thresholds import largest, magnitude_keys, share_of
+
+
+@register
+def magmax(scale: Number = 0.5, ties: Literal["later", "first"] = "later") -> Method:
+    """Of each entry the delta of largest magnitude, times a scale.
+
+    Args:
+        scale: of the merged delta.
+        ties: which of two equal magnitudes: that of the "later" or of the "first" expert.
+
+    Source: Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322.
+    """
+    check_number("magmax: scale", scale)
+
+    def update(statistic: Array, delta: Float[Array, "..."], weight: float | Array = 1.0) -> Array:
+        item = weight * delta
+        size, held = jnp.abs(item), jnp.abs(statistic)
+        return jnp.where(size >= held if ties == "later" else size > held, item, statistic)
+
+    return Method(
+        "magmax", jnp.zeros_like, update, lambda statistic: scale * statistic, scope="entry", additive=False,
+        ordered=True,
+    )  # fmt: skip
+
+
+@register
+def consensus(threshold: Number = 0.4, agree: int = 2, scale: Number = 0.3) -> Method:
+    """The sum of the deltas, in those entries that matter to enough experts.
+
+    An entry matters to expert t if `|D_t| > threshold |N - D_t|`, `N` the sum of all deltas.
+
+    Args:
+        threshold: the published code tries 0.2 to 0.6.
+        agree: to how many experts an entry must matter to be kept (all of them where there are fewer); 0 keeps all.
+        scale: of the sum, as in task arithmetic.
+
+    Source: Wang et al., Localizing Task Information (TALL masks), ICML 2024, arXiv 2405.07813.
+    """
+    check_number("consensus: threshold", threshold, 0)
+    check_number("consensus: agree", agree, 0)
+    check_number("consensus: scale", scale)
+
+    def solve(statistic: Stack) -> Float[Array, "..."]:
+        items = _stack.weighted(statistic)
+        summed = total(items)
+        votes = _counts(tall_masks(items, summed, threshold))
+        return jnp.asarray(scale, summed.dtype) * jnp.where(votes >= min(agree, len(items)), summed, 0)
+
+    return Method("consensus", _stack.init, _stack.update, solve, scope="entry", additive=False)
+
+
+def tall_masks(deltas: list[Array], summed: Array, threshold: Any) -> list[Array]:
+    """In which entries each delta matters: `|D_t| > threshold |N - D_t|`."""
+    return [jnp.abs(delta) > threshold * jnp.abs(summed - delta) for delta in deltas]
+
+
+@register
+def sce(density: Number = 1.0, uniform_below: Number = 0.0) -> Method:
+    """Weights each expert by its energy in the entries where the experts differ most, and drops minority signs.
+
+    select: the entries of largest variance over the experts; calculate: `w_t = ||D_t||^2 / sum_s ||D_s||^2` in
+    these; erase: what has not the sign of `sum_t D_t`; the weighted mean of the rest.
+
+    Args:
+        density: share of the entries with any variance that is selected, in each tensor; 1 selects all entries.
+        uniform_below: equal weights where the mean squares of the deltas sum to less: 1e-6 does as mergekit, in
+            which ordinary fine-tuning stays below; 0 weights as published.
+
+    Source: Wan et al., FuseChat, arXiv 2408.07990.
+    """
+    check_number("sce: density", density, 0, 1)
+    check_number("sce: uniform_below", uniform_below, 0)
+
+    def solve(statistic: Stack) -> Float[Array, "..."]:
+        deltas = list(statistic.deltas)
+        selected = _selected(deltas, density)
+        deltas = [jnp.where(selected, delta, 0) for delta in deltas]
+        size = _largest(deltas)
+        squares = [jnp.mean(ratio(delta, size) ** 2) for delta in deltas]
+        even = total(squares) * size**2 < jnp.asarray(uniform_below, size.dtype)
+        weights = [jnp.where(even, 1 / len(deltas), ratio(square, total(squares))) for square in squares]
+        sign = jnp.where(total(deltas) >= 0, 1, -1)
+        agree = [jnp.sign(delta) == sign for delta in deltas]
+        summed = total(jnp.where(a, w * d, 0) for a, w, d in zip(agree, weights, deltas, strict=True))
+        return ratio(summed, total(jnp.where(a, w, 0) for a, w in zip(agree, weights, strict=True)))
+
+    return Method("sce", _stack.init, _stack.update, solve, scope="tensor", additive=False, weights="none")
+
+
+def _selected(deltas: list[Array], density: Any) -> Array:
+    """The entries of largest variance over the experts; all where there is none."""
+    size = _largest(deltas)
+    moved = [ratio(delta - deltas[0], size) for delta in deltas]  # exactly 0 where all are the same
+    mean = total(moved) / len(moved)
+    variance = total((each - mean) ** 2 for each in moved)
+    differing = jnp.sum(variance > 0, dtype=jnp.int32)
+    count = jnp.where(differing > 0, share_of(density, differing, "floor"), variance.size)
+    return largest(magnitude_keys(variance), count) | (jnp.asarray(density) >= 1)
+
+
+def _largest(deltas: list[Array]) -> Array:
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(delta), initial=0) for delta in deltas]))
+
+
+@register
+def ram(threshold: Number = 1e-5, relative: bool = False) -> Method:
+    """Of each entry the mean of the deltas that changed it: what only one expert changed is kept whole.
+
+    Args:
+        threshold: an expert has changed an entry if its delta there is larger than this.
+        relative: the threshold is in units of the root mean square of the expert's delta in the tensor.
+
+    Source: Reinforced Agent Merging (RAM), arXiv 2601.13572, as in mergekit.
+    """
+    check_number("ram: threshold", threshold, 0)
+
+    def solve(statistic: Stack) -> Float[Array, "..."]:
+        active = _active(statistic, threshold, relative)
+        summed = total(jnp.where(a, d, 0) for a, d in zip(active, statistic.deltas, strict=True))
+        return summed / jnp.maximum(_counts(active), 1).astype(summed.dtype)
+
+    return _ram("ram", solve, relative)
+
+
+@register
+def ram_plus(threshold: Number = 1e-5, r: Number = 0.1, alpha: Number = 0.2, relative: bool = False) -> Method:
+    """`ram`, where what only one expert changed is amplified by how much else that expert shares with others.
+
+    Those entries are multiplied by `1 + r min(rho, alpha)`, `rho` the number of the expert's entries that others
+    changed too, over the number of those that only it changed, in the tensor.
+
+    Args:
+        threshold: an expert has changed an entry if its delta there is larger than this.
+        r: how much is amplified.
+        alpha: the largest rho that counts.
+        relative: the threshold is in units of the root mean square of the expert's delta in the tensor.
+
+    Source: Reinforced Agent Merging (RAM+), arXiv 2601.13572, as in mergekit.
+    """
+    check_number("ram_plus: threshold", threshold, 0)
+    check_number("ram_plus: r", r)
+    check_number("ram_plus: alpha", alpha, 0)
+
+    def solve(statistic: Stack) -> Float[Array, "..."]:
+        active = _active(statistic, threshold, relative)
+        counts = _counts(active)
+        dtype = statistic.deltas[0].dtype
+        summed = jnp.zeros_like(statistic.deltas[0])
+        for mask, delta in zip(active, statistic.deltas, strict=True):
+            own, shared = mask & (counts == 1), mask & (counts > 1)
+            rho = jnp.sum(shared, dtype=dtype) / jnp.maximum(jnp.sum(own, dtype=dtype), 1)
+            factor = 1 + jnp.asarray(r, dtype) * jnp.minimum(rho, jnp.asarray(alpha, dtype))
+            summed = summed + jnp.where(own, factor * delta, jnp.where(shared, delta, 0))
+        return summed / jnp.maximum(counts, 1).astype(dtype)
+
+    return _ram("ram_plus", solve, True)
+
+
+def _ram(name: str, solve: Any, whole: bool) -> Method:
+    scope: Literal["tensor", "entry"] = "tensor" if whole else "entry"
+    return Method(name, _stack.init, _stack.update, solve, scope=scope, additive=False, weights="none")
+
+
+def _active(statistic: Stack, threshold: Any, relative: bool) -> list[Array]:
+    def least(delta: Array) -> Array:
+        absolute = jnp.asarray(threshold, delta.dtype)
+        return absolute * linalg.norm(delta) / max(delta.size, 1) ** 0.5 if relative else absolute
+
+    return [jnp.abs(delta) > least(delta) for delta in statistic.deltas]
+
+
+def _counts(active: list[Array]) -> Array:
+    return total(mask.astype(jnp.int32) for mask in active)
+
+
+class Drawn(NamedTuple):
+    """The delta of the expert with the largest draw so far."""
+
+    delta: Float[Array, "..."]
+    draw: Float[Array, "..."]
+
+
+@register
+def random_expert() -> Method:
+    """Of each entry the delta of an expert drawn at random, all with the same probability: a control.
+
+    Any rule that chooses one expert for each entry should do better. Every expert draws a number for each entry
+    from its own key, and the largest wins, so that the order of the experts makes no difference.
+
+    Source: a control, not a published method.
+    """
+
+    def init(base: Float[Array, "..."]) -> Drawn:
+        return Drawn(jnp.zeros_like(base), jnp.full_like(base, -1))
+
+    def update(statistic: Drawn, delta: Array, weight: float | Array, context: Context) -> Drawn:
+        if context.key is None:
+            raise CfmergeError("random_expert: is random, and needs a key in the context")
+        draw = uniform(context.key, delta.shape, delta.dtype, context.start)
+        equal = (draw == statistic.draw) & (delta > statistic.delta)  # neither order may show
+        wins = (draw > statistic.draw) | equal
+        return Drawn(jnp.where(wins, delta, statistic.delta), jnp.where(wins, draw, statistic.draw))
+
+    return Method(
+        "random_expert", init, update, lambda statistic: statistic.delta, scope="entry", additive=False,
+        weights="none", random=True,
+    )  # fmt: skip

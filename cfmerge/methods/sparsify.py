@@ -1,0 +1,290 @@
+"""Sparsifiers: transforms that keep some entries of each delta, by size, by chance or by both.
+
+    trim            the largest `|D|`                                     TIES, arXiv 2306.01708, step 1
+    trim_deviation  those further than some standard deviations from the mean       (options of TIES'
+    trim_energy     the largest that together hold a share of `||D||^2`              published code)
+    outliers        the largest but for the very largest                  Breadcrumbs, arXiv 2312.06795
+    drop            each with probability `1 - p`, over `1 - p`           DARE, arXiv 2311.03099
+    drop_by_rank    with a probability that grows with the rank in its row, over that      DELLA, arXiv 2406.11617
+    scale           all, times a number
+
+`drop` and `drop_by_rank` leave the mean over draws what it was: `E[D m / q] = D` for a mask `m` of mean `q`.
+"""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from cfmerge import linalg
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import _thresholds
+from cfmerge.methods._base import NO_CONTEXT, Context, Found, Scope, Survey, Transform
+from cfmerge.methods._random import uniform
+from cfmerge.methods._registry import Number, PerExpert, check, check_number, register
+from cfmerge.methods._stack import ratio
+from cfmerge.methods._thresholds import Search, magnitude_keys, share_of
+
+Norm = Literal["none", "l1", "l2", "linf"]
+Count = Literal["ceil", "floor", "round", "official"]
+
+
+@register
+def scale(factor: Number = 1.0) -> Transform:
+    """Times a number: of each delta in front of a method, of the merged delta behind it.
+
+    Args:
+        factor: the number.
+
+    Source: Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089.
+    """
+    check_number("scale: factor", factor)
+    return Transform("scale", lambda delta: jnp.asarray(factor, delta.dtype) * delta)
+
+
+@register
+def trim(
+    density: PerExpert = 0.2,
+    scope: Literal["tensor", "model"] = "tensor",
+    count: Count = "ceil",
+    rescale: Norm = "none",
+) -> Transform:
+    """Keeps the entries of largest magnitude.
+
+    Args:
+        density: share of the entries that are kept.
+        scope: "tensor": that share of every tensor; "model": of the whole model, by one threshold for each expert,
+            found exactly in passes over the model before the merge. A tensor merged by itself is the whole model.
+        count: how the share becomes a number of entries: "ceil", "floor" or "round", of entries that tie those of
+            lower index; or "official", TIES' published code: floor + 1, and all that tie.
+        rescale: the norm of each tensor that is restored afterwards: "l1", "l2", "linf", or "none".
+
+    Source: Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708.
+    """
+    check_number("trim: density", density, 0, 1)
+
+    def wanted(size: Any) -> Any:
+        return _count(density, size, count)
+
+    def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
+        keys = magnitude_keys(delta)
+        if count == "official":
+            kept = keys >= _thresholds.kth_largest(keys, wanted(delta.size))
+        else:
+            kept = _thresholds.largest(keys, wanted(delta.size))
+        return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
+
+    if scope == "tensor":
+        return Transform("trim", apply, scope="tensor")
+    part: Scope = "entry" if rescale == "none" else "tensor"
+
+    def survey(found: Any) -> Survey | None:
+        search = _thresholds.model_of(found)
+        if search is None or not search.complete:
+            return _thresholds.search(search, lambda delta, _: magnitude_keys(delta), ranks)
+        if count == "official" or not search.tied or isinstance(found, Found):
+            return None
+        return _ties(search)
+
+    def ranks(entries: Int[np.ndarray, " T"]) -> Int[np.ndarray, "T 1"]:
+        return np.stack([[wanted(size)] for size in entries])
+
+    def informed(found: Found) -> Transform:
+        def applied(delta: Float[Array, "..."], context: Context = NO_CONTEXT) -> Float[Array, "..."]:
+            keys, number = magnitude_keys(delta), context.number
+            key = _thresholds.found_keys(found.model)[number, 0]
+            kept = keys >= key
+            if found.tensor is not None:
+                kept = (keys > key) | _thresholds.first(keys == key, jnp.asarray(found.tensor)[number])
+            kept &= jnp.asarray(found.model.asked)[number, 0] > 0
+            return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
+
+        return Transform("trim", applied, scope=part)
+
+    return Transform("trim", apply, scope=part, survey=survey, informed=informed)
+
+
+def _count(density: Any, size: Any, count: Count) -> Any:
+    if count != "official":
+        return share_of(density, size, count)
+    many = share_of(density, size, "floor") + 1
+    return min(many, int(size)) if isinstance(many, int) else jnp.minimum(many, size)
+
+
+def _ties(search: Search) -> Survey:
+    """The pass that counts, place by place, what ties with the threshold; the first of them are kept."""
+
+    def measure(delta: Float[Array, "..."], context: Context = NO_CONTEXT) -> Int[Array, ""]:
+        keys = magnitude_keys(delta)
+        key = _thresholds.found_keys(search)[context.number, 0]
+        return jnp.sum(keys == key, dtype=jnp.int32)
+
+    def combine(counts: Any) -> Found:
+        left, quotas = search.ranks[:, 0], {}
+        for place, count in counts.items():
+            quotas[place] = np.minimum(left, np.asarray(count, np.int64)).astype(np.int32)
+            left = left - quotas[place]
+        return Found(search, quotas)
+
+    return Survey(measure, combine, by_tensor=True)
+
+
+@register
+def trim_deviation(factor: PerExpert = 1.0) -> Transform:
+    """Keeps the entries further from the tensor's mean than some standard deviations.
+
+    Args:
+        factor: how many standard deviations.
+
+    Source: published code of Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708 (option "std").
+    """
+    check_number("trim_deviation: factor", factor, 0)
+
+    def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
+        size = jnp.max(jnp.abs(delta))
+        unit = ratio(delta, size)
+        far = jnp.abs(unit - jnp.mean(unit))
+        variance = jnp.sum(far**2) / max(delta.size - 1, 1)
+        return jnp.where(far**2 > jnp.asarray(factor, delta.dtype) ** 2 * variance, delta, 0)
+
+    return Transform("trim_deviation", apply, scope="tensor")
+
+
+@register
+def trim_energy(share: PerExpert = 0.9, keep_last: bool = False) -> Transform:
+    """Keeps the fewest entries of largest magnitude that hold a share of the tensor's squared norm.
+
+    Args:
+        share: of the squared norm. Entries that tie with the last are kept.
+        keep_last: keeps the tensor's last entry whatever its size, as the published code does by a slip.
+
+    Source: published code of Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708 (option "nf").
+    """
+    check_number("trim_energy: share", share, 0, 1)
+
+    def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
+        keys = magnitude_keys(delta)
+        energies = lax.stop_gradient(ratio(delta, jnp.max(jnp.abs(delta)))) ** 2
+        least = jnp.asarray(share, delta.dtype) * jnp.sum(energies)
+        key = _thresholds.highest(keys.dtype, lambda key: jnp.sum(jnp.where(keys >= key, energies, 0)) >= least)
+        kept = (keys >= key) & (least > 0)
+        if keep_last:
+            kept |= (jnp.arange(delta.size) == delta.size - 1).reshape(delta.shape)
+        return jnp.where(kept, delta, 0)
+
+    return Transform("trim_energy", apply, scope="tensor")
+
+
+@register
+def outliers(density: PerExpert = 0.9, gamma: PerExpert = 0.01, rescale: Norm = "none") -> Transform:
+    """Drops the entries of largest magnitude as well as the smallest, in each tensor.
+
+    Args:
+        density: share of the entries that are kept.
+        gamma: share of the largest that are dropped; fewer, where the density would not be met. A tensor of fewer
+            than 1 / gamma entries loses none of them, so 0 is `trim`.
+        rescale: the norm of each tensor that is restored afterwards: "l1", "l2", "linf", or "none".
+
+    Source: Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795; shares and rounding of mergekit.
+    """
+    check_number("outliers: density", density, 0, 1)
+    check_number("outliers: gamma", gamma, 0, 1)
+
+    def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
+        keys = magnitude_keys(delta)
+        kept, top = share_of(density, delta.size, "floor"), share_of(gamma, delta.size, "floor")
+        top = jnp.minimum(top, delta.size - kept)
+        inside = _thresholds.largest(keys, top + kept) & ~_thresholds.largest(keys, top)
+        return _rescaled(delta, jnp.where(inside, delta, 0), rescale)
+
+    return Transform("outliers", apply, scope="tensor")
+
+
+@register
+def drop(p: PerExpert = 0.9, rescale: Literal["inverse", "none", "l1", "l2", "linf"] = "inverse") -> Transform:
+    """Drops entries at random and scales up the others.
+
+    Args:
+        p: the probability to be dropped.
+        rescale: "inverse": times 1 / (1 - p), so that the mean over draws is the delta itself; "l1", "l2", "linf":
+            to the norm that the tensor had (mergekit: "l1"); "none".
+
+    Source: Yu et al., Language Models are Super Mario (DARE), ICML 2024, arXiv 2311.03099.
+    """
+    check_number("drop: p", p, 0, 1)
+
+    def apply(delta: Float[Array, "..."], context: Context) -> Float[Array, "..."]:
+        draws = _draws("drop", delta, context)
+        kept = jnp.where(draws >= jnp.asarray(p, draws.dtype), delta, 0)
+        if rescale == "inverse":
+            return ratio(kept, 1 - jnp.asarray(p, delta.dtype))
+        return _rescaled(delta, kept, rescale)
+
+    part: Scope = "entry" if rescale in {"inverse", "none"} else "tensor"
+    return Transform("drop", apply, scope=part, random=True)
+
+
+@register
+def drop_by_rank(
+    density: PerExpert = 0.5,
+    epsilon: PerExpert = 0.05,
+    rescale: Literal["inverse", "none", "l1", "l2", "linf"] = "inverse",
+) -> Transform:
+    """Drops entries at random, small ones more often, and scales up the others.
+
+    The probability to be kept grows linearly with the rank of the magnitude within its row, from density - epsilon
+    to density + epsilon; equal magnitudes share their mean rank. A vector is one row.
+
+    Args:
+        density: the mean probability to be kept.
+        epsilon: half the range of the probabilities; density +- epsilon must lie between 0 and 1.
+        rescale: "inverse": each entry over its own probability, so that the mean over draws is the delta itself;
+            "l1", "l2", "linf": to the norm that the tensor had (mergekit: "l1", and 0.15 for epsilon); "none".
+
+    Source: Deep et al., DELLA-Merging, arXiv 2406.11617.
+    """
+    check_number("drop_by_rank: density", density, 0, 1)
+    check_number("drop_by_rank: epsilon", epsilon, 0, 1)
+    if isinstance(density, int | float) and isinstance(epsilon, int | float):
+        check(
+            density - epsilon > 0 and density + epsilon <= 1,
+            f"drop_by_rank: density - epsilon must be positive and density + epsilon at most 1, "
+            f"got {density} and {epsilon}",
+        )
+
+    def apply(delta: Float[Array, "..."], context: Context) -> Float[Array, "..."]:
+        keep = keep_probabilities(delta, density, epsilon)
+        kept = jnp.where(_draws("drop_by_rank", delta, context) < keep, delta, 0)
+        return ratio(kept, keep) if rescale == "inverse" else _rescaled(delta, kept, rescale)
+
+    return Transform("drop_by_rank", apply, scope="tensor", random=True)
+
+
+def keep_probabilities(delta: Float[Array, "..."], density: Any, epsilon: Any) -> Float[Array, "..."]:
+    """DELLA's `density - epsilon + 2 epsilon rank / (n - 1)`, ranks from 0 in rows of n entries."""
+    rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
+    low, spread = jnp.asarray(density - epsilon, delta.dtype), jnp.asarray(2 * epsilon, delta.dtype)
+    n = rows.shape[1]
+    share = _thresholds.middle_ranks(magnitude_keys(rows)) / (n - 1) if n > 1 else jnp.full(rows.shape, 0.5)
+    return jnp.clip(low + spread * share.astype(delta.dtype), 0, 1).reshape(delta.shape)
+
+
+def _draws(name: str, delta: Array, context: Context) -> Float[Array, "..."]:
+    if context.key is None:
+        raise CfmergeError(f"{name}: is random, and needs a key in the context")
+    return uniform(context.key, delta.shape, delta.dtype, context.start)
+
+
+def _rescaled(before: Array, after: Array, norm: str) -> Array:
+    """What was kept, brought to the norm that was there before; as it is where nothing was kept."""
+    if norm == "none":
+        return after
+    return after * ratio(_size(before, norm), _size(after, norm), 1.0)
+
+
+def _size(x: Array, norm: str) -> Array:
+    if norm == "l2":
+        return linalg.norm(x).reshape(())
+    return jnp.sum(jnp.abs(x)) if norm == "l1" else jnp.max(jnp.abs(x), initial=0)

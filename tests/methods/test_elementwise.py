@@ -1,0 +1,429 @@
+"""Sparsifiers, sign consensus, masks, layer scales: the peers' numbers, and what papers and peers get wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CASES, check, check_states, load, names
+
+import cfmerge
+from cfmerge import methods
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import Context
+from cfmerge.methods._random import key_of
+
+
+def deltas_of(seed=0, experts=3, shape=(6, 8)):
+    return np.random.default_rng(seed).standard_normal((experts, *shape)).astype(np.float32)
+
+
+def merge(method, deltas, **options):
+    """The merged delta of a zero base."""
+    return np.asarray(cfmerge.merge_tensor(np.zeros_like(deltas[0]), list(deltas), method, **options))
+
+
+def check_precisions(case, method, key="expected", **options):
+    """`check` without jit, for methods that survey the model."""
+    check(case, method, key, jit=False, **options)
+
+
+# --- golden: TIES -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names("mk_ties"))
+def test_ties_of_mergekit(name):
+    p = CASES[name]["params"]
+    method = methods.ties(
+        p["density"], p["lambda"], "mergekit", combine="mean" if p["normalize"] else "sum",
+        rescale="l1" if p["rescale"] else "none",
+    )  # fmt: skip
+    check(CASES[name], method, weights=p["weight"])
+
+
+def test_ties_of_actmat():
+    p = CASES["actmat_ties"]["params"]
+    check(CASES["actmat_ties"], methods.ties(p["ties_k"], scope="tensor", count="round"))
+
+
+ELECT = {"mass": "mass", "normfrac": "norm_fraction", "normmass": "norm_mass"}
+
+
+@pytest.mark.parametrize("name", [n for n in names("of_ties") if CASES[n]["params"]["reset_type"] == "topk"])
+def test_ties_of_the_authors(name):
+    p = CASES[name]["params"]
+    options = {"elect": ELECT[p["resolve_method"]], "combine": p["merge_func"].removeprefix("dis-")}
+    check_precisions(CASES[name], methods.ties(p["reset_thresh"] / 100, p["lambda"], "official", **options))
+
+
+def test_ties_of_the_authors_with_other_thresholds():
+    vote = methods.disjoint_mean(zero="majority")
+    p = CASES["of_ties_std_mass_mean"]["params"]
+    check_precisions(CASES["of_ties_std_mass_mean"], methods.trim_deviation(p["reset_thresh"]) >> vote)
+    p = CASES["of_ties_nf_mass"]["params"]
+    check_precisions(CASES["of_ties_nf_mass"], methods.trim_energy(p["reset_thresh"], keep_last=True) >> vote)
+
+
+@pytest.mark.parametrize("name", names("fb_ties"))
+def test_ties_of_fusion_bench(name):
+    p = CASES[name]["params"]
+    method = methods.ties(p["threshold"] / 100, p["scaling_factor"], "fusion_bench", combine=p["merge_func"])
+    check_states(CASES[name], method)
+
+
+# --- golden: Breadcrumbs, DARE, DELLA -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names("mk_breadcrumbs"))
+def test_breadcrumbs(name):
+    p = CASES[name]["params"]
+    if "ties" in name:
+        options = {"combine": "mean" if p["normalize"] else "sum", "zero": "positive"}
+        method = methods.breadcrumbs_ties(p["density"], p["gamma"], p["lambda"], **options)
+    else:
+        method = methods.breadcrumbs(p["density"], p["gamma"], p["lambda"])
+    check(CASES[name], method, "expected_sane" if "quirk" in name else "expected", weights=p["weight"])
+
+
+def draws_of(name, method, count):
+    """Mean and standard error over `count` draws of the merged delta."""
+    case = CASES[name]
+    arrays = load(case)
+    deltas = [arrays[f"expert_{t}"].astype(np.float32) - arrays["base"].astype(np.float32)
+              for t in range(case["num_experts"])]  # fmt: skip
+    weights = case["params"].get("weight", [1.0] * len(deltas))
+    parts = [methods._registry.of_expert(method, t) for t in range(len(deltas))]
+
+    def one(key):
+        statistic = parts[0].init(jnp.zeros_like(deltas[0]))
+        for t, (part, delta, weight) in enumerate(zip(parts, deltas, weights, strict=True)):
+            context = Context(jax.random.fold_in(key, t), t)
+            statistic = part.see(statistic, jnp.asarray(delta), weight, context)
+        return parts[0].solve(statistic)
+
+    drawn = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), count)), np.float64)
+    return arrays, drawn.mean(0), drawn.std(0, ddof=1) / np.sqrt(count)
+
+
+@pytest.mark.parametrize("name", [*names("mk_dare"), *names("mk_della"), *names("fb_dare")])
+def test_means_over_draws(name):
+    p = CASES[name]["params"]
+    rescale = "none" if not p["rescale"] else "l1" if name.startswith("mk_") else "inverse"
+    vote = {"combine": "mean" if p.get("normalize") else "sum", "zero": "positive"}
+    density = tuple(p["density"]) if "density" in p else ()
+    if name == "fb_dare_rescale":
+        method = methods.dare_linear(p["sparsity_ratio"], 1.0)
+    elif "dare" in name:
+        dropped = tuple(1 - d for d in density)
+        linear = methods.dare_linear(dropped, 1.0, rescale)
+        method = linear if "linear" in name else methods.dare_ties(dropped, 1.0, rescale, **vote)
+    else:
+        linear = methods.della_linear(density, tuple(p["epsilon"]), 1.0, rescale)
+        method = linear if "linear" in name else methods.della(density, tuple(p["epsilon"]), 1.0, rescale, **vote)
+    arrays, mean, sem = draws_of(name, method, 4000)
+    assert np.all(np.abs(mean - arrays["expected_mean_delta"]) <= 5 * np.hypot(sem, arrays["expected_mean_delta_sem"]))
+    if "expected_exact_mean_delta" in arrays:
+        assert np.all(np.abs(mean - arrays["expected_exact_mean_delta"]) <= 5 * sem + 1e-6)
+    if "expected_exact_var_delta" in arrays:
+        np.testing.assert_allclose(sem**2 * 4000, arrays["expected_exact_var_delta"], rtol=0.3)
+
+
+def test_dare_of_the_paper_is_unbiased():
+    p = CASES["mk_dare_linear_rescale"]["params"]
+    method = methods.dare_linear(tuple(1 - d for d in p["density"]), 1.0)
+    arrays, mean, sem = draws_of("mk_dare_linear_rescale", method, 4000)
+    assert np.all(np.abs(mean - arrays["expected_paper_unbiased_mean_delta"]) <= 5 * sem + 1e-6)
+
+
+def test_keep_probabilities_of_della():
+    from cfmerge.methods.sparsify import keep_probabilities
+
+    name = "mk_della_linear_norescale"
+    arrays, p = load(CASES[name]), CASES[name]["params"]
+    for t in range(2):
+        delta = jnp.asarray(arrays[f"expert_{t}"] - arrays["base"], jnp.float32)
+        got = keep_probabilities(delta, p["density"][t], p["epsilon"][t])
+        np.testing.assert_allclose(got, arrays[f"expected_keep_prob_{t}"], atol=1e-6)
+
+
+# --- golden: masks, PCB, LiNeS ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names("mk_sce"))
+def test_sce(name):
+    density = CASES[name]["params"]["select_topk"]
+    check(CASES[name], methods.sce(density), "expected_sane" if "quirk" in name else "expected")
+
+
+def test_the_fallback_of_mergekits_sce_is_reachable():
+    check(CASES["mk_sce_small_quirk"], methods.sce(1.0, uniform_below=1e-6))
+
+
+def test_ram():
+    p = CASES["mk_ram"]["params"]
+    check(CASES["mk_ram"], methods.ram(p["epsilon"]))
+    p = CASES["mk_ramplus_tl"]["params"]
+    check(CASES["mk_ramplus_tl"], methods.ram_plus(p["epsilon"], p["r"], p["alpha"]))
+
+
+@pytest.mark.parametrize("name", names("fb_magmax"))
+def test_magmax(name):
+    check_states(CASES[name], methods.magmax(CASES[name]["params"]["scaling_factor"]))
+
+
+def test_consensus():
+    from cfmerge.methods.masks import tall_masks
+
+    case = CASES["fb_tall_mask"]
+    arrays, p = load(case), case["params"]
+    method = methods.consensus(p["tall_mask_lambda"], p["prun_thre_k"], p["scaling"])
+    check(case, method, "expected_consensus_merged")
+    deltas = [jnp.asarray(arrays[f"expert_{t}"] - arrays["base"]) for t in range(3)]
+    masks = np.asarray(tall_masks(deltas, sum(deltas), p["tall_mask_lambda"]))
+    np.testing.assert_array_equal(masks, arrays["expected_masks"])
+    np.testing.assert_array_equal(masks.sum(0) >= 2, arrays["expected_consensus_mask"])
+
+
+def test_pcb():
+    p = CASES["pcb_readme"]["params"]
+    check_precisions(CASES["pcb_readme"], methods.pcb(p["pcb_ratio"], p["clamp"], p["lambda"]))
+    p = CASES["pcb_vision"]["params"]
+    check_precisions(CASES["pcb_vision"], methods.pcb(p["att_ratio"], p["clamp"], p["lambda"], "ranks"))
+
+
+@pytest.mark.parametrize("name", names("lines"))
+def test_lines(name):
+    p = CASES[name]["params"]
+    method = methods.task_arithmetic(1.0) >> methods.lines(p["alpha"], p["beta"])
+    check_states(CASES[name], method, "expected_sane" if "quirk" in name else "expected")
+
+
+# --- what the methods are, in NumPy -------------------------------------------------------------------------------
+
+
+def trimmed(delta, density):
+    count = int(np.ceil(density * delta.size))
+    kept = np.argsort(-np.abs(delta).ravel(), kind="stable")[:count]
+    return np.where(np.isin(np.arange(delta.size), kept).reshape(delta.shape), delta, 0)
+
+
+def voted(items, weights):
+    """The mean of those that have the sign of the sum."""
+    sign = np.sign(items.sum(0))
+    agree = (np.sign(items) == sign) & (items != 0)
+    weight = np.where(agree, weights[:, None, None], 0).sum(0)
+    return np.where(agree, items, 0).sum(0) / np.where(weight == 0, 1, weight)
+
+
+def test_ties_in_numpy():
+    deltas, weights = deltas_of().astype(np.float64), np.array([1.0, 2.0, 0.5])
+    expected = voted(np.stack([w * trimmed(d, 0.3) for w, d in zip(weights, deltas, strict=True)]), weights)
+    for scope in ("model", "tensor"):
+        got = merge(methods.ties(0.3, scope=scope), deltas.astype(np.float32), weights=list(weights))
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_ties_of_the_authors_over_a_model():
+    """Norms, majority and threshold of the whole model, though it comes tensor by tensor; -1 + 1 cancels."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-3, 4, (3, 60)).astype(np.float32) * [[1.0], [1.0], [2.0]]
+    shapes = {"a": (4, 5), "b": (20,), "c": (20,)}
+
+    def tree(row):
+        parts = np.split(row.astype(np.float32), 3)
+        return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    for options in ({}, {"elect": "norm_mass"}, {"elect": "norm_fraction"}):
+        method = methods.ties(0.4, variant="official", **options)
+        whole = merge(method, values.astype(np.float32))
+        base = tree(np.zeros(60))
+        got = cfmerge.merge_params(base, [tree(row) for row in values], method)
+        np.testing.assert_allclose(np.concatenate([np.ravel(got[n]) for n in shapes]), whole, atol=1e-5)
+    kept = np.where(np.abs(values) >= -np.sort(-np.abs(values), axis=1)[:, 24:25], values, 0)
+    sign = np.sign(kept.sum(0))
+    sign = np.where(sign == 0, 1 if sign.sum() > 0 else -1, sign)
+    agree = np.sign(kept) == sign
+    expected = np.where(agree, kept, 0).sum(0) / np.maximum(agree.sum(0), 1)
+    np.testing.assert_allclose(merge(methods.ties(0.4, variant="official"), values.astype(np.float32)), expected,
+                               atol=1e-5)  # fmt: skip
+
+
+def test_cancelled_votes():
+    deltas = np.array([[[2.0, 3.0]], [[-2.0, 1.0]]], np.float32)
+    for zero, expected in {"drop": 0.0, "positive": 2.0}.items():
+        assert merge(methods.disjoint_mean(zero=zero), deltas)[0, 0] == expected
+    assert merge(methods.disjoint_mean(zero="majority"), deltas)[0, 0] == 2.0
+    assert merge(methods.disjoint_mean(zero="majority"), -deltas)[0, 0] == -2.0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [methods.trim(1.0), methods.drop(0.0), methods.scale(1.0), methods.outliers(1.0, 0.0), methods.trim(1.0, "model")],
+)
+def test_nothing_dropped_is_the_identity(method):
+    deltas = deltas_of(experts=1)
+    np.testing.assert_array_equal(merge(method >> methods.task_arithmetic(1.0), deltas), deltas[0])
+
+
+def test_one_expert_and_identical_ones():
+    delta = deltas_of(experts=1)[0]
+    for method in (methods.ties(1.0), methods.disjoint_mean(), methods.magmax(1.0), methods.sce(), methods.ram(),
+                   methods.consensus(agree=2, scale=1.0), methods.random_expert()):  # fmt: skip
+        np.testing.assert_allclose(merge(method, [delta]), delta, rtol=1e-6)
+    for method in (methods.disjoint_mean(), methods.magmax(1.0), methods.sce(0.3), methods.random_expert()):
+        np.testing.assert_allclose(merge(method, [delta] * 3), delta, rtol=1e-6)
+    np.testing.assert_allclose(merge(methods.ties(0.3), [delta] * 3), trimmed(delta, 0.3), rtol=1e-6)
+
+
+def test_l2_and_linf_norms_are_restored():
+    delta = deltas_of(experts=1)[0]
+    sizes = {"l1": lambda x: np.abs(x).sum(), "l2": np.linalg.norm, "linf": lambda x: np.abs(x).max()}
+    for norm, size in sizes.items():
+        for part in (methods.trim(0.3, rescale=norm), methods.outliers(0.6, 0.1, norm), methods.drop(0.5, norm),
+                     methods.drop_by_rank(0.5, 0.1, norm)):  # fmt: skip
+            got = np.asarray(part(jnp.asarray(delta), Context(key_of(0, "w", "a"))))
+            np.testing.assert_allclose(size(got), size(delta), rtol=1e-5)
+            assert np.sum(got != 0) < delta.size
+
+
+def test_pcb_over_a_model():
+    """Quantiles of the whole model, though it comes tensor by tensor."""
+    rows = deltas_of(shape=(90,))
+    base = {"a": np.zeros((5, 8), np.float32), "b": np.zeros(50, np.float32)}
+    trees = [{"a": row[:40].reshape(5, 8), "b": row[40:]} for row in rows]
+    for inter in ("deltas", "ranks"):
+        method = methods.pcb(0.2, 0.05, 1.0, inter)
+        got = cfmerge.merge_params(base, trees, method)
+        np.testing.assert_allclose(
+            np.concatenate([np.ravel(got["a"]), got["b"]]), merge(method, rows), rtol=0, atol=1e-5
+        )
+
+
+def test_lines_of_the_data_free_rule():
+    """alpha = ||N|| / (||X|| T) over the model: of task arithmetic with scale s, 1 / (s T)."""
+    rng = np.random.default_rng(0)
+    base = {"embed": np.zeros(5, np.float32), "out": np.zeros((2, 3), np.float32)}
+    experts = [{k: rng.standard_normal(v.shape).astype(np.float32) for k, v in base.items()} for _ in range(4)]
+    got = cfmerge.merge_params(base, experts, methods.task_arithmetic(0.3) >> methods.lines())
+    mean = cfmerge.merge_params(base, experts, methods.average())
+    for name in base:
+        np.testing.assert_allclose(got[name], mean[name], rtol=1e-5)
+    deltas = deltas_of()
+    x = merge(methods.magmax(1.0), deltas)
+    expected = np.linalg.norm(deltas.sum(0)) / np.linalg.norm(x) / 3 * x
+    np.testing.assert_allclose(merge(methods.magmax(1.0) >> methods.lines(), deltas), expected, rtol=1e-5)
+
+
+def test_larv_scales_the_tiers():
+    rng = np.random.default_rng(0)
+    names_, base, experts = [f"layers.{n}.w.weight" for n in range(6)], {}, [{}, {}]
+    for number, name in enumerate(names_):
+        base[name] = rng.standard_normal((8, 8)).astype(np.float32)
+        size = 4.0 ** -np.arange(8) if number >= 4 else 0.5 ** np.arange(8) if number >= 2 else np.ones(8)
+        delta = (rng.standard_normal((8, 8)) * size).astype(np.float32)  # the later, the lower the effective rank
+        for expert in experts:
+            expert[name] = base[name] + delta
+    plain = cfmerge.merge_params(base, experts, methods.average())
+    got = cfmerge.merge_params(base, experts, methods.average() >> methods.larv(0.5, 2.0))
+    factors = [np.linalg.norm(got[n] - base[n]) / np.linalg.norm(plain[n] - base[n]) for n in names_]
+    np.testing.assert_allclose(factors, [0.5, 0.5, 1, 1, 2, 2], rtol=1e-4)
+
+
+# --- what peers get wrong -----------------------------------------------------------------------------------------
+
+
+def test_breadcrumbs_without_outliers_is_trim():
+    """mergekit keeps nothing where gamma leaves less than one entry: of every small tensor."""
+    delta = jnp.asarray(deltas_of(experts=1)[0])
+    for gamma in (0.0, 0.01):
+        got = methods.outliers(0.5, gamma)(delta)
+        np.testing.assert_array_equal(got, methods.trim(0.5)(delta))
+
+
+def test_a_density_that_leaves_less_than_one_entry():
+    """mergekit stops at a bare assertion."""
+    deltas = deltas_of(shape=(2, 2))
+    assert np.all(merge(methods.ties(0.2, variant="mergekit"), deltas) == 0)
+    assert np.count_nonzero(merge(methods.ties(0.2), deltas[:1])) == 1
+
+
+def test_weights_that_cancel():
+    deltas = deltas_of(experts=2)
+    for method in (methods.ties(), methods.ties(variant="mergekit"), methods.disjoint_mean()):
+        assert np.isfinite(merge(method, deltas, weights=[1.0, -1.0])).all()
+        assert np.isfinite(merge(method, np.abs(deltas), weights=[1e-3, -1e-3])).all()
+
+
+def test_sce_weights_ordinary_deltas_by_energy():
+    """rms 1e-4 and 4e-4: weights 1/17 and 16/17, where mergekit's are equal."""
+    sign = np.sign(deltas_of(experts=1)[0])
+    got = merge(methods.sce(), [1e-4 * sign, 4e-4 * sign])
+    np.testing.assert_allclose(got, (1e-4 / 17 + 4e-4 * 16 / 17) * sign, rtol=1e-5)
+
+
+# --- randomness ---------------------------------------------------------------------------------------------------
+
+RANDOM = {
+    "dare_linear": {}, "dare_ties": {}, "della": {}, "della_linear": {}, "random_expert": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_the_order_of_the_experts_changes_no_draw(name):
+    """Two experts, so that sums commute exactly."""
+    deltas = deltas_of(experts=2)
+    method = methods.make(name)
+    merged = merge(method, deltas, names=["a", "b"], seed=3)
+    assert merged.tobytes() == merge(method, deltas[::-1], names=["b", "a"], seed=3).tobytes()
+    assert merged.tobytes() != merge(method, deltas, names=["a", "b"], seed=4).tobytes()
+
+
+def test_random_expert_is_uniform():
+    deltas = np.stack([np.full((100, 100), value, np.float32) for value in (1.0, 2.0, 3.0)])
+    merged = merge(methods.random_expert(), deltas)
+    shares = [np.mean(merged == value) for value in (1, 2, 3)]
+    np.testing.assert_allclose(shares, 1 / 3, atol=5 * np.sqrt(2 / 9 / 1e4))
+
+
+# --- derivatives, bad parameters ----------------------------------------------------------------------------------
+
+SMOOTH = [
+    methods.ties(0.5, scope="tensor"), methods.disjoint_mean(elect="norm_mass"), methods.breadcrumbs(0.7, 0.1),
+    methods.dare_ties(0.5), methods.della(rescale="l2"), methods.sce(0.6), methods.ram_plus(0.5), methods.magmax(),
+    methods.consensus(), methods.trim_energy() >> methods.average(), methods.trim_deviation() >> methods.average(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SMOOTH, ids=lambda method: method.name)
+def test_jit_vmap_and_grad(method):
+    deltas = jnp.asarray(deltas_of(shape=(4, 5)))
+    part = methods._registry.of_expert(method, 0)
+
+    def merged(deltas):
+        statistic = part.init(deltas[0])
+        for t, delta in enumerate(deltas):
+            statistic = part.see(statistic, delta, 1.0, Context(key_of(0, "w", str(t)), t))
+        return part.solve(statistic)
+
+    both = jax.jit(jax.vmap(merged))(jnp.stack([deltas, 2 * deltas]))
+    np.testing.assert_allclose(both[0], merged(deltas), atol=1e-5)
+    gradient = jax.jit(jax.grad(lambda deltas: jnp.sum(merged(deltas) ** 2)))(deltas)
+    assert np.isfinite(gradient).all()
+    assert np.any(gradient)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: methods.trim(1.5), r"trim: density must lie in \[0, 1\], got 1.5"),
+        (lambda: methods.drop(-0.1), r"drop: p must lie in \[0, 1\]"),
+        (lambda: methods.drop_by_rank(0.1, 0.2), "density - epsilon must be positive"),
+        (lambda: methods.outliers(0.5, 2.0), r"outliers: gamma must lie in \[0, 1\]"),
+        (lambda: methods.pcb(0.0), "pcb: ratio must lie"),
+        (lambda: methods.ram(-1.0), "ram: threshold must not be negative"),
+        (lambda: methods.sce(2.0), "sce: density must lie"),
+        (lambda: methods.drop()(jnp.ones(3)), "needs a key"),
+    ],
+)
+def test_bad_parameters(make, message):
+    with pytest.raises(CfmergeError, match=message):
+        make()
