@@ -1,16 +1,24 @@
-"""Weighted sums of deltas: averaging and task arithmetic.
+"""Weighted sums of deltas: averages, task arithmetic, and sums with weights of their own.
 
-With `N = sum_t w_t D_t` the average is `N / sum_t w_t` (Model Soups, arXiv 2203.05482) and task arithmetic is
-`scale * N` (arXiv 2212.04089). Both are entrywise and additive, and take tensors of any shape.
+With `N = sum_t w_t D_t` and `w = sum_t w_t`
+
+    average           N / w                          Model Soups, arXiv 2203.05482
+    task_arithmetic   scale N                        arXiv 2212.04089
+    linear            (sum_t w_t W_t) / w - W_0      = N / w; not normalised: N + (w - 1) W_0
+    metagpt           sum_t lambda_t D_t             lambda_t = n_t / sum n_t, n_t the energy of expert t; 2406.11385
+    expo              (1 + alpha) D_1                = W_1 + alpha (W_1 - W_0) - W_0; arXiv 2404.16792
+
+All are entrywise and take tensors of any shape.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cfmerge.methods._base import Method
-from cfmerge.methods._registry import Number, check_number, register
+from cfmerge.covariance import energy
+from cfmerge.methods._base import Context, Found, Method, Survey
+from cfmerge.methods._registry import Number, as_array, check_number, register
 
 
 class Sum(NamedTuple):
@@ -28,29 +36,122 @@ def update(statistic: Sum, delta: Float[Array, "..."], weight: float | Array = 1
     return Sum(statistic.total + weight * delta, statistic.weight + weight)
 
 
+def mean(statistic: Sum) -> Float[Array, "..."]:
+    """`total / weight`, or the total where the weights sum to 0."""
+    return statistic.total / jnp.where(statistic.weight == 0, 1, statistic.weight)
+
+
 @register
 def average() -> Method:
     """The mean of the deltas, weighted by the experts' weights.
 
     Source: Wortsman et al., Model Soups, ICML 2022, arXiv 2203.05482.
     """
-
-    def solve(statistic: Sum) -> Array:
-        return statistic.total / jnp.where(statistic.weight == 0, 1, statistic.weight)
-
-    return Method("average", init, update, solve, scope="entry", statistic="sum", normalises=True)
+    return Method("average", init, update, mean, scope="entry", statistic="sum", normalises=True)
 
 
 @register
-def task_arithmetic(scale: Number = 0.3) -> Method:
+def task_arithmetic(scale: Number = 0.3, normalise: bool = False) -> Method:
     """The sum of the deltas, each times its weight, all times one scale.
 
     Args:
         scale: the scaling coefficient; 0.3 is the paper's for eight vision tasks, `1 / T` is the average.
+        normalise: divide by the sum of the weights too (mergekit's `normalize`).
 
     Source: Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089.
     """
     check_number("task_arithmetic: scale", scale)
+
+    def solve(statistic: Sum) -> Array:
+        return as_array(scale, statistic.total.dtype) * (mean(statistic) if normalise else statistic.total)
+
+    return Method("task_arithmetic", init, update, solve, scope="entry", statistic="sum", normalises=normalise)
+
+
+class SumWithBase(NamedTuple):
+    base: Float[Array, "..."]
+    sum: Sum
+
+
+@register
+def linear(normalise: bool = True) -> Method:
+    """The weighted sum of the experts' full weights.
+
+    Args:
+        normalise: divide by the sum of the weights, which gives `average`. Without it the base counts too:
+            experts with weights that sum to 0.9 lose a tenth of it.
+
+    Source: Wortsman et al., Model Soups, ICML 2022, arXiv 2203.05482.
+    """
+    if normalise:
+        return Method("linear", init, update, mean, scope="entry", statistic="sum", normalises=True)
+
+    def solve(statistic: SumWithBase) -> Array:
+        base, (total, weight) = statistic
+        return total + (weight - 1) * base
+
     return Method(
-        "task_arithmetic", init, update, lambda statistic: scale * statistic.total, scope="entry", statistic="sum"
+        "linear",
+        lambda base: SumWithBase(base, init(base)),
+        lambda statistic, delta, weight=1.0: SumWithBase(statistic.base, update(statistic.sum, delta, weight)),
+        solve,
+        scope="entry",
+        additive=False,  # the base is not a sum over experts
+    )
+
+
+@register
+def metagpt() -> Method:
+    """The sum of the deltas, each times its expert's share of the squared norm of all deltas of the whole model.
+
+    Without a survey of the model (in `update` alone) the shares are those of the tensor.
+
+    Source: Zhou et al., MetaGPT: Merging Large Language Models Using Model Exclusive Task Arithmetic, EMNLP 2024,
+        arXiv 2406.11385.
+    """
+    measure = Survey(lambda delta, context: energy(delta), lambda energies: energies / _nonzero(energies.sum()))
+    return Method(
+        "metagpt",
+        init,
+        lambda statistic, delta, weight=1.0: update(statistic, delta, energy(delta)),
+        mean,
+        scope="entry",
+        weights="none",
+        survey=lambda found: measure if found is None else None,
+        informed=_metagpt_of,
+    )
+
+
+def _metagpt_of(found: Found) -> Method:
+    """`metagpt`, given the experts' shares."""
+
+    def update_by_share(statistic: Sum, delta: Array, weight: float | Array, context: Context) -> Sum:
+        share = jnp.asarray(found.model, delta.dtype)[context.number]
+        return update(statistic, delta, share)
+
+    return Method("metagpt", init, update_by_share, lambda sums: sums.total, scope="entry", weights="none")
+
+
+def _nonzero(value: Any) -> Any:
+    return value + (value == 0)
+
+
+@register
+def expo(alpha: Number = 0.1) -> Method:
+    """One expert, moved on in the direction that it came from the base: `W_1 + alpha (W_1 - W_0)`.
+
+    Args:
+        alpha: how far beyond the expert; 0 returns it, -1 the base.
+
+    Source: Zheng et al., Model Extrapolation Expedites Alignment (ExPO), ACL 2025, arXiv 2404.16792.
+    """
+    check_number("expo: alpha", alpha)
+    return Method(
+        "expo",
+        init,
+        lambda statistic, delta, weight=1.0: update(statistic, delta),
+        lambda statistic: (1 + as_array(alpha, statistic.total.dtype)) * statistic.total,
+        scope="entry",
+        experts=(1, 1),
+        weights="none",
     )

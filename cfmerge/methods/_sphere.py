@@ -1,0 +1,129 @@
+"""Weighted means of tensors on the sphere of their directions, for `spherical`.
+
+With shares `p_t` that sum to 1, directions `u_t`, `q = ||sum_t p_t u_t||` and the mean length `L`, the merged tensor
+is `L sum_t p_t u_t / q`. Of it `X`, what it adds to the base, is formed without subtracting two large numbers:
+
+    X = sum_t p_t (L u_t - W_0) / q + (1/q - 1) W_0
+    L u_t - W_0 = D_t + (L - ||W_t||)/||W_t|| W_t
+    1 - q^2 = sum_{s<t} p_s p_t ||u_s - u_t||^2
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from cfmerge import linalg
+from cfmerge.methods._registry import Number
+
+
+class Sphere(NamedTuple):
+    """Tensors `V_t = base + D_t` as directions and lengths.
+
+    Attributes:
+        units, lengths: `u_t (T, ...)` and `||V_t|| (T,)`.
+        longer: `||V_t|| - ||V_0||`.
+        chords: `||u_s - u_t||^2 (T, T)`.
+    """
+
+    base: Array
+    deltas: Array
+    units: Array
+    lengths: Array
+    longer: Array
+    chords: Array
+
+    @property
+    def directed(self) -> Array:
+        """Which tensors are not zero `(T,)`."""
+        return self.lengths > 0
+
+    def direction(self, shares: Array) -> tuple[Array, Array]:
+        """`||sum_t p_t u_t||`, and whether it is zero to working precision."""
+        mean = jnp.tensordot(shares, self.units, 1, precision=linalg.HIGHEST)
+        q = linalg.norm(mean).reshape(())
+        return q, q <= 16 * jnp.finfo(q.dtype).eps * jnp.sum(jnp.abs(shares))
+
+    def merged(self, shares: Array, of_lengths: Array, opposed: Array | bool = False) -> tuple[Array, Array]:
+        """`X` of the mean direction with those shares; or, if there is none, of the mean, and whether that is so."""
+        q, cancelled = self.direction(shares)
+        opposed = cancelled | opposed
+        q = jnp.where(opposed | (q == 0), 1, q)
+        mean = jnp.tensordot(shares, self._at_mean_length(of_lengths), 1, precision=linalg.HIGHEST)
+        within = spread(shares, self.chords)
+        on_sphere = mean / q + within / (q * (1 + q)) * self.base
+        plain = jnp.tensordot(of_lengths, self.deltas, 1, precision=linalg.HIGHEST)
+        return jnp.where(opposed, plain, on_sphere), opposed & jnp.any(self.directed)
+
+    def _at_mean_length(self, of_lengths: Array) -> Array:
+        """`L u_t - base`, `L` the mean length."""
+        change = jnp.dot(of_lengths, self.longer, precision=linalg.HIGHEST) - self.longer  # L - ||V_t||
+        safe = jnp.where(self.directed, self.lengths, 1)
+        near = jnp.abs(change) < safe / 2
+        each = (len(self.deltas),) + (1,) * self.base.ndim
+        by_little = self.deltas + (jnp.where(near, change, 0) / safe).reshape(each) * (self.base + self.deltas)
+        length = jnp.dot(of_lengths, self.lengths, precision=linalg.HIGHEST)
+        return jnp.where(near.reshape(each), by_little, length * self.units - self.base)
+
+
+def sphere_of(base: Array, deltas: Array) -> Sphere:
+    axes = tuple(range(1, deltas.ndim))
+    tensors = base + deltas
+    lengths = linalg.norm(tensors, axes)
+    units = jnp.where(lengths > 0, tensors / jnp.where(lengths > 0, lengths, 1), 0)
+    sums = lengths + lengths[0]
+    middle = (tensors + tensors[0]) / jnp.where(sums > 0, sums, 1)
+    longer = jnp.sum((deltas - deltas[0]) * middle, axis=axes)
+    away = (units - units[0]).reshape(len(units), -1)
+    gram = linalg.matmul(away, away.T)
+    squares = jnp.diagonal(gram)
+    chords = jnp.clip(squares[:, None] + squares - 2 * gram, 0, 4)
+    return Sphere(base, deltas, units, lengths.reshape(-1), longer, chords)
+
+
+def shares_of(weights: Array, sphere: Sphere) -> tuple[Array, Array]:
+    """The weights as shares that sum to 1: among the tensors that have a direction, and among all."""
+    return normalised(jnp.where(sphere.directed, weights, 0)), normalised(weights)
+
+
+def normalised(weights: Array) -> Array:
+    total = jnp.sum(weights)
+    return weights / jnp.where(total == 0, 1, total)
+
+
+def spread(shares: Array, chords: Array) -> Array:
+    """`sum_{s<t} p_s p_t ||u_s - u_t||^2`."""
+    return jnp.dot(shares, linalg.matmul(chords, shares), precision=linalg.HIGHEST) / 2
+
+
+def intrinsic_mean(shares: Array, chords: Array, max_iter: int, tol: Number) -> tuple[Array, Array]:
+    """Shares `p` of the intrinsic mean `sum p_t u_t / ||.||`, and the length of the last mean tangent vector.
+
+    Every iterate lies in the span of the `u_t`, so it is kept as shares. As `||sum c_t u_t||^2 = (sum c)^2 - spread(c)`,
+    it is `k sum p_t u_t` with `k = 1 / sqrt(1 - spread(p))`.
+    """
+    dtype = shares.dtype
+    eps = jnp.finfo(dtype).eps
+
+    def tangent(p: Array) -> tuple[Array, Array, Array]:
+        """`k`, and the weighted mean of the logarithms of the `u_t`: its coefficients and its length."""
+        towards, q = linalg.matmul(chords, p), spread(p, chords)
+        root = jnp.sqrt(jnp.maximum(1 - q, eps))
+        chord = jnp.clip((towards - 2 * q / (1 + root)) / root, 0, 4)  # ||u_t - mean||^2
+        sine, cosine = linalg.root(chord * (1 - chord / 4)), 1 - chord / 2
+        angle = jnp.arctan2(sine, cosine)
+        stretch = shares * jnp.where(sine > eps, angle / jnp.where(sine > eps, sine, 1), 1)
+        c = stretch - jnp.dot(stretch, cosine, precision=linalg.HIGHEST) * p / root
+        square = jnp.sum(c) ** 2 - spread(c, chords)
+        return 1 / root, c, linalg.root(square)
+
+    def step(_: int | Array, p: Array) -> Array:
+        k, c, length = tangent(p)
+        there = jnp.cos(length) * k * p + jnp.sinc(length / jnp.pi) * c
+        total = jnp.sum(there)
+        moves = (length >= tol) & (total > eps)
+        return jnp.where(moves, there / jnp.where(moves, total, 1), p)
+
+    p = lax.fori_loop(0, max_iter, step, shares)
+    return p, tangent(p)[2]

@@ -1,0 +1,248 @@
+"""Interpolations and means on the sphere: directions of tensors are averaged, and their lengths apart.
+
+The tensors are the full weights `V_t = W_t`, or the deltas `V_t = D_t`; `u_t = V_t / ||V_t||`.
+
+    slerp, nuslerp   V = sin((1-s) a)/sin(a) V_0 + sin(s a)/sin(a) V_1,     a the angle between the two; Shoemake 1985
+    multislerp       V = (sum w_t ||V_t||) m / ||m||,                       m = sum w_t u_t
+    karcher          the same with the point m of the sphere that minimises sum w_t angle(m, u_t)^2
+
+Angles come from chords, `a = 2 atan2(||u - v||, ||u + v||)`: the cosine of two fine-tuned weights is 1 to working
+precision. The result is needed as `X = V - W_0`, small against both, so that too is never formed as a difference:
+
+    X = k_0 D_0 + k_1 D_1 + (k_0 + k_1 - 1) W_0,     k_0 + k_1 - 1 = 2 sin((1-s) a/2) sin(s a/2) / cos(a/2)
+
+for slerp, and as `_sphere` says for the means.
+
+A tensor that is zero has no direction: it is left out of `m`, and slerp is linear where one of the two is zero.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cfmerge import linalg
+from cfmerge.methods._base import Method, Report
+from cfmerge.methods._registry import Number, check, check_number, register
+from cfmerge.methods._sphere import intrinsic_mean, normalised, shares_of, sphere_of
+
+On = Literal["weights", "deltas"]
+
+
+class Experts(NamedTuple):
+    """All that was seen; the base is zero where deltas are interpolated."""
+
+    base: Float[Array, "..."]
+    deltas: tuple[Float[Array, "..."], ...]
+    weights: tuple[float | Array, ...]
+
+
+def _init(on: On) -> Callable[[Array], Experts]:
+    return lambda base: Experts(base if on == "weights" else jnp.zeros_like(base), (), ())
+
+
+def _update(statistic: Experts, delta: Array, weight: float | Array = 1.0) -> Experts:
+    return Experts(statistic.base, (*statistic.deltas, delta), (*statistic.weights, weight))
+
+
+# --- between two --------------------------------------------------------------------------------------------------
+
+
+@register
+def slerp(t: Number = 0.5, on: On = "weights", threshold: Number = 0.9995) -> Method:
+    """Spherical interpolation of the whole tensor: from the base to one expert, or from one expert to another.
+
+    Args:
+        t: where on the way; 0 is the base (or the first expert), 1 the expert (or the second one).
+        on: the full weights, or the deltas.
+        threshold: interpolation is linear where the cosine is larger than this in absolute value, as in all common
+            implementations; on full weights that holds for most fine-tuned models. 1: never.
+
+    Source: Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985; thresholds as in mergekit 0.1.4.
+    """
+    check_number("slerp: t", t)
+    check_number("slerp: threshold", threshold, 0, 1)
+
+    def report(statistic: Experts) -> tuple[Array, Report]:
+        base, deltas, _ = statistic
+        first = deltas[0] if len(deltas) > 1 else jnp.zeros_like(base)
+        return _slerp(base, first, deltas[-1], t, None, threshold)
+
+    return Method(
+        "slerp",
+        _init(on),
+        _update,
+        lambda statistic: report(statistic)[0],
+        report,
+        scope="tensor",
+        additive=False,
+        ordered=True,
+        experts=(1, 2),
+        weights="none",
+        notes={"opposite": OPPOSITE},
+    )
+
+
+@register
+def nuslerp(flatten: bool = True, row_wise: bool = False, on: On = "deltas") -> Method:
+    """Spherical interpolation of two experts by their weights: at `w_2 / (w_1 + w_2)` of the way.
+
+    Args:
+        flatten: interpolate the tensor as one vector.
+        row_wise: if not flattened, interpolate its columns (vectors along the first axis); otherwise its rows. The
+            name is mergekit's.
+        on: the deltas, or the full weights (mergekit without a base model).
+
+    Source: mergekit 0.1.4, nuslerp; Shoemake, SIGGRAPH 1985.
+    """
+
+    def report(statistic: Experts) -> tuple[Array, Report]:
+        base, (first, second), weights = statistic
+        w_0, w_1 = (jnp.asarray(weight, base.dtype) for weight in weights)
+        total = w_0 + w_1
+        none = jnp.abs(total) <= 1e-6 * (jnp.abs(w_0) + jnp.abs(w_1))
+        t = jnp.where(none, 0.5, w_1 / jnp.where(none, 1, total))
+        axis = None if flatten or not base.ndim else 0 if row_wise else -1
+        merged, told = _slerp(base, first, second, t, axis, 1)
+        return merged, {**told, "weightless": none}
+
+    return Method(
+        "nuslerp",
+        _init(on),
+        _update,
+        lambda statistic: report(statistic)[0],
+        report,
+        scope="tensor",
+        additive=False,
+        experts=(2, 2),
+        notes={
+            "opposite": OPPOSITE,
+            "weightless": (bool, "the two weights sum to 0: taken as equal, half way between the experts"),
+        },
+    )
+
+
+OPPOSITE = (
+    lambda value: value > 0,
+    "two tensors (or rows) point in opposite directions, so that there is no shortest arc between them: "
+    "interpolated linearly",
+)
+
+
+def _slerp(
+    base: Array, first: Array, second: Array, t: Number, axis: int | None, threshold: Number
+) -> tuple[Array, Report]:
+    """`X` for `V_0 = base + first` and `V_1 = base + second`, over an axis or the whole tensor."""
+    dtype = base.dtype
+    t = jnp.asarray(t, dtype)
+    u, v = linalg.unit(base + first, axis), linalg.unit(base + second, axis)
+    directed = jnp.any(u != 0, axis, keepdims=True) & jnp.any(v != 0, axis, keepdims=True)
+    chord, across = linalg.norm(u - v, axis), linalg.norm(u + v, axis)  # 2 sin(a/2), 2 cos(a/2)
+    least = jnp.sqrt(2 * (1 - jnp.asarray(threshold, dtype)))
+    opposite = directed & (across <= jnp.maximum(least, 32 * jnp.finfo(dtype).eps))
+    linear = ~directed | opposite | (chord <= least)
+    half = jnp.arctan2(jnp.where(linear, 1, chord), jnp.where(linear, 1, across))
+    k_0 = jnp.where(linear, 1 - t, jnp.sin(2 * (1 - t) * half) / jnp.sin(2 * half))
+    k_1 = jnp.where(linear, t, jnp.sin(2 * t * half) / jnp.sin(2 * half))
+    excess = jnp.where(linear, 0, 2 * jnp.sin((1 - t) * half) * jnp.sin(t * half) / jnp.cos(half))
+    return k_0 * first + k_1 * second + excess * base, {
+        "cosine": jnp.mean(jnp.where(directed, 1 - chord * chord / 2, 0)),
+        "opposite": jnp.sum(opposite, dtype=dtype),
+    }
+
+
+# --- means of several ---------------------------------------------------------------------------------------------
+
+
+@register
+def multislerp(normalise_weights: bool = True, on: On = "deltas", eps: Number = 0.0) -> Method:
+    """The normalised weighted mean of the experts' directions, times the weighted mean of their lengths.
+
+    mergekit projects on the tangent space there and back; the tangent sum is zero at this point, so nothing moves.
+
+    Args:
+        normalise_weights: divide the weights by their sum; without it they scale the length.
+        on: the deltas, or the full weights (mergekit without a base model).
+        eps: added to each length that is divided by; mergekit's is 1e-8. Not 0, short tensors count for less.
+
+    Source: mergekit 0.1.4, multislerp (2025).
+    """
+    check_number("multislerp: eps", eps, 0)
+
+    def report(statistic: Experts) -> tuple[Array, Report]:
+        base, deltas, weights = statistic
+        given = jnp.stack([jnp.asarray(weight, base.dtype) for weight in weights])
+        total = jnp.sum(given)
+        sphere = sphere_of(base, jnp.stack(deltas))
+        directions, lengths = shares_of(given, sphere)
+        directions = normalised(directions * sphere.lengths / (sphere.lengths + eps + ~sphere.directed))
+        merged, opposed = sphere.merged(directions, lengths)
+        if not normalise_weights:  # as many times as long, in the same direction
+            merged = jnp.abs(total) * merged + (jnp.abs(total) - 1) * base
+        return merged, {"opposed": opposed}
+
+    return Method(
+        "multislerp",
+        _init(on),
+        _update,
+        lambda statistic: report(statistic)[0],
+        report,
+        scope="tensor",
+        additive=False,
+        normalises=True,
+        notes={"opposed": OPPOSED},
+    )
+
+
+@register
+def karcher(max_iter: int = 10, tol: Number = 1e-5, on: On = "weights", with_base: bool = False) -> Method:
+    """The experts' intrinsic mean on the sphere, times the mean of their lengths.
+
+    Args:
+        max_iter: steps of the fixed-point iteration.
+        tol: the iteration stops where the mean tangent vector is shorter than this (an angle).
+        on: the full weights, or the deltas.
+        with_base: the base is one more model, of weight 1, as in mergekit where a base model is named.
+
+    Source: Karcher, Riemannian Center of Mass and Mollifier Smoothing, Comm. Pure Appl. Math. 1977; mergekit 0.1.4.
+    """
+    check(max_iter >= 0, f"karcher: max_iter must not be negative, got {max_iter}")
+    check_number("karcher: tol", tol, 0)
+
+    def init(base: Array) -> Experts:
+        start = _init(on)(base)
+        return _update(start, jnp.zeros_like(base)) if with_base else start
+
+    def report(statistic: Experts) -> tuple[Array, Report]:
+        base, deltas, weights = statistic
+        given = jnp.stack([jnp.asarray(weight, base.dtype) for weight in weights])
+        sphere = sphere_of(base, jnp.stack(deltas))
+        directions, lengths = shares_of(given, sphere)
+        place, residual = intrinsic_mean(directions, sphere.chords, max_iter, tol)
+        _, opposed = sphere.direction(directions)
+        merged, opposed = sphere.merged(place, lengths, opposed)
+        least = jnp.maximum(jnp.asarray(tol, base.dtype), 32 * jnp.finfo(base.dtype).eps)
+        return merged, {"opposed": opposed, "residual": residual, "unfinished": ~opposed & (residual > least)}
+
+    return Method(
+        "karcher",
+        init,
+        _update,
+        lambda statistic: report(statistic)[0],
+        report,
+        scope="tensor",
+        additive=False,
+        weights="positive",
+        normalises=True,
+        notes={
+            "opposed": OPPOSED,
+            "unfinished": (bool, "the mean was not reached within tol: use a larger max_iter"),
+        },
+    )
+
+
+OPPOSED = (
+    bool,
+    "the experts' directions cancel, so that they have no mean direction: the weighted mean was taken instead",
+)
