@@ -38,6 +38,14 @@ def test_flax_pipeline():
         assert errors["average"][task] < 0.5 * errors["base"][task]
 
 
+def test_flax_regmean():
+    """RegMean is closer to both experts than the average is by far, RegMean++ closer still."""
+    errors = rows(run("flax_regmean.py"))
+    for task in range(2):
+        assert errors["RegMean"][task] < 0.1 * errors["average"][task] < 0.1 * errors["base"][task]
+        assert errors["RegMean++"][task] < errors["RegMean"][task]
+
+
 def test_own_method():
     """The spectral average is nearer than the average, and the same by all three ways."""
     distances = {name: numbers[0] for name, numbers in rows(run("own_method.py")).items()}
