@@ -14,7 +14,7 @@ from cfmerge.engine.survey import Place, Stack
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._random import digest_of
-from cfmerge.methods._registry import numbers, structure
+from cfmerge.methods._registry import exact, numbers, structure
 
 ENTRIES = 1 << 22  # of an entrywise batch or piece
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
@@ -120,7 +120,7 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
 
 def kind_of(method: Method) -> Any:
     """Equal for methods that can be in one batch: those that surveyed the model must agree in numbers too."""
-    return structure(method) if method.survey is None else (structure(method), repr(numbers(method)))
+    return structure(method) if method.survey is None else (structure(method), exact(numbers(method)))
 
 
 def _stack(job: Job, memory: int) -> int:

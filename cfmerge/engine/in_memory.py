@@ -21,7 +21,7 @@ from cfmerge.engine.steps import Inputs, Steps, settings_of, steps
 from cfmerge.engine.survey import Stack, at_places, survey
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Found, Method
-from cfmerge.methods._random import digest_of
+from cfmerge.methods._random import check_seed, digest_of
 from cfmerge.methods._registry import of_expert
 from cfmerge.methods._several import several
 from cfmerge.parameters import Kind, Parameter, classify, is_float
@@ -258,6 +258,7 @@ def prepared(
 ) -> Iterator[tuple[Bucket, Stack, Found | None]]:
     """The tensors in buckets, with their arrays, and what surveys of the whole model found for their method."""
     weights = _check_weights(len(experts), weights)
+    check_seed(seed)
     groups: dict[Any, list[Bucket]] = {}  # by what their surveys have in common
     if sums or kept is not None:  # in the form whose statistic is a sum of fixed size
         assignments = {

@@ -23,6 +23,7 @@ from cfmerge.engine.statistics import Statistics, fingerprint, full_form
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._base import Part, is_chain
+from cfmerge.methods._random import check_seed
 from cfmerge.methods._registry import expression, plain_number
 from cfmerge.parameters import Parameter, classify, is_float
 from cfmerge.recipe import Expert, Recipe, parse_size
@@ -176,6 +177,7 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
     """
+    check_seed(recipe.seed)
     load_plugins(recipe.plugins)
     method = methods.make(recipe.method, recipe.parameters)
     if statistics is None and recipe.statistics is not None:

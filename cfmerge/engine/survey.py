@@ -12,6 +12,10 @@ from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method, Survey
 from cfmerge.methods._registry import listed, of_expert
 
+TRACED = (
+    jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError,
+    jax.errors.TracerIntegerConversionError,
+)  # fmt: skip
 Place = tuple[str, int]  # a tensor's name; and the first entry of its piece, or which of its stacked layers
 
 
@@ -45,7 +49,7 @@ def survey(method: Method, experts: int, stacks: Callable[[], Iterable[Stack]], 
     while (following := method.survey(found)) is not None:
         try:
             found = _pass(method, following, found, experts, stacks, compute)
-        except jax.errors.TracerArrayConversionError:
+        except TRACED:
             raise CfmergeError(
                 f"{method.name} surveys the whole model before it merges, which cannot be done under jit; "
                 "call it outside"

@@ -122,10 +122,10 @@ def _labelled(methods: Methods) -> dict[str, Method | str]:
     else:
         texts = [expression(method) if isinstance(method, Method) else method for method in methods]
         labelled = dict(zip(texts, methods, strict=True))
-    if len(labelled) < max(1, len(methods)):
-        raise CfmergeError("sweep: the same method is there twice; label them with a mapping {label: method}")
     if not labelled:
         raise CfmergeError("sweep: no methods")
+    if len(labelled) < len(methods):
+        raise CfmergeError("sweep: the same method is there twice; label them with a mapping {label: method}")
     return labelled
 
 

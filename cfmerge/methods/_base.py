@@ -112,7 +112,7 @@ class Part:
     origin: Origin | None = None
 
     def __rshift__(self, other: "Part") -> Any:
-        return chain(self, other)
+        return chain(self, other) if isinstance(other, Part) else NotImplemented
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

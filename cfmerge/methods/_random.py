@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cfmerge.errors import CfmergeError
+
 BLOCK = 1 << 16  # entries that one folded key serves; pieces of a large tensor begin at a multiple of it
+
+
+SEEDS = 1 << 31  # JAX gives larger ones other keys where float64 is switched on
+
+
+def check_seed(seed: int | Array) -> None:
+    """Raises `CfmergeError` unless the seed is one that gives the same keys everywhere; traced ones pass."""
+    if isinstance(seed, int | np.integer) and not 0 <= seed < SEEDS:
+        raise CfmergeError(f"the seed must lie in [0, {SEEDS - 1}], got {seed}")
 
 
 def digest_of(tensor: str, expert: str) -> np.ndarray:

@@ -78,9 +78,9 @@ def register(factory: F) -> F:
     """
     name = factory.__name__
     hints = typing.get_type_hints(factory, include_extras=True)
-    traced = frozenset(p for p, hint in hints.items() if _marked(hint, TRACED))
-    listed = frozenset(p for p, hint in hints.items() if _marked(hint, LISTED))
     signature = inspect.signature(factory)
+    traced = frozenset(p for p in signature.parameters if p == "depth" or _marked(hints.get(p), TRACED))
+    listed = frozenset(p for p, hint in hints.items() if _marked(hint, LISTED))
 
     @functools.wraps(factory)
     def named(*args: Any, **kwargs: Any) -> Any:
@@ -119,20 +119,25 @@ LISTS = 'a list, or {"experts": {name: number}}'
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.generic | jax.Array) or (
-        isinstance(value, np.ndarray) and value.ndim == 0
+    return isinstance(value, int | float | np.generic) or (
+        isinstance(value, jax.Array | np.ndarray) and value.ndim == 0
     )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and not isinstance(value, str)
 
 
 def _plain(method: str, key: str, value: Any, per_expert: bool) -> Any:
     """Some number out of a value, for a part that is yet to be resolved; the value's form is checked."""
     if value is None or (_is_number(value) and not isinstance(value, bool)):
         return value
-    if isinstance(value, Mapping) and set(value) == {"gradient"} and value["gradient"]:
-        return _plain(method, key, next(iter(value["gradient"])), False)
-    if isinstance(value, Mapping) and set(value) == {"experts"} and value["experts"] and per_expert:
-        return _plain(method, key, next(iter(value["experts"].values())), False)
-    if isinstance(value, Sequence) and value and not isinstance(value, str):
+    if isinstance(value, Mapping) and set(value) == {"gradient"} and _is_list(value["gradient"]):
+        return next(iter([_plain(method, key, item, False) for item in value["gradient"]]))
+    by_name = value["experts"] if isinstance(value, Mapping) and set(value) == {"experts"} and per_expert else None
+    if isinstance(by_name, Mapping) and by_name:
+        return next(iter([_plain(method, key, item, False) for item in by_name.values()]))
+    if _is_list(value):
         if all(isinstance(item, Mapping) and {"value"} <= set(item) <= {"match", "value"} for item in value):
             return next(iter([_plain(method, key, item["value"], per_expert) for item in value]))
         if per_expert:
@@ -144,7 +149,7 @@ def _plain(method: str, key: str, value: Any, per_expert: bool) -> Any:
             ', or one number for each expert (a list, or {"experts": {name: number}})'
             if per_expert
             else "; it cannot differ from expert to expert"
-        )  # fmt: skip
+        )
     )
 
 
@@ -267,7 +272,22 @@ def expression(part: Part) -> str:
 
 def plain_number(value: Any) -> Any:
     """Arrays and NumPy's numbers as Python's own, for text."""
-    return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
+    return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0 else value
+
+
+def exact(values: Any) -> str:
+    """Text that tells all numbers apart, whatever array holds them; traced ones too, while they live."""
+    return repr(
+        jax.tree.map(lambda v: f"traced {id(v)}" if isinstance(v, jax.core.Tracer) else plain_number(v), values)
+    )
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [
+        leaf
+        for item in jax.tree.leaves(value)
+        for leaf in (_leaves(numbers(item)) if isinstance(item, Part) else [item])
+    ]
 
 
 def _parts(value: Any) -> tuple[Part, ...]:
@@ -386,6 +406,8 @@ def _named(name: str, parameters: Mapping[str, Any]) -> Any:
     missing = [key for key, p in entry.signature.items() if p.default is p.empty and key not in arguments]
     if missing:
         raise CfmergeError(f"method {name!r} needs a value for {missing[0]!r}: {entry.describe(missing[0])}")
+    if any(isinstance(value, jax.core.Tracer) for value in _leaves(arguments)):  # not to be kept
+        return entry.factory(**arguments)
     return _made(entry.factory, _frozen(arguments))
 
 
@@ -440,7 +462,7 @@ class _Frozen(NamedTuple):
 
 def _frozen(arguments: Mapping[str, Any]) -> _Frozen:
     def text(value: Any) -> str:
-        return repr((structure(value), numbers(value))) if isinstance(value, Part) else repr(value)
+        return repr((structure(value), exact(numbers(value)))) if isinstance(value, Part) else exact(value)
 
     return _Frozen(repr([(key, text(value)) for key, value in sorted(arguments.items())]), dict(arguments))
 

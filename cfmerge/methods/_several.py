@@ -119,7 +119,7 @@ def _surveys(methods: tuple[Method, ...]) -> dict[str, Any]:
         if len(done) == len(methods):
             return None
         method = methods[len(done)]
-        following = method.survey(current)  # type: ignore[misc]
+        following: Survey = method.survey(current)  # type: ignore[misc, assignment]
         return following._replace(combine=_keeping(method, following.combine, done, tensor or {}))
 
     def informed(found: Found) -> Method:

@@ -1,0 +1,232 @@
+"""Toy methods and transforms, one line of mathematics each, known to recipes only while a test needs them."""
+
+import contextlib
+from types import SimpleNamespace
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cfmerge import linalg
+from cfmerge.methods import Context, Found, Method, Number, PerExpert, Survey, Transform, _registry, register
+from cfmerge.methods._random import uniform
+
+NO = Context()
+
+
+@contextlib.contextmanager
+def registered(*factories):
+    """The factories, registered for as long as the context lasts, by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registry, "_REGISTRY", dict(_registry._REGISTRY))
+        yield SimpleNamespace(**{factory.__name__: register(factory) for factory in factories})
+
+
+# --- without a survey ---------------------------------------------------------------------------------------------
+
+
+def times(factor: PerExpert) -> Transform:
+    """Each delta times a number of its expert.
+
+    Args:
+        factor: the number.
+    """
+    return Transform("times", lambda delta: jnp.asarray(factor, delta.dtype) * delta)
+
+
+def deeper(gain: Number = 1.0, depth: float = 0.0) -> Transform:
+    """Each delta times `1 + gain depth`."""
+    return Transform("deeper", lambda delta: (1 + jnp.asarray(gain * depth, delta.dtype)) * delta)
+
+
+def rows(factor: Number = 2.0) -> Transform:
+    """Row i of each tensor times `factor + i`: it needs whole tensors, as (out, in)."""
+
+    def apply(delta):
+        number = jnp.arange(delta.shape[0], dtype=delta.dtype).reshape(-1, *[1] * (delta.ndim - 1))
+        return (jnp.asarray(factor, delta.dtype) + number) * delta
+
+    return Transform("rows", apply, scope="tensor")
+
+
+def toward(share: Number = 0.5) -> Transform:
+    """Behind a method: the merged delta moved towards the first expert's own."""
+
+    def apply(merged, seen):
+        return merged + jnp.asarray(share, merged.dtype) * (seen.deltas[0] - merged)
+
+    return Transform("toward", apply, looks_back=True)
+
+
+def by_chance(p: PerExpert = 0.5, scope: Literal["entry", "tensor"] = "entry") -> Transform:
+    """Entries are dropped at random."""
+
+    def apply(delta, context):
+        draws = uniform(context.key, delta.shape, delta.dtype, context.start)
+        return jnp.where(draws >= jnp.asarray(p, delta.dtype), delta, 0)
+
+    return Transform("by_chance", apply, scope=scope, random=True)
+
+
+def middle(scale: Number = 1.0) -> Method:
+    """The median of the deltas, times a number: not additive."""
+    return Method(
+        "middle", lambda base: (), lambda statistic, delta, weight: (*statistic, delta),
+        lambda statistic: scale * jnp.median(jnp.stack(statistic), axis=0),
+        scope="entry", additive=False, weights="none",
+    )  # fmt: skip
+
+
+class Normal(NamedTuple):
+    """`sum_t w_t D_t^T D_t` and `sum_t w_t D_t D_t^T D_t`."""
+
+    gram: object
+    cross: object
+
+
+def squares(ridge: Number = 0.1, scale: Number = 1.0) -> Method:
+    """`scale X` with `X (G + ridge I) = C`, by the eigenvectors of G."""
+
+    def init(base):
+        n = base.shape[1]
+        return Normal(jnp.zeros((n, n), base.dtype), jnp.zeros(base.shape, base.dtype))
+
+    def update(statistic, delta, weight):
+        gram = linalg.matmul(delta.T, delta)
+        return Normal(statistic.gram + weight * gram, statistic.cross + weight * linalg.matmul(delta, gram))
+
+    def solve(statistic):
+        values, vectors = jnp.linalg.eigh(statistic.gram)
+        rotated = linalg.matmul(statistic.cross, vectors)
+        return scale * linalg.matmul(rotated / (values + ridge), vectors.T)
+
+    def report(statistic):
+        return solve(statistic), {"trace": jnp.trace(statistic.gram), "ridge": jnp.asarray(ridge, statistic.gram.dtype)}
+
+    return Method("squares", init, update, solve, report, statistic="toy-squares")
+
+
+# --- with a survey of the whole model -----------------------------------------------------------------------------
+
+
+def unit(size: PerExpert = 1.0) -> Transform:
+    """Each delta over its expert's norm in the whole model, times a size."""
+    measure = Survey(lambda delta, context: jnp.sum(delta**2), lambda total: size / np.sqrt(np.asarray(total)))
+
+    def informed(found: Found) -> Transform:
+        def apply(delta, context):
+            return jnp.asarray(found.model, delta.dtype)[context.number] * delta
+
+        return Transform("unit", apply)
+
+    return Transform(
+        "unit", lambda delta: delta / jnp.sqrt(jnp.sum(delta**2)),
+        survey=lambda found: measure if found is None else None, informed=informed,
+    )  # fmt: skip
+
+
+class Counted(NamedTuple):
+    mean_square: np.ndarray
+    share: np.ndarray | None = None
+
+
+def above(power: Number = 1.0) -> Transform:
+    """In two passes: each delta times the share of entries in the model that exceed its root mean square."""
+
+    def survey(found):
+        if found is None:
+            first = {"sum": lambda d: jnp.sum(d**2), "size": lambda d: jnp.asarray(d.size)}
+            return Survey(
+                lambda delta, context: {key: f(delta) for key, f in first.items()},
+                lambda total: Counted(total["sum"] / total["size"]),
+            )
+        if found.share is not None:
+            return None
+
+        def measure(delta, context):
+            over = delta**2 > jnp.asarray(found.mean_square, delta.dtype)[context.number]
+            return jnp.stack([jnp.sum(over), delta.size])
+
+        return Survey(measure, lambda total: found._replace(share=total[:, 0] / total[:, 1]))
+
+    def informed(found):
+        def apply(delta, context):
+            share = jnp.asarray(found.model.share, delta.dtype)[context.number]
+            return share ** jnp.asarray(power, delta.dtype) * delta
+
+        return Transform("above", apply)
+
+    return Transform("above", lambda delta: delta, survey=survey, informed=informed)
+
+
+def unit_sum(size: Number = 1.0) -> Method:
+    """The weighted sum of the deltas, over its norm in the whole model: the experts are measured jointly."""
+
+    def add(statistic, delta, weight):
+        return statistic + weight * delta
+
+    def measure(seen):
+        total = jnp.tensordot(seen.weights, seen.deltas, 1)
+        return jnp.sum(total**2)
+
+    following = Survey(measure, lambda total: {"norm": np.sqrt(np.asarray(total))}, joint=True)
+
+    def informed(found):
+        def solve(statistic):
+            return size * statistic / jnp.asarray(found.model["norm"], statistic.dtype)
+
+        return Method("unit_sum", jnp.zeros_like, add, solve, scope="entry")
+
+    return Method(
+        "unit_sum", jnp.zeros_like, add, lambda statistic: size * statistic / jnp.sqrt(jnp.sum(statistic**2)),
+        scope="entry", survey=lambda found: following if found is None else None, informed=informed,
+    )  # fmt: skip
+
+
+def share(by: Literal["name", "place"] = "name", scope: Literal["entry", "tensor"] = "entry") -> Transform:
+    """Each delta times its tensor's share of the expert's squared norm; of every piece or layer, `by="place"`."""
+
+    def combine(measures):
+        total = sum(measures.values())
+        own = dict.fromkeys(name for name, _ in measures)
+        for name in own:
+            own[name] = sum(value for (other, _), value in measures.items() if other == name)
+        found = {place: (own[place[0]] if by == "name" else value) / total for place, value in measures.items()}
+        return Found(None, found)
+
+    following = Survey(lambda delta, context: jnp.sum(delta**2), combine, by_tensor=True)
+
+    def informed(found):
+        def apply(delta, context):
+            return jnp.asarray(found.tensor, delta.dtype)[context.number] * delta
+
+        return Transform("share", apply, scope=scope)
+
+    return Transform(
+        "share", lambda delta: delta, scope=scope, survey=lambda found: following if found is None else None,
+        informed=informed,
+    )  # fmt: skip
+
+
+def restore() -> Transform:
+    """Behind a method: the merged delta of the whole model gets the mean norm of the experts' deltas."""
+
+    def measure(merged, seen):
+        axes = tuple(range(1, seen.deltas.ndim))
+        return jnp.sum(merged**2), jnp.sum(seen.deltas**2, axis=axes)
+
+    def combine(total):
+        merged, experts = total
+        return np.mean(np.sqrt(np.asarray(experts))) / np.sqrt(np.asarray(merged))
+
+    following = Survey(measure, combine, joint=True)
+
+    def informed(found):
+        return Transform("restore", lambda merged, seen: jnp.asarray(found.model, merged.dtype) * merged,
+                         looks_back=True)  # fmt: skip
+
+    return Transform(
+        "restore", lambda merged, seen: merged, looks_back=True,
+        survey=lambda found: following if found is None else None, informed=informed,
+    )  # fmt: skip
