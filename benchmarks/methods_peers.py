@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,6 +301,7 @@ def main() -> None:
             else:
                 answer = run(prepare, inputs, request)
         except Exception as error:  # theirs may raise anything; it goes into the table
+            traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
         print(json.dumps(answer), file=answers, flush=True)
 

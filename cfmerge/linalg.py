@@ -132,7 +132,8 @@ def thin_svd(
     matrix: Float[Array, "m n"],
 ) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
     """`U, s, V^T` with `r = min(m, n)`, largest first."""
-    return jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    return u, s, vt
 
 
 def kth_largest(values: Float[Array, "..."], k: int | Array) -> Float[Array, ""]:

@@ -23,6 +23,32 @@ def registered(*factories):
         yield SimpleNamespace(**{factory.__name__: register(factory) for factory in factories})
 
 
+SMALL = {
+    "model.layers.0.mlp.up_proj.weight": (8, 6), "model.layers.1.mlp.up_proj.weight": (8, 6), "model.norm.weight": (8,)
+}  # fmt: skip
+
+
+def small(number=0, dtype=np.float32):
+    """Tensors of a very small model, of two shapes: the base for 0, experts for 1, 2, ..."""
+    common, own = np.random.default_rng(5), np.random.default_rng(2000 + number)
+    scale = 0.3 if number else 0.0
+    return {
+        name: (common.standard_normal(shape) + scale * own.standard_normal(shape)).astype(dtype)
+        for name, shape in SMALL.items()
+    }
+
+
+def small_family(make_model, directory, experts=3, dtype=np.float32):
+    """The same on disk: `.base`, `.experts` by name, `.tensors` (the base's first), `.trees` (the experts') by name."""
+    tensors = [small(number, dtype) for number in range(1 + experts)]
+    paths = [make_model(directory / f"m{number}", tensors[number], None) for number in range(1 + experts)]
+    names = [path.name for path in paths[1:]]
+    return SimpleNamespace(
+        base=paths[0], experts=dict(zip(names, paths[1:], strict=True)), tensors=tensors,
+        trees=dict(zip(names, tensors[1:], strict=True)),
+    )  # fmt: skip
+
+
 # --- without a survey ---------------------------------------------------------------------------------------------
 
 

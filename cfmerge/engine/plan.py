@@ -304,8 +304,9 @@ def check_moment(needed: str, parameter: Parameter, found: Any, method: str, who
         shape, what = ((b, n, n) if b > 1 else (n, n)), "an input Gram"
     if found is None:
         raise CfmergeError(
-            f"{who}: {method} needs {what} of {parameter.name!r}, of shape {shape}: give a file of them (in the recipe "
-            "'moments: FILE' beside the expert's path), or another method for this tensor by a rule"
+            f"{who}: {method} needs {what} of {parameter.name!r}, of shape {shape}: give it (on disk 'moments: "
+            "FILE' beside the expert's path, of trees moments=[...]; cfmerge.activations collects Grams), or another "
+            "method for this tensor by a rule"
         )
     if tuple(found.shape) != shape:
         raise CfmergeError(f"{who}: {what} of {parameter.name!r} has shape {tuple(found.shape)}, expected {shape}")

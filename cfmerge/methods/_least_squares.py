@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 from cfmerge import linalg
 from cfmerge.covariance import Estimate, energy, of_delta, of_rank
 from cfmerge.methods._base import Method, Report
-from cfmerge.methods._registry import as_array, check
+from cfmerge.methods._registry import Number, as_array, check
 
 Normalise = Literal["none", "norm", "energy", "trace"]
 Form = Literal["auto", "full", "low-rank"]
@@ -61,7 +61,7 @@ class Statistic(NamedTuple):
 
     total: Float[Array, "m n"]
     weight: Float[Array, ""]
-    count: Float[Array, ""]
+    samples: Float[Array, ""]
     experts: Grams | tuple[Rows, ...]
 
 
@@ -102,16 +102,16 @@ def least_squares(
         weight = as_array(weight, delta.dtype)
         expert = _rows(estimated(delta), delta, normalise, weight, isinstance(statistic.experts, Grams))
         total, weights = statistic.total + weight * delta, statistic.weight + weight
-        count = statistic.count + jnp.where(expert.scale > 0, jnp.sign(weight), 0) * delta.shape[0]
+        samples = statistic.samples + jnp.where(expert.scale > 0, jnp.sign(weight), 0) * delta.shape[0]
         if isinstance(statistic.experts, Grams):
-            return Statistic(total, weights, count, _add(statistic.experts, expert, delta))
+            return Statistic(total, weights, samples, _add(statistic.experts, expert, delta))
         experts = (*statistic.experts, expert)
         if form == "auto" and sum(e.rows.shape[0] for e in experts) >= delta.shape[1]:
             grams = _no_grams(delta)
             for e in experts:
                 grams = _add(grams, e, e.rows)
-            return Statistic(total, weights, count, grams)
-        return Statistic(total, weights, count, experts)
+            return Statistic(total, weights, samples, grams)
+        return Statistic(total, weights, samples, experts)
 
     def report(statistic: Statistic) -> tuple[Array, Report]:
         merged, told = solution(statistic)
@@ -217,9 +217,7 @@ def anchor_of(statistic: Statistic, anchor: Anchor | Array) -> Array | None:
 # --- the solve ----------------------------------------------------------------------------------------------------
 
 
-def solve_ridge(
-    statistic: Statistic, ridge: float | Array, anchor: Anchor | Array = "zero"
-) -> tuple[Array, Report]:
+def solve_ridge(statistic: Statistic, ridge: Number, anchor: Anchor | Array = "zero") -> tuple[Array, Report]:
     """`X = (K + rho X_a)(G + rho I)^{-1}` by one Cholesky factorisation; `rho = ridge trace(G)/n`."""
     target = anchor_of(statistic, anchor)
     dtype, n = statistic.total.dtype, statistic.total.shape[1]

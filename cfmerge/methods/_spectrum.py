@@ -16,9 +16,10 @@ from jaxtyping import Array, Float
 from cfmerge import linalg
 from cfmerge.methods._base import Report
 from cfmerge.methods._least_squares import Anchor, Grams, Statistic, anchor_of, stacked
-from cfmerge.methods._registry import as_array
+from cfmerge.methods._registry import Number, as_array
 
 CUT = 2.0**-23  # times n: singular to float32, whatever the precision that is computed in
+
 
 class Spectrum(NamedTuple):
     """`X = anchor + (coordinates * phi) basis` for the filter `h(l) = l phi`; see `spectrum`.
@@ -28,7 +29,7 @@ class Spectrum(NamedTuple):
         coordinates, basis: `(m, k)` and `(k, n)`, such that the directions of `basis` are the eigenvectors' of `G`.
         energies: `||(K - X_a G) q_j||^2`.
         kappa: `sum_t w_t a_t tr((D_t - X_a) S_t (D_t - X_a)^T)`.
-        count: number of rows `R` that the estimates are made from.
+        samples: number of rows `R` that the estimates are made from.
     """
 
     values: Float[Array, " k"]
@@ -36,7 +37,7 @@ class Spectrum(NamedTuple):
     basis: Float[Array, "k n"]
     energies: Float[Array, " k"]
     kappa: Float[Array, ""]
-    count: Float[Array, ""]
+    samples: Float[Array, ""]
     anchor: Float[Array, "m n"] | None
 
     def filtered(self, phi: Float[Array, " k"]) -> Float[Array, "m n"]:
@@ -44,7 +45,7 @@ class Spectrum(NamedTuple):
         change = linalg.matmul(self.coordinates * phi, self.basis)
         return change if self.anchor is None else self.anchor + change
 
-    def ridge(self, relative: float | Array) -> Float[Array, ""]:
+    def ridge(self, relative: Number) -> Float[Array, ""]:
         """`rho = relative trace(G)/n`."""
         return as_array(relative, self.values.dtype) * jnp.sum(self.values) / self.basis.shape[1]
 
@@ -79,10 +80,10 @@ def spectrum(statistic: Statistic, anchor: Anchor | Array = "zero") -> Spectrum:
         kappa = jnp.sum(difference * difference)
         coordinates, basis = linalg.matmul(difference, vectors), linalg.matmul(vectors.T, f)
         energies = values * jnp.sum(coordinates * coordinates, axis=0)
-    return Spectrum(values, coordinates, basis, energies, kappa, statistic.count, target)
+    return Spectrum(values, coordinates, basis, energies, kappa, statistic.samples, target)
 
 
-def inverse(values: Float[Array, " k"], inputs: int, rtol: float | Array | None = None) -> Float[Array, " k"]:
+def inverse(values: Float[Array, " k"], inputs: int, rtol: Number | None = None) -> Float[Array, " k"]:
     """`1/l` where `l > rtol max(l)`, else 0: the pseudo-inverse; `rtol` is `n` times float32's epsilon by default."""
     cut = (inputs * CUT if rtol is None else as_array(rtol, values.dtype)) * jnp.max(values)
     keep = values > cut
@@ -126,7 +127,7 @@ def gcv(
     found = statistic if isinstance(statistic, Spectrum) else spectrum(statistic, anchor)
     known = found.values > found.basis.shape[1] * CUT * jnp.max(found.values)
     explained = jnp.where(known, found.energies / jnp.where(known, found.values, 1), 0)
-    count = jnp.maximum(found.count, 1)
+    count = jnp.maximum(found.samples, 1)
     spare = jnp.maximum(count - jnp.sum(known), 0)  # RSS and df are formed without cancellation: h -> 1 - h
     rest = jnp.where(spare > 0, jnp.maximum(found.kappa - jnp.sum(explained), 0), 0)
 
@@ -155,9 +156,7 @@ Rule = Literal[
 ]
 
 
-def rank_of(
-    values: Float[Array, " n"], rule: Rule, share: float | Array, shape: tuple[int, int], count: Array
-) -> Array:
+def rank_of(values: Float[Array, " n"], rule: Rule, share: Number, shape: tuple[int, int], count: Array) -> Array:
     """How many of the largest eigenvalues a rule keeps, at least one.
 
     Args:

@@ -12,7 +12,8 @@ inputs, by conjugate gradients. Without data `A_t = (D_t D_t^T)^p`, `B_t = (D_t^
 from `D_t = U diag(s) V^T`, `A_t X B_t = U (s^{2p} (U^T X V) s^{2q}) V^T`.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def _reweighted(
         a = scales(state.merged)
         gram = jnp.tensordot(a, grams, 1, precision=linalg.HIGHEST) + jitter * jnp.eye(n, dtype=dtype)
         merged, held = linalg.solve_right(jnp.tensordot(a, crosses, 1, precision=linalg.HIGHEST), gram)
-        change = jnp.max(jnp.abs(merged - state.merged)) / jnp.maximum(jnp.max(jnp.abs(merged)), tiny)
+        change = (linalg.norm(merged - state.merged) / jnp.maximum(linalg.norm(merged), tiny))[0, 0]
         ratio = jitter / linalg.largest_eigenvalue(gram)
         return Settling(merged, lax.stop_gradient(change), state.steps + 1, held & state.held, ratio)
 
@@ -178,16 +179,16 @@ def _sides(delta: Float[Array, "m n"], p: Number, q: Number) -> Sides:
     return Sides(u, powered(as_array(p, s.dtype)), powered(as_array(q, s.dtype)), vt)
 
 
-def _of_all(name: str, report: object, notes: object) -> Method:
+def _of_all(name: str, report: Callable[[Kept], tuple[Array, Report]], notes: Mapping[str, Any]) -> Method:
     return Method(
         name,
         lambda base: Kept((), ()),
         keep,
-        lambda statistic: report(statistic)[0],  # type: ignore[operator]
-        report,  # type: ignore[arg-type]
+        lambda statistic: report(statistic)[0],
+        report,
         additive=False,
         statistic=("least_squares", "all"),
         weights="positive",
         normalises=True,
-        notes=notes,  # type: ignore[arg-type]
+        notes=notes,
     )

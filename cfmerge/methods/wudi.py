@@ -166,7 +166,7 @@ def aswudi(
 
     def count(values: Array, statistic: Statistic) -> Array:
         m, n = statistic.total.shape
-        return rank_of(values, rule, share, (m, n), statistic.count)
+        return rank_of(values, rule, share, (m, n), statistic.samples)
 
     return least_squares(_filtered(count, jnp.ones_like, anchor), normalise="energy", form=form, notes=CUT_NOTES)
 
