@@ -118,6 +118,7 @@ def fusion_bench_svc(inputs: Inputs) -> Callable[[], Tensor]:
 
 @peer
 def fusion_bench_opcm(inputs: Inputs) -> Callable[[], Tensor]:
+    absent("fusion_bench.taskpool")
     import lightning as L
     from fusion_bench.method.opcm.opcm_general import OPCM
 
@@ -205,9 +206,10 @@ PEERS["authors_aswudi"] = of_swudi("aswudi_merge")
 
 @peer
 def authors_optmerge(inputs: Inputs) -> Callable[[], Tensor]:
-    """Their 300 steps are in the function; `.cuda()` is made to stay where it is."""
+    """Their 300 steps are in the function; `.cuda()` is made to stay where it is, the script below it to do nothing."""
     clone("MLLMerging/LLaMA-Factory")
     absent("PIL", "qwen_vl_utils", "transformers")
+    sys.modules["qwen_vl_utils"].process_vision_info.return_value = [], []
     from model_merging import wudi_merging2
 
     Tensor.cuda = lambda self: self  # type: ignore[method-assign, assignment]

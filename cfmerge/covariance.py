@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+import numpy as np
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
@@ -54,7 +54,7 @@ def of_rank(delta: Float[Array, "out in"], rank: int) -> Estimate:
     return Estimate(right, linalg.matmul(left, linalg.matmul(right, right.T)), error)
 
 
-def of_largest(delta: Float[Array, "out in"], share: ArrayLike) -> Estimate:
+def of_largest(delta: Float[Array, "out in"], share: float | Array | np.ndarray) -> Estimate:
     """`S = trim(D)^T trim(D)`, where `round(share * entries)` entries, the largest, are kept (TACT)."""
     magnitude = jnp.abs(delta)
     size = delta.size
@@ -63,7 +63,7 @@ def of_largest(delta: Float[Array, "out in"], share: ArrayLike) -> Estimate:
     return Estimate(jnp.where((magnitude >= threshold) & (jnp.asarray(count) > 0), delta, 0))
 
 
-def of_power(delta: Float[Array, "out in"], exponent: ArrayLike) -> Estimate:
+def of_power(delta: Float[Array, "out in"], exponent: float | Array | np.ndarray) -> Estimate:
     """`S = (D^T D)^p` on the row space, from the delta's singular values: they are never squared."""
     u, s, vt = linalg.thin_svd(delta)
     keep = s > max(delta.shape) * jnp.finfo(s.dtype).eps * s[0]

@@ -128,12 +128,30 @@ def _symmetric_eigen_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple
     return (values, vectors), (jnp.diagonal(inner), matmul(vectors, turn))
 
 
+@jax.custom_jvp
 def thin_svd(
     matrix: Float[Array, "m n"],
 ) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
-    """`U, s, V^T` with `r = min(m, n)`, largest first."""
+    """`U, s, V^T` with `r = min(m, n)`, largest first; differentiable as `symmetric_eigen` is, and at zero."""
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
     return u, s, vt
+
+
+@thin_svd.defjvp
+def _thin_svd_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    u, s, vt = thin_svd(primals[0])
+    change = tangents[0]
+    inner = matmul(matmul(u.T, change), vt.T)
+    cut = max(change.shape) * jnp.finfo(s.dtype).eps * s[0]
+    inverse = jnp.where(s > cut, 1 / jnp.where(s > cut, s, 1), 0)
+    apart, together = s[None, :] - s[:, None], s[None, :] + s[:, None]
+    close = jnp.abs(apart) <= cut
+    turn = jnp.where(close, 0, 1 / jnp.where(close, 1, apart * together))
+    of_u = matmul(u, turn * (inner * s + s[:, None] * inner.T))
+    of_v = matmul(vt.T, turn * (s[:, None] * inner + inner.T * s))
+    of_u = of_u + (matmul(change, vt.T) - matmul(u, inner)) * inverse
+    of_v = of_v + (matmul(change.T, u) - matmul(vt.T, inner.T)) * inverse
+    return (u, s, vt), (of_u, jnp.diagonal(inner), of_v.T)
 
 
 def kth_largest(values: Float[Array, "..."], k: int | Array) -> Float[Array, ""]:
@@ -213,7 +231,7 @@ def conjugate_gradients(
     size = jnp.max(jnp.abs(target))  # the residuals are scaled by it: their squares would leave the range
     unit = jnp.where(size > 0, size, 1)
     goal = target / unit
-    enough = (eps * jnp.linalg.norm(goal)) ** 2
+    enough = eps**2 * jnp.sum(goal * goal)
 
     def step(_: int | Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         x, residual, direction, square = state
@@ -230,7 +248,8 @@ def conjugate_gradients(
     residual = goal - times(start)
     state = (start, residual, residual, jnp.sum(residual * residual))
     x, residual, _, square = lax.fori_loop(0, steps, step, state)
-    return x * unit, jnp.sqrt(lax.stop_gradient(square)) / jnp.where(size > 0, jnp.linalg.norm(goal), 1)
+    left, whole = lax.stop_gradient((square, jnp.sum(goal * goal)))
+    return x * unit, jnp.sqrt(left / jnp.where(whole > 0, whole, 1))
 
 
 def low_rank_factors(

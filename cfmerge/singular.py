@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cfmerge.linalg import gram, matmul
 
-# Odd quintics a x + b x^3 + c x^5 that take [1e-3, 1] to within 1e-3 of 1, each the closest to 1 on what the last one
-# leaves (Remez; greedy choice is optimal: Amsel et al., The Polar Express, arXiv 2505.16932). The last is Newton-Schulz.
+# Odd quintics a x + b x^3 + c x^5 that take [1e-3, 1] to within 1e-3 of 1, each the closest to 1 on what the one before
+# leaves (Remez; the greedy choice is optimal: Amsel et al., The Polar Express, arXiv 2505.16932). The last is
+# Newton-Schulz.
 QUINTICS = (
     (8.470329, -25.108075, 18.629276),
     (4.182834, -3.108701, 0.580607),
@@ -53,9 +54,7 @@ def svd(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def leading(
-    matrix: Float[Array, "m n"], k: int
-) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
+def leading(matrix: Float[Array, "m n"], k: int) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
     """The `k` largest singular triplets, largest first: by the smaller Gram if it resolves them, else by the SVD.
 
     The Gram sees `s_k / s_1` squared; it is trusted while that is above `eps^0.5` (`s_k / s_1 > 0.019` in float32,
@@ -186,9 +185,7 @@ def polar_by_products(x: Float[Array, "m n"], cutoff: float) -> Polar:
     return lax.cond(converged, lambda x: found, lambda x: polar_by_svd(x, cutoff), x)
 
 
-def newton_schulz(
-    x: Float[Array, "m n"], cutoff: float
-) -> tuple[Float[Array, "m n"], Bool[Array, ""], Int[Array, ""]]:
+def newton_schulz(x: Float[Array, "m n"], cutoff: float) -> tuple[Float[Array, "m n"], Bool[Array, ""], Int[Array, ""]]:
     """Quintic steps on a wide matrix until `X X^T = I`: the factor, whether it got there, the number of steps.
 
     Singular values are multiplied until they are 1; those below the cutoff would be too, so the number of steps

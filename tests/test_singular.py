@@ -57,7 +57,9 @@ def test_polar_factor(shape):
             found = singular.polar(jnp.asarray(matrix, precision))
             np.testing.assert_allclose(found.factor, polar(matrix), atol=tolerance)
             assert float(found.rank) == min(shape)
-            np.testing.assert_allclose(jnp.sum(found.factor * matrix), np.sum(np.geomspace(1, 0.01, min(shape))), rtol=1e-4)
+            np.testing.assert_allclose(
+                jnp.sum(found.factor * matrix), np.sum(np.geomspace(1, 0.01, min(shape))), rtol=1e-4
+            )
 
 
 @pytest.mark.parametrize("shape", [(6, 24), (24, 6), (9, 12), (8, 8)])
@@ -67,13 +69,15 @@ def test_polar_factor_of_deficient_rank_is_the_partial_isometry(shape):
         with jax.enable_x64(precision == "float64"):
             found = singular.polar(jnp.asarray(matrix, precision))
             np.testing.assert_allclose(found.factor, polar(matrix), atol=tolerance)
-            assert float(found.rank) == 3 and float(found.by_svd) == 1
+            assert float(found.rank) == 3
+            assert float(found.by_svd) == 1
 
 
 def test_zero_has_the_polar_factor_zero():
     for shape in ((6, 24), (8, 8)):
         found = singular.polar(jnp.zeros(shape))
-        assert np.all(np.asarray(found.factor) == 0) and float(found.rank) == 0
+        assert np.all(np.asarray(found.factor) == 0)
+        assert float(found.rank) == 0
 
 
 @pytest.mark.parametrize("condition", [1.0, 8.0, 156.0])
@@ -85,7 +89,8 @@ def test_products_agree_with_the_svd(shape, condition):
             x = jnp.asarray(matrix, precision)
             cutoff = singular.rank_cutoff(shape, x.dtype)
             factor, converged, steps = singular.newton_schulz(x, cutoff)
-            assert bool(converged) and int(steps) <= 9
+            assert bool(converged)
+            assert int(steps) <= 9
             np.testing.assert_allclose(factor, polar(matrix), atol=tolerance)
             np.testing.assert_allclose(factor, singular.polar_by_svd(x, cutoff).factor, atol=2 * tolerance)
             assert float(singular.polar_by_products(x, cutoff).by_svd) == 0
@@ -97,7 +102,8 @@ def test_products_do_not_converge_without_full_rank_and_say_so(values):
     cutoff = float(np.sqrt(np.finfo(np.float32).eps))
     assert not bool(singular.newton_schulz(x, cutoff)[1])
     found = singular.polar_by_products(x, cutoff)
-    assert float(found.by_svd) == 1 and float(found.rank) == min(len(values), 3)
+    assert float(found.by_svd) == 1
+    assert float(found.rank) == min(len(values), 3)
     np.testing.assert_allclose(found.factor, polar(np.asarray(x, np.float64), cutoff), atol=1e-5)
 
 
@@ -122,6 +128,7 @@ def test_derivatives(shape):
     }
     with jax.enable_x64(True):
         for name, function in functions.items():
+
             def loss(a, function=function):
                 value = function(a)
                 return jnp.sum(value * (probe if value.shape == shape else 1.0))
@@ -138,5 +145,7 @@ def test_derivatives(shape):
 def test_derivatives_at_ties_and_zeros_are_finite():
     for matrix in (np.eye(4), np.zeros((4, 6)), np.ones((4, 6)), np.diag([1.0, 1.0, 0, 0])):
         for function in (lambda a: singular.polar(a).factor, lambda a: singular.truncated(a, 2)):
-            gradient = jax.grad(lambda a, function=function: jnp.sum(function(a) ** 2))(jnp.asarray(matrix, jnp.float32))
+            gradient = jax.grad(lambda a, function=function: jnp.sum(function(a) ** 2))(
+                jnp.asarray(matrix, jnp.float32)
+            )
             assert np.isfinite(np.asarray(gradient)).all()

@@ -18,6 +18,7 @@ from cfmerge.engine.in_memory import Problem, merge_assigned, prepared, statisti
 from cfmerge.engine.merge import Progress, as_recipe, free_memory, merge_recipe
 from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.plan import Job, Plan, make_plan
+from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.solve import check_experts, see_all, settings_by_expert
 from cfmerge.engine.statistics import (
     SHARD,
@@ -67,11 +68,10 @@ def accumulate(
     Raises:
         CfmergeError: the method is not additive, or bad input; nothing is written then.
     """
-    made = parsed(method, parameters)
     if not isinstance(base, str | Path):
         if output is not None:
             raise CfmergeError("accumulate of pytrees: save what is returned: accumulate(...).save(directory)")
-        return _of_trees(base, experts, made, **options)
+        return _of_trees(base, experts, parsed(method, parameters), **options)
     if output is None:
         raise CfmergeError("accumulate of checkpoints: name a directory for the statistics with output=")
     text, given = (method, parameters or {}) if isinstance(method, str) else (expression(method), {})
@@ -208,6 +208,7 @@ def solve(
         CfmergeError: another base, or a method that keeps another statistic.
     """
     kept = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
+    load_plugins(options.get("plugins", ()))
     chosen = parsed(method if method is not None else kept.method, parameters)
     if not isinstance(base, str | Path):
         leaves, treedef = flatten(base)

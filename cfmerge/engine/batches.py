@@ -10,11 +10,10 @@ from cfmerge.checkpoints import Checkpoint
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.statistics import stacked
 from cfmerge.engine.steps import Inputs
-from cfmerge.engine.survey import Place, Stack
+from cfmerge.engine.survey import Place, Stack, kind_of
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._random import digest_of
-from cfmerge.methods._registry import exact, numbers, structure
 
 ENTRIES = 1 << 22  # of an entrywise batch or piece
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
@@ -84,8 +83,8 @@ class Batch:
     def stack(self, plan: Plan) -> Stack:
         """For a survey."""
         return Stack(
-            self.places, self.layout, self.base(plan), lambda number: self.expert(plan, number),
-            lambda number: self.inputs(plan, number),
+            self.jobs[0].assignment.method, self.places, self.layout, self.base(plan),
+            lambda number: self.expert(plan, number), lambda number: self.inputs(plan, number),
         )  # fmt: skip
 
 
@@ -116,11 +115,6 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
             yield Batch(tuple(waiting.pop(key)))
     for bucket in waiting.values():
         yield Batch(tuple(bucket))
-
-
-def kind_of(method: Method) -> Any:
-    """Equal for methods that can be in one batch: those that surveyed the model must agree in numbers too."""
-    return structure(method) if method.survey is None else (structure(method), exact(numbers(method)))
 
 
 def _stack(job: Job, memory: int) -> int:

@@ -13,17 +13,17 @@ from jaxtyping import Array, Float
 from cfmerge import methods
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.engine.assign import Assignment, assign
-from cfmerge.engine.batches import kind_of, layer_name
+from cfmerge.engine.batches import layer_name
 from cfmerge.engine.plan import check_count, check_moment, check_weights
 from cfmerge.engine.resolve import depths, place, settle, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form, stacked
 from cfmerge.engine.steps import Inputs, Steps, settings_of, steps
-from cfmerge.engine.survey import Stack, at_places, survey
+from cfmerge.engine.survey import Stack, at_places, by_member, found_for, kind_of, survey
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Found, Method
 from cfmerge.methods._random import check_seed, digest_of
 from cfmerge.methods._registry import of_expert
-from cfmerge.methods._several import several
+from cfmerge.methods._several import members, several
 from cfmerge.parameters import Kind, Parameter, classify, is_float
 from cfmerge.recipe import Rule, parse_rule
 
@@ -225,7 +225,7 @@ class Bucket:
         def arrays(number: int) -> Array:
             return jnp.stack([trees[number][name] for name in self.names])
 
-        return Stack(tuple(layers), self.layout, arrays(0), lambda number: arrays(number + 1), inputs)
+        return Stack(method, tuple(layers), self.layout, arrays(0), lambda number: arrays(number + 1), inputs)
 
 
 def _merge(
@@ -259,23 +259,24 @@ def prepared(
     """The tensors in buckets, with their arrays, and what surveys of the whole model found for their method."""
     weights = _check_weights(len(experts), weights)
     check_seed(seed)
-    groups: dict[Any, list[Bucket]] = {}  # by what their surveys have in common
     if sums or kept is not None:  # in the form whose statistic is a sum of fixed size
         assignments = {
             name: dataclasses.replace(a, method=full_form(a.method)) if a.action == "merge" else a
             for name, a in assignments.items()
         }
-    for bucket in _buckets(assignments, trees[0], experts, weights, list(kept.experts) if kept else []):
-        method = bucket.assignments[0].method
-        check_count(method, len(experts) + bucket.before)
+    buckets = _buckets(assignments, trees[0], experts, weights, list(kept.experts) if kept else [])
+    for bucket in buckets:
+        for member in members(bucket.assignments[0].method):
+            check_count(member, len(experts) + bucket.before)
         _check_moments(bucket, given, experts)
-        groups.setdefault(kind_of(method) if method.survey else None, []).append(bucket)
-    for buckets in groups.values():
-        stacks = [bucket.stack(trees, given, experts, seed) for bucket in buckets]
-        double = any(stack.base.dtype == jnp.float64 for stack in stacks)
-        method, compute = buckets[0].assignments[0].method, "float64" if double else "float32"
-        found = survey(method, len(experts), lambda stacks=stacks: stacks, compute)  # type: ignore[misc]
-        yield from ((bucket, stack, found) for bucket, stack in zip(buckets, stacks, strict=True))
+    stacks = [bucket.stack(trees, given, experts, seed) for bucket in buckets]
+    found: dict[Any, Found | None] = {}
+    for kind, (method, numbers) in by_member([stack.method for stack in stacks]).items():
+        own = [stacks[number] for number in numbers]
+        double = any(stack.base.dtype == jnp.float64 for stack in own)
+        found[kind] = survey(method, len(experts), lambda own=own: own, "float64" if double else "float32")  # type: ignore[misc]
+    for bucket, stack in zip(buckets, stacks, strict=True):
+        yield bucket, stack, found_for(stack.method, found)
 
 
 def statistics_of(
@@ -345,7 +346,8 @@ def _buckets(
         where = place(name, depth_of[name], [*before, *experts])
         settled = dataclasses.replace(assignment, method=settle(assignment.method, where))
         own = tuple(weight_at(w, where, expert) for w, expert in zip(weights, experts, strict=True))
-        check_weights(settled.method, dict(zip(experts, own, strict=True)), name)
+        for member in members(settled.method):
+            check_weights(member, dict(zip(experts, own, strict=True)), name)
         layout = "" if assignment.method.scope == "entry" else assignment.parameter.layout
         key = (leaves[name].shape, leaves[name].dtype, layout, kind_of(settled.method))
         buckets.setdefault(key, []).append((settled, own))

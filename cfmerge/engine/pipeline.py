@@ -16,10 +16,10 @@ from threadpoolctl import threadpool_limits
 
 from cfmerge.checkpoints import Checkpoint
 from cfmerge.checkpoints.safetensors import ShardWriter
-from cfmerge.engine.batches import Batch, kind_of, make_batches
+from cfmerge.engine.batches import Batch, make_batches
 from cfmerge.engine.plan import Job, Plan
-from cfmerge.engine.solve import Merged, Progress, merge_batch
-from cfmerge.engine.survey import Stack, survey
+from cfmerge.engine.solve import Merged, Progress, check_stack, merge_batch
+from cfmerge.engine.survey import Stack, by_member, found_for, kind_of, survey
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.methods import Found
 from cfmerge.parameters import Kind, is_float
@@ -141,24 +141,24 @@ def execute(
 
 def _surveys(plan: Plan, memory: int, progress: Progress, stop: threading.Event) -> dict[Any, Found | None]:
     """What the methods that need to know the whole model found in it: each in the tensors that it merges."""
-    surveyed: dict[Any, list[Job]] = {}
-    for job in plan.jobs:
-        if job.assignment.action == "merge" and job.assignment.method.survey is not None:
-            surveyed.setdefault(kind_of(job.assignment.method), []).append(job)
+    merged = [job for job in plan.jobs if job.assignment.action == "merge"]
+    methods = [job.assignment.method for job in merged]
 
     def stacks(jobs: list[Job]) -> Iterator[Stack]:
         for batch in make_batches(tuple(jobs), memory):
             _check_stop(stop)
             progress(batch.jobs[0].name, 0)
-            yield batch.stack(plan)
+            yield check_stack(plan, batch, batch.stack(plan))
 
     found = {}
-    for kind, jobs in surveyed.items():
+    for kind, (method, numbers) in by_member(methods).items():
+        jobs = [merged[number] for number in numbers]
         double = plan.recipe.precision == "float64" or any(job.parameter.dtype == "float64" for job in jobs)
         with jax.enable_x64(double):
-            method, compute = jobs[0].assignment.method, "float64" if double else "float32"
+            compute = "float64" if double else "float32"
             found[kind] = survey(method, len(plan.experts), functools.partial(stacks, jobs), compute)
-    return found
+    surveyed = {kind_of(method): method for method in methods if method.survey is not None}
+    return {kind: found_for(method, found) for kind, method in surveyed.items()}
 
 
 def _write(writer: ShardWriter, job: Job, values: np.ndarray, first: int) -> None:

@@ -1,6 +1,7 @@
 """Methods from elsewhere: Python files that a recipe names, and entry points of installed packages."""
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -36,7 +37,7 @@ def _load_entry_points() -> None:
 def _load_file(path: Path) -> None:
     if not path.is_file():
         raise CfmergeError(f"plugin {path}: there is no such file")
-    name = f"cfmerge_plugin_{path.stem}"
+    name = f"cfmerge_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise CfmergeError(f"plugin {path}: is not a Python file")

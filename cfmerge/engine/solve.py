@@ -12,7 +12,7 @@ from cfmerge.engine.batches import Batch
 from cfmerge.engine.low_rank import CUT, rank_bound
 from cfmerge.engine.plan import Plan
 from cfmerge.engine.steps import Settings, compiled, settings_of
-from cfmerge.engine.survey import at_places
+from cfmerge.engine.survey import Stack, at_places
 from cfmerge.errors import NonFiniteError
 from cfmerge.methods import Found, Method
 from cfmerge.methods._registry import of_expert
@@ -142,6 +142,21 @@ def see_all(
 def check_experts(plan: Plan, batch: Batch, base: jax.Array, finite: Sequence[np.ndarray]) -> None:
     for spec, flags in zip(plan.expert_specs, finite, strict=True):
         _check_finite(plan, batch, base, flags, f"expert {spec.name!r} ({spec.path})", spec.name)
+
+
+def check_stack(plan: Plan, batch: Batch, stack: Stack) -> Stack:
+    """The stack, whose arrays are checked when they are taken: a NaN would go from a survey into every tensor."""
+
+    def finite(array: Any) -> np.ndarray:
+        return np.isfinite(np.asarray(array)).reshape(len(batch.jobs), -1).all(axis=1)
+
+    def expert(number: int) -> Any:
+        array, spec = stack.expert(number), plan.expert_specs[number]
+        _check_finite(plan, batch, stack.base, finite(array), f"expert {spec.name!r} ({spec.path})", spec.name)
+        return array
+
+    _check_finite(plan, batch, stack.base, finite(stack.base), None, "")
+    return stack._replace(expert=expert)
 
 
 def _doubled(leaf: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Passes over the whole model before the merge, for methods that need to know something of all of it."""
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,9 @@ import numpy as np
 from cfmerge.engine.steps import Inputs, steps
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method, Survey
-from cfmerge.methods._registry import listed, of_expert
+from cfmerge.methods._base import measure_jointly
+from cfmerge.methods._registry import exact, listed, numbers, of_expert, structure
+from cfmerge.methods._several import gathered, members
 
 TRACED = (
     jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError,
@@ -23,6 +26,7 @@ class Stack(NamedTuple):
     """Tensors of one shape and layout, for one method: what is surveyed at once.
 
     Attributes:
+        method: what merges them, and whose view of them is surveyed.
         places: of each of them; of each layer, where a tensor stacks several.
         layout: of the stored tensors; empty where there is no canonical view.
         base: `(stack, *stored shape)`.
@@ -30,6 +34,7 @@ class Stack(NamedTuple):
         inputs: `inputs(t)` is what comes with it.
     """
 
+    method: Method
     places: tuple[Place, ...]
     layout: str
     base: Any
@@ -57,11 +62,33 @@ def survey(method: Method, experts: int, stacks: Callable[[], Iterable[Stack]], 
     return found if isinstance(found, Found) else Found(found)
 
 
+def kind_of(method: Method) -> Any:
+    """Equal for methods that can be in one batch: those that surveyed the model must agree in numbers too."""
+    return structure(method) if method.survey is None else (structure(method), exact(numbers(method)))
+
+
+def by_member(methods: Sequence[Method]) -> dict[Any, tuple[Method, list[int]]]:
+    """`{kind: (member, numbers of the methods that hold it)}`: a method of a sweep surveys whatever it merges there."""
+    groups: dict[Any, tuple[Method, list[int]]] = {}
+    for number, method in enumerate(methods):
+        if method.survey is not None:
+            for kind, member in {kind_of(m): m for m in members(method) if m.survey is not None}.items():
+                groups.setdefault(kind, (member, []))[1].append(number)
+    return groups
+
+
+def found_for(method: Method, found: Mapping[Any, Found | None]) -> Found | None:
+    """What surveys found for the method, of what was found for each kind of member."""
+    return gathered(method, [found.get(kind_of(member)) for member in members(method)])
+
+
 def at_places(found: Found | None, places: Sequence[Place]) -> Found | None:
     """What was found for the tensors of a stack: `tensor` stacked, in the stack's order."""
     if found is None or found.tensor is None:
         return found
-    return Found(found.model, jax.tree.map(lambda *leaves: np.stack(leaves), *(found.tensor[p] for p in places)))
+    return Found(
+        found.model, jax.tree.map(lambda *leaves: _xp(*leaves).stack(leaves), *(found.tensor[p] for p in places))
+    )
 
 
 def _pass(
@@ -69,9 +96,10 @@ def _pass(
 ) -> Any:
     measured: dict[Place, Any] = {}
     total: Any = None
-    measures = [of_expert(method, t).survey(found).measure for t in range(experts)]  # type: ignore[misc, union-attr]
-    shared = measures[:1] * experts if not listed(method) else measures
-    compiled = _Compiled(method, following, shared, compute)
+    surveys = [following] * experts
+    if listed(method):
+        surveys = [of_expert(method, t).survey(found) for t in range(experts)]  # type: ignore[misc]
+    compiled = _Compiled(surveys, compute)
     for stack in stacks():
         values = compiled.joint(stack) if following.joint else compiled.by_expert(stack)
         if following.by_tensor:
@@ -83,36 +111,44 @@ def _pass(
     totals = dict(sorted(measured.items())) if following.by_tensor else total
     if not listed(method) or following.joint:
         return following.combine(totals)
-    each = [of_expert(method, t).survey(found).combine(totals) for t in range(experts)]  # type: ignore[misc, union-attr]
-    return jax.tree.map(lambda *leaves: np.stack([leaf[t] for t, leaf in enumerate(leaves)]), *each)
+    return jax.tree.map(_own_rows, *(own.combine(totals) for own in surveys))
+
+
+def _own_rows(*leaves: Any) -> Any:
+    """Each expert's row of what its own survey found; what was there before, and is the same for all, as it is."""
+    if all(leaf is leaves[0] for leaf in leaves):
+        return leaves[0]
+    return np.stack([leaf[t] for t, leaf in enumerate(leaves)])
 
 
 class _Compiled:
     """The measures of one survey, compiled for each shape that they meet."""
 
-    def __init__(self, method: Method, following: Survey, measures: Sequence[Any], compute: str) -> None:
-        self.method, self.following, self.measures, self.compute = method, following, measures, compute
+    def __init__(self, surveys: Sequence[Survey], compute: str) -> None:
+        self.surveys, self.compute = surveys, compute
+        self.jointly = functools.partial(measure_jointly, surveys)
         self.made: dict[Any, Any] = {}
 
     def by_expert(self, stack: Stack) -> Any:
         """Measures `(stack, experts, ...)`."""
         values = []
-        for t, measure in enumerate(self.measures):
-            function = self._function(measure, stack.layout)
+        for t, own in enumerate(self.surveys):
+            function = self._function(own.measure, stack)
             values.append(_on_host(function([stack.base, stack.expert(t)], [stack.inputs(t)])))
         return jax.tree.map(lambda *leaves: _xp(*leaves).stack(leaves, axis=1), *values)
 
     def joint(self, stack: Stack) -> Any:
         """Measures `(stack, ...)`."""
-        experts = range(len(self.measures))
-        function = self._function(self.following.measure, stack.layout)
+        experts = range(len(self.surveys))
+        function = self._function(self.jointly, stack)
         return _on_host(function([stack.base, *map(stack.expert, experts)], [stack.inputs(t) for t in experts]))
 
-    def _function(self, measure: Any, layout: str) -> Any:
-        if (measure, layout) not in self.made:
-            measured = steps(self.method, layout, self.compute).measured(measure, self.following.joint)
-            self.made[measure, layout] = jax.jit(measured)
-        return self.made[measure, layout]
+    def _function(self, measure: Any, stack: Stack) -> Any:
+        key = (measure, stack.layout, stack.method.scope, stack.method.moments)
+        if key not in self.made:
+            measured = steps(stack.method, stack.layout, self.compute).measured(measure, self.surveys[0].joint)
+            self.made[key] = jax.jit(measured)
+        return self.made[key]
 
 
 def _on_host(values: Any) -> Any:

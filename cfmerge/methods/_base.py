@@ -11,7 +11,7 @@ trim(0.2) >> disjoint_mean() >> scale(0.5)        is a method again
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union
 
 import jax.numpy as jnp
@@ -62,12 +62,15 @@ class Survey(NamedTuple):
             transform behind a method `measure(merged, seen)`.
         combine: `combine(totals)`: what is found, on the host. If `by_tensor`, the measures are not summed: it gets
             `{place: measures}`, places in order, and returns a `Found` with a mapping of places as its `tensor`.
+        front, inner: of a chain whose survey is joint: the parts before the one that surveys, and its own survey.
     """
 
     measure: Callable[..., Any]
     combine: Callable[[Any], Any]
     joint: bool = False
     by_tensor: bool = False
+    front: Any = None
+    inner: Any = None
 
 
 class Found(NamedTuple):
@@ -309,39 +312,39 @@ def _survey_of(parts: tuple[Any, ...], at: int) -> dict[str, Any]:
     if number is None:
         return {}
     before = parts[: min(number, at)]
-
-    def reaching(seen: Seen) -> Seen:
-        if not before:
-            return seen
-        contexts = seen.contexts or (NO_CONTEXT,) * len(seen.deltas)
-        deltas = list(seen.deltas)
-        for part in before:
-            deltas = [part(delta, context) for delta, context in zip(deltas, contexts, strict=True)]
-        return seen._replace(deltas=jnp.stack(deltas))
+    front = chain(*parts[:number]) if number else None
 
     def measure_one(following: Survey, delta: Array, context: Context) -> Any:
         for part in before:
             delta = part(delta, context)
         return with_context(following.measure, (delta,), context)
 
-    def measure_all(following: Survey, seen: Seen) -> Any:
-        if number <= at:
-            return following.measure(reaching(seen))
-        contexts = seen.contexts or (NO_CONTEXT,) * len(seen.deltas)
-        front = chain(*parts[:number])
-        statistic = front.init(seen.base)
-        for delta, weight, context in zip(seen.deltas, seen.weights, contexts, strict=True):
-            statistic = front.see(statistic, delta, weight, context)
-        return following.measure(front.solve(statistic), seen)
-
     def survey(found: Any) -> Survey | None:
         following = parts[number].survey(found)
-        if following is None:
-            return None
-        measure = measure_all if following.joint else measure_one
-        return following._replace(measure=functools.partial(measure, following))
+        if following is None or front is None:
+            return following
+        if not following.joint:
+            return following._replace(measure=functools.partial(measure_one, following))
+        whole = following._replace(front=front, inner=following)
+        return whole._replace(measure=lambda seen: measure_jointly([whole] * len(seen.deltas), seen))
 
     def informed(found: Found) -> Any:
         return chain(*parts[:number], parts[number].informed(found), *parts[number + 1 :])
 
     return {"survey": survey, "informed": informed}
+
+
+def measure_jointly(surveys: Sequence[Survey], seen: Seen) -> Any:
+    """What a joint survey measures; one survey for each expert, as what stands in front may have its own numbers."""
+    front = surveys[0].front
+    if front is None:
+        return surveys[0].measure(seen)
+    contexts = seen.contexts or (NO_CONTEXT,) * len(seen.deltas)
+    experts = zip([survey.front for survey in surveys], seen.deltas, seen.weights, contexts, strict=True)
+    if isinstance(front, Method):
+        statistic = front.init(seen.base)
+        for own, delta, weight, context in experts:
+            statistic = own.see(statistic, delta, weight, context)
+        return surveys[0].inner.measure(front.solve(statistic), seen)
+    deltas = jnp.stack([own(delta, context) for own, delta, _, context in experts])
+    return measure_jointly([survey.inner for survey in surveys], seen._replace(deltas=deltas))

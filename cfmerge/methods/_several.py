@@ -1,12 +1,13 @@
 """Several methods as one, for sweeps: they see the experts once, and share statistics and decompositions."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from cfmerge.errors import CfmergeError
 from cfmerge.methods._base import (
     NO_CONTEXT,
     SCOPES,
@@ -27,6 +28,10 @@ def several(methods: tuple[Method, ...]) -> Method:
     Methods that name the same `statistic` share one. Those that differ in numbers alone are solved under one `vmap`
     over the numbers: what does not depend on them, such as an eigendecomposition, is computed once.
     """
+    moments = {method.moments: method.name for method in methods if method.moments}
+    if len(moments) > 1:
+        needed = " and ".join(f"{name} {what}" for what, name in moments.items())
+        raise CfmergeError(f"sweep: {needed} of each expert: methods that need different moments go one by one")
     keys = [method.statistic if method.statistic is not None else (structure(method), number)
             for number, method in enumerate(methods)]  # fmt: skip
     distinct = list(dict.fromkeys(keys))
@@ -66,7 +71,7 @@ def several(methods: tuple[Method, ...]) -> Method:
         scope=max((method.scope for method in methods), key=SCOPES.index),
         random=any(method.random for method in methods),
         additive=all(method.additive for method in methods),
-        moments=next((method.moments for method in methods if method.moments), ""),
+        moments=next(iter(moments), ""),
         notes={
             f"{n}:{name}": (condition, f"{method.name}: {message}")
             for n, method in enumerate(methods)
@@ -103,48 +108,37 @@ def _solve_alike(methods: Sequence[Method], statistic: Statistic) -> tuple[Array
     return jax.vmap(solve, in_axes=([0 if varies else None for varies in varying],))(columns)
 
 
-def _surveys(methods: tuple[Method, ...]) -> dict[str, Any]:
-    """The methods' surveys, one after the other.
+def members(method: Method) -> tuple[Method, ...]:
+    """The methods that `several` made one of; a method by itself is its only one."""
+    return method.origin.arguments["methods"] if method.origin and method.origin.factory is several else (method,)
 
-    What is found is `Found((done, current), tensor)`: the models that were found for the first methods, what the next
-    one has found so far, and `{place: {number of the method: ...}}`.
-    """
+
+def gathered(method: Method, found: Sequence[Found | None]) -> Found | None:
+    """What the method must be told, of what surveys found for each of its members."""
+    if method.survey is None or members(method) == (method,):
+        return found[0]
+    tensor: dict[Any, Any] = {}
+    for number, own in enumerate(found):
+        for place, value in ((own and own.tensor) or {}).items():
+            tensor.setdefault(place, {})[number] = value
+    return Found(tuple(own and own.model for own in found), tensor or None)
+
+
+def _surveys(methods: tuple[Method, ...]) -> dict[str, Any]:
+    """Found is `Found(models by member, {place: {number of the member: ...}})`, see `gathered`."""
     if not any(method.survey for method in methods):
         return {}
 
-    def survey(found: Found | None) -> Survey | None:
-        (done, current), tensor = found or (((), None), None)
-        while len(done) < len(methods) and methods[len(done)].survey is None:
-            done = (*done, None)
-        if len(done) == len(methods):
-            return None
-        method = methods[len(done)]
-        following: Survey = method.survey(current)  # type: ignore[misc, assignment]
-        return following._replace(combine=_keeping(method, following.combine, done, tensor or {}))
+    def survey(found: Any) -> Survey | None:
+        raise NotImplementedError("each method of a sweep surveys the tensors that it merges: see members")
 
     def informed(found: Found) -> Method:
-        done = (*found.model[0], *[None] * len(methods))
         tensor = found.tensor or {}
         return several(
             tuple(
-                method.informed(Found(done[number], tensor.get(number))) if method.informed else method
+                method.informed(Found(found.model[number], tensor.get(number))) if method.informed else method
                 for number, method in enumerate(methods)
             )
         )
 
     return {"survey": survey, "informed": informed}
-
-
-def _keeping(
-    method: Method, combine: Callable[[Any], Any], done: tuple[Any, ...], tensor: dict[Any, Any]
-) -> Callable[[Any], Found]:
-    def combined(totals: Any) -> Found:
-        result = combine(totals)
-        if method.survey(result) is not None:  # type: ignore[misc]
-            return Found((done, result), tensor or None)
-        if not isinstance(result, Found):
-            return Found(((*done, result), None), tensor or None)
-        places = {place: {**tensor.get(place, {}), len(done): value} for place, value in (result.tensor or {}).items()}
-        return Found(((*done, result.model), None), {**tensor, **places} or None)
-
-    return combined

@@ -100,8 +100,8 @@ def spread(shares: Array, chords: Array) -> Array:
 def intrinsic_mean(shares: Array, chords: Array, max_iter: int, tol: Number) -> tuple[Array, Array]:
     """Shares `p` of the intrinsic mean `sum p_t u_t / ||.||`, and the length of the last mean tangent vector.
 
-    Every iterate lies in the span of the `u_t`, so it is kept as shares. As `||sum c_t u_t||^2 = (sum c)^2 - spread(c)`,
-    it is `k sum p_t u_t` with `k = 1 / sqrt(1 - spread(p))`.
+    Every iterate lies in the span of the `u_t`, so it is kept as shares. As `||sum c_t u_t||^2` is
+    `(sum c)^2 - spread(c)`, the mean is `k sum p_t u_t` with `k = 1 / sqrt(1 - spread(p))`.
     """
     dtype = shares.dtype
     eps = jnp.finfo(dtype).eps

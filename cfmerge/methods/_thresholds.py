@@ -86,8 +86,13 @@ def highest(dtype: Any, holds: Callable[[Array], Array]) -> Array:
 def largest(keys: UInt[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
     """Which entries are the `count` largest: exactly so many, of equal ones those of lower index."""
     key = kth_largest(keys, count)
-    above = keys > key
-    return above | first(keys == key, count - jnp.sum(above, dtype=jnp.int32))
+    upto = keys >= key
+
+    def without_some() -> Array:
+        above = keys > key
+        return above | first(keys == key, count - jnp.sum(above, dtype=jnp.int32))
+
+    return lax.cond(jnp.sum(upto, dtype=jnp.int32) > count, without_some, lambda: upto)
 
 
 def first(mask: Bool[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
@@ -105,9 +110,11 @@ def middle_ranks(keys: UInt[Array, "... n"]) -> Float[Array, "... n"]:
     """Ranks `0 .. n-1` along the last axis, from the smallest; equal entries share the mean of their ranks."""
     rows = keys.reshape(-1, keys.shape[-1])
     ordered = lax.sort(rows, dimension=1, is_stable=False)
-    below = jax.vmap(lambda row, key: jnp.searchsorted(row, key, side="left"))(ordered, rows)
-    upto = jax.vmap(lambda row, key: jnp.searchsorted(row, key, side="right"))(ordered, rows)
-    return ((below + upto - 1) / 2).reshape(keys.shape)
+    below = jax.vmap(jnp.searchsorted)(ordered, rows)
+    ends = jnp.concatenate([ordered[:, 1:] != ordered[:, :-1], jnp.ones((len(rows), 1), bool)], axis=1)
+    places = jnp.arange(rows.shape[1], dtype=jnp.int32)
+    last = lax.cummin(jnp.where(ends, places, rows.shape[1]), axis=1, reverse=True)  # of those equal to each
+    return ((below + jnp.take_along_axis(last, below, axis=1)) / 2).reshape(keys.shape)
 
 
 def share_of(share: Any, size: Any, rounding: Rounding = "ceil") -> Any:
@@ -176,12 +183,15 @@ def search(found: Search | None, keys_of: Callable[..., Any], ranks_of: Ranks, j
         digits = 8 * keys.dtype.itemsize // BITS
         shift = BITS * (digits - 1 if left is None else left)
         digit = (keys >> shift).astype(jnp.uint32) & (VALUES - 1)
-        zeros = jnp.zeros(VALUES, jnp.int32)
         one = jnp.ones((), jnp.int32)
         if prefixes is None:
-            return {"histogram": zeros.at[digit].add(1)[None], "digits": digits * one, "places": one}
-        rows = [jnp.where((keys >> (shift + BITS)) == prefix, digit, VALUES) for prefix in prefixes]
-        return {"histogram": jnp.stack([zeros.at[row].add(1, mode="drop") for row in rows])}
+            histogram = jnp.zeros(VALUES, jnp.int32).at[digit].add(1)
+            return {"histogram": histogram[None], "digits": digits * one, "places": one}
+        place = jnp.full(keys.shape, len(prefixes) * VALUES, jnp.uint32)
+        for row in reversed(range(len(prefixes))):
+            place = jnp.where((keys >> (shift + BITS)) == prefixes[row], row * VALUES + digit, place)
+        histogram = jnp.zeros(len(prefixes) * VALUES, jnp.int32).at[place].add(1, mode="drop").reshape(-1, VALUES)
+        return {"histogram": histogram[jnp.argmax(prefixes[:, None] == prefixes, axis=0)]}  # equal ones share a row
 
     def measure(delta: Array, context: Context = NO_CONTEXT) -> dict[str, Array]:
         return counted(keys_of(delta, context), found_keys(found)[context.number] if found else None)

@@ -1,7 +1,7 @@
 """DC-Merge: each expert's block of a common orthonormal basis, with the cross-talk between the blocks left out.
 
-H.-C. Zhang et al., DC-Merge, CVPR 2026, arXiv 2603.06242. With `k = floor(min(m, n) / T)` and `Dk_t = U_t diag(s_t) V_t^T` the best
-approximation of rank k of `D_t`, its values smoothed or not
+H.-C. Zhang et al., DC-Merge, CVPR 2026, arXiv 2603.06242. With `k = floor(min(m, n) / T)` and
+`Dk_t = U_t diag(s_t) V_t^T` the best approximation of rank k of `D_t`, its values smoothed or not
 
     Uhat = polar([U_1 .. U_T]),  Vhat = polar([V_1 .. V_T])
     M_t = Uhat^T Dk_t Vhat, all but its largest entries in magnitude set to zero

@@ -32,7 +32,7 @@ class Running(NamedTuple):
 
     total: Float[Array, "..."]
     norms: Float[Array, ""]
-    count: Float[Array, ""]
+    experts: Float[Array, ""]
 
 
 def init(base: Float[Array, "..."]) -> Running:

@@ -16,14 +16,14 @@ turns a direction round (eigenvalue -1, or within 2 degrees of it) Q_t has no bo
 residual.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg, singular
-from cfmerge.methods._base import NO_CONTEXT, Context, Method, Report
+from cfmerge.methods._base import NO_CONTEXT, Context, Method, Part, Report
 from cfmerge.methods._registry import check, register
 from cfmerge.methods._stack import ratio
 from cfmerge.methods.sums import task_arithmetic
@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 
 
 @register
-def orthomerge(residual: Method | None = None) -> Method:
+def orthomerge(residual: Part | None = None) -> Method:
     """Rotations of the base's inputs merged on their own, what is not a rotation by another method.
 
     It takes full weights, not deltas: its cost is cubic in the inputs, for every expert.
@@ -51,8 +51,8 @@ def orthomerge(residual: Method | None = None) -> Method:
 
     Source: Yang, Shi and Liu, Orthogonal Model Merging, arXiv 2602.05943.
     """
-    inner = residual or task_arithmetic()
-    check(isinstance(inner, Method), f"orthomerge: residual must be a method, got {getattr(inner, 'name', inner)!r}")
+    inner: Any = residual or task_arithmetic()
+    check(isinstance(inner, Method), f"orthomerge: residual must be a method, got the transform {inner.name}")
     check(inner.survey is None, f"orthomerge: {inner.name} surveys the whole model, and cannot merge residuals")
 
     def init(base: Float[Array, "m n"]) -> Seen:
@@ -67,7 +67,7 @@ def orthomerge(residual: Method | None = None) -> Method:
 
     def report(statistic: Seen) -> tuple[Array, Report]:
         base, deltas, weights = statistic.base, jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
-        skews, reflected = lax.map(lambda delta: inverse_cayley(rotation(base, base + delta)), deltas)
+        skews, reflected = lax.map(lambda delta: skew_of(base, delta), deltas)
         residuals = lax.map(lambda pair: pair[1] - linalg.matmul(base, cayley(pair[0])), (skews, deltas))
         known = inner.init(base)
         for rest, weight, context in zip(residuals, statistic.weights, statistic.contexts, strict=True):
@@ -98,6 +98,12 @@ def orthomerge(residual: Method | None = None) -> Method:
             ),
         },
     )
+
+
+def skew_of(base: Float[Array, "m n"], delta: Float[Array, "m n"]) -> tuple[Float[Array, "n n"], Array]:
+    """`Q_t`, exactly zero of a delta that is zero, and the number of directions that are turned round."""
+    skew, reflected = inverse_cayley(rotation(base, base + delta))
+    return jnp.where(jnp.any(delta != 0), skew, 0), reflected
 
 
 def rotation(base: Float[Array, "m n"], expert: Float[Array, "m n"]) -> Float[Array, "n n"]:

@@ -93,15 +93,16 @@ def _reweighted(
             return jnp.maximum(jnp.sum(difference * linalg.matmul(difference, gram)), 0)
 
         total = lax.map(residual, (deltas, grams)) + eps * size
-        return jnp.where(size > 0, weights / jnp.maximum(total, tiny), 0)
+        return jnp.where(size > 0, weights / jnp.where(size > 0, total, 1), 0)
 
     def step(state: Settling) -> Settling:
         a = scales(state.merged)
         gram = jnp.tensordot(a, grams, 1, precision=linalg.HIGHEST) + jitter * jnp.eye(n, dtype=dtype)
         merged, held = linalg.solve_right(jnp.tensordot(a, crosses, 1, precision=linalg.HIGHEST), gram)
-        change = (linalg.norm(merged - state.merged) / jnp.maximum(linalg.norm(merged), tiny))[0, 0]
-        ratio = jitter / linalg.largest_eigenvalue(gram)
-        return Settling(merged, lax.stop_gradient(change), state.steps + 1, held & state.held, ratio)
+        new, old = lax.stop_gradient((merged, state.merged))
+        change = (linalg.norm(new - old) / jnp.maximum(linalg.norm(new), tiny))[0, 0]
+        ratio = jitter / linalg.largest_eigenvalue(lax.stop_gradient(gram))
+        return Settling(merged, change, state.steps + 1, held & state.held, ratio)
 
     mean = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST) / jnp.maximum(jnp.sum(weights), tiny)
     state = Settling(mean, jnp.ones((), dtype), jnp.zeros((), jnp.int32), jnp.ones((), bool), jnp.ones((), dtype))

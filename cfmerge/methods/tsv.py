@@ -14,7 +14,7 @@ from typing import Literal
 
 from jaxtyping import Array
 
-from cfmerge import linalg, singular
+from cfmerge import linalg
 from cfmerge.methods._base import Method, Report
 from cfmerge.methods._blocks import NOTES, cover, leading, side_by_side, stacked, told
 from cfmerge.methods._registry import Number, as_array, check_number, register
@@ -56,4 +56,3 @@ def tsv_m(alpha: Number = 1.0, variant: Literal["merge", "lossless", "low_rank"]
         "tsv_m", init, update, lambda statistic: report(statistic)[0], report, additive=False, statistic="stack",
         notes=NOTES,
     )  # fmt: skip
-

@@ -216,14 +216,14 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
         k = min(rank or max(1, min(m, n) // experts), min(m, n))
         mean = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST) / jnp.maximum(jnp.sum(weights), 1e-30)
         size = jax.vmap(energy)(deltas)
-        scales = jnp.where(size > 0, weights / jnp.where(size > 0, size, 1), 0)
+        scales = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, weights / jnp.where(size > 0, size, 1), 1)), 0)
 
         def one(arguments: tuple[Array, Array]) -> tuple[Array, Array]:
             delta, scale = arguments
-            _, s, vt = linalg.top_singular(delta, k)
-            u, own, rows = linalg.top_singular(delta - mean, k)
-            target = linalg.matmul(u * own, rows) + mean
-            factor = jnp.sqrt(scale) * s[:, None] * vt
+            _, s, vt = linalg.thin_svd(delta)
+            u, own, rows = linalg.thin_svd(delta - mean)
+            target = linalg.matmul(u[:, :k] * own[:k], rows[:k]) + mean
+            factor = scale * s[:k, None] * vt[:k]
             return factor, linalg.matmul(target, factor.T)
 
         f, z = lax.map(one, (deltas, scales))

@@ -528,6 +528,20 @@ def test_derivatives(method):
         np.testing.assert_allclose(jax.jit(jax.grad(merge))(0.0), quotient, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", [actmat(), swudi(), power(), cauchy_poe(iterations=3), two_sided(), optmerge()],
+                         ids=lambda m: m.name)  # fmt: skip
+def test_experts_that_did_not_change_a_tensor(method):
+    """Nothing is divided by their norm, in the merge or in its derivative; all of them together give zero."""
+    rows = [jnp.asarray(d, jnp.float32) for d in problem()]
+    slope = jax.jit(jax.grad(lambda ds: jnp.sum(method.solve(gather(ds, method)))))
+    for deltas in ([rows[0], 0 * rows[0], rows[1]], [0 * rows[0]] * 3):
+        assert all(np.isfinite(g).all() for g in slope(deltas))
+        merged, report = method.solve_with_report(gather(deltas, method))
+        assert np.isfinite(merged).all()
+        assert all(np.isfinite(value).all() for value in report.values())
+    assert not np.any(merged)
+
+
 def test_numbers_may_be_traced():
     deltas = [jnp.asarray(d, jnp.float32) for d in problem()]
 

@@ -1,5 +1,7 @@
 """Spectral methods: the peers' numbers, the equations in plain NumPy, the identities that they state, singular.py."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from golden_cases import CASES, check, check_states, load, names
 
 import cfmerge
-from cfmerge import methods, singular
+from cfmerge import methods
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Seen
 
@@ -16,23 +18,35 @@ M, N = 9, 12
 DELTAS = [RNG.standard_normal((M, N)) for _ in range(3)]
 
 
-def merged(method, deltas, base=None, weights=None, precision="float64"):
-    """The merged delta."""
-    with jax.enable_x64(precision == "float64"):
-        base = jnp.zeros(deltas[0].shape, precision) if base is None else jnp.asarray(base, precision)
+@functools.lru_cache
+def solver(method):
+    """`(base, deltas, weights) -> (merged delta, report)`, compiled."""
+
+    @jax.jit
+    def solve(base, deltas, weights):
         statistic = method.init(base)
-        for number, delta in enumerate(deltas):
-            weight = jnp.asarray(weights[number] if weights else 1.0, precision)
-            statistic = method.see(statistic, jnp.asarray(delta, precision), weight)
-        return np.asarray(method.solve(statistic), np.float64)
+        for delta, weight in zip(deltas, weights, strict=True):
+            statistic = method.see(statistic, delta, weight)
+        return method.solve_with_report(statistic)
+
+    return solve
 
 
-def report(method, deltas):
+def solved(method, deltas, base=None, weights=None):
     with jax.enable_x64(True):
-        statistic = method.init(jnp.zeros(deltas[0].shape))
-        for delta in deltas:
-            statistic = method.see(statistic, jnp.asarray(delta))
-        return {name: float(value) for name, value in method.solve_with_report(statistic)[1].items()}
+        base = np.zeros(deltas[0].shape) if base is None else np.asarray(base, np.float64)
+        return solver(method)(
+            base, [np.asarray(d, np.float64) for d in deltas], list(map(float, weights or [1.0] * len(deltas)))
+        )
+
+
+def merged(method, deltas, base=None, weights=None):
+    """The merged delta."""
+    return np.asarray(solved(method, deltas, base, weights)[0])
+
+
+def report(method, deltas, base=None):
+    return {name: float(value) for name, value in solved(method, deltas, base)[1].items()}
 
 
 def close(a, b, tolerance=1e-9):
@@ -70,11 +84,13 @@ def test_tsv_m_is_fusion_bench(name):
 def test_more_experts_than_directions_do_not_give_zero():
     """The peer keeps floor(3 / 4) = 0 triplets and silently returns the base."""
     arrays = load(CASES["fb_tsvm_T_gt_rank_quirk"])
-    deltas = [arrays[f"expert_{t}"] - arrays["base"] for t in range(4)]
+    deltas = [arrays[f"expert_{t}"].astype(float) - arrays["base"] for t in range(4)]
     assert np.all(arrays["expected"] == arrays["base"])
     assert report(methods.tsv_m(), deltas)["crowded"] == 1
     triplets = [top(delta, 1) for delta in deltas]
-    us, s, vts = (np.concatenate(parts, axis) for parts, axis in zip(zip(*triplets, strict=True), (1, 0, 0), strict=True))
+    us, s, vts = (
+        np.concatenate(parts, axis) for parts, axis in zip(zip(*triplets, strict=True), (1, 0, 0), strict=True)
+    )
     close(merged(methods.tsv_m(), deltas), (polar(us) * s) @ polar(vts))
 
 
@@ -192,7 +208,8 @@ def test_iso_c_returns_a_multiple_of_an_isometry_and_flattens_the_rest():
 
 def test_iso_c_streams_and_forgets():
     method = methods.iso_c()
-    assert method.additive and method.statistic == methods.average().statistic
+    assert method.additive
+    assert method.statistic == methods.average().statistic
     close(merged(method, [*DELTAS, DELTAS[1]], weights=[1, 1, 1, -1]), merged(method, [DELTAS[0], DELTAS[2]]))
 
 
@@ -245,8 +262,10 @@ def dc_reference(deltas, k, smoothing, density, rho=5.0):
     return uhat @ (mean * (blocks[:, None] == blocks[None])) @ vhat.T
 
 
-@pytest.mark.parametrize("smoothing", ["none", "average", "linear"])
-@pytest.mark.parametrize(("rank", "density"), [(None, 0.001), (None, 0.3), (2, 0.1)])
+@pytest.mark.parametrize(
+    ("smoothing", "rank", "density"),
+    [("none", None, 0.001), ("none", 2, 0.3), ("average", None, 0.3), ("linear", 2, 0.1)],
+)
 def test_dc_merge_is_the_formula(smoothing, rank, density):
     method = methods.dc_merge(rank=rank, smoothing=smoothing, density=density, rho=3.0)
     close(merged(method, DELTAS), dc_reference(DELTAS, rank or 3, smoothing, density, 3.0))
@@ -275,7 +294,7 @@ def test_cart_at_full_rank_is_the_mean():
 
 def applied(transform, delta):
     with jax.enable_x64(True):
-        return np.asarray(transform(jnp.asarray(delta)))
+        return np.asarray(jax.jit(transform)(jnp.asarray(delta)))
 
 
 @pytest.mark.parametrize("eta", [0.01, 0.4, 0.9, 1.0])
@@ -366,16 +385,17 @@ def surveyed(method, models):
                 for tensors in zip(*models, strict=True)]  # fmt: skip
         survey = method.survey(None)
         assert survey.joint
-        totals = jax.tree.map(lambda *leaves: np.asarray(sum(leaves)), *(survey.measure(one) for one in seen))
+        measure = jax.jit(survey.measure)
+        totals = jax.tree.map(lambda *leaves: np.asarray(sum(leaves)), *(measure(one) for one in seen))
         found = survey.combine(totals)
         assert method.survey(found) is None
         informed = method.informed(Found(found))
     return [merged(informed, list(one.deltas)) for one in seen]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
 def test_opcm_needs_one_scale_for_the_whole_model(alpha):
-    models = [[RNG.standard_normal(shape) for shape in ((5, 7), (6, 4), (8,), (2, 3, 3))] for _ in range(4)]
+    models = [[RNG.standard_normal(shape) for shape in ((5, 7), (6, 4), (8,))] for _ in range(4)]
     for got, expected in zip(surveyed(methods.opcm(alpha), models), opcm_reference(models, alpha), strict=True):
         close(got, expected)
 
@@ -454,10 +474,9 @@ def test_a_reflection_is_left_to_the_residual():
     delta = base @ np.diag([-1.0, 1, 1, 1, 1]) - base
     method = methods.orthomerge(methods.average())
     close(merged(method, [delta], base), delta, 1e-8)
-    with jax.enable_x64(True):
-        statistic = method.see(method.init(jnp.asarray(base)), jnp.asarray(delta))
-        value = float(method.solve_with_report(statistic)[1]["reflected"])
-    assert value == 1 and method.notes["reflected"][0](value)
+    value = report(method, [delta], base)["reflected"]
+    assert value == 1
+    assert method.notes["reflected"][0](value)
 
 
 def test_orthomerge_can_be_named_with_an_inner_method():
@@ -472,10 +491,10 @@ def test_orthomerge_can_be_named_with_an_inner_method():
 # --- all of them --------------------------------------------------------------------------------------------------
 
 EVERY = {**SPECTRAL, "low_rank": methods.low_rank(2) >> methods.average(), "orthomerge": methods.orthomerge()}
-SAFE = ["tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "star", "boosted", "flattened", "svc", "opcm", "orthomerge"]
+DIFFERENTIATED = ["tsv_m", "iso_c", "svc", "opcm", "orthomerge"]
 
 
-@pytest.mark.parametrize("name", SAFE)
+@pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_derivatives(name):
     """Along a random direction, against differences; numbers that select (signs, ranks) stay where they are."""
     rng = np.random.default_rng(3)
@@ -495,16 +514,17 @@ def test_derivatives(name):
     np.testing.assert_allclose(gradient, finite, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "svc"])
+@pytest.mark.parametrize("name", ["iso_c", "dc_merge", "svc"])
 def test_vmap_and_traced_numbers(name):
     experts = jnp.asarray(np.stack(DELTAS), jnp.float32)
     base = jnp.zeros((M, N))
 
     def merge(experts, number):
         made = {
-            "tsv_m": methods.tsv_m, "iso_c": methods.iso_c, "iso_cts": methods.iso_cts, "dc_merge": methods.dc_merge,
-            "cart": methods.cart, "svc": lambda alpha: methods.average() >> methods.svc(alpha),
-        }[name](number)  # fmt: skip
+            "iso_c": methods.iso_c,
+            "dc_merge": methods.dc_merge,
+            "svc": lambda alpha: methods.average() >> methods.svc(alpha),
+        }[name](number)
         return cfmerge.merge_tensor(base, list(experts), made)
 
     both = jax.jit(jax.vmap(merge))(jnp.stack([experts, 2 * experts]), jnp.asarray([0.5, 1.5]))
@@ -514,8 +534,15 @@ def test_vmap_and_traced_numbers(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_zero_deltas_change_nothing(name):
-    base = RNG.standard_normal((M, N)).astype(np.float32)
-    assert np.all(np.asarray(cfmerge.merge_tensor(base, [base] * 3, EVERY[name])) == base)
+    """Exactly; and a matrix of one row or column is no special case."""
+    assert np.all(merged(EVERY[name], [np.zeros((M, N))] * 3, base=DELTAS[0]) == 0)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1)])
+def test_single_rows_and_columns(name, shape):
+    deltas = [RNG.standard_normal(shape) for _ in range(3)]
+    assert np.isfinite(merged(EVERY[name], deltas, base=np.ones(shape))).all()
 
 
 @pytest.mark.parametrize(
@@ -543,4 +570,6 @@ def test_every_parameter_is_explained():
     for name in ("tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "star", "subspace_boosting", "half_flatten", "svc",
                  "low_rank", "opcm", "orthomerge"):  # fmt: skip
         entry = methods.registry()[name]
-        assert entry.summary and entry.source and all(entry.describe(key) for key in entry.signature)
+        assert entry.summary
+        assert entry.source
+        assert all(entry.describe(key) for key in entry.signature)

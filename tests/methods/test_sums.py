@@ -21,7 +21,8 @@ def test_weights():
     base = np.zeros((2, 3), np.float32)
     assert np.all(cfmerge.merge_tensor(base, experts, methods.average(), weights=[3, 1]) == 1.5)
     assert np.all(cfmerge.merge_tensor(base, experts, methods.task_arithmetic(0.5), weights=[2, -1]) == -0.5)
-    assert np.all(cfmerge.merge_tensor(base, experts, methods.average(), weights=[0, 0]) == 0)
+    with pytest.raises(cfmerge.CfmergeError, match="sum to 0"):
+        cfmerge.merge_tensor(base, experts, methods.average(), weights=[0, 0])
 
 
 @pytest.mark.parametrize("method", [methods.average(), methods.task_arithmetic(1 / 3)])
