@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cfmerge import linalg
-from cfmerge.methods import Context, Found, Method, Number, PerExpert, Survey, Transform, _registry, register
+from cfmerge.methods import Context, Found, Method, Number, PerExpert, Survey, Transform, _registry, chain, register
 from cfmerge.methods._random import uniform
 
 NO = Context()
@@ -208,6 +208,11 @@ def unit_sum(size: Number = 1.0) -> Method:
         "unit_sum", jnp.zeros_like, add, lambda statistic: size * statistic / jnp.sqrt(jnp.sum(statistic**2)),
         scope="entry", survey=lambda found: following if found is None else None, informed=informed,
     )  # fmt: skip
+
+
+def unit_sum_of(factor: PerExpert) -> Method:
+    """A chain under a name of its own, with numbers by expert in front of a joint survey."""
+    return chain(times(factor), unit_sum(2.0))
 
 
 def share(by: Literal["name", "place"] = "name", scope: Literal["entry", "tensor"] = "entry") -> Transform:

@@ -32,7 +32,7 @@ from cfmerge.engine.statistics import (
 )
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._registry import expression
+from cfmerge.methods._registry import expression, plain_number
 
 
 def accumulate(
@@ -49,10 +49,12 @@ def accumulate(
 ) -> Statistics:
     """What an additive method keeps of the experts, and all that it needs of them to merge them.
 
-        stats = cfmerge.accumulate(base, experts, "ace")
-        merged = cfmerge.solve(stats, base)                      as merging base and experts would give
-        stats = stats + cfmerge.accumulate(base, [one_more])     as if it had been there from the start
-        stats = stats - cfmerge.accumulate(base, [experts[0]])   as if it had never been there
+        stats = cfmerge.accumulate(base, {"math": a, "code": b}, "ace")
+        merged = cfmerge.solve(stats, base)                         as merging base and experts would give
+        stats = stats + cfmerge.accumulate(base, {"chat": c})       as if it had been there from the start
+        stats = stats - cfmerge.accumulate(base, {"math": a})       as if it had never been there
+
+    Experts go by their names: in a list of pytrees they are called "0", "1", ..., on disk after their directories.
 
     Exact up to the rounding of the sums: forgetting leaves an error of about the machine's precision times what was
     kept (float32: 1e-7); accumulate in float64 (`precision="float64"`, on disk) where that matters.
@@ -178,7 +180,8 @@ def _of_trees(
             kinds[name] = statistic_name(assignment.method)
             tensors[name] = rows(statistics, number, bucket.matrices)
     options = {"rules": [msgspec.to_builtins(rule) for rule in rules], "heads": None}
-    names = dict(zip(problem.names, weights if weights is not None else [1.0] * len(problem.names), strict=True))
+    plain = jax.tree.map(plain_number, [1.0] * len(problem.names) if weights is None else list(weights))
+    names = dict(zip(problem.names, plain, strict=True))
     return Statistics(expression(method), names, kinds, fingerprint(problem.trees[0], list(kinds)), options, tensors)
 
 

@@ -157,9 +157,13 @@ class Plan:
     @property
     def explicit_recipe(self) -> Recipe:
         """The recipe with every parameter of the method and every expert's name and weight written out."""
-        known = {} if is_chain(self.method) else self.method.parameters
+        method, known = self.method.name, self.method.parameters
+        if is_chain(self.method):
+            method, known = self.recipe.method, {}
         parameters = {k: expression(v) if isinstance(v, Part) else plain_number(v) for k, v in known.items()}
-        return msgspec.structs.replace(self.recipe, parameters=parameters, experts=list(self.expert_specs))
+        return msgspec.structs.replace(
+            self.recipe, method=method, parameters=parameters, experts=list(self.expert_specs)
+        )  # fmt: skip
 
     def counts(self) -> Counter[tuple[str, str]]:
         """How many tensors of each (kind, what is done)."""
@@ -194,6 +198,12 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
             told = {alias: name for alias, name in base.ties.items() if name in expert.tensors}
             expert.ties = {**told, **expert.ties}
     earlier = list(statistics.experts) if statistics else []
+    twice = [spec.name for spec in specs if spec.name in earlier]
+    if twice:
+        raise CfmergeError(
+            f"expert {twice[0]!r} is in the statistics already, and would count twice; leave it out, or, if it is "
+            "another one, give it another name"
+        )
     check_count(method, len(earlier) + len(specs))
     notes = _check_same_files(recipe, base, specs, experts)
 

@@ -51,7 +51,7 @@ class Steps(NamedTuple):
     step: Callable[..., tuple[Any, Bool[Array, " stack"]]]
     finish: Callable[..., tuple[Array, dict[str, Array], Bool[Array, " stack"]]]
     together: Callable[..., tuple[Array, dict[str, Array], Bool[Array, "experts+1 stack"]]]
-    measured: Callable[[Callable[..., Any], bool], Callable[..., Any]]
+    measured: Callable[..., Callable[..., Any]]
 
 
 class Like:
@@ -194,8 +194,8 @@ def steps(method: Method, layout: str, compute: str) -> Steps:
         result, reports, fine = written(merged, reports, base, out)
         return result, reports, jnp.stack([*(finite(expert) for expert in experts), fine])
 
-    def measured(measure: Callable[..., Any], joint: bool) -> Callable[..., Any]:
-        """`f([base, *experts], [inputs])`: a survey's measure of every tensor in the stack, `(stack * batch, ...)`."""
+    def measured(measure: Callable[..., Any], joint: bool, summed: bool) -> Callable[..., Any]:
+        """`f([base, *experts], [inputs])`: a survey's measure of every tensor in the stack, or their sum."""
 
         def one(views: list[Array], weights: list[Array], digests: list[Any], moments: list[Any], inputs: Any) -> Any:
             base, *experts = views
@@ -206,11 +206,12 @@ def steps(method: Method, layout: str, compute: str) -> Steps:
             return with_context(measure, (deltas[0],), contexts[0])
 
         def all_of_them(stored: list[Array], inputs: list[Inputs]) -> Any:
-            return over(
-                functools.partial(one, inputs=inputs), [canonical(view) for view in stored],
-                [jnp.asarray(i.weight, dtype) for i in inputs], [i.digest for i in inputs],
-                [moments(i) for i in inputs],
+            function = functools.partial(one, inputs=inputs)
+            stacks = (
+                [canonical(view) for view in stored], [jnp.asarray(i.weight, dtype) for i in inputs],
+                [i.digest for i in inputs], [moments(i) for i in inputs],
             )  # fmt: skip
+            return _sum(function, *stacks) if summed else over(function, *stacks)
 
         return all_of_them
 
@@ -222,6 +223,13 @@ def _map(function: Callable[..., Any], *stacks: Any) -> Any:
         return lax.optimization_barrier(function(*lax.optimization_barrier(arguments)))
 
     return lax.map(one, stacks)
+
+
+def _sum(function: Callable[..., Any], *stacks: Any) -> Any:
+    """The sum over the stack, one by one: a measure may be larger than its tensor."""
+    first, *others = [jax.tree.map(lambda leaf, at=at: leaf[at], stacks) for at in (0, slice(1, None))]
+    start = function(*first)
+    return lax.scan(lambda total, own: (jax.tree.map(jnp.add, total, function(*own)), None), start, others[0])[0]
 
 
 def _vmap(function: Callable[..., Any], *stacks: Any) -> Any:

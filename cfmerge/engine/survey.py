@@ -63,8 +63,11 @@ def survey(method: Method, experts: int, stacks: Callable[[], Iterable[Stack]], 
 
 
 def kind_of(method: Method) -> Any:
-    """Equal for methods that can be in one batch: those that surveyed the model must agree in numbers too."""
-    return structure(method) if method.survey is None else (structure(method), exact(numbers(method)))
+    """Equal for methods that can be in one batch: those that survey the model must agree in numbers too.
+
+    All but the depth, which the engine fills in: what is surveyed is the model, whatever the tensor's depth.
+    """
+    return structure(method) if method.survey is None else (structure(method), exact(numbers(method, depth=False)))
 
 
 def by_member(methods: Sequence[Method]) -> dict[Any, tuple[Method, list[int]]]:
@@ -106,7 +109,6 @@ def _pass(
             for number, place in enumerate(stack.places):
                 measured[place] = jax.tree.map(lambda leaf, number=number: leaf[number], values)
         else:
-            values = jax.tree.map(lambda leaf: leaf.sum(axis=0), values)
             total = values if total is None else jax.tree.map(lambda a, b: a + b, total, values)
     totals = dict(sorted(measured.items())) if following.by_tensor else total
     if not listed(method) or following.joint:
@@ -130,15 +132,16 @@ class _Compiled:
         self.made: dict[Any, Any] = {}
 
     def by_expert(self, stack: Stack) -> Any:
-        """Measures `(stack, experts, ...)`."""
+        """Measures `(stack, experts, ...)`; summed over the stack, but for a survey by tensor."""
         values = []
         for t, own in enumerate(self.surveys):
             function = self._function(own.measure, stack)
             values.append(_on_host(function([stack.base, stack.expert(t)], [stack.inputs(t)])))
-        return jax.tree.map(lambda *leaves: _xp(*leaves).stack(leaves, axis=1), *values)
+        axis = 1 if self.surveys[0].by_tensor else 0
+        return jax.tree.map(lambda *leaves: _xp(*leaves).stack(leaves, axis), *values)
 
     def joint(self, stack: Stack) -> Any:
-        """Measures `(stack, ...)`."""
+        """Measures `(stack, ...)`; summed over the stack, but for a survey by tensor."""
         experts = range(len(self.surveys))
         function = self._function(self.jointly, stack)
         return _on_host(function([stack.base, *map(stack.expert, experts)], [stack.inputs(t) for t in experts]))
@@ -146,8 +149,9 @@ class _Compiled:
     def _function(self, measure: Any, stack: Stack) -> Any:
         key = (measure, stack.layout, stack.method.scope, stack.method.moments)
         if key not in self.made:
-            measured = steps(stack.method, stack.layout, self.compute).measured(measure, self.surveys[0].joint)
-            self.made[key] = jax.jit(measured)
+            first = self.surveys[0]
+            plain = steps(stack.method, stack.layout, self.compute)
+            self.made[key] = jax.jit(plain.measured(measure, first.joint, summed=not first.by_tensor))
         return self.made[key]
 
 

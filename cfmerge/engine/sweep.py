@@ -131,7 +131,7 @@ def _labelled(methods: Methods) -> dict[str, Method | str]:
 
 def directory_name(label: str) -> str:
     """The label as the name of a directory: what is not a letter, digit or one of `._-=,` becomes `_`."""
-    return re.sub(r"[^\w.=,-]+", "_", label).strip("_") or "_"
+    return re.sub(r"[^\w.=,-]+", "_", label).strip("_.") or "_"
 
 
 def _together(plans: Sequence[Plan]) -> Plan:

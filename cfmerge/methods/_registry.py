@@ -299,9 +299,9 @@ def _parts(value: Any) -> tuple[Part, ...]:
 # --- numbers apart from structure, so that one compiled step serves many values -----------------------------------
 
 
-def numbers(part: Part) -> list[Any]:
-    """The part's numbers, in a fixed order, for `with_numbers`."""
-    return [value for _, value in _numbers(part)]
+def numbers(part: Part, *, depth: bool = True) -> list[Any]:
+    """The part's numbers, in a fixed order, for `with_numbers`; without those that the depth fills in if not `depth`."""
+    return [value for key, value in _numbers(part) if depth or key != "depth"]
 
 
 def with_numbers(part: P, values: Sequence[Any]) -> P:

@@ -354,7 +354,7 @@ def test_unknown_parameter(family, refused):
 @pytest.mark.parametrize(
     ("method", "parameters", "words"),
     [
-        ("task_arithmetic", {"scale": "much"}, ["'scale'", "'much'", "float"]),
+        ("task_arithmetic", {"scale": "much"}, ["'scale'", "'much'", "number"]),
         ("task_arithmetic", {"scale": [1]}, ["'scale'", "[1]"]),
         ("task_arithmetic", {"scale": float("nan")}, ["scale", "finite", "nan"]),
         ("ace", {"eps": -1}, ["eps", "positive", "-1"]),

@@ -13,7 +13,7 @@ from cfmerge.errors import CfmergeError
 
 @pytest.fixture(scope="module", autouse=True)
 def own():
-    with toys.registered(toys.times, toys.by_chance, toys.middle, toys.unit, toys.above, toys.unit_sum, toys.share,
+    with toys.registered(toys.times, toys.by_chance, toys.middle, toys.unit, toys.above, toys.unit_sum, toys.unit_sum_of, toys.share,
                          toys.restore, toys.squares) as made:  # fmt: skip
         yield made
 
@@ -79,6 +79,7 @@ SURVEYED = {
     "above(power=2) >> average": lambda d: of_sum(above(d, 2), norm=3),
     "unit_sum(size=2)": lambda d: of_sum(d, 2),
     "times(factor=[1.0, 0.5, -2.0]) >> unit_sum >> scale(factor=3)": lambda d: of_sum(times(d, [1, 0.5, -2]), 3),
+    "unit_sum_of(factor=[1.0, 0.5, -2.0])": lambda d: of_sum(times(d, [1, 0.5, -2]), 2),
     "share >> average": lambda d: of_sum(share(d), norm=3),
     "times(factor=[1.0, 0.5, 2.0]) >> middle >> restore": lambda d: restored(d, [1, 0.5, 2]),
     "metagpt": lambda d: of_sum(times(d, squares_of(d) / squares_of(d).sum()), norm=1),

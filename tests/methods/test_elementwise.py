@@ -424,3 +424,17 @@ def test_jit_vmap_and_grad(method):
 def test_bad_parameters(make, message):
     with pytest.raises(CfmergeError, match=message):
         make()
+
+
+def test_lines_without_alpha_takes_the_norms_of_the_whole_model():
+    rng = np.random.default_rng(0)
+    base = {f"layers.{n}.w": np.zeros((4, 3), np.float32) for n in range(3)}
+    experts = [{k: (n + 1) * rng.standard_normal((4, 3)).astype(np.float32) for n, k in enumerate(base)} for _ in "abc"]
+    plain = cfmerge.merge_params(base, experts, methods.magmax(1.0))
+    scaled = cfmerge.merge_params(base, experts, methods.magmax(1.0) >> methods.lines(alpha=None, beta=0.0))
+
+    def flat(tree):
+        return np.concatenate([np.ravel(tree[name]) for name in base])
+
+    alpha = np.linalg.norm(sum(map(flat, experts))) / np.linalg.norm(flat(plain)) / 3
+    np.testing.assert_allclose(flat(scaled), alpha * flat(plain), rtol=1e-5)
