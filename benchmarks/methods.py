@@ -75,8 +75,8 @@ CASES = (
     Case("swudi", "authors_swudi", double=None),
     Case("aswudi", "authors_aswudi", double=None),
     Case("optmerge", "authors_optmerge", aim=5, tolerance=None),
-    Case("actmat", "authors_actmat", aim=5, tolerance=1e-2),
-    Case("tact", "authors_tact", aim=5, tolerance=1e-2),
+    Case("actmat", "authors_actmat", aim=5, tolerance=5e-2),
+    Case("tact", "authors_tact", aim=5, tolerance=5e-2),
     Case("regmean(a=0.9)", "fusion_bench_regmean", double=1e-6, moments="gram"),  # theirs: 1 - 0.9 in float32
     Case("fisher(floor=1e-6, below='add')", "fusion_bench_fisher", moments="fisher"),
     Case("tsv_m", "fusion_bench_tsv_m", aim=5),

@@ -13,8 +13,8 @@ from cfmerge.errors import CfmergeError
 
 @pytest.fixture(scope="module", autouse=True)
 def own():
-    with toys.registered(toys.times, toys.by_chance, toys.middle, toys.unit, toys.above, toys.unit_sum, toys.unit_sum_of, toys.share,
-                         toys.restore, toys.squares) as made:  # fmt: skip
+    with toys.registered(toys.times, toys.by_chance, toys.middle, toys.unit, toys.above, toys.unit_sum,
+                         toys.unit_sum_of, toys.share, toys.restore, toys.squares) as made:  # fmt: skip
         yield made
 
 
