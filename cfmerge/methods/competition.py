@@ -119,10 +119,12 @@ def _scores(deltas: Sequence[Array], limits: Sequence[Pair], inter: Inter) -> tu
 
 
 def _share(score: Array, limits: Pair, delta: Array) -> Array:
-    """`b`; where no score exceeds q, all that reach it (and are not zero) count alike."""
+    """`b`, 0 at q whatever the rounding; where no score exceeds q, all that reach it (and are not zero) count alike."""
     highest, q = (limit.astype(score.dtype) for limit in limits)
     alike = ((score >= q) & (delta != 0)).astype(score.dtype)
-    return jnp.where(highest > q, jnp.clip(over(score - q, highest - q), 0, 1), alike)
+    share = jnp.clip(over(score - q, highest - q), 0, 1)
+    share = jnp.where(share > 64 * jnp.finfo(share.dtype).eps, share, 0)
+    return jnp.where(highest > q, share, alike)
 
 
 def _limits(keys: Array, ranks: tuple[int, int], value: Callable[[Array], Array]) -> Pair:

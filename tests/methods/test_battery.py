@@ -30,12 +30,36 @@ ARGUMENTS = {  # parameters without a default, and steps enough to show somethin
 
 # --- where an identity does not hold, and why ---------------------------------------------------------------------
 
-SUM = "a sum of the deltas, or a scaled one"
-FLAT = "the spectrum is changed"
+SUM = "a scaled sum of the deltas, or of what is left of them: T identical experts give a multiple"
+FLAT = "the spectrum is changed, or cut"
 SPARSE = "entries are dropped"
-NOT_IDEMPOTENT: dict[str, str] = {}
-NOT_SCALED: dict[str, str] = {}
-COARSE: dict[str, float] = {}  # float32 against float64, relative to the largest entry, where it is more than 1e-4
+NEAR_SUM = "where the deltas say nothing it is at their sum, which of identical experts is not the expert"
+NOT_IDEMPOTENT = {
+    **dict.fromkeys(["task_arithmetic", "dare_linear", "della_linear", "breadcrumbs", "consensus", "expo"], SUM),
+    **dict.fromkeys(["wudi", "wudi_adam", "swudi", "aswudi", "optmerge"], NEAR_SUM),
+    **dict.fromkeys([
+        "iso_c", "iso_cts", "tsv_m", "dc_merge", "average >> half_flatten", "average >> subspace_boosting",
+        "low_rank >> average", "star >> average",
+    ], FLAT),
+    **dict.fromkeys([
+        "ties", "dare_ties", "della", "breadcrumbs_ties", "pcb", "arcee_fusion", "nearswap", "drop >> average",
+        "drop_by_rank >> average", "outliers >> average", "trim >> average", "trim_deviation >> average",
+        "trim_energy >> average",
+    ], SPARSE),
+    "ace": "centres the rows, and halves the all-ones direction",
+    "magmax": "has a scale, 1/2 by default",
+    "cauchy_poe": "its jitter shrinks",
+    "orthomerge": "what is not a rotation is merged by task arithmetic, with its scale",
+}  # fmt: skip
+NOT_SCALED = {
+    "cauchy_poe": "its jitter is absolute", "pcb": "its tanh is of raw products", "wudi_adam": "steps of a fixed size",
+    **dict.fromkeys(["slerp", "karcher"], "they work on the full weights"),
+    "nearswap": "clips at an absolute size", "orthomerge": "rotations of the full weights",
+}  # fmt: skip
+COARSE = {  # float32 against float64, relative to the largest entry, where it is more than 1e-4
+    "cauchy_poe": 1e-3,  # its weights are quotients of small residuals
+    "dc_merge": 0.3,  # of opposite deltas: the signs' votes cancel but for rounding
+}
 
 
 def text_of(part):
@@ -76,14 +100,12 @@ def bfloat16(array):
 
 
 def moments_of(method, problem):
+    """One for each expert, which goes with its delta and not with the delta's size."""
     base, deltas = problem
+    unit = deltas / np.maximum(np.sqrt(np.sum(deltas**2, axis=(1, 2), keepdims=True)), 1e-300)
     if method.moments == "fisher":
-        return np.abs(deltas) + 0.1
-    if method.moments == "input_gram":
-        rng = np.random.default_rng(5)
-        x = rng.standard_normal((len(deltas), 40, base.shape[1]))
-        return np.einsum("tki,tkj->tij", x, x) / 40
-    return None
+        return np.abs(unit) + 0.1
+    return np.einsum("tki,tkj->tij", unit, unit) + 0.1 * np.eye(base.shape[1]) if method.moments else None
 
 
 @functools.lru_cache(maxsize=None)
