@@ -21,6 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one compilation of each ste
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
+import jax
 import numpy as np
 import pytest
 
@@ -94,6 +95,13 @@ def _contents(directory: Path) -> dict[str, str]:
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "-"
         for path in sorted(directory.rglob("*"))
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_code_is_freed():
+    """After each file: thousands of small compilations would fill the memory."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -124,8 +124,10 @@ def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
         return
     console = out()
     experts = ", ".join(
-        spec.name + (f" (weight {spec.weight})" if spec.weight != 1 else "") for spec in plan.expert_specs
-    )
+        spec.name + (f" (x{spec.weight:g})" if isinstance(spec.weight, int | float) else " (weight by tensor)")
+        if spec.weight != 1 else spec.name
+        for spec in plan.expert_specs
+    )  # fmt: skip
     parameters = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
     console.print(f"[bold]{plan.method.name}[/] ({parameters})", highlight=False, soft_wrap=True)
     console.print(f"base    {escape(str(plan.base.path))}\nexperts {escape(experts)}", soft_wrap=True)

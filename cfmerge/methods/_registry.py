@@ -300,7 +300,7 @@ def _parts(value: Any) -> tuple[Part, ...]:
 
 
 def numbers(part: Part, *, depth: bool = True) -> list[Any]:
-    """The part's numbers, in a fixed order, for `with_numbers`; without those that the depth fills in if not `depth`."""
+    """The part's numbers in a fixed order, for `with_numbers`; if not `depth`, without those that it fills in."""
     return [value for key, value in _numbers(part) if depth or key != "depth"]
 
 

@@ -85,6 +85,7 @@ def highest(dtype: Any, holds: Callable[[Array], Array]) -> Array:
 
 def largest(keys: UInt[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
     """Which entries are the `count` largest: exactly so many, of equal ones those of lower index."""
+    keys = lax.optimization_barrier(keys)  # computed once: computed again, the last one may fall below itself
     key = kth_largest(keys, count)
     upto = keys >= key
 

@@ -99,7 +99,7 @@ def test_merge(cli, models, tmp_path, contents):
         models / "base", [models / f"e{n}" for n in (1, 2, 3)], "task_arithmetic", parameters={"scale": 0.25},
         output=tmp_path / "b",
     )  # fmt: skip
-    assert result.plan.method.parameters == {"scale": 0.25}
+    assert result.plan.method.parameters == {"scale": 0.25, "normalise": False}
     assert contents(tmp_path / "a")["model.safetensors"] == contents(tmp_path / "b")["model.safetensors"]
 
 
@@ -236,14 +236,17 @@ def test_inspect_tells_of_ties_that_are_not_stored(cli, make_model, tmp_path, ll
 
 def test_methods(cli):
     everything = cli("methods").out
-    for name in ("ace", "average", "task_arithmetic", "2603.02945", "eps_rel"):
+    for name in ("ace", "average", "task_arithmetic", "trim", "eps_rel"):
         assert name in everything
-    assert "task_arithmetic" not in cli("methods", "ace").out
+    one = cli("methods", "ace").out
+    assert "2603.02945" in one
+    assert "task_arithmetic" not in one
     told = json.loads(cli("methods", "--json").out)
     assert [entry["name"] for entry in told] == sorted(cfmerge.methods.registry())
     for entry in told:
         assert entry["summary"]
         assert entry["source"]
+        assert entry["kind"] in {"method", "transform"}
         assert all(parameter["doc"] for parameter in entry["parameters"].values()), entry
     done = cli("methods", "acee")
     assert done.code == 1

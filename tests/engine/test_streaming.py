@@ -290,7 +290,7 @@ def test_merge_again_from_the_card(family, tmp_path, contents, monkeypatch):
         rules=[{"match": "*.up_proj.*", "method": "keep-base"}, {"match": "lm_head.*", "method": "skip"}],
     )  # fmt: skip
     recipe = load_recipe(result.output / "README.md")
-    assert recipe.parameters == {"scale": 0.25}
+    assert recipe.parameters == {"scale": 0.25, "normalise": False}
     again = cfmerge.merge_recipe(recipe, "again")
     assert contents(again.output) == contents(result.output)
 
