@@ -13,7 +13,6 @@ from types import SimpleNamespace
 # Before JAX or NumPy are imported, and for the processes that tests start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # most of the time goes into compiling small things
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one compilation of each step for all processes of a test run
     _cache = tempfile.mkdtemp(prefix="cfmerge-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache

@@ -277,7 +277,7 @@ def test_bad_parameters(options, message):
 
 def test_the_registry_reads_strings_and_suggests_names():
     assert methods.make("ace", {"eps": "1e-5", "rank": "4", "tau": 1}).parameters["eps"] == 1e-5
-    with pytest.raises(CfmergeError, match="did you mean '.*ace'"):
+    with pytest.raises(CfmergeError, match=r"did you mean '.*ace'"):
         methods.make("ase")
     with pytest.raises(CfmergeError, match="did you mean 'eps_rel'"):
         methods.make("ace", {"eps_real": 1})

@@ -18,6 +18,7 @@ from cfmerge import methods
 from cfmerge.methods import Method
 
 BEHIND = {"half_flatten", "larv", "lines", "subspace_boosting", "svc"}  # transforms that stand behind a method
+pytestmark = pytest.mark.slow
 PARTS = [
     entry.name if entry.kind == "method" else f"average >> {entry.name}" if entry.name in BEHIND
     else f"{entry.name} >> average"
