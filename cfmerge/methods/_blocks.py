@@ -54,13 +54,13 @@ class Bases(NamedTuple):
 def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Float[Array, ""]) -> Bases:
     """The polar factors of left and right vectors side by side.
 
-    Singular vectors are known to about the square root of the precision where the values lie close, so that is
-    where dependent ones are told from independent ones.
+    The vectors of all experts may nearly fill the space, so that the smallest singular values of a side are small and
+    still mean something (2e-4 of the largest at 7 x 109 vectors in 768 dimensions); rounding is far below.
 
     Args:
         columns: how many of the `q` are not zero.
     """
-    cutoff = float(np.sqrt(jnp.finfo(us.dtype).eps))
+    cutoff = 16 * float(np.sqrt(min(us.shape)) * jnp.finfo(us.dtype).eps)
     left, right = singular.polar(us, cutoff), singular.polar(vts, cutoff)
     possible = jnp.minimum(columns, min(us.shape[0], vts.shape[1]))
     return Bases(left.factor, right.factor, possible - jnp.minimum(left.rank, right.rank))
