@@ -1,7 +1,7 @@
 """Jobs cut into batches: tensors solved in one compiled call, or pieces of one too large for that."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,16 +60,10 @@ class Batch:
         method = job.assignment.method
         weight = np.repeat([job.weights[number] for job in self.jobs], job.matrices)
         inputs = Inputs(weight, plan.before + number, seed=plan.recipe.seed, start=self.first)
-        if method.random:
-            names = [layer_name(job.name, layer, job.matrices) for job in self.jobs for layer in range(job.matrices)]
-            inputs = inputs._replace(digest=np.stack([digest_of(name, expert) for name in names]))
+        names = tuple(job.name for job in self.jobs)
         measured = plan.moments[number] if method.moments else None
-        if measured is not None:
-            moment = self.read(measured, tuple(job.name for job in self.jobs))
-            if method.moments == "input_gram":
-                moment = moment.reshape(-1, *moment.shape[-2:])
-            inputs = inputs._replace(moment=moment)
-        return inputs
+        moment = None if measured is None else self.read(measured, names)
+        return complete(inputs, method, names, job.matrices, expert, moment)
 
     def kept(self, plan: Plan, method: Method, compute: str) -> Any:
         """What the plan's statistics hold of the batch, as the method's statistics."""
@@ -86,6 +80,16 @@ class Batch:
             self.jobs[0].assignment.method, self.places, self.layout, self.base(plan),
             lambda number: self.expert(plan, number), lambda number: self.inputs(plan, number),
         )  # fmt: skip
+
+
+def complete(inputs: Inputs, method: Method, names: Sequence[str], matrices: int, expert: str, moment: Any) -> Inputs:
+    """The inputs with what a method needs besides: digests for its draws, and moments `(stack, ...)`."""
+    if method.random:
+        layers = [layer_name(name, layer, matrices) for name in names for layer in range(matrices)]
+        inputs = inputs._replace(digest=np.stack([digest_of(layer, expert) for layer in layers]))
+    if moment is not None and method.moments == "input_gram":
+        moment = moment.reshape(-1, *moment.shape[-2:])
+    return inputs._replace(moment=moment)
 
 
 def layer_name(name: str, layer: int, layers: int) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from cfmerge import methods
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.engine.assign import Assignment, assign
-from cfmerge.engine.batches import layer_name
+from cfmerge.engine.batches import complete
 from cfmerge.engine.plan import check_count, check_moment, check_weights
 from cfmerge.engine.resolve import depths, place, settle, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form, stacked
@@ -21,7 +21,7 @@ from cfmerge.engine.steps import Inputs, Steps, settings_of, steps
 from cfmerge.engine.survey import Stack, at_places, by_member, found_for, kind_of, survey
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Found, Method
-from cfmerge.methods._random import check_seed, digest_of
+from cfmerge.methods._random import check_seed
 from cfmerge.methods._registry import of_expert
 from cfmerge.methods._several import members, several
 from cfmerge.parameters import Kind, Parameter, classify, is_float
@@ -212,15 +212,10 @@ class Bucket:
         def inputs(number: int) -> Inputs:
             weight = jnp.repeat(jnp.stack([jnp.asarray(own[number]) for own in self.weights]), self.matrices)
             made = Inputs(weight, self.before + number, seed=seed)
-            if method.random:
-                names = [layer_name(name, layer, self.matrices) for name, layer in layers]
-                made = made._replace(digest=np.stack([digest_of(name, experts[number]) for name in names]))
+            moment = None
             if method.moments:
                 moment = jnp.stack([jnp.asarray(given[number][name]) for name in self.names])
-                if method.moments == "input_gram":
-                    moment = moment.reshape(-1, *moment.shape[-2:])
-                made = made._replace(moment=moment)
-            return made
+            return complete(made, method, self.names, self.matrices, experts[number], moment)
 
         def arrays(number: int) -> Array:
             return jnp.stack([trees[number][name] for name in self.names])

@@ -2,11 +2,13 @@
 
 import functools
 import operator
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from cfmerge.methods._base import Method, Report
 
 
 class Stack(NamedTuple):
@@ -22,6 +24,13 @@ def init(base: Float[Array, "..."]) -> Stack:
 
 def update(statistic: Stack, delta: Float[Array, "..."], weight: float | Array = 1.0) -> Stack:
     return Stack((*statistic.deltas, delta), (*statistic.weights, jnp.asarray(weight, delta.dtype)))
+
+
+def method(name: str, report: Callable[[Stack], tuple[Array, Report]], **fields: Any) -> Method:
+    """The method `report(stack) -> (merged, report)` of all deltas; `fields` are those of `Method`."""
+    return Method(
+        name, init, update, lambda stack: report(stack)[0], report, additive=False, statistic="stack", **fields
+    )
 
 
 def weighted(statistic: Stack) -> list[Float[Array, "..."]]:

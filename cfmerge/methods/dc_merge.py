@@ -16,10 +16,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.methods import _stack
 from cfmerge.methods._base import Method, Report
 from cfmerge.methods._blocks import NOTES, cover, leading, stacked, told
 from cfmerge.methods._registry import Number, as_array, check, check_number, register
-from cfmerge.methods._stack import Stack, init, ratio, update
+from cfmerge.methods._stack import Stack, ratio
 from cfmerge.methods.tsv import share
 
 
@@ -69,10 +70,7 @@ def dc_merge(
         scale = as_array(alpha, deltas.dtype)
         return scale * linalg.matmul(linalg.matmul(bases.u, merged), bases.vt), told(bases, experts * k > min(m, n))
 
-    return Method(
-        "dc_merge", init, update, lambda statistic: report(statistic)[0], report, additive=False, statistic="stack",
-        notes=NOTES,
-    )  # fmt: skip
+    return _stack.method("dc_merge", report, notes=NOTES)
 
 
 def smoothed(s: Float[Array, " k"], smoothing: str, rho: Array) -> Float[Array, " k"]:

@@ -21,12 +21,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg, singular
+from cfmerge.methods import _stack
 from cfmerge.methods._base import Method, Report
 from cfmerge.methods._blocks import NOTES, leading, orthonormal, side_by_side, stacked, told
 from cfmerge.methods._registry import Number, as_array, check, check_number, register
 from cfmerge.methods._stack import Stack
-from cfmerge.methods._stack import init as init_stack
-from cfmerge.methods._stack import update as update_stack
 from cfmerge.methods.sums import Sum, init, update
 
 
@@ -109,7 +108,4 @@ def iso_cts(alpha: Number = 1.0, common: float = 0.8) -> Method:
         level = as_array(alpha, values.dtype) * jnp.mean(values)
         return level * linalg.matmul(bases.u, bases.vt), told(bases)
 
-    return Method(
-        "iso_cts", init_stack, update_stack, lambda statistic: report(statistic)[0], report, additive=False,
-        statistic="stack", notes=NOTES,
-    )  # fmt: skip
+    return _stack.method("iso_cts", report, notes=NOTES)

@@ -18,10 +18,21 @@ from jaxtyping import Array
 
 from cfmerge import linalg
 from cfmerge.covariance import energy, of_largest, of_power
+from cfmerge.methods import _stack
 from cfmerge.methods._base import NO_CONTEXT, Context, Method, Report
-from cfmerge.methods._least_squares import Anchor, Form, Normalise, Solution, Statistic, least_squares, solve_ridge
-from cfmerge.methods._registry import Number, as_array, check, check_number, register
+from cfmerge.methods._least_squares import (
+    NOTES,
+    Anchor,
+    Form,
+    Normalise,
+    Solution,
+    Statistic,
+    least_squares,
+    solve_ridge,
+)
+from cfmerge.methods._registry import Number, check, check_number, register
 from cfmerge.methods._spectrum import gcv, inverse, ridge_filter, spectrum
+from cfmerge.methods._stack import Stack
 
 GRID = tuple(10 ** (k / 4) for k in range(-16, 9))  # of relative ridges, 1e-4 to 100
 
@@ -74,22 +85,11 @@ def actmat(
     return least_squares(_pinv_or_ridge(rtol, ridge), normalise=normalise, form=form)
 
 
-class Kept(NamedTuple):
-    """All deltas and weights."""
-
-    deltas: tuple[Array, ...]
-    weights: tuple[Array, ...]
-
-
-def keep(statistic: Kept, delta: Array, weight: float | Array = 1.0) -> Kept:
-    return Kept((*statistic.deltas, delta), (*statistic.weights, as_array(weight, delta.dtype)))
-
-
 def _softmax_bias(normalise: Normalise) -> Method:
     """`S_t = a_t C_t + (1 - a_t) I`; the Gram is at least the identity, if the weights are 1."""
     check(normalise == "none", "actmat: the softmax bias is for normalise='none'")
 
-    def report(statistic: Kept) -> tuple[Array, Report]:
+    def report(statistic: Stack) -> tuple[Array, Report]:
         deltas, weights = jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
         size = jax.vmap(energy)(deltas)
         norms = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, 1)), 0)
@@ -103,17 +103,7 @@ def _softmax_bias(normalise: Normalise) -> Method:
         largest = jnp.maximum(linalg.largest_eigenvalue(gram), jnp.finfo(gram.dtype).tiny)
         return merged, {"ridge_ratio": jnp.sum(weights * bias) / largest, "no_cholesky": ~held}
 
-    return Method(
-        "actmat",
-        lambda base: Kept((), ()),
-        keep,
-        lambda statistic: report(statistic)[0],
-        report,
-        additive=False,
-        statistic=("least_squares", "all"),
-        weights="positive",
-        notes={"no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor")},
-    )
+    return _stack.method("actmat", report, weights="positive", notes={"no_cholesky": NOTES["no_cholesky"]})
 
 
 @register

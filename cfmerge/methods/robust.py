@@ -12,8 +12,7 @@ inputs, by conjugate gradients. Without data `A_t = (D_t D_t^T)^p`, `B_t = (D_t^
 from `D_t = U diag(s) V^T`, `A_t X B_t = U (s^{2p} (U^T X V) s^{2q}) V^T`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,10 @@ from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.covariance import energy
+from cfmerge.methods import _stack
 from cfmerge.methods._base import Method, Report
 from cfmerge.methods._registry import Number, as_array, check, check_number, register
-from cfmerge.methods.least_squares import Kept, keep
+from cfmerge.methods._stack import Stack
 
 
 @register
@@ -44,7 +44,7 @@ def cauchy_poe(eps: Number = 0.1, jitter: Number = 1e-3, iterations: int = 50, t
     check_number("cauchy_poe: tolerance", tolerance, 0)
     check(iterations >= 1, f"cauchy_poe: iterations must be at least 1, got {iterations}")
 
-    def report(statistic: Kept) -> tuple[Array, Report]:
+    def report(statistic: Stack) -> tuple[Array, Report]:
         rows = jnp.swapaxes(jnp.stack(statistic.deltas), 1, 2)
         weights = jnp.stack(statistic.weights)
         merged, told = _reweighted(rows, weights, eps, jitter, iterations, tolerance)
@@ -55,7 +55,7 @@ def cauchy_poe(eps: Number = 0.1, jitter: Number = 1e-3, iterations: int = 50, t
                    "{value:.1e}; allow more iterations"),
         "no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor"),
     }  # fmt: skip
-    return _of_all("cauchy_poe", report, notes)
+    return _stack.method("cauchy_poe", report, weights="positive", normalises=True, notes=notes)
 
 
 class Settling(NamedTuple):
@@ -132,7 +132,7 @@ def two_sided(
     check_number("two_sided: scale", scale)
     check(iterations >= 0, f"two_sided: iterations must not be negative, got {iterations}")
 
-    def report(statistic: Kept) -> tuple[Array, Report]:
+    def report(statistic: Stack) -> tuple[Array, Report]:
         deltas, weights = jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
         mean = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST)
         mean = mean / jnp.maximum(jnp.sum(weights), jnp.finfo(deltas.dtype).tiny)
@@ -156,7 +156,7 @@ def two_sided(
         merged, residual = linalg.conjugate_gradients(times, goal, mean, iterations)
         return as_array(scale, mean.dtype) * merged, {"residual": residual}
 
-    return _of_all("two_sided", report, {})
+    return _stack.method("two_sided", report, weights="positive", normalises=True)
 
 
 class Sides(NamedTuple):
@@ -178,18 +178,3 @@ def _sides(delta: Float[Array, "m n"], p: Number, q: Number) -> Sides:
         return values / jnp.where(total > 0, total, 1)
 
     return Sides(u, powered(as_array(p, s.dtype)), powered(as_array(q, s.dtype)), vt)
-
-
-def _of_all(name: str, report: Callable[[Kept], tuple[Array, Report]], notes: Mapping[str, Any]) -> Method:
-    return Method(
-        name,
-        lambda base: Kept((), ()),
-        keep,
-        lambda statistic: report(statistic)[0],
-        report,
-        additive=False,
-        statistic=("least_squares", "all"),
-        weights="positive",
-        normalises=True,
-        notes=notes,
-    )

@@ -15,10 +15,11 @@ from typing import Literal
 from jaxtyping import Array
 
 from cfmerge import linalg
+from cfmerge.methods import _stack
 from cfmerge.methods._base import Method, Report
 from cfmerge.methods._blocks import NOTES, cover, leading, side_by_side, stacked, told
 from cfmerge.methods._registry import Number, as_array, check_number, register
-from cfmerge.methods._stack import Stack, init, update
+from cfmerge.methods._stack import Stack
 
 
 def share(shape: tuple[int, ...], experts: int) -> int:
@@ -52,7 +53,4 @@ def tsv_m(alpha: Number = 1.0, variant: Literal["merge", "lossless", "low_rank"]
         bases, s = cover(triplets)
         return scale * linalg.matmul(bases.u * s, bases.vt), told(bases, experts > min(shape))
 
-    return Method(
-        "tsv_m", init, update, lambda statistic: report(statistic)[0], report, additive=False, statistic="stack",
-        notes=NOTES,
-    )  # fmt: skip
+    return _stack.method("tsv_m", report, notes=NOTES)

@@ -20,11 +20,12 @@ from jaxtyping import Array
 
 from cfmerge import linalg
 from cfmerge.covariance import energy
+from cfmerge.methods import _stack
 from cfmerge.methods._base import Method, Report
-from cfmerge.methods._least_squares import Anchor, Form, Grams, Statistic, least_squares, solve_ridge, stacked
+from cfmerge.methods._least_squares import NOTES, Anchor, Form, Grams, Statistic, least_squares, solve_ridge, stacked
 from cfmerge.methods._registry import Number, as_array, check, check_number, register
 from cfmerge.methods._spectrum import CUT, Rule, rank_of, spectrum
-from cfmerge.methods.least_squares import Kept, keep
+from cfmerge.methods._stack import Stack
 
 FLOOR = 1e-8  # of the eigenvalues of G, whose sum is the number of experts
 
@@ -210,7 +211,7 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
     check(rank is None or rank >= 1, f"optmerge: rank must be at least 1, got {rank}")
     check_number("optmerge: ridge", ridge, 0)
 
-    def report(statistic: Kept) -> tuple[Array, Report]:
+    def report(statistic: Stack) -> tuple[Array, Report]:
         deltas, weights = jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
         experts, m, n = deltas.shape
         k = min(rank or max(1, min(m, n) // experts), min(m, n))
@@ -232,15 +233,6 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
         grams = Grams(linalg.gram(f), linalg.matmul(z, f), jnp.sum(z * z))
         return solve_ridge(Statistic(total, jnp.sum(weights), jnp.zeros_like(size[0]), grams), ridge, anchor)
 
-    return Method(
-        "optmerge",
-        lambda base: Kept((), ()),
-        keep,
-        lambda statistic: report(statistic)[0],
-        report,
-        additive=False,
-        statistic=("least_squares", "all"),
-        weights="positive",
-        normalises=True,
-        notes={"no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor")},
+    return _stack.method(
+        "optmerge", report, weights="positive", normalises=True, notes={"no_cholesky": NOTES["no_cholesky"]}
     )
