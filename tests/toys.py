@@ -9,8 +9,19 @@ import numpy as np
 import pytest
 
 from cfmerge import linalg
-from cfmerge.methods import Context, Found, Method, Number, PerExpert, Survey, Transform, _registry, chain, register
-from cfmerge.methods._random import uniform
+from cfmerge.methods import (
+    Context,
+    Found,
+    Method,
+    Number,
+    PerExpert,
+    Survey,
+    Transform,
+    _registry,
+    chain,
+    draws,
+    register,
+)
 
 NO = Context()
 
@@ -89,8 +100,8 @@ def by_chance(p: PerExpert = 0.5, scope: Literal["entry", "tensor"] = "entry") -
     """Entries are dropped at random."""
 
     def apply(delta, context):
-        draws = uniform(context.key, delta.shape, delta.dtype, context.start)
-        return jnp.where(draws >= jnp.asarray(p, delta.dtype), delta, 0)
+        drawn = draws(context, delta)
+        return jnp.where(drawn >= jnp.asarray(p, delta.dtype), delta, 0)
 
     return Transform("by_chance", apply, scope=scope, random=True)
 

@@ -129,9 +129,11 @@ def steps(method: Method, layout: str, compute: str) -> Steps:
             return canonical(inputs.moment)
         return inputs.moment.astype(dtype)
 
-    def context(inputs: Inputs, digest: Any, moment: Any) -> Context:
+    def context(inputs: Inputs, digest: Any, moment: Any, stored: tuple[int, ...]) -> Context:
         key = None if digest is None else key_from(inputs.seed, digest)
-        return Context(key, inputs.number, moment, inputs.start)
+        if entries or not layout or "b" in layout:
+            return Context(key, inputs.number, moment, inputs.start)
+        return Context(key, inputs.number, moment, inputs.start, stored, lambda array: to_canonical(array, layout))
 
     def start(settings: Settings, base: Array) -> Any:
         def one(own: list[Any], tensor: Any, base: Array) -> Any:
@@ -145,8 +147,9 @@ def steps(method: Method, layout: str, compute: str) -> Steps:
             moment: Any,
         ) -> Any:  # fmt: skip
             rule = made(settings, own, tensor)
-            return rule.see(statistic, expert - base, weight, context(inputs, digest, moment))
+            return rule.see(statistic, expert - base, weight, context(inputs, digest, moment, stored))
 
+        stored = base.shape[1:]
         weight = jnp.asarray(inputs.weight, dtype)
         seen = over(
             one, settings.numbers, settings.tensor, statistics, canonical(base), canonical(expert), weight,
@@ -183,10 +186,11 @@ def steps(method: Method, layout: str, compute: str) -> Steps:
             rules = [made(settings[0], values, tensor) for values in own]
             statistic = rules[0].init(base)
             for t, rule in enumerate(rules):
-                given = context(inputs[t], digests[t], moments[t])
+                given = context(inputs[t], digests[t], moments[t], stored)
                 statistic = rule.see(statistic, experts[t] - base, weights[t], given)
             return rules[0].solve_with_report(statistic)
 
+        stored = base.shape[1:]
         merged, reports = over(
             one, [s.numbers for s in settings], settings[0].tensor, canonical(base), [canonical(e) for e in experts],
             [jnp.asarray(i.weight, dtype) for i in inputs], [i.digest for i in inputs], [moments(i) for i in inputs],
@@ -197,16 +201,18 @@ def steps(method: Method, layout: str, compute: str) -> Steps:
     def measured(measure: Callable[..., Any], joint: bool, summed: bool) -> Callable[..., Any]:
         """`f([base, *experts], [inputs])`: a survey's measure of every tensor in the stack, or their sum."""
 
-        def one(views: list[Array], weights: list[Array], digests: list[Any], moments: list[Any], inputs: Any) -> Any:
+        def one(
+            views: list[Array], weights: list[Array], digests: list[Any], moments: list[Any], inputs: Any, shape: Any
+        ) -> Any:  # fmt: skip
             base, *experts = views
             deltas = [expert - base for expert in experts]
-            contexts = tuple(context(*given) for given in zip(inputs, digests, moments, strict=True))
+            contexts = tuple(context(*given, shape) for given in zip(inputs, digests, moments, strict=True))
             if joint:
                 return measure(Seen(base, jnp.stack(deltas), jnp.stack(weights), contexts))
             return with_context(measure, (deltas[0],), contexts[0])
 
         def all_of_them(stored: list[Array], inputs: list[Inputs]) -> Any:
-            function = functools.partial(one, inputs=inputs)
+            function = functools.partial(one, inputs=inputs, shape=stored[0].shape[1:])
             stacks = (
                 [canonical(view) for view in stored], [jnp.asarray(i.weight, dtype) for i in inputs],
                 [i.digest for i in inputs], [moments(i) for i in inputs],

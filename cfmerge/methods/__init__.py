@@ -7,6 +7,7 @@ from cfmerge.methods._base import Seen as Seen
 from cfmerge.methods._base import Survey as Survey
 from cfmerge.methods._base import Transform as Transform
 from cfmerge.methods._base import chain as chain
+from cfmerge.methods._random import draws as draws
 from cfmerge.methods._registry import Entry as Entry
 from cfmerge.methods._registry import Number as Number
 from cfmerge.methods._registry import PerExpert as PerExpert

@@ -33,12 +33,16 @@ class Context(NamedTuple):
         number: the expert's place in the recipe, from 0.
         moment: what was measured of this expert for this tensor, for methods that name `moments`.
         start: index of the delta's first entry, where a large tensor is merged in pieces (0 otherwise).
+        stored, view: the shape in which the tensor lies in its file and what turns that into the delta's, where they
+            differ: what is drawn belongs to an entry of the file.
     """
 
     key: Array | None = None
     number: int | Array = 0
     moment: Array | None = None
     start: int | Array = 0
+    stored: tuple[int, ...] | None = None
+    view: Callable[[Array], Array] | None = None
 
 
 NO_CONTEXT = Context()

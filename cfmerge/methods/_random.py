@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cfmerge.errors import CfmergeError
+from cfmerge.methods._base import Context
 
 BLOCK = 1 << 16  # entries that one folded key serves; pieces of a large tensor begin at a multiple of it
 
@@ -37,6 +38,19 @@ def key_of(seed: int, tensor: str, expert: str) -> Array:
     return key_from(seed, digest_of(tensor, expert))
 
 
+def draws(context: Context, delta: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A number in [0, 1) for every entry of the delta: the same for an entry of the file, however it is looked at.
+
+    Raises:
+        CfmergeError: the context has no key, since the method does not say that it is `random`.
+    """
+    if context.key is None:
+        raise CfmergeError("this method is random, and needs a key in the context")
+    if context.stored is None or context.view is None:
+        return uniform(context.key, delta.shape, delta.dtype, context.start)
+    return context.view(uniform(context.key, context.stored, delta.dtype)).reshape(delta.shape)
+
+
 def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, start: int | Array = 0) -> Float[Array, "..."]:
     """Numbers in [0, 1) for the entries `start ..` of a tensor, laid out in `shape`; `start` is a multiple of BLOCK.
 
@@ -49,5 +63,5 @@ def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, start: int | A
     numbers = jnp.asarray(start) // BLOCK + jnp.arange(blocks)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
     # float32 draws for every dtype: the same decisions in float32 and float64
-    draws = jax.vmap(lambda one: jax.random.uniform(one, (min(BLOCK, size),), jnp.float32))(keys)
-    return draws.reshape(-1)[:size].reshape(shape).astype(dtype)
+    drawn = jax.vmap(lambda one: jax.random.uniform(one, (min(BLOCK, size),), jnp.float32))(keys)
+    return drawn.reshape(-1)[:size].reshape(shape).astype(dtype)

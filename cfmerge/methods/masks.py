@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.errors import CfmergeError
 from cfmerge.methods import _stack
 from cfmerge.methods._base import Context, Method
-from cfmerge.methods._random import uniform
+from cfmerge.methods._random import draws
 from cfmerge.methods._registry import Number, check_number, register
 from cfmerge.methods._stack import Stack, ratio, total
 from cfmerge.methods._thresholds import largest, magnitude_keys, share_of
@@ -216,9 +215,7 @@ def random_expert() -> Method:
         return Drawn(jnp.zeros_like(base), jnp.full_like(base, -1))
 
     def update(statistic: Drawn, delta: Array, weight: float | Array, context: Context) -> Drawn:
-        if context.key is None:
-            raise CfmergeError("random_expert: is random, and needs a key in the context")
-        draw = uniform(context.key, delta.shape, delta.dtype, context.start)
+        draw = draws(context, delta)
         equal = (draw == statistic.draw) & (delta > statistic.delta)  # neither order may show
         wins = (draw > statistic.draw) | equal
         return Drawn(jnp.where(wins, delta, statistic.delta), jnp.where(wins, draw, statistic.draw))

@@ -19,10 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cfmerge import linalg
-from cfmerge.errors import CfmergeError
 from cfmerge.methods import _thresholds
 from cfmerge.methods._base import NO_CONTEXT, Context, Found, Scope, Survey, Transform
-from cfmerge.methods._random import uniform
+from cfmerge.methods._random import draws
 from cfmerge.methods._registry import Number, PerExpert, check, check_number, register
 from cfmerge.methods._stack import ratio
 from cfmerge.methods._thresholds import Search, magnitude_keys, share_of
@@ -216,8 +215,8 @@ def drop(p: PerExpert = 0.9, rescale: Literal["inverse", "none", "l1", "l2", "li
     check_number("drop: p", p, 0, 1)
 
     def apply(delta: Float[Array, "..."], context: Context) -> Float[Array, "..."]:
-        draws = _draws("drop", delta, context)
-        kept = jnp.where(draws >= jnp.asarray(p, draws.dtype), delta, 0)
+        drawn = draws(context, delta)
+        kept = jnp.where(drawn >= jnp.asarray(p, drawn.dtype), delta, 0)
         if rescale == "inverse":
             return ratio(kept, 1 - jnp.asarray(p, delta.dtype))
         return _rescaled(delta, kept, rescale)
@@ -256,7 +255,7 @@ def drop_by_rank(
 
     def apply(delta: Float[Array, "..."], context: Context) -> Float[Array, "..."]:
         keep = keep_probabilities(delta, density, epsilon)
-        kept = jnp.where(_draws("drop_by_rank", delta, context) < keep, delta, 0)
+        kept = jnp.where(draws(context, delta) < keep, delta, 0)
         return ratio(kept, keep) if rescale == "inverse" else _rescaled(delta, kept, rescale)
 
     return Transform("drop_by_rank", apply, scope="tensor", random=True)
@@ -269,12 +268,6 @@ def keep_probabilities(delta: Float[Array, "..."], density: Any, epsilon: Any) -
     n = rows.shape[1]
     share = _thresholds.middle_ranks(magnitude_keys(rows)) / (n - 1) if n > 1 else jnp.full(rows.shape, 0.5)
     return jnp.clip(low + spread * share.astype(delta.dtype), 0, 1).reshape(delta.shape)
-
-
-def _draws(name: str, delta: Array, context: Context) -> Float[Array, "..."]:
-    if context.key is None:
-        raise CfmergeError(f"{name}: is random, and needs a key in the context")
-    return uniform(context.key, delta.shape, delta.dtype, context.start)
 
 
 def _rescaled(before: Array, after: Array, norm: str) -> Array:

@@ -157,10 +157,7 @@ def test_seeds_that_would_differ_from_place_to_place(family, refused, seed):
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        "oi",
-        pytest.param("io", marks=pytest.mark.xfail(strict=True, reason="draws follow the view that the sweep takes")),
-    ],
+    ["oi", "io"],
 )
 def test_beside_a_method_that_wants_matrices(own, layout):
     """In a sweep too: though the other method sees (out, in), what is drawn stays the same."""
