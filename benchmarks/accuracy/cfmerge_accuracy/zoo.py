@@ -1,0 +1,82 @@
+"""What the suite knows of a domain: a base, its experts, and how good a model is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+Params = Any  # a tree of arrays as Flax names them: what is trained and merged
+Split = Literal["train", "validation", "test"]
+
+
+def unchanged(params: Params, tasks: Sequence[str]) -> Params:
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Zoo:
+    """A base and one expert per task, all of one seed, and what can be asked about a model of theirs.
+
+    Heads are frozen and fixed before fine-tuning: they belong to the tasks, so that a model is its trunk.
+
+    Attributes:
+        name: of the domain and its variant: "vision", "text", "text-lora-16", "convolutional".
+        seed: of the splits, the initial weights and the training.
+        tasks: their names, in the order in which experts are counted.
+        base, experts, multitask: the parameters; `experts` by task, `multitask` trained on all of them.
+        labels: `(task, split) -> (N,)` integers.
+        logits: `(params, task, split) -> (N, classes)`.
+        grams: `task -> {name of a kernel: (in, in)}`: `X^T X / tokens` of the inputs that the task's expert sees of
+            its training images or texts, as `cfmerge.activations` collects them.
+        fishers: `task -> tree like base`: the expert's diagonal Fisher information.
+        regmean_pp: merges with the data, layer by layer.
+        rules: of the recipe, for tensors that the methods shall not see.
+        finish: `(params, tasks) -> params`: what has to be done to a merged model before it is used (batch norms).
+        facts: for the report: sizes, steps, chance levels, whatever describes the experts.
+    """
+
+    name: str
+    seed: int
+    tasks: tuple[str, ...]
+    base: Params
+    experts: Mapping[str, Params]
+    multitask: Params
+    labels: Callable[[str, Split], np.ndarray]
+    logits: Callable[[Params, str, Split], np.ndarray]
+    grams: Callable[[str], Mapping[str, np.ndarray]]
+    fishers: Callable[[str], Params] | None = None
+    regmean_pp: Callable[[], Params] | None = None
+    rules: Sequence[Mapping[str, Any]] = ()
+    finish: Callable[[Params, Sequence[str]], Params] = unchanged
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def accuracy(self, params: Params, task: str, split: Split) -> float:
+        """The share of the split's examples whose best-scoring class is the right one."""
+        predicted = np.argmax(self.logits(params, task, split), axis=-1)
+        return float(np.mean(predicted == self.labels(task, split)))
+
+    def accuracies(self, params: Params, split: Split, tasks: Sequence[str] | None = None) -> dict[str, float]:
+        """By task."""
+        return {task: self.accuracy(params, task, split) for task in tasks or self.tasks}
+
+    def ensemble(self, split: Split) -> dict[str, float]:
+        """Accuracies of the mean of all experts' probabilities: an upper reference that costs all the models."""
+        found = {}
+        for task in self.tasks:
+            each = [softmax(self.logits(params, task, split)) for params in self.experts.values()]
+            predicted = np.argmax(np.mean(each, axis=0), axis=-1)
+            found[task] = float(np.mean(predicted == self.labels(task, split)))
+        return found
+
+    def of_tasks(self, tasks: Sequence[str]) -> Zoo:
+        """The same base with fewer experts."""
+        return dataclasses.replace(self, tasks=tuple(tasks), experts={task: self.experts[task] for task in tasks})
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last axis."""
+    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return raised / raised.sum(axis=-1, keepdims=True)

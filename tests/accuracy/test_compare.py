@@ -1,0 +1,158 @@
+"""The protocol, on a zoo of one linear layer whose experts are known."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+import cfmerge
+from cfmerge_accuracy import compare, methods, proxies, suite
+from cfmerge_accuracy.methods import Entry
+from cfmerge_accuracy.zoo import Zoo
+
+WIDE, CLASSES, EXAMPLES = 12, 4, 40
+
+
+def small_zoo(tasks=("a", "b", "c")) -> Zoo:
+    """Task t reads inputs of its own; its expert classifies them without a fault, the base does not."""
+    generator = np.random.default_rng(0)
+    base = {"dense": {"kernel": 0.1 * generator.standard_normal((WIDE, CLASSES)).astype(np.float32)}}
+    inputs, labels, experts, grams = {}, {}, {}, {}
+    for number, task in enumerate(tasks):
+        active = np.zeros(WIDE, np.float32)
+        active[4 * number : 4 * number + 4] = 1
+        delta = (generator.standard_normal((WIDE, CLASSES)) * active[:, None]).astype(np.float32)
+        experts[task] = {"dense": {"kernel": base["dense"]["kernel"] + delta}}
+        for split in ("train", "validation", "test"):
+            x = (generator.standard_normal((EXAMPLES, WIDE)) * active).astype(np.float32)
+            inputs[task, split] = x
+            labels[task, split] = np.argmax(x @ experts[task]["dense"]["kernel"], axis=-1)
+        x = inputs[task, "train"]
+        grams[task] = {"dense/kernel": x.T @ x / len(x)}
+    return Zoo(
+        "toy", 0, tuple(tasks), base, experts, experts[tasks[0]],
+        labels=lambda task, split: labels[task, split],
+        logits=lambda params, task, split: inputs[task, split] @ np.asarray(params["dense"]["kernel"]),
+        grams=lambda task: grams[task],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    return small_zoo()
+
+
+def test_references(zoo):
+    found = compare.references(zoo)
+    assert found["experts"] == dict.fromkeys(zoo.tasks, 1.0)
+    assert np.mean(list(found["base"].values())) < 0.7
+    assert found["multitask"]["a"] == 1.0
+    assert set(found["ensemble"]) == set(zoo.tasks)
+    assert set(compare.references(zoo, "validation")) == {"experts", "base"}
+
+
+def test_tasks_on_inputs_of_their_own_are_merged_without_loss_by_the_sum(zoo):
+    """Deltas act on disjoint inputs, so their sum is every expert on its own inputs."""
+    entry = Entry("sum", "task_arithmetic(scale=1)", "sums")
+    row = compare.row(zoo, entry, compare.Given(zoo), dict.fromkeys(zoo.tasks, 1.0), (0.5,))
+    assert row["published"] == dict.fromkeys(zoo.tasks, 1.0)
+    assert row["excess"] == pytest.approx(0, abs=1e-6)
+    assert row["failed"] is None
+    assert row["scaled"] is not None
+
+
+def test_a_scale_is_chosen_on_validation_and_told_beside_the_default(zoo):
+    """The mean is short by the number of experts: 2.83 is the best of the factors, and nothing else changes."""
+    entry = Entry("average", "average", "sums")
+    own = dict.fromkeys(zoo.tasks, 1.0)
+    row = compare.row(zoo, entry, compare.Given(zoo), own, compare.FACTORS)
+    best = max(row["validation"].values())
+    assert row["validation"][f"{row['factor']:g}"] == best
+    assert np.mean(list(row["scaled"].values())) > np.mean(list(row["published"].values()))
+
+
+def test_the_factor_nearest_to_one_wins_a_tie():
+    assert compare.best({0.5: 0.9, 1.0: 0.9, 2.0: 0.9}) == 1.0
+    assert compare.best({0.5: 0.9, 1.0: 0.8, 2.83: 0.9}) == 0.5
+
+
+def test_test_examples_decide_nothing(zoo):
+    """Another test split leaves the factor as it was."""
+
+    def wrong(task, split):
+        return zoo.labels(task, split) * 0 if split == "test" else zoo.labels(task, split)
+
+    entry, own = Entry("average", "average", "sums"), dict.fromkeys(zoo.tasks, 1.0)
+    other = dataclasses.replace(zoo, labels=wrong)
+    rows = [compare.row(z, entry, compare.Given(z), own, compare.FACTORS) for z in (zoo, other)]
+    assert rows[0]["factor"] == rows[1]["factor"]
+    assert rows[0]["published"] != rows[1]["published"]
+
+
+def test_running_statistics_are_not_scaled():
+    base = {"params": {"w": np.ones(2, np.float32)}, "batch_stats": {"var": np.ones(2, np.float32)}}
+    merged = {"params": {"w": np.zeros(2, np.float32)}, "batch_stats": {"var": np.full(2, 0.5, np.float32)}}
+    found = compare.scaled(base, merged, 2.0)
+    assert found["params"]["w"].tolist() == [-1, -1]
+    assert found["batch_stats"]["var"].tolist() == [0.5, 0.5]
+
+
+def test_what_fails_is_a_row_and_no_end(zoo):
+    rows = compare.compare(zoo, [Entry("fisher", "fisher", "measured", "fishers")], (), lambda line: None)["methods"]
+    assert "Fishers are not measured" in rows[0]["failed"]
+    assert rows[0]["published"] is None
+
+
+def test_the_oracle_has_the_least_excess(zoo):
+    given = compare.Given(zoo)
+    found = {}
+    for entry in methods.entries(core=True):
+        merged = compare.merge(zoo, entry, given)
+        found[entry.name] = proxies.excess(zoo, merged, given.grams())["dense/kernel"]
+    assert min(found, key=found.get) == "regmean, true Grams"
+    assert proxies.excess(zoo, zoo.base, given.grams())["dense/kernel"] == pytest.approx(1)
+
+
+def test_a_curve_counts_experts(zoo):
+    found = compare.curve(zoo, [Entry("average", "average", "sums")], lambda line: None)
+    assert [row["count"] for row in found] == [2, 3]
+    assert found[0]["tasks"] == ["a", "b"]
+
+
+def test_every_entry_is_a_method():
+    for entry in methods.ENTRIES:
+        if entry.method != "regmean_pp":
+            cfmerge.methods.make(entry.method)
+    assert len({entry.name for entry in methods.ENTRIES}) == len(methods.ENTRIES)
+    assert set(methods.CURVE) <= {entry.method for entry in methods.ENTRIES}
+
+
+def test_every_method_of_the_package_is_compared_or_left_out_for_a_reason():
+    known = cfmerge.methods.registry()
+    text = " ".join([*(entry.method for entry in methods.ENTRIES), *methods.WITHOUT])
+    wanted = [name for name, entry in known.items() if entry.kind == "method"]
+    assert not [name for name in wanted if not re.search(rf"\b{name}\b", text)]
+
+
+def test_unknown_names_are_told(tmp_path):
+    with pytest.raises(cfmerge.CfmergeError, match="did you mean 'vision'"):
+        suite.run(suite.Options(tmp_path, zoos=["visoin"]), print)
+    with pytest.raises(cfmerge.CfmergeError, match="no method 'acee'"):
+        methods.entries(["acee"])
+    with pytest.raises(cfmerge.CfmergeError, match="scale is small or large"):
+        suite.run(suite.Options(tmp_path, scale="huge"), print)
+
+
+def test_a_run_leaves_numbers_and_a_report(tmp_path, monkeypatch, zoo):
+    monkeypatch.setattr(suite, "load", lambda *given: zoo)
+    asked = suite.Options(
+        tmp_path, zoos=["vision"], seeds=[0], methods=["average", "ace"], command="cfmerge bench accuracy"
+    )
+    suite.run(asked, lambda line: None)
+    rows = json.loads((tmp_path / "rows" / "vision-0.json").read_text())
+    assert [row["name"] for row in rows["methods"]] == ["average", "ace"]
+    assert rows["covariances"]
+    assert rows["environment"]["command"] == "cfmerge bench accuracy"
+    assert "ace" in (tmp_path / "toy.md").read_text() or "ace" in (tmp_path / "vision.md").read_text()
