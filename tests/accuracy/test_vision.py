@@ -1,5 +1,6 @@
 """The vision suite on synthetic images: splits that share nothing, frozen heads, training, and what a zoo answers."""
 
+import gzip
 import io
 import subprocess
 import tarfile
@@ -107,6 +108,29 @@ def test_a_face_is_drawn_large_and_centred():
     for image in images:
         rows = np.flatnonzero(image.max(axis=1))
         assert abs((rows[0] + rows[-1]) / 2 - 13.5) <= 1
+
+
+def test_outlines_are_where_brightness_changes():
+    image = np.zeros((1, 28, 28), np.uint8)
+    image[0, 5:10, 5:10] = 100
+    found = data.outlines(image)[0]
+    assert found[5, 5] == found[7, 10] == found[10, 7] == 200
+    assert found[7, 7] == found[20, 20] == found[0, 0] == 0
+
+
+def test_clothes_are_turned_as_their_labels_say(monkeypatch, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 28, 28)).astype(np.uint8)
+    files = {
+        "train-images-idx3-ubyte.gz": gzip.compress(bytes(16) + images.tobytes()),
+        "train-labels-idx1-ubyte.gz": gzip.compress(bytes(8) + bytes(n % 10 for n in range(60))),
+    }
+    monkeypatch.setattr(data.debian, "read", lambda package, cache: files)
+    found = data.pretraining(tmp_path, 0)
+    np.testing.assert_array_equal(found.labels // 4, np.arange(60) % 10)
+    back = np.stack([np.rot90(image, -(label % 4)) for image, label in zip(found.images, found.labels, strict=True)])
+    same = (back == images).all(axis=(1, 2))
+    assert 15 < same.sum() < 45
+    np.testing.assert_array_equal(back[~same], data.outlines(images)[~same])
 
 
 # --- Debian's packages --------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ Variant = Literal["averaged", "re-estimated"]
 NAMES = {"averaged": "convolutional", "re-estimated": "convolutional-reestimated"}
 TRAINING_CODE = (archives, glyphs, demo_data, demo_train, data, debian, vision_model, vision_train, model, train)
 GRAM_IMAGES, FISHER_IMAGES, BATCH = 512, 256, 128
+SHRINKAGE = 0.3  # of the heads' covariance within classes
 STATISTICS_IMAGES = 720  # of all tasks together: any number of them up to six gets an equal share
 
 
@@ -106,6 +107,7 @@ def build(
     initial, above = jax.random.split(jax.random.key(seed))
     heads = [vision_model.random_head(above, int(start.labels.max()) + 1, recipe.net.dim)]
     base = fit("base", recipe.pretraining, model.init(recipe.net, initial), {0: start}, heads)
+    base = jax.device_get(model.reestimated(recipe.net, base, pool(tasks)))
     heads = [_class_embeddings(recipe.net, base, task) for task in tasks]
     own = {number: task.train for number, task in enumerate(tasks)}
     experts = {task.name: fit(task.name, recipe.expert, base, {n: own[n]}, heads) for n, task in enumerate(tasks)}
@@ -113,11 +115,17 @@ def build(
     return Suite(recipe, seed, tuple(tasks), tuple(heads), base, experts, multitask, seconds)
 
 
+def pool(tasks: Sequence[Task]) -> np.ndarray:
+    """Training images of these tasks, in equal shares, without labels: `(STATISTICS_IMAGES, 28, 28)`."""
+    share = STATISTICS_IMAGES // len(tasks)
+    return np.concatenate([task.train.images[:share] for task in tasks])
+
+
 def _class_embeddings(net: ConvNet, base: Params, task: Task) -> Head:
     """From at most 4,000 training images."""
     some = Split(task.train.images[:4000], task.train.labels[:4000])
     found = np.concatenate([np.asarray(model.features(net, base, part)) for part in _parts(some.images)])
-    return vision_model.class_embeddings(found, some.labels, task.classes)
+    return vision_model.class_embeddings(found, some.labels, task.classes, SHRINKAGE)
 
 
 def _parts(images: np.ndarray) -> list[np.ndarray]:
@@ -177,8 +185,7 @@ class Suite:
 
     def finish(self, params: Params, tasks: Sequence[str]) -> Params:
         """Running statistics of training images of these tasks, in equal shares."""
-        share = STATISTICS_IMAGES // len(tasks)
-        images = np.concatenate([self._split(task, "train").images[:share] for task in tasks])
+        images = pool([self.tasks[self._number(task)] for task in tasks])
         return jax.device_get(model.reestimated(self.recipe.net, params, images))
 
     def _measured(self, what: str, task: str, make: Callable[[], Params]) -> Params:
