@@ -105,7 +105,7 @@ def _orthonormal(columns: Float[Array, "m k"]) -> Float[Array, "m k"]:
 @leading.defjvp
 def _leading_jvp(k: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     (matrix,), (change,) = primals, tangents
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = _svd(matrix)
     squares = s**2
     apart = squares[None, :k] - squares[:, None]
     tied = jnp.abs(apart) <= 8 * jnp.finfo(s.dtype).eps * jnp.maximum(squares[0], jnp.finfo(s.dtype).tiny)
@@ -121,8 +121,25 @@ def _leading_jvp(k: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple
 
 def _svd_wide(matrix: Float[Array, "m n"], k: int) -> tuple[Array, Array, Array]:
     """By the SVD of the transposed, which LAPACK does about twice as fast where m < n."""
-    v, s, ut = jnp.linalg.svd(matrix.T, full_matrices=False)
+    v, s, ut = _svd(matrix.T)
     return ut.T[:, :k], s[:k], v.T[:k]
+
+
+def _svd(matrix: Float[Array, "m n"]) -> tuple[Array, Array, Array]:
+    """The thin SVD. On a CPU by divide and conquer, and by QR iteration where that fails on a finite matrix.
+
+    LAPACK's divide and conquer does not always converge on many equal singular values; what it gives then is NaN.
+    """
+    found = jnp.linalg.svd(matrix, full_matrices=False)
+    failed = jnp.isfinite(matrix).all() & ~jnp.isfinite(found[1]).all()
+
+    def again(matrix: Array) -> tuple[Array, Array, Array]:
+        return tuple(lax.linalg.svd(matrix, full_matrices=False, algorithm=lax.linalg.SvdAlgorithm.QR))
+
+    def on_cpu(matrix: Array) -> tuple[Array, Array, Array]:
+        return lax.cond(failed, again, lambda matrix: tuple(found), matrix)
+
+    return lax.platform_dependent(matrix, cpu=on_cpu, default=lambda matrix: tuple(found))
 
 
 def _scale(matrix: Array) -> Array:
@@ -244,7 +261,7 @@ def _polar_jvp(cutoff: float, primals: tuple[Array], tangents: tuple[Array]) -> 
     """`U [(P - P^T) / (s_i + s_j)] V^T` with `P = U^T dA V`, and what leaves the row and column spaces, over `s`."""
     (matrix,), (change,) = primals, tangents
     found = _polar(matrix, cutoff)
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = _svd(matrix)
     kept = nonzero(s, s[0], cutoff)
     inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
     both = kept[:, None] & kept[None]

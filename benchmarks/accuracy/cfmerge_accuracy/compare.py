@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -115,6 +116,8 @@ def row(zoo: Zoo, entry: Entry, given: Given, own: Mapping[str, float], factors:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             merged = merge(zoo, entry, given)
+        if not all(np.isfinite(leaf).all() for leaf in flatten_dict(merged).values()):
+            raise CfmergeError("the merged model is not finite")
     except CfmergeError as error:
         return kept | {"failed": str(error), "published": None, "scaled": None, "notes": []}
     kept |= {
@@ -144,7 +147,9 @@ def compare(zoo: Zoo, entries: Sequence[Entry], factors: Sequence[float], report
     own, top = references(zoo, "validation")["experts"], found["references"]["experts"]
     for label, accuracies in found["references"].items():
         report(f"{zoo.name} {zoo.seed} {label}: {100 * np.mean(list(accuracies.values())):.1f}")
-    for entry in entries:
+    for number, entry in enumerate(entries):
+        if number % 8 == 7:
+            jax.clear_caches()  # compiled code takes memory maps, of which a process may have only so many
         made = row(zoo, entry, given, own, factors)
         found["methods"].append(made)
         if made["failed"]:
@@ -164,6 +169,7 @@ def curve(zoo: Zoo, entries: Sequence[Entry], report: Report) -> list[dict[str, 
     own = {task: zoo.accuracy(zoo.experts[task], task, "test") for task in zoo.tasks}
     for count in range(2, len(zoo.tasks) + 1):
         few = zoo.of_tasks(zoo.tasks[:count])
+        jax.clear_caches()
         for entry in entries:
             try:
                 params = few.finish(merge(few, entry, given), few.tasks)

@@ -232,11 +232,12 @@ def _one_line(message: str) -> str:
 def linear_risks(regimes: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Excess risk of every method in every regime: mean over seeds and standard deviation, the least in bold."""
     names = list(dict.fromkeys(method for row in regimes.values() for method in row))
-    rows = []
-    for regime, row in regimes.items():
-        least = min(row[name]["mean"] for name in row if name != "oracle") if set(row) - {"oracle"} else None
-        rows.append([regime, *(_risk(row[name], least) if name in row else "" for name in names)])
-    return table(["regime", *names], rows)
+    least = {r: min((row[n]["mean"] for n in row if n != "oracle"), default=None) for r, row in regimes.items()}
+    rows = [
+        [name, *(_risk(row[name], least[regime]) if name in row else "" for regime, row in regimes.items())]
+        for name in names
+    ]
+    return table(["method", *regimes], rows)
 
 
 def _risk(cell: Mapping[str, float], least: float | None) -> str:

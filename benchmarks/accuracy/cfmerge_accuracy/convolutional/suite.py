@@ -49,7 +49,7 @@ class Recipe:
     images: tuple[int, int, int] = (8000, 200, 500)
 
 
-FULL = Recipe(ConvNet(), Schedule(600, 64, 2e-3), Schedule(400, 64, 1e-3), Schedule(1200, 64, 1e-3))
+FULL = Recipe(ConvNet(), Schedule(1000, 64, 2e-3), Schedule(400, 64, 5e-4), Schedule(1200, 64, 1e-3))
 QUICK = Recipe(
     ConvNet(widths=(16, 32, 64), strides=(2, 2, 2), momentum=0.9),
     *(Schedule(60, 32, 3e-3), Schedule(80, 32, 1e-3), Schedule(80, 32, 1e-3)),
@@ -86,7 +86,11 @@ def load(
 def build(
     recipe: Recipe, tasks: Sequence[Task], start: Split, seed: int, report: Callable[[str], None] = print
 ) -> Suite:
-    """Trains, or finds in the cache, a base on the images of `start` and what is made of it."""
+    """Trains, or finds in the cache, a base on the images of `start` and what is made of it.
+
+    The base's running statistics are those of the tasks' training images, as a merged model's are once they are
+    estimated again: heads that are fixed under those of clothes would not fit such a model.
+    """
     seconds: dict[str, float] = {}
 
     def fit(name: str, schedule: Schedule, begin: Params, splits: dict[int, Split], heads: Sequence[Head]) -> Params:
