@@ -17,7 +17,7 @@ from cfmerge.engine.batches import complete
 from cfmerge.engine.plan import check_count, check_moment, check_weights
 from cfmerge.engine.resolve import depths, place, settle, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form, stacked
-from cfmerge.engine.steps import Inputs, Steps, settings_of, steps
+from cfmerge.engine.steps import Inputs, Steps, compiled, settings_of, steps
 from cfmerge.engine.survey import Stack, at_places, by_member, found_for, kind_of, survey
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Found, Method
@@ -82,9 +82,9 @@ def merge_params(
     experts: Sequence[Any] | Mapping[str, Any],
     method: Method,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
     rules: Sequence[Rule | Mapping[str, Any]] = (),
-    moments: Sequence[Any] | None = None,
+    moments: Sequence[Any] | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Any:
     """Merges pytrees of parameters: dicts, FrozenDicts, `nnx.State`, any registered pytree.
@@ -97,15 +97,18 @@ def merge_params(
         experts: one tree per expert, of the same structure; a mapping `{name: tree}` names them in errors.
         method: such as `cfmerge.methods.ace()`.
         weights: one per expert: numbers, or what a recipe takes (gradients over depth, values by name); none: all 1.
+            A mapping by the experts' names too: `jax.jit` hands over a dict of experts sorted by name, a list is not.
         rules: as in a recipe, on names joined by `/`: `{"match": "*/w", "layout": "io"}`.
-        moments: one per expert, of what was measured of it: `{name: array}`, or a tree like `base` (Fishers).
+        moments: one per expert, of what was measured of it: `{name: array}`, or a tree like `base` (Fishers). In a
+            list, or, as with weights, a mapping by the experts' names.
         seed: of random methods.
 
     Returns:
         A tree like `base`, in its dtypes. Integers, booleans and keys are the base's.
 
     Raises:
-        CfmergeError: trees of another structure or shape, integers that do not agree, or moments that do not fit.
+        CfmergeError: trees of another structure or shape, integers that do not agree, or weights or moments that do
+            not fit.
     """
     return merge_params_by(base, experts, [method], weights=weights, rules=rules, moments=moments, seed=seed)[0]
 
@@ -115,15 +118,17 @@ def merge_params_by(
     experts: Sequence[Any] | Mapping[str, Any],
     by: Sequence[Method],
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
     rules: Sequence[Rule | Mapping[str, Any]] = (),
-    moments: Sequence[Any] | None = None,
+    moments: Sequence[Any] | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> list[Any]:
     """`merge_params` by several methods, which share what they keep of the experts: one tree for each."""
     problem = Problem.of(base, experts, by, rules)
     if not problem.names:
         raise CfmergeError(NO_EXPERTS)
+    weights = problem.by_expert(weights, "weights")
+    moments = problem.by_expert(moments, "moments")
     given = [None] * len(problem.names) if moments is None else [flatten(moment)[0] for moment in moments]
     merged = _merge(_in_one(problem.assignments), problem.trees, problem.names, weights, given, seed)
     results = [merged] if len(by) == 1 else [{n: values[k] for n, values in merged.items()} for k in range(len(by))]
@@ -172,6 +177,14 @@ class Problem(NamedTuple):
                 _check_agrees(name, leaves[name], [tree[name] for tree in others], labels)
         return Problem([leaves, *others], treedef, _names(labels if named else None, len(trees)), each)
 
+    def by_expert(self, values: Any, what: str) -> Any:
+        """What is given by the experts' names, in the experts' order; else as it is."""
+        if not isinstance(values, Mapping):
+            return values
+        if set(values) != set(self.names):
+            raise CfmergeError(f"{what} by name: the experts are {', '.join(self.names)}; found {', '.join(values)}")
+        return [values[name] for name in self.names]
+
 
 def _in_one(each: Sequence[Mapping[str, Assignment]]) -> Mapping[str, Assignment]:
     """Assignments to methods that do what all the given ones do."""
@@ -190,6 +203,7 @@ class Bucket:
     assignments: tuple[Assignment, ...]
     weights: tuple[tuple[Any, ...], ...]  # of each tensor, one for each expert
     before: int = 0  # experts that were seen before these
+    traced: bool = False  # some of what it is merged from: then the caller compiles
 
     @property
     def names(self) -> list[str]:
@@ -259,7 +273,8 @@ def prepared(
             name: dataclasses.replace(a, method=full_form(a.method)) if a.action == "merge" else a
             for name, a in assignments.items()
         }
-    buckets = _buckets(assignments, trees[0], experts, weights, list(kept.experts) if kept else [])
+    traced = _any_traced((trees, weights, given))
+    buckets = _buckets(assignments, trees[0], experts, weights, list(kept.experts) if kept else [], traced)
     for bucket in buckets:
         for member in members(bucket.assignments[0].method):
             check_count(member, len(experts) + bucket.before)
@@ -278,39 +293,46 @@ def statistics_of(
     bucket: Bucket, stack: Stack, found: Found | None, experts: Sequence[str], kept: Statistics | None
 ) -> Any:
     """The statistics of an additive method when all experts were seen."""
-    plain, settings = _plain_steps(bucket, stack, found, experts)
+    by, settings = _steps(bucket, stack, found, experts)
     if kept is None:
-        statistics = plain.start(settings[0], stack.base)
+        statistics = by.start(settings[0], stack.base)
     else:
         method, parameter = of_expert(bucket.assignments[0].method, 0), bucket.assignments[0].parameter
         shape = parameter.canonical[1:] if bucket.layout else parameter.shape
         own = [kept.tensors[name] for name in bucket.names]
         statistics = stacked(own, method, shape, _compute_dtype(stack.base), None)
-    for t in range(len(experts)):
-        statistics, _ = plain.step(settings[t + 1], statistics, stack.base, stack.expert(t), stack.inputs(t))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")  # where rows become a Gram
+        for t in range(len(experts)):
+            statistics, _ = by.step(settings[t + 1], statistics, stack.base, stack.expert(t), stack.inputs(t))
     return statistics
 
 
-def _plain_steps(bucket: Bucket, stack: Stack, found: Found | None, experts: Sequence[str]) -> tuple[Steps, list[Any]]:
-    """The steps, and the settings of start and solve, and then of each expert."""
+def _steps(bucket: Bucket, stack: Stack, found: Found | None, experts: Sequence[str]) -> tuple[Steps, list[Any]]:
+    """The steps, compiled where nothing is traced; and the settings of start and solve, and then of each expert."""
     rules = [assignment.method for assignment in bucket.assignments]
     found = at_places(found, stack.places)
     numbers = [0, *range(bucket.before, bucket.before + len(experts))]
     settings = [settings_of([of_expert(rule, t) for rule in rules], bucket.matrices, found) for t in numbers]
-    return steps(of_expert(rules[0], 0), stack.layout, _compute_dtype(stack.base)), settings
+    made = steps if bucket.traced or _any_traced(settings) else compiled
+    return made(of_expert(rules[0], 0), stack.layout, _compute_dtype(stack.base)), settings
 
 
 def _merge_stack(
     bucket: Bucket, stack: Stack, found: Found | None, experts: Sequence[str], kept: Statistics | None
 ) -> tuple[Array, dict[str, Array]]:
-    plain, settings = _plain_steps(bucket, stack, found, experts)
+    by, settings = _steps(bucket, stack, found, experts)
     out = str(stack.base.dtype)
     if bucket.assignments[0].method.additive:
         statistics = statistics_of(bucket, stack, found, experts, kept)
-        return plain.finish(settings[0], statistics, stack.base, out)[:2]
+        return by.finish(settings[0], statistics, stack.base, out)[:2]
     numbers = range(len(experts))
     others, inputs = [stack.expert(t) for t in numbers], [stack.inputs(t) for t in numbers]
-    return plain.together(settings[1:], stack.base, others, inputs, out)[:2]
+    return by.together(settings[1:], stack.base, others, inputs, out)[:2]
+
+
+def _any_traced(values: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
 def _tell(bucket: Bucket, reports: Mapping[str, Array]) -> None:
@@ -332,6 +354,7 @@ def _buckets(
     experts: Sequence[str],
     weights: Sequence[Any],
     before: Sequence[str],
+    traced: bool,
 ) -> list[Bucket]:
     buckets: dict[Any, list[tuple[Assignment, tuple[Any, ...]]]] = {}
     depth_of = depths(assignments)
@@ -347,7 +370,7 @@ def _buckets(
         key = (leaves[name].shape, leaves[name].dtype, layout, kind_of(settled.method))
         buckets.setdefault(key, []).append((settled, own))
     return [
-        Bucket(tuple(settled for settled, _ in members), tuple(own for _, own in members), len(before))
+        Bucket(tuple(settled for settled, _ in members), tuple(own for _, own in members), len(before), traced)
         for members in buckets.values()
     ]
 

@@ -220,7 +220,7 @@ def stacked(kept: Sequence[Leaves], method: Method, shape: tuple[int, ...], comp
     def array(leaf: Any) -> Any:
         if piece is not None and leaf.ndim > 1:
             leaf = leaf.reshape(1, -1)[:, piece]
-        return jnp.asarray(leaf, compute)
+        return jnp.array(leaf, compute)  # a copy: steps use up what they are given
 
     leaves = [jnp.concatenate([array(own[name]) for own in kept]) for name in names]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

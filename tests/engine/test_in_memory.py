@@ -19,12 +19,16 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 
 import cfmerge
-from cfmerge import methods
+from cfmerge import CfmergeError, methods
 
 TOLERANCE = 2e-4  # of merged deltas, relative to their norm; where ACE refines, float32 is a little off
 SMALL, SPREAD = (0.3, 0.31, 0.32, 0.33), (0.01, 0.9, 0.05, 0.3)  # sizes of deltas: homogeneous, heterogeneous
 ACE = methods.ace()
 Tree = Any
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def is_float(leaf: Any) -> bool:
@@ -535,3 +539,37 @@ def test_a_misspelt_rule():
     tree = {"a": {"kernel": np.ones((2, 3), np.float32)}}
     with pytest.raises(cfmerge.CfmergeError, match="did you mean 'layout'"):
         cfmerge.merge_params(tree, [tree, tree], cfmerge.methods.ace(), rules=[{"match": "*", "layuot": "io"}])
+
+
+def test_moments_and_weights_by_name_fit_under_jit_where_a_dict_of_experts_is_sorted():
+    base = {"w": {"kernel": normal(0, 6, 4)}}
+    experts = {name: {"w": {"kernel": normal(number, 6, 4)}} for number, name in enumerate("ba", start=1)}
+    grams = {name: {"w/kernel": np.diag(np.arange(1.0, 7)) * scale} for name, scale in (("b", 1.0), ("a", 9.0))}
+    weights = {"b": 1.0, "a": 3.0}
+
+    def merged(experts, moments, weights):
+        return cfmerge.merge_params(base, experts, methods.regmean(), moments=moments, weights=weights)["w"]["kernel"]
+
+    expected = merged(experts, list(grams.values()), list(weights.values()))
+    swapped = merged(experts, list(grams.values())[::-1], list(weights.values())[::-1])
+    assert not np.allclose(swapped, expected, rtol=1e-2)
+    for found in (merged(experts, grams, weights), jax.jit(merged)(experts, grams, weights)):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["weights", "moments"])
+def test_what_is_given_by_name_names_the_experts(what):
+    base, *others = ({"w": {"kernel": normal(seed, 3, 3)}} for seed in range(3))
+    with pytest.raises(CfmergeError, match=f"{what} by name: the experts are a, b; found a, c"):
+        named: Any = {what: {"a": 1.0, "c": 1.0}}
+        cfmerge.merge_params(base, dict(zip("ab", others, strict=True)), methods.average(), **named)
+
+
+def test_a_second_merge_compiles_nothing(caplog):
+    base, *experts = ({"w": {"kernel": normal(seed, 13, 7)}} for seed in range(3))
+    for name in ("power", "iso_c"):
+        cfmerge.merge_params(base, experts, methods.make(name))
+    with jax.log_compiles():
+        cfmerge.merge_params(base, experts, methods.power(ridge=0.5))
+        cfmerge.merge_params(base, experts, methods.iso_c(alpha=0.5))
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
