@@ -560,8 +560,8 @@ def test_moments_and_weights_by_name_fit_under_jit_where_a_dict_of_experts_is_so
 @pytest.mark.parametrize("what", ["weights", "moments"])
 def test_what_is_given_by_name_names_the_experts(what):
     base, *others = ({"w": {"kernel": normal(seed, 3, 3)}} for seed in range(3))
+    named: Any = {what: {"a": 1.0, "c": 1.0}}
     with pytest.raises(CfmergeError, match=f"{what} by name: the experts are a, b; found a, c"):
-        named: Any = {what: {"a": 1.0, "c": 1.0}}
         cfmerge.merge_params(base, dict(zip("ab", others, strict=True)), methods.average(), **named)
 
 
