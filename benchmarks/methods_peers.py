@@ -291,21 +291,30 @@ def run(prepare: Callable[[Inputs], Callable[[], Tensor]], inputs: Inputs, reque
     return {"seconds": seconds}
 
 
-def main() -> None:
+def serve(answer: Callable[[dict], dict]) -> None:
+    """Answers requests, a JSON object a line, until the input ends; what a peer raises is an answer too."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # peers print
-    prepare, inputs = PEERS[sys.argv[1]], None
     for line in sys.stdin:
-        request = json.loads(line)
         try:
-            if request["do"] == "load":
-                inputs, answer = load(request), {"threads": torch.get_num_threads()}
-            else:
-                answer = run(prepare, inputs, request)
+            found = answer(json.loads(line))
         except Exception as error:  # theirs may raise anything; it goes into the table
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
-        print(json.dumps(answer), file=answers, flush=True)
+            found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+        print(json.dumps(found), file=answers, flush=True)
+
+
+def main() -> None:
+    prepare, inputs = PEERS[sys.argv[1]], None
+
+    def answer(request: dict) -> dict:
+        nonlocal inputs
+        if request["do"] == "load":
+            inputs = load(request)
+            return {"threads": torch.get_num_threads()}
+        return run(prepare, inputs, request)
+
+    serve(answer)
 
 
 if __name__ == "__main__":

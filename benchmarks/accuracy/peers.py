@@ -31,6 +31,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cfmerge import CfmergeError
+from cfmerge.parameters import Parameter
 from cfmerge_accuracy import suite
 from cfmerge_accuracy.zoo import Split, Zoo
 from peers_cases import CASES, Case, of_matrices
@@ -44,9 +45,8 @@ State = dict[str, np.ndarray]
 # --- comparing ----------------------------------------------------------------------------------------------------
 
 
-def chosen(zoo: Zoo, case: Case) -> tuple[Zoo, list[str]]:
-    """As many experts as the case takes, and the tensors on which it is then the same method."""
-    parameters = merged_by(zoo, case.method)
+def chosen(zoo: Zoo, case: Case, parameters: Mapping[str, Parameter]) -> tuple[Zoo, list[str]]:
+    """As many experts as the case takes, and those of the tensors on which it is then the same method."""
     shapes = {name: p.canonical[1:] for name, p in parameters.items() if p.layout}
     counts = [case.experts] if case.experts else range(len(zoo.tasks), 1, -1)
     fitting = [k for k in counts if all(case.same(shape, k) for shape in shapes.values())]
@@ -59,13 +59,14 @@ def chosen(zoo: Zoo, case: Case) -> tuple[Zoo, list[str]]:
 
 def compare(zoo: Zoo, case: Case, files: Files, worker: Worker) -> dict[str, Any]:
     """What a row has besides its names; see `cfmerge_accuracy.tables.peers` for its use."""
-    few, all_names = chosen(zoo, case)
+    parameters = merged_by(zoo, case.method)
+    few, all_names = chosen(zoo, case, parameters)
     names = [name for name in all_names if name in files.parameters]
     notes = [case.note] if case.note else []
     if not case.experts and len(few.tasks) < len(zoo.tasks):
         notes.append(f"of the first {len(few.tasks)} experts: where min(out, in) is no multiple, theirs pads")
-    if len(all_names) < len(merged_by(zoo, case.method)):
-        notes.append(f"{len(all_names)} of {len(merged_by(zoo, case.method))} matrices: where out >= in")
+    if len(all_names) < len(parameters):
+        notes.append(f"{len(all_names)} of {len(parameters)} matrices: where out >= in")
     single = merge(few, case, files, worker, names, double=False)
     difference, tolerance = single.difference, case.tolerance
     if not difference <= tolerance and case.double:
@@ -93,7 +94,7 @@ class Environments(NamedTuple):
 
     def interpreter(self, case: Case) -> str | None:
         """Where a case can be run; none: not here."""
-        if case.library == "mergekit":
+        if case.package == "mergekit":
             return self.mergekit
         of_clone = case.peer.startswith("authors")
         return self.python if self.clones or not of_clone else None
@@ -122,12 +123,12 @@ def run(zoo: Zoo, cases: Sequence[Case], environments: Environments, console: Co
                     continue
                 row = {"name": case.name, "peer": case.peer, "method": case.method, "function": case.peer}
                 try:
-                    worker = workers.get(case.library)
-                    if worker is None or worker.process.poll() is not None or case.library == "authors":
+                    worker = workers.get(case.package)
+                    if worker is None or worker.process.poll() is not None or case.package == "authors":
                         if worker is not None:  # authors' modules have the same names: a process for each
                             worker.close()
-                        worker = Worker(python, case.library, environments.clones, environments.limit)
-                        workers[case.library] = worker
+                        worker = Worker(python, case.package, environments.clones, environments.limit)
+                        workers[case.package] = worker
                     row |= compare(zoo, case, files, worker)
                     told = f"{row['difference']:.1e}"
                 except (of_matrices.PeerError, CfmergeError, OSError) as error:

@@ -16,7 +16,7 @@ class Case(NamedTuple):
 
     Attributes:
         method: an expression of ours.
-        peer: a name in peers_worker.py or ../methods_peers.py; it begins with its library.
+        peer: a name in peers_worker.py or ../methods_peers.py; it begins with its package.
         tolerance, double: of the difference in float32; in float64, or none where theirs cannot compute in it.
         moments: "grams" or "fishers", as in `cfmerge_accuracy.methods`.
         experts: how many it takes; none: all.
@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return known.get(self.method) or known.get(without_options(self.method)) or without_options(self.method)
 
     @property
-    def library(self) -> str:
+    def package(self) -> str:
         return next(name for name in ("fusion_bench", "mergekit", "authors") if self.peer.startswith(name))
 
     def same(self, shape: tuple[int, int], experts: int) -> bool:

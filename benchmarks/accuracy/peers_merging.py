@@ -89,20 +89,20 @@ class Files:
 class Worker(of_matrices.Theirs):
     """A process in the peer's environment, see peers_worker.py."""
 
-    def __init__(self, python: str, library: str, clones: str | None, limit: float) -> None:
+    def __init__(self, python: str, package: str, clones: str | None, limit: float) -> None:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the same sums at every run
         script = Path(__file__).with_name("peers_worker.py")
-        self.library, self.limit, self.late = library, limit, False
+        self.package, self.limit, self.late = package, limit, False
         self.process = subprocess.Popen(
-            [python, str(script), library, clones or "."], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [python, str(script), package, clones or "."], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
 
     def label(self, case: Case) -> str:
         """The peer with its version, if it has one."""
-        package = self.library.replace("_", "-")
+        package = self.package.replace("_", "-")
         version = self.ask(do="versions", packages=[package]).get(package)
-        return f"{self.library}{f' {version}' if version else ''}: {case.peer.removeprefix(self.library + '_')}"
+        return f"{self.package}{f' {version}' if version else ''}: {case.peer.removeprefix(self.package + '_')}"
 
     def merge(self, case: Case, files: Files, names: Iterable[str], experts: int, double: bool) -> State:
         """The merged deltas."""

@@ -1,6 +1,6 @@
 """The other side of peers.py: a worker that merges models with the peers' own code, where torch is installed.
 
-    PYTHON benchmarks/accuracy/peers_worker.py LIBRARY CLONES
+    PYTHON benchmarks/accuracy/peers_worker.py PACKAGE CLONES
 
 Nothing of theirs is here. A peer is a function of whole models, below, or one of the functions of a single matrix in
 ../methods_peers.py, which is then called for every matrix. Requests come in by standard input, a JSON object a line,
@@ -16,13 +16,10 @@ The directory has `base.npz`, `expert_K.npz` and what was measured, `gram_K.npz`
 
 import contextlib
 import importlib.metadata
-import json
 import logging
-import os
 import re
 import sys
 import time
-import traceback
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from methods_peers import CLONES, PEERS, Inputs, absent, clone
+from methods_peers import CLONES, PEERS, Inputs, absent, clone, serve
 
 State = dict[str, Tensor]
 STEPS = 300  # of Adam, as published
@@ -304,21 +301,11 @@ def version(package: str) -> str | None:
         return None
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # peers print
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if request["do"] == "versions":
-                answer: dict[str, Any] = {package: version(package) for package in request["packages"]}
-            else:
-                answer = merge(request)
-        except Exception as error:  # theirs may raise anything; it goes into the table
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
-        print(json.dumps(answer), file=answers, flush=True)
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    if request["do"] == "versions":
+        return {package: version(package) for package in request["packages"]}
+    return merge(request)
 
 
 if __name__ == "__main__":
-    main()
+    serve(answer)

@@ -167,8 +167,7 @@ def _of_trees(
     seed: int = 0,
 ) -> Statistics:
     problem = Problem.of(base, experts, [method], rules)
-    weights, moments = problem.by_expert(weights, "weights"), problem.by_expert(moments, "moments")
-    given = [None] * len(problem.names) if moments is None else [flatten(moment)[0] for moment in moments]
+    weights, given = problem.by_expert(weights, "weights"), problem.moments(moments)
     kinds, tensors = {}, {}
     for bucket, stack, found in prepared(
         problem.assignments[0], problem.trees, problem.names, weights, given, seed, sums=True

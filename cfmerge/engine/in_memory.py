@@ -127,10 +127,9 @@ def merge_params_by(
     problem = Problem.of(base, experts, by, rules)
     if not problem.names:
         raise CfmergeError(NO_EXPERTS)
-    weights = problem.by_expert(weights, "weights")
-    moments = problem.by_expert(moments, "moments")
-    given = [None] * len(problem.names) if moments is None else [flatten(moment)[0] for moment in moments]
-    merged = _merge(_in_one(problem.assignments), problem.trees, problem.names, weights, given, seed)
+    in_order = problem.by_expert(weights, "weights")
+    given = problem.moments(moments)
+    merged = _merge(_in_one(problem.assignments), problem.trees, problem.names, in_order, given, seed)
     results = [merged] if len(by) == 1 else [{n: values[k] for n, values in merged.items()} for k in range(len(by))]
     return [unflatten(problem.treedef, dict(problem.trees[0]) | result) for result in results]
 
@@ -184,6 +183,11 @@ class Problem(NamedTuple):
         if set(values) != set(self.names):
             raise CfmergeError(f"{what} by name: the experts are {', '.join(self.names)}; found {', '.join(values)}")
         return [values[name] for name in self.names]
+
+    def moments(self, given: Any) -> list[Any]:
+        """Of each expert, its leaves by name; None where there are none."""
+        values = self.by_expert(given, "moments")
+        return [None] * len(self.names) if values is None else [flatten(moment)[0] for moment in values]
 
 
 def _in_one(each: Sequence[Mapping[str, Assignment]]) -> Mapping[str, Assignment]:

@@ -1,5 +1,6 @@
 """The convolutional suite on synthetic images: trees, statistics, Grams, Fishers, determinism."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -12,7 +13,8 @@ from cfmerge.demo.train import Schedule
 from cfmerge.parameters import Kind, classify
 from cfmerge_accuracy.convolutional import model, suite, train
 from cfmerge_accuracy.convolutional.model import ConvNet
-from cfmerge_accuracy.convolutional.suite import Recipe, Suite
+from cfmerge_accuracy.images import suite as images_suite
+from cfmerge_accuracy.images.suite import Recipe, Suite
 
 TINY = Recipe(
     ConvNet(widths=(4, 8), strides=(2, 2), dim=16, momentum=0.8),
@@ -43,8 +45,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """One training for all tests: the others find it in the cache."""
     monkeypatch.setenv("CFMERGE_CACHE", str(cache))
-    monkeypatch.setattr(suite, "GRAM_IMAGES", 24)
-    monkeypatch.setattr(suite, "FISHER_IMAGES", 4)
+    monkeypatch.setattr(images_suite, "GRAM_IMAGES", 24)
+    monkeypatch.setattr(images_suite, "FISHER_IMAGES", 4)
     monkeypatch.setattr(suite, "STATISTICS_IMAGES", 32)
     tasks = [
         Task(name, 2, train=images(kind, 64, 0), validation=images(kind, 20, 1), test=images(kind, 20, 2))
@@ -54,7 +56,7 @@ def trained(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
 
 
 def test_only_the_trunk_is_merged_and_statistics_are_known_as_such(trained: Suite) -> None:
-    zoo = trained.zoo()
+    zoo = suite.zoo(trained)
     leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(zoo.base)}
     kinds = {name: p.kind for name, p in classify({n: (a.shape, str(a.dtype)) for n, a in leaves.items()}).items()}
     assert {name for name, kind in kinds.items() if kind is Kind.OTHER} == {
@@ -67,13 +69,13 @@ def test_only_the_trunk_is_merged_and_statistics_are_known_as_such(trained: Suit
     assert all(isinstance(leaf, np.ndarray) and leaf.dtype == np.float32 for leaf in leaves.values())
 
 
-def test_a_second_build_finds_the_same_in_the_cache(trained: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_build_finds_the_same_in_the_cache(trained: Suite) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(train, "fit", fail)
     start, told = images(0, 64, 3), []
-    again = suite.build(TINY, trained.tasks, start, seed=0, report=told.append)
+    domain = dataclasses.replace(suite.DOMAIN, fit=fail)
+    again = images_suite.build(domain, TINY, trained.tasks, start, 0, told.append)
     assert told == []
     for one, other in zip(jax.tree.leaves(trained.experts), jax.tree.leaves(again.experts), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -99,7 +101,7 @@ def test_batches_walk_through_each_split(trained: Suite) -> None:
 
 
 def test_reestimated_statistics_are_those_of_the_images(trained: Suite) -> None:
-    zoo = trained.zoo("re-estimated")
+    zoo = suite.zoo(trained, "re-estimated")
     merged = cfmerge.merge_params(zoo.base, zoo.experts, cfmerge.methods.average())
     finished = zoo.finish(merged, zoo.tasks)
     for one, other in zip(*(jax.tree.leaves(tree["params"]) for tree in (merged, finished)), strict=True):
@@ -115,14 +117,14 @@ def test_reestimated_statistics_are_those_of_the_images(trained: Suite) -> None:
 
 
 def test_the_variants_share_experts(trained: Suite) -> None:
-    averaged, estimated = trained.zoo(), trained.zoo("re-estimated")
+    averaged, estimated = suite.zoo(trained), suite.zoo(trained, "re-estimated")
     assert (averaged.name, estimated.name) == ("convolutional", "convolutional-reestimated")
     assert averaged.experts is estimated.experts
     assert averaged.finish(averaged.base, averaged.tasks) is averaged.base
 
 
 def test_logits_labels_and_ensemble(trained: Suite) -> None:
-    zoo = trained.zoo()
+    zoo = suite.zoo(trained)
     for task in zoo.tasks:
         assert zoo.logits(zoo.base, task, "validation").shape == (20, 2)
         assert zoo.labels(task, "test").shape == (20,)
@@ -130,7 +132,7 @@ def test_logits_labels_and_ensemble(trained: Suite) -> None:
 
 
 def test_moments_fit_the_tree(trained: Suite) -> None:
-    zoo = trained.zoo()
+    zoo = suite.zoo(trained)
     grams, fishers = ([of(task) for task in zoo.tasks] for of in (zoo.grams, zoo.fishers))
     assert {name: gram.shape for name, gram in grams[0].items()} == {
         "params/conv_0/kernel": (9, 9), "params/conv_1/kernel": (36, 36), "params/features/kernel": (8, 8),

@@ -68,7 +68,7 @@ class StandIn(Worker):
     """A peer that does what a method of ours does, plus something."""
 
     def __init__(self, zoo, method, plus=0.0):
-        self.zoo, self.method, self.plus, self.library, self.late = zoo, method, plus, "authors", False
+        self.zoo, self.method, self.plus, self.package, self.late = zoo, method, plus, "authors", False
 
     def ask(self, **request):
         return {}
@@ -125,10 +125,14 @@ def test_tensors_in_the_peers_order_of_axes_and_back(zoo, tmp_path):
     assert set(merged_by(zoo, "iso_c")) == {name for name in leaves if name.endswith("kernel")}
 
 
+def chosen(zoo, case):
+    return peers.chosen(zoo, case, peers.merged_by(zoo, case.method))
+
+
 def test_as_many_experts_as_make_it_the_same_method(zoo):
     """DC-Merge of theirs pads where min(out, in) is no multiple of the experts; of 8 and three, two are left."""
-    of_twelve, names = peers.chosen(zoo, Case("dc_merge", "authors_dc_merge"))
-    of_eight, same_names = peers.chosen(small_zoo(dim=8), Case("dc_merge", "authors_dc_merge"))
+    of_twelve, names = chosen(zoo, Case("dc_merge", "authors_dc_merge"))
+    of_eight, same_names = chosen(small_zoo(dim=8), Case("dc_merge", "authors_dc_merge"))
     assert of_twelve.tasks == TASKS
     assert of_eight.tasks == TASKS[:2]
     assert names == same_names
@@ -136,7 +140,7 @@ def test_as_many_experts_as_make_it_the_same_method(zoo):
 
 
 def test_matrices_on_which_theirs_is_the_same_method(zoo):
-    few, names = peers.chosen(zoo, Case("orthomerge", "authors_orthomerge"))
+    few, names = chosen(zoo, Case("orthomerge", "authors_orthomerge"))
     assert len(few.tasks) == 3
     assert sorted(names) == ["block_0/in/kernel", "block_1/in/kernel"]
 
@@ -171,7 +175,7 @@ def test_rows_are_written_beside_those_that_are_there(tmp_path):
 def test_cases_have_methods_that_exist_and_rows_of_the_suite():
     for case in CASES:
         methods.make(case.method)
-        assert case.library in ("fusion_bench", "mergekit", "authors")
+        assert case.package in ("fusion_bench", "mergekit", "authors")
     names = {case.name for case in CASES}
     assert {"tsv_m", "regmean, paper (a = 0.9)", "task_arithmetic >> svc", "ties", "orthomerge"} <= names
     assert without_options("f(a=g(b=1)) >> h(c=2)") == "f >> h"

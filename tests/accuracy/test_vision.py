@@ -14,7 +14,9 @@ from flax.traverse_util import flatten_dict
 import cfmerge
 from cfmerge.demo.data import Split, Task
 from cfmerge.errors import CfmergeError
-from cfmerge_accuracy.vision import data, debian, measure, model, suite, train
+from cfmerge_accuracy import debian
+from cfmerge_accuracy.images import data, heads
+from cfmerge_accuracy.vision import model, suite, train
 
 TINY = model.Vit(dim=16, depth=1, heads=2)
 RECIPE = suite.Recipe(TINY, *[train.Schedule(60, 16, 1e-2)] * 3, tasks=("mnist", "animals"), images=(64, 16, 16))
@@ -205,7 +207,7 @@ def test_patches_are_cut_row_by_row():
 
 def test_features_have_length_one_and_all_kernels_are_matrices(tasks):
     params = model.init(TINY, jax.random.key(0))
-    found = train.features(TINY, params, tasks[0].test.images)
+    found = model.features(TINY, params, tasks[0].test.images)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
     leaves = flatten_dict(params, sep="/")
     kinds = cfmerge.parameters.classify({name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})
@@ -217,7 +219,7 @@ def test_features_have_length_one_and_all_kernels_are_matrices(tasks):
 
 
 def test_the_large_network_has_the_shape_of_clip():
-    vit = suite.RECIPES["large"].vit
+    vit = suite.RECIPES["large"].net
     params = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 28, 28), jnp.uint8))
     assert params["params"]["position_embedding"].shape == (49, 768)
     assert params["params"]["block_11"]["mlp_in"]["kernel"].shape == (768, 3072)
@@ -230,7 +232,7 @@ def test_class_embeddings_find_the_classes():
     labels = np.arange(300) % 3
     noise = generator.normal(0, [3.0, 0.1, 0.1, 0.1], (300, 4))
     features = 5.0 + noise + np.eye(3, 4, 1)[labels]
-    head = model.class_embeddings(features, labels, 3)
+    head = heads.class_embeddings(features, labels, 3)
     np.testing.assert_allclose(np.linalg.norm(head.embeddings, axis=1), 1, atol=1e-6)
     assert np.mean(np.argmax(head.logits(features), axis=1) == labels) > 0.95
 
@@ -240,23 +242,24 @@ def test_class_embeddings_find_the_classes():
 
 def test_only_the_classes_of_the_own_head_count(tasks):
     params = model.init(TINY, jax.random.key(0))
-    heads = [model.random_head(jax.random.key(n), 3, 16) for n in range(2)]
-    found = train.log_likelihoods(TINY, params, tasks[0].test.images, jnp.full(16, 1), train.stacked(heads))
+    both = heads.stacked([heads.random_head(jax.random.key(n), 3, 16) for n in range(2)])
+    features = model.features(TINY, params, tasks[0].test.images)
+    found = heads.log_likelihoods(features, jnp.full(16, 1), both)
     assert np.isneginf(found[:, :3]).all()
     np.testing.assert_allclose(np.exp(found[:, 3:]).sum(axis=1), 1, atol=1e-5)
 
 
 def test_training_is_deterministic(tasks):
-    heads = [model.random_head(jax.random.key(0), 3, 16)]
+    above = [heads.random_head(jax.random.key(0), 3, 16)]
     params = model.init(TINY, jax.random.key(0))
     schedule = train.Schedule(3, 8, 1e-3)
-    first, again, other = (train.fit(TINY, schedule, params, [seed], {0: tasks[0].train}, heads) for seed in (0, 0, 1))
+    first, again, other = (train.fit(TINY, schedule, params, [seed], {0: tasks[0].train}, above) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert not np.array_equal(first["patch_embedding"]["kernel"], other["patch_embedding"]["kernel"])
 
 
 def test_experts_learn(made):
-    zoo = made.zoo()
+    zoo = suite.zoo(made)
     for task in zoo.tasks:
         assert zoo.accuracy(zoo.experts[task], task, "test") > 0.8
         assert zoo.accuracy(zoo.multitask, task, "test") > 0.6
@@ -278,7 +281,7 @@ def test_a_second_run_finds_everything_in_the_cache(made, tasks, cache):
 
 
 def test_grams_are_those_of_the_inputs(made):
-    zoo = made.zoo()
+    zoo = suite.zoo(made)
     grams = zoo.grams("mnist")
     assert grams["block_0/mlp_out/kernel"].shape == (64, 64)
     patches = TINY._patches(model.normalised(made.tasks[0].train.images)).reshape(-1, 49)
@@ -288,18 +291,18 @@ def test_grams_are_those_of_the_inputs(made):
 
 
 def test_fishers_are_mean_squares_of_gradients(made):
-    zoo = made.zoo()
+    zoo = suite.zoo(made)
     fisher = zoo.fishers("animals")
     assert jax.tree.structure(fisher) == jax.tree.structure(zoo.base)
     assert all((leaf >= 0).all() for leaf in jax.tree.leaves(fisher))
-    one = measure.fisher(TINY, zoo.base, 0, made.tasks[1].train.images[:16], 1, made.heads)
-    heads, images = train.stacked(made.heads), made.tasks[1].train.images[:16]
-    keys = jax.random.split(jax.random.key(0), (1, 16))[0]
+    every, images = heads.stacked(made.heads), made.tasks[1].train.images[:16]
+    one = made.fisher(zoo.base, images, "animals")
+    keys = jax.random.split(jax.random.key(0), 16)
 
     @jax.jit
     def gradient(params, image, key):
         def scores(params):
-            return train.log_likelihoods(TINY, params, image[None], jnp.asarray([1]), heads)[0]
+            return heads.log_likelihoods(model.features(TINY, params, image[None]), jnp.asarray([1]), every)[0]
 
         label = jax.random.categorical(key, scores(params))
         return jax.grad(lambda params: scores(params)[label])(params)["block_0"]["v"]["kernel"]
@@ -310,7 +313,7 @@ def test_fishers_are_mean_squares_of_gradients(made):
 
 @pytest.mark.filterwarnings("ignore:.*Fisher is below the floor")  # experts that are sure of all labels
 def test_methods_with_data_merge(made):
-    zoo = made.zoo()
+    zoo = suite.zoo(made)
     experts = [zoo.experts[task] for task in zoo.tasks]
     methods = cfmerge.methods.regmean(), cfmerge.methods.fisher(floor=1e-12)
     for chosen, moments in zip(methods, (zoo.grams, zoo.fishers), strict=True):
@@ -320,7 +323,7 @@ def test_methods_with_data_merge(made):
 
 
 def test_facts_name_sizes_and_chance(made):
-    facts = made.zoo().facts
+    facts = suite.zoo(made).facts
     assert facts["chance"] == {"mnist": 0.3333, "animals": 0.3333}
     assert facts["images"]["mnist"] == [64, 16, 16]
     assert set(facts["seconds"]) == {"base", "mnist", "animals", "multitask"}

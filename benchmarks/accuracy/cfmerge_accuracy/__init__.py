@@ -1,12 +1,17 @@
 """Does merging work? Real experts on real data, every method, honestly compared: `cfmerge bench accuracy`.
 
+suite.py          the whole run: a file of numbers for every zoo and seed, then the report
 zoo.py            what the suite knows of a domain: a base, its experts, and how good a model is
 vision/           a small ViT, pre-trained and fine-tuned in Flax on images
-text/             MiniLM, fine-tuned in PyTorch, in full and by LoRA; evaluated in Flax and in PyTorch
 convolutional/    a small ConvNet with batch norms
+images/           what these two share: images, frozen heads, the way from a network to a zoo
+text/             MiniLM, fine-tuned in PyTorch, in full and by LoRA; evaluated in Flax and in PyTorch
 linear.py         linear regression with known input covariances: the excess risk is exact
+cache.py          trained parameters on disk, by a hash of what made them
+debian.py         packages of Debian, fetched and read
+fisher.py         diagonal Fisher information
 methods.py        which methods are compared, at which settings
-compare.py        the protocol: merge, evaluate, choose one scale on validation images, evaluate again
-proxies.py        estimated against true covariances, and errors of layers' outputs
-report.py         tables, plots and JSON
+compare.py        the protocol: merge, evaluate, choose one scale on validation examples, evaluate again
+proxies.py        estimated against true covariances (covariances.py), and errors of layers' outputs
+report.py         tables.py, plots.py and JSON of results.py, with the intervals of statistics.py
 """

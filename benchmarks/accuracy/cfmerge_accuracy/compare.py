@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +16,22 @@ import cfmerge
 from cfmerge import CfmergeError
 from cfmerge_accuracy import proxies
 from cfmerge_accuracy.methods import Entry
-from cfmerge_accuracy.zoo import Params, Zoo
+from cfmerge_accuracy.zoo import Params, Split, Zoo
 
 Report = Callable[[str], None]
 FACTORS = (0.5, 0.71, 1.41, 2.0, 2.83)  # of the merged delta, besides 1
 
 
 class Given:
-    """What is measured with the tasks' data, once, when the first method asks for it."""
+    """What is measured of the experts, mostly with the tasks' data, once, when the first method asks for it."""
 
     def __init__(self, zoo: Zoo) -> None:
         self.zoo = zoo
         self._kept: dict[str, dict[str, Any]] = {}
+
+    @functools.cached_property
+    def deltas(self) -> proxies.Deltas:
+        return proxies.deltas(self.zoo)
 
     def grams(self) -> dict[str, Mapping[str, np.ndarray]]:
         return self._measured("grams", self.zoo.grams)
@@ -94,13 +99,19 @@ def best(validation: Mapping[float, float]) -> float:
     return min((factor for factor, value in validation.items() if value == top), key=lambda f: abs(np.log(f)))
 
 
-def references(zoo: Zoo, split: str = "test") -> dict[str, dict[str, float]]:
-    """Each expert on its own task, the base, the model trained on all tasks, the experts' ensemble."""
-    own = {task: zoo.accuracy(zoo.experts[task], task, split) for task in zoo.tasks}  # type: ignore[arg-type]
-    found = {"experts": own, "base": zoo.accuracies(zoo.base, split)}  # type: ignore[arg-type]
-    if split == "test":
-        found |= {"multitask": zoo.accuracies(zoo.multitask, "test"), "ensemble": zoo.ensemble("test")}
-    return found
+def own_accuracies(zoo: Zoo, split: Split) -> dict[str, float]:
+    """Each expert's on its own task."""
+    return {task: zoo.accuracy(zoo.experts[task], task, split) for task in zoo.tasks}
+
+
+def references(zoo: Zoo) -> dict[str, dict[str, float]]:
+    """On test: each expert on its own task, the base, the model trained on all tasks, the experts' ensemble."""
+    return {
+        "experts": own_accuracies(zoo, "test"),
+        "base": zoo.accuracies(zoo.base, "test"),
+        "multitask": zoo.accuracies(zoo.multitask, "test"),
+        "ensemble": zoo.ensemble("test"),
+    }
 
 
 def row(zoo: Zoo, entry: Entry, given: Given, own: Mapping[str, float], factors: Sequence[float]) -> dict[str, Any]:
@@ -130,9 +141,11 @@ def row(zoo: Zoo, entry: Entry, given: Given, own: Mapping[str, float], factors:
         validation = choose(zoo, merged, own, factors)
         kept["factor"] = best(validation)
         kept["validation"] = {f"{factor:g}": value for factor, value in validation.items()}
-        params = zoo.finish(scaled(zoo.base, merged, kept["factor"]), zoo.tasks)
-        kept["scaled"] = kept["published"] if kept["factor"] == 1 else zoo.accuracies(params, "test")
-    errors = proxies.excess(zoo, merged, given.grams())
+        kept["scaled"] = kept["published"]
+        if kept["factor"] != 1:
+            params = zoo.finish(scaled(zoo.base, merged, kept["factor"]), zoo.tasks)
+            kept["scaled"] = zoo.accuracies(params, "test")
+    errors = proxies.excess(zoo.base, given.deltas, merged, given.grams())
     kept["excess"] = float(np.mean(list(errors.values()))) if errors else None
     return kept
 
@@ -144,7 +157,7 @@ def compare(zoo: Zoo, entries: Sequence[Entry], factors: Sequence[float], report
         "zoo": zoo.name, "seed": zoo.seed, "tasks": list(zoo.tasks), "facts": dict(zoo.facts),
         "references": references(zoo), "methods": [],
     }  # fmt: skip
-    own, top = references(zoo, "validation")["experts"], found["references"]["experts"]
+    own, top = own_accuracies(zoo, "validation"), found["references"]["experts"]
     for label, accuracies in found["references"].items():
         report(f"{zoo.name} {zoo.seed} {label}: {100 * np.mean(list(accuracies.values())):.1f}")
     for number, entry in enumerate(entries):
@@ -166,7 +179,7 @@ def compare(zoo: Zoo, entries: Sequence[Entry], factors: Sequence[float], report
 def curve(zoo: Zoo, entries: Sequence[Entry], report: Report) -> list[dict[str, Any]]:
     """Normalised accuracy on test, of the first 2, 3, ... experts merged."""
     given, found = Given(zoo), []
-    own = {task: zoo.accuracy(zoo.experts[task], task, "test") for task in zoo.tasks}
+    own = own_accuracies(zoo, "test")
     for count in range(2, len(zoo.tasks) + 1):
         few = zoo.of_tasks(zoo.tasks[:count])
         jax.clear_caches()

@@ -17,6 +17,7 @@ from cfmerge_accuracy import covariances
 from cfmerge_accuracy.zoo import Params, Zoo
 
 Grams = Mapping[str, Mapping[str, np.ndarray]]  # {task: {kernel's name: (in, in)}}
+Deltas = Mapping[str, Sequence[np.ndarray]]  # {kernel's name: one (out, in) for each task}
 
 ESTIMATORS: dict[str, Callable[[Array], Array]] = {
     "identity": lambda delta: jnp.eye(delta.shape[1], dtype=delta.dtype),
@@ -25,8 +26,6 @@ ESTIMATORS: dict[str, Callable[[Array], Array]] = {
     "trimmed D^T D (TACT)": lambda delta: _gram(covariance.of_largest(delta, 0.2)),
     "(D^T D)^1/2": lambda delta: _gram(covariance.of_power(delta, 0.5)),
 }
-
-
 LARGEST = 512  # inputs of the layers whose estimates are judged: beyond, decompositions take minutes
 
 
@@ -46,10 +45,10 @@ def matrices(params: Params) -> dict[str, np.ndarray]:
     return found
 
 
-def deltas(zoo: Zoo, tasks: Sequence[str] | None = None) -> dict[str, list[np.ndarray]]:
-    """The experts' deltas of every matrix."""
+def deltas(zoo: Zoo) -> Deltas:
+    """The experts' deltas of every matrix, in the order of the tasks."""
     base = matrices(zoo.base)
-    each = [matrices(zoo.experts[task]) for task in tasks or zoo.tasks]
+    each = [matrices(zoo.experts[task]) for task in zoo.tasks]
     return {name: [expert[name] - base[name] for expert in each] for name in base}
 
 
@@ -62,28 +61,22 @@ def _excess(merged: Array, deltas: Array, grams: Array) -> Array:
     return wrong / jnp.maximum(jax.vmap(energy)(deltas, grams).sum(), jnp.finfo(merged.dtype).tiny)
 
 
-def excess(zoo: Zoo, merged: Params, grams: Grams) -> dict[str, float]:
+def excess(base: Params, known: Deltas, merged: Params, grams: Grams) -> dict[str, float]:
     """`sum_t tr((X - D_t) Sigma_t (X - D_t)^T) / sum_t tr(D_t Sigma_t D_t^T)` of every matrix, with true `Sigma_t`.
 
     The error of each layer's outputs on the inputs that the task's own expert sees: 0 if all experts' outputs are kept,
     1 for the base.
+
+    Args:
+        known: `deltas(zoo)`, of the tasks of `grams` in their order.
     """
-    base, after = matrices(zoo.base), matrices(merged)
-    found = {}
-    for name, rows in deltas(zoo).items():
-        if all(name in grams[task] for task in zoo.tasks):
-            known = np.stack([grams[task][name] for task in zoo.tasks])
-            found[name] = float(_excess(after[name] - base[name], np.stack(rows), known))
-    return found
-
-
-def measures(estimate: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """How near an estimate is to the true covariance: see `covariances`; the angle in degrees."""
+    before, after = matrices(base), matrices(merged)
     return {
-        "cosine": covariances.cosine(estimate, true),
-        "relative_error": covariances.relative_error(estimate, true),
-        "angle": float(np.degrees(covariances.principal_angles(estimate, true).mean())),
-        "log_spectral": covariances.log_spectral(estimate, true, 1e-3),
+        name: float(
+            _excess(after[name] - before[name], np.stack(rows), np.stack([own[name] for own in grams.values()]))
+        )
+        for name, rows in known.items()
+        if all(name in own for own in grams.values())
     }
 
 
@@ -95,9 +88,9 @@ def estimates(zoo: Zoo, grams: Grams) -> list[dict[str, Any]]:
         for task, delta in zip(zoo.tasks, rows, strict=True):
             if name not in grams[task] or delta.shape[1] > LARGEST or not np.any(delta):
                 continue
-            true = np.asarray(grams[task][name])
+            true = covariances.eigen(np.asarray(grams[task][name]))
             for label, estimate in compiled.items():
-                found[label].append(measures(np.asarray(estimate(delta)), true))
+                found[label].append(covariances.measures(np.asarray(estimate(delta)), true))
     return [
         {"estimator": label, **{key: float(np.mean([one[key] for one in each])) for key in each[0]}}
         for label, each in found.items()

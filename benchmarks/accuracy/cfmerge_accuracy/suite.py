@@ -44,13 +44,17 @@ class Options(NamedTuple):
 
 def load(name: str, seed: int, options: Options, report: Callable[[str], None]) -> Zoo:
     """Trains what is not in the cache."""
-    from cfmerge_accuracy import convolutional, text, vision
-
     kind, _, variant = name.partition("-")
     if kind == "vision":
+        from cfmerge_accuracy import vision
+
         return vision.load(seed, quick=options.quick, scale=options.scale, report=report)
     if kind == "text":
+        from cfmerge_accuracy import text
+
         return text.load(seed, variant=variant, quick=options.quick, engine=options.engine, report=report)
+    from cfmerge_accuracy import convolutional
+
     chosen: Any = "re-estimated" if variant else "averaged"
     return convolutional.load(seed, variant=chosen, quick=options.quick, report=report)
 

@@ -10,15 +10,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from cfmerge.demo.data import Split
 from cfmerge.demo.train import Schedule, shift
 from cfmerge_accuracy.convolutional.model import ConvNet
-from cfmerge_accuracy.vision.model import LOGIT_SCALE, Head
-from cfmerge_accuracy.vision.train import Heads, stacked
+from cfmerge_accuracy.images.heads import Head, Heads, cross_entropy, stacked
 from cfmerge_accuracy.zoo import Params
 
 
@@ -26,12 +24,6 @@ class State(NamedTuple):
     params: Params
     batch_stats: Params
     moments: optax.OptState
-
-
-def log_likelihoods(features: jax.Array, tasks: jax.Array, heads: Heads) -> jax.Array:
-    """`(batch, classes)`: of each image among the classes of its own task, `tasks (batch,)`; else minus infinity."""
-    logits = LOGIT_SCALE * (features @ heads.embeddings.T - heads.offsets)
-    return jax.nn.log_softmax(jnp.where(heads.task == tasks[:, None], logits, -jnp.inf))
 
 
 @partial(jax.jit, static_argnames=("model", "schedule"))
@@ -51,8 +43,7 @@ def _step(
     def loss(params: Params) -> tuple[jax.Array, Params]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         found, changed = model.apply(variables, moved, train=True, mutable=["batch_stats"])
-        scores = log_likelihoods(jnp.asarray(found), jnp.asarray(heads.task)[labels], heads)
-        return -jnp.take_along_axis(scores, labels[:, None], axis=1).mean(), changed["batch_stats"]
+        return cross_entropy(found, labels, heads), changed["batch_stats"]
 
     gradient, batch_stats = jax.grad(loss, has_aux=True)(state.params)
     updates, moments = schedule.optimizer().update(gradient, state.moments, state.params)
@@ -103,32 +94,3 @@ def drawn(
             images.append(splits[number].images[row])
             labels.append(splits[number].labels[row] + first[number])
         yield np.stack(images), np.array(labels, np.int32)
-
-
-@partial(jax.jit, static_argnames=("model",))
-def _squares(
-    model: ConvNet, variables: Params, key: jax.Array, image: jax.Array, task: jax.Array, heads: Heads
-) -> Params:
-    def scores(params: Params) -> jax.Array:
-        found: Any = model.apply({**variables, "params": params}, image[None])
-        return log_likelihoods(found, task[None], heads)[0]
-
-    label = jax.random.categorical(key, scores(variables["params"]))
-    gradient = jax.grad(lambda params: scores(params)[label])(variables["params"])
-    return jax.tree.map(jnp.square, gradient)
-
-
-def fisher(
-    model: ConvNet, variables: Params, seed: int, images: np.ndarray, task: int, heads: Sequence[Head]
-) -> Params:
-    """Diagonal Fisher information: the mean of `g^2`, `g` the gradient of one image's log-likelihood.
-
-    Labels are drawn from the model, as the definition has it. A tree like `variables`; running statistics have none.
-    """
-    every = stacked(heads)
-    keys = jax.random.split(jax.random.key(seed), len(images))
-    total = jax.tree.map(np.zeros_like, variables["params"])
-    for key, image in zip(keys, images, strict=True):
-        total = jax.tree.map(np.add, total, _squares(model, variables, key, image, jnp.asarray(task), every))
-    mean = jax.tree.map(lambda leaf: np.asarray(leaf / len(images)), total)
-    return {"params": mean, "batch_stats": jax.tree.map(np.zeros_like, variables["batch_stats"])}

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from cfmerge.demo.archives import Wheel, cache_directory, fetch
 from cfmerge.errors import CfmergeError
-from cfmerge_accuracy.vision import debian
+from cfmerge_accuracy import debian
 
 Labelled = list[tuple[str, int]]  # texts, each with the number of its class
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge import activations
+from cfmerge_accuracy.fisher import drawn_square
 from cfmerge_accuracy.text.bert import Encoder
 from cfmerge_accuracy.text.setting import Setting, embedded
 from cfmerge_accuracy.zoo import Params
@@ -72,14 +73,14 @@ def _fisher(
 ) -> Params:
     """Mean over texts `(texts, 1, tokens, width)`, one after the other."""
 
-    def score(params: Params, one: jax.Array, seen: jax.Array, key: jax.Array) -> jax.Array:
-        logits = jnp.asarray(encoder.apply({"params": params}, one, seen))[0] @ head.T + bias
-        drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
-        return jax.nn.log_softmax(logits)[drawn]
-
     def add(total: Params, text: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Params, None]:
-        gradient = jax.grad(score)(params, *text)
-        return jax.tree.map(lambda sum_, g: sum_ + g * g, total, gradient), None
+        one, seen, key = text
+
+        def log_likelihoods(params: Params) -> jax.Array:
+            logits = jnp.asarray(encoder.apply({"params": params}, one, seen))[0] @ head.T + bias
+            return jax.nn.log_softmax(logits)
+
+        return jax.tree.map(jnp.add, total, drawn_square(log_likelihoods, params, key)), None
 
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (x, mask, keys))
     return jax.tree.map(lambda sum_: sum_ / len(x), total)

@@ -1,17 +1,15 @@
-"""The vision suite's network: a small pre-LN vision transformer, and the frozen class embeddings above it."""
+"""The vision domain's network: a small pre-LN vision transformer."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cfmerge_accuracy.zoo import Params
-
-LOGIT_SCALE = 100.0  # as CLIP ends with
 
 
 class Block(nn.Module):
@@ -81,39 +79,8 @@ def init(model: Vit, key: jax.Array) -> Params:
     return jax.device_get(params)
 
 
-class Head(NamedTuple):
-    """A frozen head: `logits = LOGIT_SCALE * (features @ embeddings.T - offsets)`.
-
-    Attributes:
-        embeddings: `(classes, dim)`, of length 1.
-        offsets: `(classes,)`.
-    """
-
-    embeddings: np.ndarray
-    offsets: np.ndarray
-
-    def logits(self, features: np.ndarray) -> np.ndarray:
-        """`(N, dim)` to `(N, classes)`."""
-        return LOGIT_SCALE * (features @ self.embeddings.T - self.offsets)
-
-
-def random_head(key: jax.Array, classes: int, dim: int) -> Head:
-    """Orthogonal rows, no offsets: for pre-training, with a softmax less sharp than the tasks'."""
-    return Head(np.asarray(0.3 * jax.random.orthogonal(key, dim)[:classes]), np.zeros(classes, np.float32))
-
-
-def class_embeddings(features: np.ndarray, labels: np.ndarray, classes: int, shrinkage: float = 0.1) -> Head:
-    """Where the base itself puts a task's classes, from its features `(N, dim)` of training images.
-
-    With class means `m_c`, their mean `m`, and the covariance `S` within classes, shrunk towards a multiple of the
-    identity: `e_c = S^-1 (m_c - m)` at length 1, and the score of features `f` is `e_c . (f - m)`. Without `S`,
-    letters' embeddings are almost parallel, since all that the base knows of is clothes.
-    """
-    means = np.stack([features[labels == label].mean(axis=0) for label in range(classes)])
-    centre = means.mean(axis=0)
-    within = features - means[labels]
-    covariance = within.T @ within / len(within)
-    identity = np.eye(len(covariance)) * np.trace(covariance) / len(covariance)
-    directions = np.linalg.solve((1 - shrinkage) * covariance + shrinkage * identity, (means - centre).T).T
-    embeddings = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-    return Head(embeddings.astype(np.float32), (embeddings @ centre).astype(np.float32))
+@partial(jax.jit, static_argnames=("model",))
+def features(model: Vit, params: Params, images: jax.Array) -> jax.Array:
+    """`(batch, 28, 28)` uint8 to `(batch, dim)`."""
+    result: Any = model.apply({"params": params}, images)
+    return jnp.asarray(result)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from cfmerge.demo.data import Split
-from cfmerge_accuracy.vision.model import LOGIT_SCALE, Head, Vit
+from cfmerge_accuracy.images.heads import Head, Heads, cross_entropy, stacked
+from cfmerge_accuracy.vision.model import Vit, features
 from cfmerge_accuracy.zoo import Params
 
 
@@ -33,40 +33,13 @@ class Schedule:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=1e-4))
 
 
-def features(model: Vit, params: Params, images: jax.Array) -> jax.Array:
-    """`(batch, 28, 28)` uint8 to `(batch, dim)`."""
-    result: Any = model.apply({"params": params}, images)
-    return jnp.asarray(result)
-
-
-class Heads(NamedTuple):
-    """The heads of all tasks, one below the other: `(classes, dim)`, `(classes,)`, and each row's task `(classes,)`."""
-
-    embeddings: np.ndarray
-    offsets: np.ndarray
-    task: np.ndarray
-
-
-def stacked(heads: Sequence[Head]) -> Heads:
-    task = np.repeat(np.arange(len(heads)), [len(head.offsets) for head in heads])
-    embeddings, offsets = (np.concatenate(parts) for parts in zip(*heads, strict=True))
-    return Heads(embeddings, offsets, task)
-
-
-def log_likelihoods(model: Vit, params: Params, images: jax.Array, tasks: jax.Array, heads: Heads) -> jax.Array:
-    """`(batch, classes)`: of each image among the classes of its own task, `tasks (batch,)`; else minus infinity."""
-    logits = LOGIT_SCALE * (features(model, params, images) @ heads.embeddings.T - heads.offsets)
-    return jax.nn.log_softmax(jnp.where(heads.task == tasks[:, None], logits, -jnp.inf))
-
-
 @partial(jax.jit, static_argnames=("model", "schedule"))
 def _fit(model: Vit, schedule: Schedule, params: Params, images: jax.Array, labels: jax.Array, heads: Heads) -> Params:
     """One step for each of `images (steps, batch, 28, 28)`; labels are rows of the heads."""
     optimizer = schedule.optimizer()
 
     def loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-        found = log_likelihoods(model, params, images, jnp.asarray(heads.task)[labels], heads)
-        return -jnp.take_along_axis(found, labels[:, None], axis=1).mean()
+        return cross_entropy(features(model, params, images), labels, heads)
 
     def step(state: tuple[Params, optax.OptState], drawn: tuple[jax.Array, jax.Array]) -> Any:
         params, moments = state

@@ -24,7 +24,7 @@ import numpy as np
 
 from cfmerge.demo import archives, glyphs
 from cfmerge.demo.data import Split, Task, enlarge, split_task, unique
-from cfmerge_accuracy.vision import debian
+from cfmerge_accuracy import debian
 
 TASKS = ("mnist", "animals", "upper", "optdigits", "greek", "glyph_digits", "cyrillic", "lower")
 QUICK = ("mnist", "animals", "greek")

@@ -1,0 +1,250 @@
+"""From a network to a `Zoo`: base, experts and multi-task model, out of the cache where they are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from cfmerge import activations
+from cfmerge.demo import archives, glyphs
+from cfmerge.demo import data as demo_data
+from cfmerge.demo.data import Split, Task
+from cfmerge_accuracy import debian
+from cfmerge_accuracy import fisher as fishers
+from cfmerge_accuracy.cache import trained
+from cfmerge_accuracy.images import data, heads
+from cfmerge_accuracy.images.heads import Head, Heads
+from cfmerge_accuracy.zoo import Params, Zoo
+from cfmerge_accuracy.zoo import Split as SplitName
+
+SHARED_CODE = (archives, glyphs, demo_data, debian, data, heads)  # with a domain's own, all that decides a training
+GRAM_IMAGES, FISHER_IMAGES, BATCH = 512, 256, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Sizes and steps.
+
+    Attributes:
+        net: a Flax module with an attribute `dim`, the width of its features.
+        pretraining, expert, multitask: schedules as the domain's `fit` takes them.
+        tasks: of `data.TASKS`.
+        images: of a task's (train, validation, test), at most.
+    """
+
+    net: Any
+    pretraining: Any
+    expert: Any
+    multitask: Any
+    tasks: tuple[str, ...] = data.TASKS
+    images: tuple[int, int, int] = (8000, 200, 500)
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """What is particular to one kind of network.
+
+    Attributes:
+        name: of the domain.
+        code: modules whose text decides what is trained, besides `SHARED_CODE`.
+        sizes: names of the network's attributes.
+        init: `(net, key) -> params`.
+        fit: `(net, schedule, params, seed, {position of a head: split}, heads) -> params`.
+        features: `(net, params, images (batch, 28, 28)) -> (batch, dim)`.
+        variables: what the network's `apply` takes, of params.
+        prefix: of kernels' names in params, before those that the network gives them.
+        settled: `(net, params, tasks) -> params`: what is done with the base once it is pre-trained.
+        shrinkage: of the heads' covariance within classes.
+    """
+
+    name: str
+    code: tuple[ModuleType, ...]
+    sizes: tuple[str, ...]
+    init: Callable[[Any, jax.Array], Params]
+    fit: Callable[..., Params]
+    features: Callable[[Any, Params, Any], jax.Array]
+    variables: Callable[[Params], Params]
+    prefix: str = ""
+    settled: Callable[[Any, Params, Sequence[Task]], Params] = lambda net, params, tasks: params
+    shrinkage: float = 0.1
+
+    def settings(self, net: Any) -> dict[str, Any]:
+        return {name: getattr(net, name) for name in self.sizes}
+
+
+def load(domain: Domain, recipe: Recipe, seed: int, quick: bool, report: Callable[[str], None]) -> Suite:
+    """Fetches images and builds; `quick` pre-trains without Debian's packages.
+
+    Raises:
+        CfmergeError: data cannot be fetched.
+    """
+    cache = archives.cache_directory()
+    report(f"{domain.name}, seed {seed}: data")
+    tasks = data.load_tasks(cache, seed, recipe.tasks, recipe.images)
+    start = data.quick_pretraining(seed) if quick else data.pretraining(cache, seed)
+    return build(domain, recipe, tasks, start, seed, report)
+
+
+def build(
+    domain: Domain, recipe: Recipe, tasks: Sequence[Task], start: Split, seed: int, report: Callable[[str], None]
+) -> Suite:
+    """Trains, or finds in the cache, a base on the images of `start` and what is made of it."""
+    net = recipe.net
+    seconds: dict[str, float] = {}
+
+    def fit(name: str, schedule: Any, begin: Params, splits: dict[int, Split], above: Sequence[Head]) -> Params:
+        def make() -> Params:
+            report(f"{domain.name}, seed {seed}: training {name}, {schedule.steps} steps of {schedule.batch}")
+            begun = time.perf_counter()
+            number = 0 if name == "base" else 1 + min(splits) if len(splits) == 1 else 1 + len(tasks)
+            found = domain.fit(net, schedule, begin, [seed, number], splits, above)
+            return {"params": found, "seconds": np.full(1, time.perf_counter() - begun, np.float32)}
+
+        of = {"name": name, "seed": seed, "net": domain.settings(net), "schedule": dataclasses.asdict(schedule)}
+        images = [array for split in splits.values() for array in (split.images, split.labels)]
+        arrays = [*images, *jax.tree.leaves((begin, above))]
+        code = (*SHARED_CODE, *domain.code)
+        made = trained(f"{domain.name}-{seed}-{name}", make, of=of, code=code, data=arrays)
+        seconds[name] = round(float(made["seconds"][0]), 1)
+        return made["params"]
+
+    below, above = jax.random.split(jax.random.key(seed))
+    first = heads.random_head(above, int(start.labels.max()) + 1, net.dim)
+    base = fit("base", recipe.pretraining, domain.init(net, below), {0: start}, [first])
+    base = domain.settled(net, base, tasks)
+    own = [_class_embeddings(domain, net, base, task) for task in tasks]
+    splits = {number: task.train for number, task in enumerate(tasks)}
+    experts = {task.name: fit(task.name, recipe.expert, base, {n: splits[n]}, own) for n, task in enumerate(tasks)}
+    multitask = fit("multitask", recipe.multitask, base, splits, own)
+    return Suite(domain, recipe, seed, tuple(tasks), tuple(own), base, experts, multitask, seconds)
+
+
+def _class_embeddings(domain: Domain, net: Any, base: Params, task: Task) -> Head:
+    """From at most 4,000 training images."""
+    some = Split(task.train.images[:4000], task.train.labels[:4000])
+    found = np.concatenate([np.asarray(domain.features(net, base, part)) for part in parts(some.images)])
+    return heads.class_embeddings(found, some.labels, task.classes, domain.shrinkage)
+
+
+def parts(images: np.ndarray) -> list[np.ndarray]:
+    """In batches, the last one shorter."""
+    return [images[first : first + BATCH] for first in range(0, len(images), BATCH)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Suite:
+    """What was trained, and the answers that a `Zoo` gives about it."""
+
+    domain: Domain
+    recipe: Recipe
+    seed: int
+    tasks: tuple[Task, ...]
+    heads: tuple[Head, ...]
+    base: Params
+    experts: Mapping[str, Params]
+    multitask: Params
+    seconds: Mapping[str, float]
+
+    def zoo(self) -> Zoo:
+        return Zoo(
+            name=self.domain.name,
+            seed=self.seed,
+            tasks=tuple(task.name for task in self.tasks),
+            base=self.base,
+            experts=self.experts,
+            multitask=self.multitask,
+            labels=lambda task, split: self.split(task, split).labels,
+            logits=self.logits,
+            grams=functools.cache(self.grams),
+            fishers=functools.cache(self.fishers),
+            facts=self.facts(),
+        )
+
+    def number(self, task: str) -> int:
+        return [one.name for one in self.tasks].index(task)
+
+    def split(self, task: str, split: SplitName) -> Split:
+        found: Split = getattr(self.tasks[self.number(task)], split)
+        return found
+
+    @functools.cached_property
+    def _on_device(self) -> dict[tuple[str, str], list[jax.Array]]:
+        return {}
+
+    def logits(self, params: Params, task: str, split: SplitName) -> np.ndarray:
+        """`(N, classes)`, in the order of the split's images."""
+        if (task, split) not in self._on_device:
+            self._on_device[task, split] = [jax.device_put(p) for p in parts(self.split(task, split).images)]
+        found = [self.domain.features(self.recipe.net, params, part) for part in self._on_device[task, split]]
+        return self.heads[self.number(task)].logits(np.concatenate([np.asarray(part) for part in found]))
+
+    def batches(self, task: str) -> list[np.ndarray]:
+        """The training images of which Grams are made."""
+        return parts(self.split(task, "train").images[:GRAM_IMAGES])
+
+    def grams(self, task: str) -> Mapping[str, np.ndarray]:
+        """By the kernel's name in the tree; of a convolution, of the patches under its window."""
+
+        def make() -> Params:
+            variables = self.domain.variables(self.experts[task])
+            found = activations.collect_linen(self.recipe.net, variables, self.batches(task), prefix=self.domain.prefix)
+            return unflatten_dict({name: np.asarray(gram) for name, gram in found.items()}, sep="/")
+
+        return flatten_dict(self._measured("grams", task, make), sep="/")
+
+    def fishers(self, task: str) -> Params:
+        """Of the first training images; running statistics have none."""
+        images = self.split(task, "train").images[:FISHER_IMAGES]
+        return self._measured("fisher", task, lambda: self.fisher(self.experts[task], images, task))
+
+    def fisher(self, params: Params, images: np.ndarray, task: str) -> Params:
+        """Diagonal Fisher information under the task's head, a tree like `params`."""
+        every, number = heads.stacked(self.heads), jnp.asarray(self.number(task))
+        total = jax.tree.map(np.zeros_like, params)
+        for key, image in zip(jax.random.split(jax.random.key(self.seed), len(images)), images, strict=True):
+            square = _square(self.domain, self.recipe.net, params, key, image, number, every)
+            total = jax.tree.map(np.add, total, square)
+        mean: Params = jax.tree.map(lambda leaf: np.asarray(leaf / np.float32(len(images))), total)
+        return {
+            name: jax.tree.map(np.zeros_like, leaf) if name == "batch_stats" else leaf for name, leaf in mean.items()
+        }
+
+    def _measured(self, what: str, task: str, make: Callable[[], Params]) -> Params:
+        images = self.split(task, "train").images
+        arrays = [*jax.tree.leaves(self.experts[task]), *jax.tree.leaves(self.heads), images]
+        net = self.domain.settings(self.recipe.net)
+        of = {"what": what, "net": net, "images": [GRAM_IMAGES, FISHER_IMAGES]}
+        code = (*self.domain.code, heads, fishers, activations.collect)
+        return trained(f"{self.domain.name}-{self.seed}-{task}-{what}", make, of=of, code=code, data=arrays)
+
+    def facts(self) -> dict[str, Any]:
+        schedules = ("pretraining", "expert", "multitask")
+        trunk = {name: leaf for name, leaf in self.base.items() if name != "batch_stats"}
+        return {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(trunk)),
+            "network": self.domain.settings(self.recipe.net),
+            "schedules": {name: dataclasses.asdict(getattr(self.recipe, name)) for name in schedules},
+            "images": {t.name: [len(t.train), len(t.validation), len(t.test)] for t in self.tasks},
+            "classes": {task.name: task.classes for task in self.tasks},
+            "chance": {task.name: round(1 / task.classes, 4) for task in self.tasks},
+            "seconds": dict(self.seconds),
+        }
+
+
+@functools.partial(jax.jit, static_argnames=("domain", "net"))
+def _square(
+    domain: Domain, net: Any, params: Params, key: jax.Array, image: jax.Array, task: jax.Array, every: Heads
+) -> Params:
+    def log_likelihoods(params: Params) -> jax.Array:
+        return heads.log_likelihoods(domain.features(net, params, image[None]), task[None], every)[0]
+
+    return fishers.drawn_square(log_likelihoods, params, key)
