@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -55,13 +54,12 @@ def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Floa
     """The polar factors of left and right vectors side by side.
 
     The vectors of all experts may nearly fill the space, so that the smallest singular values of a side are small and
-    still mean something (2e-4 of the largest at 7 x 109 vectors in 768 dimensions); rounding is far below.
+    still mean something: 2e-4 of the largest at 7 x 109 vectors in 768 dimensions.
 
     Args:
         columns: how many of the `q` are not zero.
     """
-    cutoff = 16 * float(np.sqrt(min(us.shape)) * jnp.finfo(us.dtype).eps)
-    left, right = singular.polar(us, cutoff), singular.polar(vts, cutoff)
+    left, right = singular.polar(us), singular.polar(vts)
     possible = jnp.minimum(columns, min(us.shape[0], vts.shape[1]))
     return Bases(left.factor, right.factor, possible - jnp.minimum(left.rank, right.rank))
 
