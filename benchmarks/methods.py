@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py --quick
     python benchmarks/methods.py --shapes gpt2 --rounds 3 --json gpt2.json
-    python benchmarks/methods.py --shapes large --rounds 1 --time-limit 1800 --json large.json
+    python benchmarks/methods.py --shapes large --experts 2 --rounds 1 --time-limit 600 --json large.json
 
 The peers run in an environment of their own, `--python` (or PEERS_PYTHON), with `pip install torch fusion-bench`; the
 authors' repositories are folders in `--clones` (or PEERS_CLONES): actmat, CART, DC-Merge, iso-merging, MLLMerging,
@@ -32,7 +32,6 @@ from threadpoolctl import threadpool_limits
 import cfmerge
 from cfmerge import CfmergeError, methods
 
-EXPERTS = 7
 STEPS = 300  # of Adam, as published
 SMALL = 10_000_000  # entries, below which a first call of each is not counted
 SHAPES = {  # canonical, (out, in)
@@ -55,7 +54,7 @@ class Case(NamedTuple):
         double: the same in float64, where theirs can compute in it.
         iterates: theirs takes steps: a few are measured, and scaled up to `STEPS`.
         moments: what is measured of each expert: "gram", "fisher" or nothing.
-        same: for which shapes theirs is the same method, and `where`, in words.
+        same: for which shapes, and of how many experts, theirs is the same method, and `where`, in words.
     """
 
     ours: str
@@ -65,7 +64,7 @@ class Case(NamedTuple):
     double: float | None = 1e-8
     iterates: bool = False
     moments: str = ""
-    same: Callable[[tuple[int, int]], bool] = lambda shape: True
+    same: Callable[[tuple[int, int], int], bool] = lambda shape, experts: True
     where: str = ""
 
 
@@ -89,7 +88,9 @@ CASES = (
         "dc_merge",
         "authors_dc_merge",
         aim=5,
-        same=lambda shape: min(shape) % EXPERTS == 0,  # else they keep 0.1 % of a core that they have padded with zeros
+        same=lambda shape, experts: (
+            min(shape) % experts == 0
+        ),  # else they keep 0.1 % of a core that they have padded with zeros
         where="where min(out, in) is a multiple of the experts",
     ),
     Case("cart", "authors_cart", aim=5),
@@ -101,7 +102,7 @@ CASES = (
         "authors_orthomerge",
         aim=5,
         double=None,
-        same=lambda shape: shape[0] >= shape[1],  # else the base has no say in some of the inputs' rotation
+        same=lambda shape, experts: shape[0] >= shape[1],  # else the base has no say in some of the inputs' rotation
         where="where out >= in",
     ),
 )
@@ -116,7 +117,7 @@ def grid(values: np.ndarray) -> np.ndarray:
     return (np.round(values * 2.0**26) / 2.0**26).astype(np.float32)
 
 
-def make(directory: Path, shape: tuple[int, int], seed: int, moments: str) -> None:
+def make(directory: Path, shape: tuple[int, int], seed: int, moments: str, experts: int) -> None:
     """A base, and deltas of a falling spectrum that they share in part, over small noise of full rank."""
     (m, n), k = shape, max(4, min(64, min(shape) // 4))
     rng = np.random.default_rng(seed)
@@ -130,11 +131,11 @@ def make(directory: Path, shape: tuple[int, int], seed: int, moments: str) -> No
     if not (directory / "base.npy").exists():
         np.save(directory / "base.npy", grid(np.clip(0.02 * rng.standard_normal((m, n), np.float32), -0.2, 0.2)))
         shared = low_rank()
-        for number in range(EXPERTS):
+        for number in range(experts):
             noise = rng.standard_normal((m, n), np.float32)
             np.save(directory / f"delta_{number}.npy", grid(1e-3 * (0.5 * shared + low_rank() + 0.3 * noise)))
     rng = np.random.default_rng(seed + 1)
-    for number in range(EXPERTS):
+    for number in range(experts):
         path = directory / f"{moments}_{number}.npy"
         if moments == "gram" and not path.exists():
             rows = rng.standard_normal((2 * n, n), np.float32) * np.exp(rng.standard_normal(n, np.float32))
@@ -151,11 +152,11 @@ class Arrays(NamedTuple):
     moments: list[np.ndarray] | None
 
     @classmethod
-    def load(cls, directory: Path, moments: str, dtype: Any) -> "Arrays":
+    def load(cls, directory: Path, moments: str, dtype: Any, experts: int) -> "Arrays":
         def read(name: str) -> np.ndarray:
             return np.load(directory / f"{name}.npy").astype(dtype)
 
-        numbers = range(EXPERTS)
+        numbers = range(experts)
         measured = [read(f"{moments}_{number}") for number in numbers] if moments else None
         return cls(read("base"), [read(f"delta_{number}") for number in numbers], measured)
 
@@ -257,6 +258,7 @@ class Options(NamedTuple):
     limit: float
     threads: int | None
     steps: int
+    experts: int
     whole: bool  # all steps are taken, none scaled; and float64 is compared too
 
 
@@ -293,12 +295,17 @@ def measure(case: Case, shapes: dict[str, tuple[int, int]], directory: Path, opt
     try:
         for seed, (name, shape) in enumerate(shapes.items()):
             tensor = row["tensors"][name] = {"shape": shape, "compilation": 0.0, "ours": [], "theirs": []}
-            make(directory / name, shape, 10 * seed, case.moments)
-            arrays = Arrays.load(directory / name, case.moments, np.float32)
+            make(directory / name, shape, 10 * seed, case.moments, options.experts)
+            arrays = Arrays.load(directory / name, case.moments, np.float32, options.experts)
             texts = {case.ours.format(steps=count): count for count in counts}
             ours = {count: Ours(text, arrays) for text, count in texts.items()}
             tensor["compilation"] = ours[max(ours)].compilation
-            given = {"do": "load", "directory": str(directory / name), "experts": EXPERTS, "moments": case.moments}
+            given = {
+                "do": "load",
+                "directory": str(directory / name),
+                "experts": options.experts,
+                "moments": case.moments,
+            }
             theirs.ask(**given, double=False)
             out = directory / name / "theirs.npy"
             if np.prod(shape) < SMALL:
@@ -311,7 +318,7 @@ def measure(case: Case, shapes: dict[str, tuple[int, int]], directory: Path, opt
             if theirs.late:
                 continue
             merged, other = found["merged"], np.load(out).astype(np.float64)
-            tensor["same"] = case.same(shape)
+            tensor["same"] = case.same(shape, options.experts)
             if case.tolerance is None:
                 tensor["loss"] = loss(merged, arrays.deltas) / loss(other, arrays.deltas)
             else:
@@ -329,7 +336,7 @@ def measure(case: Case, shapes: dict[str, tuple[int, int]], directory: Path, opt
 def in_double(case: Case, directory: Path, theirs: Theirs, given: dict[str, Any], out: Path) -> float:
     """The difference of both in float64."""
     with jax.enable_x64(True):
-        ours = Ours(case.ours.format(steps=STEPS), Arrays.load(directory, case.moments, np.float64))
+        ours = Ours(case.ours.format(steps=STEPS), Arrays.load(directory, case.moments, np.float64, given["experts"]))
         theirs.ask(**given | {"double": True})
         theirs(STEPS, out)
         return difference(ours()[1], np.load(out).astype(np.float64))
@@ -401,6 +408,7 @@ def main() -> None:
     parser.add_argument("--shapes", choices=list(SHAPES), default="gpt2")
     parser.add_argument("--quick", action="store_true", help="small shapes, one round, all steps, float64 besides")
     parser.add_argument("--methods", nargs="*", help="parts of a method's text, or whole names of peers")
+    parser.add_argument("--experts", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="of Adam that are measured, beyond the first")
     parser.add_argument("--time-limit", type=float, default=900, help="seconds for one call of a peer")
@@ -411,11 +419,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     shapes, rounds = SHAPES["quick" if args.quick else args.shapes], 1 if args.quick else args.rounds
-    options = Options(args.python, args.clones, rounds, args.time_limit, args.threads, args.steps, args.quick)
+    options = Options(
+        args.python, args.clones, rounds, args.time_limit, args.threads, args.steps, args.experts, args.quick
+    )
     rows = []
     with tempfile.TemporaryDirectory() as temporary, threadpool_limits(1, user_api="blas"):
         directory = (args.directory or Path(temporary)) / ("quick" if args.quick else args.shapes)
-        print(f"{EXPERTS} experts, {', '.join(f'{name} {m} x {n}' for name, (m, n) in shapes.items())}\n")
+        print(f"{args.experts} experts, {', '.join(f'{name} {m} x {n}' for name, (m, n) in shapes.items())}\n")
         print(HEAD, "|---" * 10 + "|", sep="\n", flush=True)
         for case in chosen(args.methods):
             rows.append(measure(case, shapes, directory, options))
