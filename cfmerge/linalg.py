@@ -225,29 +225,31 @@ def conjugate_gradients(
     """`steps` steps of conjugate gradients on `times(x) = target`, for arrays of any shape.
 
     `times` is linear, symmetric and positive semi-definite for the sum of entrywise products. Stops where the
-    residual is at rounding level. Returns the solution and the residual's norm over the target's.
+    residual is at rounding level, or where the direction is one that `times` takes to zero but for rounding. Returns
+    the solution and the residual's norm over the target's.
     """
     tiny, eps = jnp.finfo(target.dtype).tiny, jnp.finfo(target.dtype).eps
-    size = jnp.max(jnp.abs(target))  # the residuals are scaled by it: their squares would leave the range
-    unit = jnp.where(size > 0, size, 1)
+    largest = jnp.max(jnp.abs(target))  # the residuals are scaled by it: their squares would leave the range
+    unit = jnp.where(largest > 0, largest, 1)
     goal = target / unit
     enough = eps**2 * jnp.sum(goal * goal)
 
-    def step(_: int | Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        x, residual, direction, square = state
+    def step(_: int | Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, residual, direction, square, steepest = state
         image = times(direction)
-        curvature = jnp.sum(direction * image)
-        going = (square > enough) & (curvature > tiny)
+        curvature, size = jnp.sum(direction * image), jnp.sum(direction * direction)
+        steepest = jnp.maximum(steepest, curvature / jnp.where(size > 0, size, 1))
+        going = (square > enough) & (curvature > jnp.maximum(tiny, 16 * eps * steepest * size))
         length = jnp.where(going, square / jnp.where(going, curvature, 1), 0)
         x, residual = x + length * direction, residual - length * image
         following = jnp.sum(residual * residual)
         turn = jnp.where(going, following / jnp.where(going, square, 1), 0)
-        return x, residual, jnp.where(going, residual + turn * direction, direction), following
+        return x, residual, jnp.where(going, residual + turn * direction, direction), following, steepest
 
     start = start / unit
     residual = goal - times(start)
-    state = (start, residual, residual, jnp.sum(residual * residual))
-    x, residual, _, square = lax.fori_loop(0, steps, step, state)
+    state = (start, residual, residual, jnp.sum(residual * residual), jnp.zeros((), goal.dtype))
+    x, _, _, square, _ = lax.fori_loop(0, steps, step, state)
     left, whole = lax.stop_gradient((square, jnp.sum(goal * goal)))
     return x * unit, jnp.sqrt(left / jnp.where(whole > 0, whole, 1))
 

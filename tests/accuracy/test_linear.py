@@ -166,3 +166,11 @@ def test_log_spectral_compares_spectra_alone() -> None:
     halves, ends = np.diag([1.5, 1.5, 0.5, 0.5]), np.eye(4)
     assert log_spectral(halves, ends) == pytest.approx(np.sqrt((np.log(1.5) ** 2 + np.log(2) ** 2) / 2))
     assert np.isfinite(log_spectral(np.diag([1.0, 0, 0, 0]), b))
+
+
+def test_two_sided_stops_where_its_system_is_singular():
+    """Conjugate gradients that went on into rounding once gave a delta of 145 times the mean's norm here."""
+    made = linear.make(linear.regimes()["GD, few steps, rank 4"], seed=1)
+    deltas = np.asarray(made.deltas)
+    merged = cfmerge.merge_tensor(np.zeros_like(deltas[0]), list(deltas), cfmerge.methods.two_sided())
+    assert np.linalg.norm(merged) < 10 * np.linalg.norm(deltas.mean(axis=0))

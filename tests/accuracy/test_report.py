@@ -41,8 +41,9 @@ def row(zoo: str, seed: int) -> dict:
         "covariances": [{"estimator": "D^T D", "cosine": 0.5, "angle": 30.0}],
         "peers": [
             {"name": "ace", "peer": "theirs 1", "difference": 1e-5 * (seed + 1), "accuracy_ours": 0.7,
-             "accuracy_theirs": 0.7},
+             "accuracy_theirs": 0.7, "agrees": seed == 0, "note": f"of seed {seed}"},
         ],
+        "peers_failed": [{"name": "wudi", "peer": "theirs 2", "failed": "stopped after 9 s"}],
     }  # fmt: skip
 
 
@@ -193,3 +194,11 @@ def test_labels_are_moved_apart_and_not_further():
     values = list(rng.normal(size=20))
     found = np.array(plots._apart(values, 0.3))
     assert np.all(np.diff(found[np.argsort(values)]) > 0.3 - 1e-9)
+
+
+def test_peers_that_disagree_or_failed_are_told(folder):
+    report.write(folder)
+    text = (folder / "vision.md").read_text()
+    section = text.split("The same methods in other packages")[1]
+    assert "**no** | of seed 0; of seed 1" in section
+    assert "- wudi by theirs 2: stopped after 9 s" in section

@@ -115,8 +115,10 @@ def proxies(zoo: Results) -> Any | None:
         axes.scatter(errors[chosen], accuracies[chosen], s=36, label=group or "methods", **style)
     axes.margins(x=0.09, y=0.08)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(6, len(groups)), frameon=False, fontsize=10)
-    labels = [(_short(line.name, 30), COLOURS[groups.index(line.group) % len(COLOURS)]) for line in lines]
-    _label_points(figure, axes, np.stack([errors, accuracies], axis=1), labels)
+    known = {zoo.named(method) for method in CURVE}
+    named = [n for n, line in enumerate(lines) if line.name in known or n < 3 or len(lines) <= 20]  # best first
+    labels = [(_short(lines[n].name, 30), COLOURS[groups.index(lines[n].group) % len(COLOURS)]) for n in named]
+    _label_points(figure, axes, np.stack([errors, accuracies], axis=1), named, labels)
     together = statistics.rank_correlation(list(errors), list(accuracies))
     told = f"; rank correlation {together:.2f}" if math.isfinite(together) else ""
     _title(figure, 7.5, f"{zoo.name}: normalised accuracy against layers' errors{told}{_over(zoo)}")
@@ -168,13 +170,16 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
     return [places[index] for index in range(len(values))]
 
 
-def _label_points(figure: Any, axes: Any, points: Float[np.ndarray, "N 2"], labels: Sequence[tuple[str, str]]) -> None:
-    """Names beside the points, each at the nearest place where it covers nothing; with a line where that is far."""
+def _label_points(
+    figure: Any, axes: Any, points: Float[np.ndarray, "N 2"], named: Sequence[int], labels: Sequence[tuple[str, str]]
+) -> None:
+    """Names beside some points, each at the nearest place where it covers nothing; with a line where that is far."""
     figure.canvas.draw()
     pixels = axes.transData.transform(points)
     frame = axes.get_window_extent().extents
     taken = np.concatenate([pixels - 6, pixels + 6], axis=1)  # left, bottom, right, top
-    for index, ((x, y), (name, colour)) in enumerate(zip(pixels, labels, strict=True)):
+    for index, (name, colour) in zip(named, labels, strict=True):
+        x, y = pixels[index]
         label = axes.annotate(name, points[index], (0, 0), textcoords="offset pixels", fontsize=8.5, color=colour)
         extent = label.get_window_extent()
         choices = _boxes(x, y, extent.width + 2, extent.height + 2)

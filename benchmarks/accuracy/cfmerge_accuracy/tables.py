@@ -201,9 +201,15 @@ def peers(zoo: Results) -> str:
     for names, items in found.items():
         ours, theirs = ([item[key] for item in items] for key in ("accuracy_ours", "accuracy_theirs"))
         largest = f"{max(item['difference'] for item in items):.1e}"
-        rows.append([*names, largest, *(number(100 * sum(each) / len(each)) for each in (ours, theirs))])
-    header = ["method", "peer", "largest difference", "accuracy, cfmerge", "accuracy, peer"]
-    return table(header, rows, left=2) if rows else ""
+        means = (number(100 * sum(each) / len(each)) for each in (ours, theirs))
+        agree = "yes" if all(item["agrees"] for item in items) else "**no**"
+        notes = "; ".join(dict.fromkeys(_one_line(item["note"]) for item in items if item["note"]))
+        rows.append([*names, largest, *means, agree, notes])
+    header = ["method", "peer", "largest difference", "accuracy, cfmerge", "accuracy, peer", "agree", "note"]
+    text = table(header, rows, left=2) if rows else ""
+    failed = [item for row in zoo.rows for item in row.get("peers_failed") or ()]
+    lines = dict.fromkeys(f"- {item['name']} by {item['peer']}: {_one_line(item['failed'])}" for item in failed)
+    return text + ("\nNot compared:\n\n" + "\n".join(lines) + "\n" if lines else "")
 
 
 def failures(zoo: Results) -> str:
