@@ -19,7 +19,7 @@ from cfmerge_accuracy.methods import Entry
 from cfmerge_accuracy.zoo import Params, Split, Zoo
 
 Report = Callable[[str], None]
-FACTORS = (0.5, 0.71, 1.41, 2.0, 2.83)  # of the merged delta, besides 1
+FACTORS = (0.35, 0.5, 0.71, 1.41, 2.0, 2.83)  # of the merged delta, besides 1
 
 
 class Given:
