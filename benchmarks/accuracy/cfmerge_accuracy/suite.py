@@ -85,6 +85,7 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
     for name in options.zoos:
         if name not in ZOOS:
             raise CfmergeError(f"no zoo {name!r} in the suite{nearest(name, ZOOS)}")
+    keep_compiled()
     rows = options.output / "rows"
     rows.mkdir(parents=True, exist_ok=True)
     for name in options.zoos:
@@ -97,6 +98,16 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
 
     reports.write(options.output)
     return options.output
+
+
+def keep_compiled() -> None:
+    """Compiled code is kept beside the experts: most of a row is compilation, and the next run has the same."""
+    import jax
+
+    from cfmerge.demo.archives import cache_directory
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
