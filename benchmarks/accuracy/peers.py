@@ -189,6 +189,7 @@ def main() -> None:
     try:
         environments = Environments(args.python, args.mergekit, args.clones, args.limit)
         environments.check()
+        suite.keep_compiled()
         options = suite.Options(args.output, quick=args.quick)
         zoo = suite.load(args.zoo, args.seed, options, lambda line: console.print(line, highlight=False))
         wanted = [case for case in CASES if not args.methods or asked(case, args.methods)]

@@ -46,5 +46,6 @@ def accuracy(
         output, zoo or suite.ZOOS, seed or (suite.SEEDS if not quick else suite.SEEDS[:1]), method or (), quick,
         scale, engine, shlex.join(["cfmerge", *sys.argv[1:]]),
     )  # fmt: skip
+    suite.keep_compiled()
     suite.run(asked, (lambda line: None) if quiet else (lambda line: console.print(line, highlight=False)))
     report.summary(output, Console())

@@ -85,7 +85,6 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
     for name in options.zoos:
         if name not in ZOOS:
             raise CfmergeError(f"no zoo {name!r} in the suite{nearest(name, ZOOS)}")
-    keep_compiled()
     rows = options.output / "rows"
     rows.mkdir(parents=True, exist_ok=True)
     for name in options.zoos:
@@ -101,7 +100,7 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
 
 
 def keep_compiled() -> None:
-    """Compiled code is kept beside the experts: most of a row is compilation, and the next run has the same."""
+    """For this process: compiled code is kept beside the experts. Most of a row is compilation, the same in every run."""
     import jax
 
     from cfmerge.demo.archives import cache_directory
