@@ -227,6 +227,16 @@ def test_the_large_network_has_the_shape_of_clip():
     assert features.shape == (2, 768)
 
 
+def test_the_large_network_can_be_trained():
+    """Traced with the shapes of a step; to take one is for a GPU."""
+    recipe = suite.RECIPES["large"]
+    params = jax.eval_shape(recipe.net.init, jax.random.key(0), jnp.zeros((1, 28, 28), jnp.uint8))["params"]
+    above = heads.stacked([heads.random_head(jax.random.key(0), 3, recipe.net.dim)])
+    images, labels = jnp.zeros((2, recipe.expert.batch, 28, 28), jnp.uint8), jnp.zeros((2, recipe.expert.batch), int)
+    fitted = jax.eval_shape(lambda *given: train._fit(recipe.net, recipe.expert, *given), params, images, labels, above)
+    assert jax.tree.map(jnp.shape, fitted) == jax.tree.map(jnp.shape, params)
+
+
 def test_class_embeddings_find_the_classes():
     generator = np.random.default_rng(0)
     labels = np.arange(300) % 3
