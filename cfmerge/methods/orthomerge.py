@@ -18,6 +18,7 @@ residual.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -106,24 +107,72 @@ def skew_of(base: Float[Array, "m n"], delta: Float[Array, "m n"]) -> tuple[Floa
     return jnp.where(jnp.any(delta != 0), skew, 0), reflected
 
 
+@jax.custom_jvp
 def rotation(base: Float[Array, "m n"], expert: Float[Array, "m n"]) -> Float[Array, "n n"]:
     """The orthogonal matrix `R` that minimises `||base R - expert||` and, among those, changes least."""
-    found = singular.polar(linalg.matmul(base.T, expert))
-    part, eye = found.factor, jnp.eye(base.shape[1], dtype=base.dtype)
+    if len(base) >= base.shape[1]:
+        return _of_inputs(base, expert)
+
+    # base^T = [Q_1 N_1] [L_1; 0] and so expert: polar(Q_1 L_1 L_2^T Q_2^T) = Q_1 polar(L_1 L_2^T) Q_2^T, of m x m
+    (q1, n1, l1), (q2, n2, l2) = _bases(base), _bases(expert)
+    core = singular.polar(linalg.matmul(l1, l2.T))
+
+    def beside(factor: Array) -> Array:
+        rest = singular.polar(linalg.matmul(n1.T, n2), _half(base)).factor
+        return linalg.matmul(linalg.matmul(q1, factor), q2.T) + linalg.matmul(linalg.matmul(n1, rest), n2.T)
+
+    def apart(factor: Array) -> Array:  # some of the m directions are none
+        return _completed(core._replace(factor=linalg.matmul(linalg.matmul(q1, factor), q2.T)))
+
+    return lax.cond(core.rank == len(base), beside, apart, core.factor)
+
+
+@rotation.defjvp
+def _rotation_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jax.jvp(_of_inputs, primals, tangents)
+
+
+def _of_inputs(base: Float[Array, "m n"], expert: Float[Array, "m n"]) -> Float[Array, "n n"]:
+    return _completed(singular.polar(linalg.matmul(base.T, expert)))
+
+
+def _completed(found: singular.Polar) -> Float[Array, "n n"]:
+    """A polar factor, and where it is zero on either side the rotation between both that changes least."""
+    eye = jnp.eye(len(found.factor), dtype=found.factor.dtype)
 
     def completed(part: Array) -> Array:
         outside = linalg.matmul(eye - linalg.matmul(part, part.T), eye - linalg.matmul(part.T, part))
-        return part + singular.polar(outside, float(jnp.finfo(part.dtype).eps) ** 0.5).factor
+        return part + singular.polar(outside, _half(part)).factor
 
-    return lax.cond(found.rank == base.shape[1], lambda part: part, completed, part)
+    return lax.cond(found.rank == len(eye), lambda part: part, completed, found.factor)
+
+
+def _bases(wide: Float[Array, "m n"]) -> tuple[Float[Array, "n m"], Float[Array, "n n-m"], Float[Array, "m m"]]:
+    """Orthonormal bases of the rows' space and of what is orthogonal to it, and the rows' coefficients, transposed."""
+    basis, coefficients = jnp.linalg.qr(wide.T, mode="complete")
+    return basis[:, : len(wide)], basis[:, len(wide) :], coefficients[: len(wide)]
+
+
+def _half(like: Array) -> float:
+    """Of the digits: up to which cosine two directions are orthogonal."""
+    return float(jnp.finfo(like.dtype).eps) ** 0.5
 
 
 def inverse_cayley(rotated: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Array]:
     """`Q`, zero in directions that are turned round, and their number."""
     eye = jnp.eye(len(rotated), dtype=rotated.dtype)
-    inverse, kept, _ = linalg.pseudo_inverse(2 * eye + rotated + rotated.T, REFLECTED)
-    skew = linalg.matmul(inverse, rotated - rotated.T)
-    return (skew - skew.T) / 2, len(rotated) - kept
+    system, odd = 2 * eye + rotated + rotated.T, rotated - rotated.T
+
+    def by_inverse(_: Array) -> tuple[Array, Array]:
+        inverse, kept, _ = linalg.pseudo_inverse(system, REFLECTED)
+        return linalg.matmul(inverse, odd), jnp.asarray(len(rotated) - kept, rotated.dtype)
+
+    def by_solve(_: Array) -> tuple[Array, Array]:
+        return linalg.solve_right(odd, system)[0], jnp.zeros((), rotated.dtype)
+
+    near = jnp.linalg.norm(system - 4 * eye) < 2  # then all eigenvalues are above 2
+    skew, reflected = lax.cond(near, by_solve, by_inverse, odd)
+    return (skew - skew.T) / 2, reflected
 
 
 def cayley(skew: Float[Array, "n n"]) -> Float[Array, "n n"]:

@@ -100,7 +100,7 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
 
 
 def keep_compiled() -> None:
-    """Of this process, compiled code is kept beside the experts: most of a row is compilation, the same in every run."""
+    """Of this process, compiled code is kept beside the experts: most of a row is compilation, alike in every run."""
     import jax
 
     from cfmerge.demo.archives import cache_directory
