@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from cfmerge.activations.collect import Forward, collect, linen_forward, nnx_forward, normalised
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.engine.assign import Assignment, assign
-from cfmerge.engine.in_memory import _merge
+from cfmerge.engine.in_memory import merge_leaves
 from cfmerge.engine.resolve import depths, place, settle
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method, regmean
@@ -89,7 +89,7 @@ def regmean_pp(
     }
 
     def merged(wanted: Iterable[str], grams: Sequence[Any]) -> Leaves:
-        return _merge({n: assignments[n] for n in wanted}, [leaves, *own], names, weights, grams, seed=0)
+        return merge_leaves({n: assignments[n] for n in wanted}, [leaves, *own], names, weights, grams, seed=0)
 
     order = runner.order(own[0], data[0])
     group_of = _grouping(groups, order)

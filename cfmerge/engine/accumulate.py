@@ -14,7 +14,7 @@ from cfmerge import recipe as recipes
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.checkpoints.safetensors import ShardWriter
 from cfmerge.engine.batches import check_memory, make_batches
-from cfmerge.engine.in_memory import Problem, merge_assigned, prepared, statistics_of
+from cfmerge.engine.in_memory import merge_assigned, prepared, statistics_of
 from cfmerge.engine.merge import Progress, as_recipe, free_memory, merge_recipe
 from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.plan import Job, Plan, make_plan
@@ -30,6 +30,7 @@ from cfmerge.engine.statistics import (
     rows,
     statistic_name,
 )
+from cfmerge.engine.trees import Problem
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._registry import expression, plain_number

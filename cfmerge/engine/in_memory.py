@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,22 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cfmerge import methods
-from cfmerge.checkpoints.pytree import flatten, unflatten
-from cfmerge.engine.assign import Assignment, assign
+from cfmerge.checkpoints.pytree import unflatten
+from cfmerge.engine.assign import Assignment
 from cfmerge.engine.batches import complete
 from cfmerge.engine.plan import check_count, check_moment, check_weights
 from cfmerge.engine.resolve import depths, place, settle, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form, stacked
 from cfmerge.engine.steps import Inputs, Steps, compiled, settings_of, steps
 from cfmerge.engine.survey import Stack, at_places, by_member, found_for, kind_of, survey
-from cfmerge.errors import CfmergeError, nearest
+from cfmerge.engine.trees import Problem, names_of
+from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method
 from cfmerge.methods._random import check_seed
 from cfmerge.methods._registry import of_expert
 from cfmerge.methods._several import members, several
-from cfmerge.parameters import Kind, Parameter, classify, is_float
-from cfmerge.recipe import Rule, parse_rule
+from cfmerge.parameters import Kind, Parameter
+from cfmerge.recipe import Rule
 
 NO_EXPERTS = "no experts: a merge needs at least one"
 
@@ -69,12 +70,12 @@ def merge_tensor(
         method = methods.average()
     kind, layout = (Kind.MATRIX, "oi") if matrix else (Kind.VECTOR, "")
     assignment = Assignment(Parameter("tensor", base.shape, str(base.dtype), kind, layout), "merge", method)
-    names = _names(names, len(experts))
+    names = names_of(names, len(experts))
     if not experts:
         raise CfmergeError(NO_EXPERTS)
     given = [None] * len(experts) if moments is None else [{"tensor": moment} for moment in moments]
     tensors = [{"tensor": array} for array in (base, *experts)]
-    return _merge({"tensor": assignment}, tensors, names, weights, given, seed)["tensor"]
+    return merge_leaves({"tensor": assignment}, tensors, names, weights, given, seed)["tensor"]
 
 
 def merge_params(
@@ -129,7 +130,7 @@ def merge_params_by(
         raise CfmergeError(NO_EXPERTS)
     in_order = problem.by_expert(weights, "weights")
     given = problem.moments(moments)
-    merged = _merge(_in_one(problem.assignments), problem.trees, problem.names, in_order, given, seed)
+    merged = merge_leaves(_in_one(problem.assignments), problem.trees, problem.names, in_order, given, seed)
     results = [merged] if len(by) == 1 else [{n: values[k] for n, values in merged.items()} for k in range(len(by))]
     return [unflatten(problem.treedef, dict(problem.trees[0]) | result) for result in results]
 
@@ -144,50 +145,7 @@ def merge_assigned(base: Any, method: Method, kept: Statistics) -> dict[str, Arr
     for name, assignment in problem.assignments[0].items():
         if assignment.action == "merge":
             kept.check(full_form(assignment.method), name)
-    return _merge(problem.assignments[0], problem.trees, [], None, [], 0, kept)
-
-
-class Problem(NamedTuple):
-    """Trees as named arrays, the base's first, and what is done with each of them."""
-
-    trees: list[Mapping[str, Any]]
-    treedef: Any
-    names: list[str]  # of the experts
-    assignments: Sequence[Mapping[str, Assignment]]  # of each method
-
-    @staticmethod
-    def of(base: Any, experts: Any, by: Sequence[Method], rules: Sequence[Rule | Mapping[str, Any]]) -> "Problem":
-        """Checks that the trees fit together, and assigns the methods."""
-        named = isinstance(experts, Mapping)
-        trees = list(experts.values()) if named else list(experts)
-        leaves, treedef = flatten(base)
-        labels = list(experts) if named else [f"expert {n}" for n in range(len(trees))]
-        others = [_matching(leaves, flatten(tree)[0], name) for name, tree in zip(labels, trees, strict=True)]
-        shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
-        made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
-        parameters = classify(shapes)
-        each = [assign(parameters, method, made) for method in by]
-        for assignments, method in zip(each, by, strict=True):
-            _warn_unknown(assignments, method)
-        for name, assignment in each[0].items():
-            if assignment.action == "skip":
-                raise CfmergeError(f"rule for {name!r}: a tree keeps all its leaves; use keep-base instead of skip")
-            if assignment.agree and not _is_key_count(name, leaves):
-                _check_agrees(name, leaves[name], [tree[name] for tree in others], labels)
-        return Problem([leaves, *others], treedef, _names(labels if named else None, len(trees)), each)
-
-    def by_expert(self, values: Any, what: str) -> Any:
-        """What is given by the experts' names, in the experts' order; else as it is."""
-        if not isinstance(values, Mapping):
-            return values
-        if set(values) != set(self.names):
-            raise CfmergeError(f"{what} by name: the experts are {', '.join(self.names)}; found {', '.join(values)}")
-        return [values[name] for name in self.names]
-
-    def moments(self, given: Any) -> list[Any]:
-        """Of each expert, its leaves by name; None where there are none."""
-        values = self.by_expert(given, "moments")
-        return [None] * len(self.names) if values is None else [flatten(moment)[0] for moment in values]
+    return merge_leaves(problem.assignments[0], problem.trees, [], None, [], 0, kept)
 
 
 def _in_one(each: Sequence[Mapping[str, Assignment]]) -> Mapping[str, Assignment]:
@@ -241,7 +199,7 @@ class Bucket:
         return Stack(method, tuple(layers), self.layout, arrays(0), lambda number: arrays(number + 1), inputs)
 
 
-def _merge(
+def merge_leaves(
     assignments: Mapping[str, Assignment],
     trees: Sequence[Mapping[str, Any]],
     experts: Sequence[str],
@@ -388,12 +346,6 @@ def _check_moments(bucket: Bucket, given: Sequence[Any], experts: Sequence[str])
                 check_moment(method.moments, parameter, found, method.name, f"expert {expert!r}")
 
 
-def _names(names: Sequence[str] | None, count: int) -> list[str]:
-    if names is not None and (len(names) != count or len(set(names)) != count):
-        raise CfmergeError(f"{count} experts need as many different names, found {list(names)}")
-    return [str(number) for number in range(count)] if names is None else list(names)
-
-
 def _compute_dtype(array: Array) -> str:
     return "float64" if array.dtype == jnp.float64 else "float32"
 
@@ -404,45 +356,3 @@ def _check_weights(count: int, weights: Sequence[float] | None) -> Sequence[Any]
     if len(weights) != count:
         raise CfmergeError(f"{len(weights)} weights for {count} experts")
     return weights
-
-
-def _matching(base: Mapping[str, Any], expert: Mapping[str, Any], who: str) -> Mapping[str, Any]:
-    missing, extra = [n for n in base if n not in expert], [n for n in expert if n not in base]
-    if missing:
-        raise CfmergeError(f"{who} lacks {missing[0]!r}{nearest(missing[0], extra) if extra else ''}")
-    if extra:
-        raise CfmergeError(f"{who} has {extra[0]!r}, which the base lacks")
-    for name, leaf in base.items():
-        if leaf.shape != expert[name].shape:
-            raise CfmergeError(
-                f"{who}: {name!r} has shape {tuple(expert[name].shape)}, in the base {tuple(leaf.shape)}"
-            )
-    return expert
-
-
-def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None:
-    unknown = [name for name, a in assignments.items() if a.parameter.note and a.rule is None]
-    if unknown and method.scope == "matrix":
-        note = assignments[unknown[0]].parameter.note
-        warnings.warn(
-            f"{len(unknown)} parameters are averaged, not solved, such as {unknown[0]!r}: {note}", stacklevel=3
-        )
-
-
-def _is_key_count(name: str, leaves: Mapping[str, Any]) -> bool:
-    """How many keys an nnx stream has handed out: it lies beside the stream's key, and is the base's like it."""
-    key = leaves.get(name.removesuffix("count") + "key")
-    return name.endswith("count") and key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-
-
-def _check_agrees(name: str, base: Any, experts: Sequence[Any], names: Sequence[str]) -> None:
-    """Integers are the base's; where values are at hand (not traced), the experts' must be the same."""
-    if is_float(str(base.dtype)) or jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
-        return
-    for who, expert in zip(names, experts, strict=True):
-        concrete = not isinstance(base, jax.core.Tracer) and not isinstance(expert, jax.core.Tracer)
-        if concrete and not np.array_equal(np.asarray(base), np.asarray(expert)):
-            raise CfmergeError(
-                f"{who}: integers {name!r} differ from the base's; integers are not merged. A rule "
-                f"{{'match': {name!r}, 'method': 'keep-base'}} keeps the base's"
-            )

@@ -1,0 +1,107 @@
+"""Trees of parameters as named arrays: what a base and its experts must have in common, and what is done with each."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfmerge.checkpoints.pytree import flatten
+from cfmerge.engine.assign import Assignment, assign
+from cfmerge.errors import CfmergeError, nearest
+from cfmerge.methods import Method
+from cfmerge.parameters import classify, is_float
+from cfmerge.recipe import Rule, parse_rule
+
+
+class Problem(NamedTuple):
+    """Trees as named arrays, the base's first, and what is done with each of them."""
+
+    trees: list[Mapping[str, Any]]
+    treedef: Any
+    names: list[str]  # of the experts
+    assignments: Sequence[Mapping[str, Assignment]]  # of each method
+
+    @staticmethod
+    def of(base: Any, experts: Any, by: Sequence[Method], rules: Sequence[Rule | Mapping[str, Any]]) -> "Problem":
+        """Checks that the trees fit together, and assigns the methods."""
+        named = isinstance(experts, Mapping)
+        trees = list(experts.values()) if named else list(experts)
+        leaves, treedef = flatten(base)
+        labels = list(experts) if named else [f"expert {n}" for n in range(len(trees))]
+        others = [_matching(leaves, flatten(tree)[0], name) for name, tree in zip(labels, trees, strict=True)]
+        shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
+        made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
+        parameters = classify(shapes)
+        each = [assign(parameters, method, made) for method in by]
+        for assignments, method in zip(each, by, strict=True):
+            _warn_unknown(assignments, method)
+        for name, assignment in each[0].items():
+            if assignment.action == "skip":
+                raise CfmergeError(f"rule for {name!r}: a tree keeps all its leaves; use keep-base instead of skip")
+            if assignment.agree and not _is_key_count(name, leaves):
+                _check_agrees(name, leaves[name], [tree[name] for tree in others], labels)
+        return Problem([leaves, *others], treedef, names_of(labels if named else None, len(trees)), each)
+
+    def by_expert(self, values: Any, what: str) -> Any:
+        """What is given by the experts' names, in the experts' order; else as it is."""
+        if not isinstance(values, Mapping):
+            return values
+        if set(values) != set(self.names):
+            raise CfmergeError(f"{what} by name: the experts are {', '.join(self.names)}; found {', '.join(values)}")
+        return [values[name] for name in self.names]
+
+    def moments(self, given: Any) -> list[Any]:
+        """Of each expert, its leaves by name; None where there are none."""
+        values = self.by_expert(given, "moments")
+        return [None] * len(self.names) if values is None else [flatten(moment)[0] for moment in values]
+
+
+def names_of(names: Sequence[str] | None, count: int) -> list[str]:
+    if names is not None and (len(names) != count or len(set(names)) != count):
+        raise CfmergeError(f"{count} experts need as many different names, found {list(names)}")
+    return [str(number) for number in range(count)] if names is None else list(names)
+
+
+def _matching(base: Mapping[str, Any], expert: Mapping[str, Any], who: str) -> Mapping[str, Any]:
+    missing, extra = [n for n in base if n not in expert], [n for n in expert if n not in base]
+    if missing:
+        raise CfmergeError(f"{who} lacks {missing[0]!r}{nearest(missing[0], extra) if extra else ''}")
+    if extra:
+        raise CfmergeError(f"{who} has {extra[0]!r}, which the base lacks")
+    for name, leaf in base.items():
+        if leaf.shape != expert[name].shape:
+            raise CfmergeError(
+                f"{who}: {name!r} has shape {tuple(expert[name].shape)}, in the base {tuple(leaf.shape)}"
+            )
+    return expert
+
+
+def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None:
+    unknown = [name for name, a in assignments.items() if a.parameter.note and a.rule is None]
+    if unknown and method.scope == "matrix":
+        note = assignments[unknown[0]].parameter.note
+        warnings.warn(
+            f"{len(unknown)} parameters are averaged, not solved, such as {unknown[0]!r}: {note}", stacklevel=3
+        )
+
+
+def _is_key_count(name: str, leaves: Mapping[str, Any]) -> bool:
+    """How many keys an nnx stream has handed out: it lies beside the stream's key, and is the base's like it."""
+    key = leaves.get(name.removesuffix("count") + "key")
+    return name.endswith("count") and key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def _check_agrees(name: str, base: Any, experts: Sequence[Any], names: Sequence[str]) -> None:
+    """Integers are the base's; where values are at hand (not traced), the experts' must be the same."""
+    if is_float(str(base.dtype)) or jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
+        return
+    for who, expert in zip(names, experts, strict=True):
+        concrete = not isinstance(base, jax.core.Tracer) and not isinstance(expert, jax.core.Tracer)
+        if concrete and not np.array_equal(np.asarray(base), np.asarray(expert)):
+            raise CfmergeError(
+                f"{who}: integers {name!r} differ from the base's; integers are not merged. A rule "
+                f"{{'match': {name!r}, 'method': 'keep-base'}} keeps the base's"
+            )
