@@ -42,7 +42,7 @@ ENTRIES = (
     *_of(
         "least squares",
         "ace", "actmat", "tact", "wudi", "wudi_adam", "swudi", "aswudi", "optmerge", "cauchy_poe", "two_sided",
-        core=("ace", "actmat", "aswudi"),
+        core=("ace", "actmat", "wudi", "aswudi"),
     ),
     Entry("ace, published eps (CLIP)", "ace(eps=1e-5)", "least squares"),
     *(Entry(f"ace, eps_rel {value:g}", f"ace(eps_rel={value:g})", "least squares") for value in (0.007, 0.7, 7)),
@@ -56,7 +56,7 @@ ENTRIES = (
         "spectral",
         "tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "star >> average", "average >> subspace_boosting",
         "task_arithmetic >> svc", "tsv_m >> svc(alpha=1)", "opcm", "orthomerge",
-        core=("tsv_m", "iso_c", "dc_merge"),
+        core=("tsv_m", "iso_c", "iso_cts", "dc_merge"),
     ),
     *_of(
         "element-wise",
