@@ -202,3 +202,12 @@ def test_peers_that_disagree_or_failed_are_told(folder):
     section = text.split("The same methods in other packages")[1]
     assert "**no** | of seed 0; of seed 1" in section
     assert "- wudi by theirs 2: stopped after 9 s" in section
+
+
+def test_the_overview_counts_zoos_that_have_all_methods(folder):
+    report.write(folder)
+    text = (folder / "overview.md").read_text()
+    assert "mean of text-full, vision |" in text  # text-lora-8 has no methods here
+    line = next(line for line in text.splitlines() if line.startswith("| ace |"))
+    mean, *each = [float(cell) for cell in line.strip("|").split("|")[1:] if cell.strip()]
+    assert mean == pytest.approx(np.mean(each), abs=0.1)

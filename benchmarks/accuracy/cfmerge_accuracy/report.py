@@ -2,6 +2,7 @@
 
 folder/rows/<zoo>-<seed>.json, linear.json      what `compare` and `linear` found
 folder/results.json                             all of it, with means and intervals
+folder/overview.md                              all zoos in one table
 folder/<family>.md                              "vision", "text" (in full and LoRA), "convolutional", "linear"
 folder/<zoo>-{tasks,experts,scale,proxies}.png  plots
 """
@@ -51,6 +52,7 @@ def write(folder: Path, pictures: bool = True) -> list[Path]:
         written.append(_write(folder / f"{family}.md", text))
     if linear is not None:
         written.append(_write(folder / "linear.md", _linear(linear)))
+    written.append(_write(folder / "overview.md", _overview(zoos)))
     return written
 
 
@@ -79,6 +81,13 @@ def summary(folder: Path, console: Console) -> None:
         console.print(made)
         if len(shown) < len(lines):
             console.print(f"{len(lines) - len(shown)} more methods: {folder / f'{zoo.family}.md'}", highlight=False)
+
+
+def _overview(zoos: Sequence[Results]) -> str:
+    text = "# Overview\n\nNormalised accuracy (each expert on its own task: 100), mean over tasks and seeds.\n\n"
+    seeds = [f"{zoo.name}: {', '.join(map(str, zoo.seeds))}" for zoo in zoos]
+    text += f"Seeds: {'; '.join(seeds)}. Intervals are in the zoos' own tables.\n\n"
+    return text + "\n".join(f"## {title}\n\n{tables.overview(zoos, setting)}" for setting, title in SETTINGS.items())
 
 
 def _zoo(zoo: Results, drawn: dict[str, Path]) -> str:

@@ -40,6 +40,26 @@ def folded(title: str, text: str) -> str:
     return f"<details><summary>{title}</summary>\n\n{text}\n</details>\n" if text else ""
 
 
+def overview(zoos: Sequence[Results], setting: Setting) -> str:
+    """Every method's mean normalised accuracy in every zoo; the best mean over the zoos with most methods first.
+
+    Zoos in which only some methods were run do not count for the mean, which would then be of different zoos.
+    """
+    found = {zoo.name: {line.name: line.normalised.mean for line in zoo.lines(setting)} for zoo in zoos}
+    most = max((len(each) for each in found.values()), default=0)
+    whole = [name for name, each in found.items() if len(each) > 0.9 * most]
+    means = {
+        method: sum(found[name][method] for name in whole) / len(whole)
+        for method in dict.fromkeys(method for name in whole for method in found[name])
+        if all(method in found[name] for name in whole)
+    }
+    rows = [
+        [method, number(mean), *(number(each.get(method)) for each in found.values())]
+        for method, mean in sorted(means.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    return table(["method", f"mean of {', '.join(whole)}", *found], rows) if rows else ""
+
+
 def protocol(zoo: Results) -> str:
     """What was run, in one paragraph."""
     seeds = f"seed {zoo.seeds[0]}" if len(zoo.seeds) == 1 else f"seeds {', '.join(map(str, zoo.seeds))}"
