@@ -226,3 +226,9 @@ def test_flax_and_transformers_agree_on_the_real_weights():
 def test_an_unknown_variant_is_named():
     with pytest.raises(CfmergeError, match="no variant 'lora-3'"):
         text.load(0, variant="lora-3")
+
+
+def test_low_rank_experts_draw_their_own_start_unless_they_share_it():
+    assert len({text.own_seed("lora-16", 0, number) for number in range(6)}) == 6
+    assert {text.own_seed("lora-16-shared", 0, number) for number in range(6)} == {0}
+    assert {text.own_seed("full", 2, number) for number in range(6)} == {2}

@@ -14,9 +14,17 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge_accuracy.zoo import Zoo
 
 Load = Callable[..., Zoo]
-ZOOS = ("vision", "text-full", "text-lora-8", "text-lora-16", "convolutional", "convolutional-reestimated", "linear")
+ZOOS = (
+    *("vision", "text-full", "text-lora-8", "text-lora-16", "text-lora-16-shared"),
+    *("convolutional", "convolutional-reestimated", "linear"),
+)
 SEEDS = (0, 1, 2)
-CORE = ("text-lora-8", "text-lora-16", "convolutional-reestimated")  # another variant of the same has all methods
+CORE = (
+    "text-lora-8",
+    "text-lora-16",
+    "text-lora-16-shared",
+    "convolutional-reestimated",
+)  # another variant of the same has all methods
 CURVES = ("vision", "convolutional")
 
 

@@ -30,11 +30,13 @@ from cfmerge_accuracy.zoo import Params, Zoo
 
 TASKS: tuple[str, ...] = ("rt", "election", "tweets", "news20", "reuters8", "wordnet")
 QUICK_TASKS: tuple[str, ...] = ("election", "news20", "reuters8")  # all of one wheel
+SHARED = "-shared"  # all experts of a seed start from the same random `A`, as if one script had made them
 RECIPES = {
     "full": Recipe(steps=120, learning_rate=2e-4),
     "lora-8": Recipe(steps=120, learning_rate=2e-3, rank=8, weight_decay=0.0),
     "lora-16": Recipe(steps=120, learning_rate=2e-3, rank=16, weight_decay=0.0),
 }
+RECIPES |= {"lora-16" + SHARED: RECIPES["lora-16"]}
 MULTITASK_STEPS = 2.5  # times those of an expert
 SIZES = Sizes()
 QUICK_SIZES = Sizes(train=640, validation=40, test=80, length=16)
@@ -54,7 +56,7 @@ def load(
 
     Args:
         seed: draws the texts, their splits and the training batches.
-        variant: "full", "lora-8" or "lora-16".
+        variant: "full", "lora-8", "lora-16" or "lora-16-shared".
         quick: three tasks, short texts and few steps, for trying things out.
         report: told of every training.
         engine: what `Zoo.logits` runs in: "flax" in float32, or "torch", with bfloat16 products where the processor
@@ -69,8 +71,13 @@ def load(
     long = dataclasses.replace(recipe, steps=int(MULTITASK_STEPS * recipe.steps))
     made = prepare(seed, quick=quick)
     names = tuple(made.tasks)
-    found = {name: fine_tuned(made, f"{variant}-{seed}-{name}", [name], recipe, seed, report) for name in names}
-    together = fine_tuned(made, f"{variant}-{seed}-multitask", names, long, seed, report)
+    label = f"{variant.removesuffix(SHARED)}-{seed}"
+    own = [own_seed(variant, seed, number) for number in range(len(names))]
+    found = {
+        name: fine_tuned(made, f"{label}-{name}", [name], recipe, drawn, report)
+        for name, drawn in zip(names, own, strict=True)
+    }
+    together = fine_tuned(made, f"{label}-multitask", names, long, seed, report)
     experts = {name: one["params"] for name, one in found.items()}
     seconds = {name: float(one["seconds"][0]) for name, one in {**found, "multitask": together}.items()}
     return Zoo(
@@ -87,6 +94,12 @@ def load(
         regmean_pp=lambda: measure.regmean_pp(made, experts),
         facts=facts(made, recipe, long) | {"seconds of training": seconds, "engine": engine},
     )
+
+
+def own_seed(variant: str, seed: int, number: int) -> int:
+    """Of an expert: its own for LoRA, whose random `A` people who do not know each other do not share."""
+    alike = RECIPES[variant].rank is None or variant.endswith(SHARED)
+    return seed if alike else 1000 * (number + 1) + seed
 
 
 def prepare(seed: int, *, quick: bool = False) -> Setting:
