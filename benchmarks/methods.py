@@ -88,9 +88,8 @@ CASES = (
         "dc_merge",
         "authors_dc_merge",
         aim=5,
-        same=lambda shape, experts: (
-            min(shape) % experts == 0
-        ),  # else they keep 0.1 % of a core that they have padded with zeros
+        # else they keep 0.1 % of a core that they have padded with zeros
+        same=lambda shape, experts: min(shape) % experts == 0,
         where="where min(out, in) is a multiple of the experts",
     ),
     Case("cart", "authors_cart", aim=5),
@@ -300,12 +299,8 @@ def measure(case: Case, shapes: dict[str, tuple[int, int]], directory: Path, opt
             texts = {case.ours.format(steps=count): count for count in counts}
             ours = {count: Ours(text, arrays) for text, count in texts.items()}
             tensor["compilation"] = ours[max(ours)].compilation
-            given = {
-                "do": "load",
-                "directory": str(directory / name),
-                "experts": options.experts,
-                "moments": case.moments,
-            }
+            given = {"do": "load", "directory": str(directory / name)}
+            given |= {"experts": options.experts, "moments": case.moments}
             theirs.ask(**given, double=False)
             out = directory / name / "theirs.npy"
             if np.prod(shape) < SMALL:

@@ -44,12 +44,8 @@ class Case(NamedTuple):
         return next(name for name in ("fusion_bench", "mergekit", "authors") if self.peer.startswith(name))
 
     def same(self, shape: tuple[int, int], experts: int) -> bool:
-        """Whether theirs is the same method on a matrix of this shape."""
-        if self.peer == "authors_dc_merge":  # else they keep 0.1 % of a core that they have padded with zeros
-            return min(shape) % experts == 0
-        if self.peer == "authors_orthomerge":  # else the base has no say in some of the inputs' rotation
-            return shape[0] >= shape[1]
-        return True
+        """Whether theirs is the same method on a matrix of this shape, as ../methods.py has it."""
+        return all(case.same(shape, experts) for case in of_matrices.CASES if case.peer == self.peer)
 
 
 def without_options(method: str) -> str:
