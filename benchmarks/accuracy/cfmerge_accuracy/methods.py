@@ -45,7 +45,7 @@ ENTRIES = (
         core=("ace", "actmat", "wudi", "aswudi"),
     ),
     Entry("ace, published eps (CLIP)", "ace(eps=1e-5)", "least squares"),
-    *(Entry(f"ace, eps_rel {x:g}", f"ace(eps_rel={x:g})", "least squares", core=x == 7) for x in (0.007, 0.7, 7)),
+    *(Entry(f"ace, eps_rel {x:g}", f"ace(eps_rel={x:g})", "least squares", core=x >= 0.7) for x in (0.007, 0.7, 7)),
     Entry("power 1/2, ridge to the mean", "power", "least squares", core=True),
     Entry("power 1, ridge to the mean", "power(exponent=1)", "least squares"),
     Entry("power 1/2, no ridge", "power(ridge=0)", "least squares"),
