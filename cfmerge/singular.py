@@ -61,9 +61,8 @@ def svd(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, 
 def leading(matrix: Float[Array, "m n"], k: int) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
     """The `k` largest singular triplets, largest first: by the smaller Gram if it resolves them, else by the SVD.
 
-    The Gram sees `s_k / s_1` squared; it is trusted while that is above `eps^0.6` (`s_k / s_1 > 0.008` in float32,
-    2e-5 in float64), and its vectors are refined to what an SVD gives. In derivatives the vectors of equal singular
-    values do not turn into one another.
+    Two Grams, for one sees `s_k / s_1` squared (`_by_grams`); trusted while `s_k / s_1 > eps^0.6` (7e-5 in float32). In
+    derivatives the vectors of equal singular values do not turn into one another.
     """
     m, n = matrix.shape
     if m > n:
@@ -76,34 +75,46 @@ def leading(matrix: Float[Array, "m n"], k: int) -> tuple[Float[Array, "m k"], F
     values, vectors = jnp.linalg.eigh(gram(scaled.T))
     values, vectors = values[::-1], vectors[:, ::-1]
 
-    def by_gram(x: Array) -> tuple[Array, Array, Array]:
-        u = _refined(x, values, vectors, k)
+    def by_grams(x: Array) -> tuple[Array, Array, Array]:
+        u = _by_grams(x, values, vectors, k)
         rows = matmul(u.T, x)
         s = jnp.sqrt(jnp.sum(rows**2, axis=1))
-        return u, s, _orthonormal((rows / s[:, None]).T).T
+        order = jnp.argsort(-s)
+        return u[:, order], s[order], _orthonormal((rows / s[:, None])[order].T).T
 
-    resolved = values[k - 1] > jnp.finfo(matrix.dtype).eps ** 0.6 * values[0]
-    u, s, vt = lax.cond(resolved, by_gram, lambda x: _svd_wide(x, k), scaled)
+    resolved = values[k - 1] > jnp.finfo(matrix.dtype).eps ** 1.2 * values[0]
+    u, s, vt = lax.cond(resolved, by_grams, lambda x: _svd_wide(x, k), scaled)
     return u, scale * s, vt
 
 
-def _refined(x: Float[Array, "m n"], values: Array, vectors: Array, k: int) -> Float[Array, "m k"]:
-    """The `k` leading eigenvectors of `X X^T`, corrected to first order.
+def _by_grams(x: Float[Array, "m n"], values: Array, vectors: Array, k: int) -> Float[Array, "m k"]:
+    """The `k` leading left singular vectors, from the eigenvalues `s^2` and eigenvectors of the rounded `X X^T`.
 
-    Those of the rounded Gram are off by `eps s_1^2` over the distance of two eigenvalues. `X (X^T u_j)` in two steps
-    is rounded at `eps s_1 s_j` instead, so that its components along the other vectors say by how much.
+    Two of those vectors are mixed by `eps s_1^2` over the distance of their eigenvalues, as an SVD would mix them by
+    `eps s_1 s_j` over it. The Gram of the rows `U^T X` has a rounding of only `eps s_i s_j`, so it shows the mixing.
+    Of vectors above `sqrt(s_1 s_k)` it is small and undone to first order. All others have a Gram of their own, whose
+    largest eigenvalue, and so the rounding of its eigenvectors, is `s_1 s_k`.
     """
-    u = vectors[:, :k]
-    image = matmul(vectors.T, matmul(x, matmul(x.T, u)))
-    found = jnp.diagonal(image)
-    apart = found[None] - values[:, None].at[:k, 0].set(found)
-    close = jnp.abs(apart) <= 8 * jnp.finfo(x.dtype).eps * values[0]
-    return _orthonormal(u + matmul(vectors, jnp.where(close, 0, image / jnp.where(close, 1, apart))))
+    m = len(values)
+    image = gram(matmul(vectors.T, x).T)
+    cut = jnp.sqrt(values[0] * values[k - 1])
+    above = values > cut
+    either, square = above[:, None] | above[None], jnp.diagonal(image)
+    apart = square[None] - square[:, None]
+    small = either & (16 * jnp.abs(image) < jnp.abs(apart))
+    mixed = jnp.where(small, image / jnp.where(small, apart, 1), 0)
+    first = jnp.diag(cut * jnp.linspace(3, 2, m, dtype=x.dtype))  # decoupled from the rest, in the order they have
+    turned = jnp.linalg.eigh(jnp.where(either, first * above, image))[1][:, ::-1][:, :k]
+    return _orthonormal(matmul(vectors, turned + matmul(mixed, turned)))
 
 
 def _orthonormal(columns: Float[Array, "m k"]) -> Float[Array, "m k"]:
-    """Columns that are nearly orthonormal, by a Newton-Schulz step."""
-    return 1.5 * columns - 0.5 * matmul(columns, matmul(columns.T, columns))
+    """Columns that are nearly orthonormal, by two steps of Gram-Schmidt to first order: the earlier are the exacter."""
+    eye = jnp.eye(columns.shape[1], dtype=columns.dtype)
+    for _ in range(2):
+        excess = gram(columns) - eye
+        columns = columns - matmul(columns, jnp.triu(excess) - excess * eye / 2)
+    return columns
 
 
 @leading.defjvp

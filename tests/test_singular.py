@@ -38,6 +38,21 @@ def test_leading_triplets(shape, smallest):
             np.testing.assert_allclose((u * s) @ vt, 1e5 * (cut[0][:, :k] * values[:k]) @ cut[2][:k], atol=1e-6)
 
 
+def test_triplets_amid_a_dense_bulk_are_what_an_svd_gives():
+    """A few large directions, and of a bulk of close singular values among the leading, as fine-tuning has."""
+    values = np.concatenate([np.geomspace(1, 0.05, 24), np.linspace(0.03, 0.01, 232)])
+    matrix = matrix_of((256, 1024), values).astype(np.float32)
+    k, true = 128, np.linalg.svd(matrix.astype(np.float64), full_matrices=False)[0]
+
+    def outside(u):
+        return np.linalg.norm(true[:, k:].T @ np.asarray(u, np.float64))
+
+    u, _, vt = singular.leading(jnp.asarray(matrix), k)
+    assert outside(u) < 2 * outside(singular._svd_wide(jnp.asarray(matrix), k)[0])
+    for vectors in (u.T, vt):
+        np.testing.assert_allclose(vectors @ vectors.T, np.eye(k), atol=2e-6)
+
+
 def test_the_gram_is_trusted_only_where_it_resolves():
     """In float32 the Gram of values 1 .. 1e-4 has noise in place of the last: the SVD takes over."""
     for smallest, k in ((0.1, 3), (1e-4, 3), (1e-4, 1)):

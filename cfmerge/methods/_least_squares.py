@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
@@ -57,10 +58,11 @@ class Rows(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """`N`, `sum_t w_t`, the number of rows that the estimates are made from, and `Grams` or every expert's `Rows`."""
+    """`N`, `sum_t w_t`, `sum_t w_t ||D_t||^2`, the estimates' number of rows, and `Grams` or every expert's `Rows`."""
 
     total: Float[Array, "m n"]
     weight: Float[Array, ""]
+    energy: Float[Array, ""]
     samples: Float[Array, ""]
     experts: Grams | tuple[Rows, ...]
 
@@ -94,28 +96,33 @@ def least_squares(
 
     def init(base: Float[Array, "m n"]) -> Statistic:
         zero = jnp.zeros((), base.dtype)
-        return Statistic(jnp.zeros_like(base), zero, zero, _no_grams(base) if form == "full" else ())
+        return Statistic(jnp.zeros_like(base), zero, zero, zero, _no_grams(base) if form == "full" else ())
 
     def update(statistic: Statistic, delta: Float[Array, "m n"], weight: float | Array = 1.0) -> Statistic:
         if form != "full" and not isinstance(weight, jax.core.Tracer):
             check(float(weight) >= 0, "least squares: a negative weight (forgetting an expert) needs form='full'")
         weight = as_array(weight, delta.dtype)
         expert = _rows(estimated(delta), delta, normalise, weight, isinstance(statistic.experts, Grams))
-        total, weights = statistic.total + weight * delta, statistic.weight + weight
-        samples = statistic.samples + jnp.where(expert.scale > 0, jnp.sign(weight), 0) * delta.shape[0]
+        sums = (
+            statistic.total + weight * delta,
+            statistic.weight + weight,
+            statistic.energy + weight * energy(delta),
+            statistic.samples + jnp.where(expert.scale > 0, jnp.sign(weight), 0) * delta.shape[0],
+        )
         if isinstance(statistic.experts, Grams):
-            return Statistic(total, weights, samples, _add(statistic.experts, expert, delta))
+            return Statistic(*sums, _add(statistic.experts, expert, delta))
         experts = (*statistic.experts, expert)
         if form == "auto" and sum(e.rows.shape[0] for e in experts) >= delta.shape[1]:
             grams = _no_grams(delta)
             for e in experts:
                 grams = _add(grams, e, e.rows)
-            return Statistic(total, weights, samples, grams)
-        return Statistic(total, weights, samples, experts)
+            return Statistic(*sums, grams)
+        return Statistic(*sums, experts)
 
     def report(statistic: Statistic) -> tuple[Array, Report]:
         merged, told = solution(statistic)
-        return merged, told | _told_of_rows(statistic)
+        experts = statistic.samples / statistic.total.shape[0]
+        return merged, told | _told_of_rows(statistic) | growth(merged, statistic.energy, statistic.weight, experts)
 
     @functools.cache
     def of_rank_(bound: int) -> Method:
@@ -135,14 +142,33 @@ def least_squares(
     )
 
 
-NOTES: dict[str, tuple[Callable[[float], bool], str]] = {
+Note = tuple[Callable[[float], bool], str]
+GROWN: dict[str, Note] = {
+    "growth": (
+        lambda value: value > 2,
+        "the merged delta is up to {value:.1f} times as long as the sum of as many unrelated deltas: the estimated "
+        "covariances are small where the deltas differ, as those of LoRA from one start do. Evaluate the merge; a "
+        "larger ridge (ace: eps_rel=7), or dc_merge, which divides by none, may be better",
+    )
+}
+
+
+def growth(merged: Array, energy: Array, weight: Array, experts: Array) -> Report:
+    """`||X|| / sqrt(T mean ||D_t||^2)`: at most about 1 of a merge that keeps every expert's part once."""
+    mean = energy / jnp.where(weight == 0, 1, weight)
+    size = jnp.sqrt(jnp.maximum(experts * mean, 0))
+    norm = jnp.linalg.norm(lax.stop_gradient(merged))
+    return {"growth": jnp.where(size > 0, norm / jnp.where(size > 0, size, 1), 0)}
+
+
+NOTES: dict[str, Note] = {
     "no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor"),
     "factor_error": (
         lambda value: value > 1e-4,
         "a delta is not of the given rank: relative error {value:.1e}; raise rank, or leave it out",
     ),
     "ignored": (bool, "negative weights count as none on stacked rows; an expert is forgotten with form='full'"),
-}
+} | GROWN
 
 
 # --- the statistic ------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from cfmerge.methods._ace_sums import (
     weighted_mean,
 )
 from cfmerge.methods._base import Method, Report
+from cfmerge.methods._least_squares import GROWN, growth
 from cfmerge.methods._registry import Number, check, check_number, register
 
 
@@ -139,6 +140,7 @@ def ace(
             "no_cholesky": ~solved.held,
             "factor_error": solved.factor_error,
             "one_output": jnp.asarray(solved.merged.shape[0] == 1),
+            **growth(merged, scalars.energy, scalars.weight, scalars.experts),
         }
 
     @functools.cache
@@ -175,6 +177,7 @@ NOTES = {
         "a delta is not of the given rank: relative error {value:.1e}; raise rank, or leave it out",
     ),
     "one_output": (bool, "one output row: centring removes all of it, so ACE leaves the base as it is"),
+    **GROWN,
 }
 
 

@@ -231,7 +231,8 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
         f, z = f.reshape(-1, n), jnp.moveaxis(z, 0, 1).reshape(m, -1)
         total = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST)
         grams = Grams(linalg.gram(f), linalg.matmul(z, f), jnp.sum(z * z))
-        return solve_ridge(Statistic(total, jnp.sum(weights), jnp.zeros_like(size[0]), grams), ridge, anchor)
+        zero = jnp.zeros_like(size[0])
+        return solve_ridge(Statistic(total, jnp.sum(weights), zero, zero, grams), ridge, anchor)
 
     return _stack.method(
         "optmerge", report, weights="positive", normalises=True, notes={"no_cholesky": NOTES["no_cholesky"]}

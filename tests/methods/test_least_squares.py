@@ -1,5 +1,7 @@
 """The least-squares family without data: the peers' numbers, the explicit formulas, and what follows from them."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -595,3 +597,32 @@ def test_merges_whole_trees():
     trees = [jax.tree.map(lambda leaf, d=d: leaf + jnp.asarray(d.T, jnp.float32), base) for d in problem()]
     merged = cfmerge.merge_params(base, trees, wudi())
     close(np.asarray(merged["dense"]["kernel"] - base["dense"]["kernel"]).T, solve(problem(), wudi()), 1e-4)
+
+
+def adapters(experts=6, shape=(48, 64), rank=4, moved=0.1):
+    """LoRA's deltas `B_t A_t`, of matrices `A_t` that all began as one."""
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((rank, shape[1]))
+    rows = [start + moved * rng.standard_normal(start.shape) for _ in range(experts)]
+    return [(0.01 * rng.standard_normal((shape[0], rank)) @ a).astype(np.float32) for a in rows]
+
+
+@pytest.mark.parametrize("method", ["ace", "ace(form='full')", "wudi", "wudi(form='full')", "actmat"])
+def test_growth_is_the_length_beside_unrelated_deltas(method):
+    deltas = adapters()
+    for weights in (None, [0.25] * len(deltas)):
+        made = methods.make(method)
+        unrelated = np.sqrt(sum(np.sum(delta**2) for delta in deltas))
+        length = np.linalg.norm(solve(deltas, made, weights))
+        close(told(deltas, made, weights)["growth"], length / unrelated, 1e-4)
+
+
+def test_a_merge_that_outgrows_the_deltas_is_told():
+    deltas = adapters()
+    base = {"attention": {"query": {"weight": np.zeros_like(deltas[0])}}}
+    experts = [{"attention": {"query": {"weight": delta}}} for delta in deltas]
+    with pytest.warns(UserWarning, match=r"attention/query/weight: the merged delta is up to 2\.\d times as long"):
+        cfmerge.merge_params(base, experts, methods.ace())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cfmerge.merge_params(base, experts, methods.ace(eps_rel=7))

@@ -23,8 +23,9 @@ CORE = (
     "text-lora-8",
     "text-lora-16",
     "text-lora-16-shared",
+    "convolutional",
     "convolutional-reestimated",
-)  # another variant of the same has all methods
+)  # the others have all methods
 CURVES = ("vision", "convolutional")
 
 
