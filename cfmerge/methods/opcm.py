@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg, singular
@@ -72,7 +73,9 @@ def opcm(alpha: Number = 0.5) -> Method:
 def _opcm(alpha: Any, found: Found | None) -> Method:
     def update(statistic: Running, delta: Float[Array, "..."], weight: float | Array = 1.0) -> Running:
         total, norms, count = statistic
-        new = clean(total, delta, as_array(alpha, delta.dtype)) if delta.ndim == 2 else delta
+        new = delta
+        if delta.ndim == 2:  # of the first expert there is nothing to remove, and no SVD to make
+            new = lax.cond(count > 0, clean, lambda *_: delta, total, delta, as_array(alpha, delta.dtype))
         return Running(total + new, norms + linalg.norm(delta).reshape(()), count + 1)
 
     def solve(statistic: Running) -> Float[Array, "..."]:
