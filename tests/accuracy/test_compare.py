@@ -156,3 +156,14 @@ def test_a_run_leaves_numbers_and_a_report(tmp_path, monkeypatch, zoo):
     assert rows["covariances"]
     assert rows["environment"]["command"] == "cfmerge bench accuracy"
     assert "ace" in (tmp_path / "toy.md").read_text() or "ace" in (tmp_path / "vision.md").read_text()
+
+    few = asked._replace(methods=["ties", "ace"], command="cfmerge bench accuracy -m ties -m ace")
+    suite.run(few, lambda line: None)
+    more = json.loads((tmp_path / "rows" / "vision-0.json").read_text())
+    assert [row["name"] for row in more["methods"]] == ["average", "ace", "ties"]
+    assert more["environment"]["command"] == "cfmerge bench accuracy; cfmerge bench accuracy -m ties -m ace"
+
+    monkeypatch.setattr(suite, "load", lambda *given: small_zoo(("a", "b")))
+    with pytest.raises(cfmerge.CfmergeError, match="of other experts"):
+        suite.run(few, lambda line: None)
+    assert json.loads((tmp_path / "rows" / "vision-0.json").read_text()) == more

@@ -34,7 +34,7 @@ class Options(NamedTuple):
 
     Attributes:
         output: a folder; `rows/` in it keeps one file of numbers for each zoo and seed.
-        zoos, seeds, methods: which; no methods: all.
+        zoos, seeds, methods: which; no methods: all. Rows of methods that are named join those that are there.
         quick: a few steps of training on few tasks, the core methods: minutes, to see that all works.
         scale: "large" trains a vision transformer of the shape of CLIP ViT-B/32, for a GPU.
         engine: what evaluates text models: "flax", or "torch", in bfloat16 where the processor has it in hardware.
@@ -101,11 +101,29 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
             _write(rows / "linear.json", _linear(options))
             continue
         for seed in options.seeds:
-            _write(rows / f"{name}-{seed}.json", _one(name, seed, options, report))
+            path = rows / f"{name}-{seed}.json"
+            found = _one(name, seed, options, report)
+            _write(path, beside(json.loads(path.read_text()), found) if options.methods and path.exists() else found)
     from cfmerge_accuracy import report as reports
 
     reports.write(options.output)
     return options.output
+
+
+def beside(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that were kept, with some methods' rows added, or in the place of those of the same name.
+
+    Raises:
+        CfmergeError: the rows are not of the same experts.
+    """
+    if kept["references"] != found["references"] or kept["quick"] != found["quick"]:
+        raise CfmergeError(
+            f"{kept['zoo']}, seed {kept['seed']}: the rows that are there are of other experts than these now; run the "
+            "zoo with all methods (no -m), or with another output folder"
+        )
+    rows = {row["name"]: row for row in (*kept["methods"], *found["methods"])}
+    ran = [kept["environment"]["command"], found["environment"]["command"]]
+    return kept | {"methods": [*rows.values()], "environment": kept["environment"] | {"command": "; ".join(ran)}}
 
 
 def keep_compiled() -> None:
