@@ -92,12 +92,13 @@ def _by_grams(x: Float[Array, "m n"], values: Array, vectors: Array, k: int) -> 
 
     Two of those vectors are mixed by `eps s_1^2` over the distance of their eigenvalues, as an SVD would mix them by
     `eps s_1 s_j` over it. The Gram of the rows `U^T X` has a rounding of only `eps s_i s_j`, so it shows the mixing.
-    Of vectors above `sqrt(s_1 s_k)` it is small and undone to first order. All others have a Gram of their own, whose
-    largest eigenvalue, and so the rounding of its eigenvectors, is `s_1 s_k`.
+    Of vectors well above `s_k`, beyond `s_k (s_1 / s_k)^(1/4)`, it is small and undone to first order; mixing with
+    neighbours across that line does no harm, both are kept. All others have a Gram of their own, of a rounding of
+    `eps s_1^(1/2) s_k^(3/2)`.
     """
     m = len(values)
     image = gram(matmul(vectors.T, x).T)
-    cut = jnp.sqrt(values[0] * values[k - 1])
+    cut = values[0] ** 0.25 * values[k - 1] ** 0.75
     above = values > cut
     either, square = above[:, None] | above[None], jnp.diagonal(image)
     apart = square[None] - square[:, None]
