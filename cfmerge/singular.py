@@ -82,8 +82,11 @@ def leading(matrix: Float[Array, "m n"], k: int) -> tuple[Float[Array, "m k"], F
         order = jnp.argsort(-s)
         return u[:, order], s[order], _orthonormal((rows / s[:, None])[order].T).T
 
-    resolved = values[k - 1] > jnp.finfo(matrix.dtype).eps ** 1.2 * values[0]
-    u, s, vt = lax.cond(resolved, by_grams, lambda x: _svd_wide(x, k), scaled)
+    smallest = float(jnp.finfo(matrix.dtype).eps) ** 0.6
+    zeros = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(by_grams, scaled))
+    found = lax.cond(values[k - 1] > smallest**2 * values[0], by_grams, lambda x: zeros, scaled)
+    resolved = found[1][-1] > smallest * found[1][0]  # the eigenvalue may have been noise, the row's norm is not
+    u, s, vt = lax.cond(resolved, lambda x: found, lambda x: _svd_wide(x, k), scaled)
     return u, scale * s, vt
 
 

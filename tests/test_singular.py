@@ -54,8 +54,8 @@ def test_triplets_amid_a_dense_bulk_are_what_an_svd_gives():
 
 
 def test_the_gram_is_trusted_only_where_it_resolves():
-    """In float32 the Gram of values 1 .. 1e-4 has noise in place of the last: the SVD takes over."""
-    for smallest, k in ((0.1, 3), (1e-4, 3), (1e-4, 1)):
+    """In float32 one Gram of values 1 .. 1e-4 has noise in place of the last, two have not; of 1 .. 1e-6 both have."""
+    for smallest, k in ((0.1, 3), (1e-4, 3), (1e-4, 1), (1e-6, 3)):
         matrix = matrix_of((6, 40), [1.0, 0.5, smallest, smallest / 2, smallest / 3, smallest / 4])
         u, s, vt = (np.asarray(part, np.float64) for part in singular.leading(jnp.asarray(matrix, jnp.float32), k))
         expected = np.linalg.svd(matrix.astype(np.float32).astype(np.float64), full_matrices=False)

@@ -33,6 +33,7 @@ from cfmerge import linalg
 from cfmerge.covariance import Estimate, energy, of_delta, of_rank
 from cfmerge.methods._base import Method, Report
 from cfmerge.methods._registry import Number, as_array, check
+from cfmerge.methods._stack import ratio
 
 Normalise = Literal["none", "norm", "energy", "trace"]
 Form = Literal["auto", "full", "low-rank"]
@@ -142,33 +143,26 @@ def least_squares(
     )
 
 
-Note = tuple[Callable[[float], bool], str]
-GROWN: dict[str, Note] = {
-    "growth": (
-        lambda value: value > 2,
-        "the merged delta is up to {value:.1f} times as long as the sum of as many unrelated deltas: the estimated "
-        "covariances are small where the deltas differ, as those of LoRA from one start do. Evaluate the merge; a "
-        "larger ridge (ace: eps_rel=7), or dc_merge, which divides by none, may be better",
-    )
-}
-
-
-def growth(merged: Array, energy: Array, weight: Array, experts: Array) -> Report:
-    """`||X|| / sqrt(T mean ||D_t||^2)`: at most about 1 of a merge that keeps every expert's part once."""
-    mean = energy / jnp.where(weight == 0, 1, weight)
-    size = jnp.sqrt(jnp.maximum(experts * mean, 0))
-    norm = jnp.linalg.norm(lax.stop_gradient(merged))
-    return {"growth": jnp.where(size > 0, norm / jnp.where(size > 0, size, 1), 0)}
-
-
-NOTES: dict[str, Note] = {
+NOTES: dict[str, tuple[Callable[[float], bool], str]] = {
     "no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor"),
     "factor_error": (
         lambda value: value > 1e-4,
         "a delta is not of the given rank: relative error {value:.1e}; raise rank, or leave it out",
     ),
     "ignored": (bool, "negative weights count as none on stacked rows; an expert is forgotten with form='full'"),
-} | GROWN
+    "growth": (
+        lambda value: value > 2,
+        "the merged delta is up to {value:.1f} times as long as the sum of as many unrelated deltas: the estimated "
+        "covariances are small where the deltas differ, as those of LoRA from one start do. Evaluate the merge; a "
+        "larger ridge (ace: eps_rel=7), or dc_merge, which divides by none, may be better",
+    ),
+}
+
+
+def growth(merged: Array, energy: Array, weight: Array, experts: Array) -> Report:
+    """`||X|| / sqrt(T mean ||D_t||^2)`: at most about 1 of a merge that keeps every expert's part once."""
+    unrelated = jnp.sqrt(jnp.maximum(experts * ratio(energy, weight), 0))
+    return {"growth": lax.stop_gradient(ratio(linalg.norm(merged).reshape(()), unrelated))}
 
 
 # --- the statistic ------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ from cfmerge.methods._ace_sums import (
     weighted_mean,
 )
 from cfmerge.methods._base import Method, Report
-from cfmerge.methods._least_squares import GROWN, growth
+from cfmerge.methods._least_squares import NOTES as SHARED_NOTES
+from cfmerge.methods._least_squares import growth
 from cfmerge.methods._registry import Number, check, check_number, register
 
 
@@ -171,13 +172,8 @@ NOTES = {
         bool,
         "the refinement was cut at the numerical rank of the merged delta, which is below k_frac",
     ),
-    "no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor"),
-    "factor_error": (
-        lambda value: value > 1e-4,
-        "a delta is not of the given rank: relative error {value:.1e}; raise rank, or leave it out",
-    ),
     "one_output": (bool, "one output row: centring removes all of it, so ACE leaves the base as it is"),
-    **GROWN,
+    **{name: SHARED_NOTES[name] for name in ("no_cholesky", "factor_error", "growth")},
 }
 
 
