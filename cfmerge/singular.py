@@ -219,10 +219,10 @@ def _polar(matrix: Float[Array, "m n"], cutoff: float) -> Polar:
 
 
 def _by_platform(x: Float[Array, "m n"], cutoff: float) -> Polar:
-    """On a CPU an SVD costs no more than the ten or so products; elsewhere it costs very much more."""
+    """On a CPU an SVD costs no more than thirty products (but more than nine); elsewhere it costs very much more."""
     return lax.platform_dependent(
         x,
-        cpu=lambda x: polar_by_svd(x, cutoff),
+        cpu=lambda x: polar_if_near(x, cutoff),
         default=lambda x: polar_by_products(x, cutoff),
     )
 
@@ -234,45 +234,65 @@ def polar_by_svd(x: Float[Array, "m n"], cutoff: float) -> Polar:
     return Polar(matmul(u * kept, vt), jnp.sum(kept, dtype=x.dtype), jnp.ones((), x.dtype))
 
 
+def polar_if_near(x: Float[Array, "m n"], cutoff: float) -> Polar:
+    """The polar factor of a wide matrix: a few Newton-Schulz steps if its singular values are alike, else by SVD."""
+    m = x.shape[0]
+    norm = jnp.linalg.norm(x)
+    unit = x * jnp.where(norm > 0, np.sqrt(m) / norm, 0)
+    square = gram(unit.T)
+    most = jnp.where(_distance(square) < 0.1, 4, 0)
+    return _polar_if_converged(x, cutoff, _to_one(unit, square, QUINTICS[-1:], most))
+
+
 def polar_by_products(x: Float[Array, "m n"], cutoff: float) -> Polar:
     """The polar factor of a wide matrix by Newton-Schulz, by the SVD if that does not converge."""
-    factor, converged, _ = newton_schulz(x, cutoff)
+    return _polar_if_converged(x, cutoff, newton_schulz(x, cutoff))
+
+
+Steps = tuple[Float[Array, "m n"], Bool[Array, ""], Int[Array, ""]]  # the result, whether it converged, their number
+
+
+def _polar_if_converged(x: Float[Array, "m n"], cutoff: float, steps: Steps) -> Polar:
+    factor, converged, _ = steps
     found = Polar(factor, jnp.asarray(x.shape[0], x.dtype), jnp.zeros((), x.dtype))
     return lax.cond(converged, lambda x: found, lambda x: polar_by_svd(x, cutoff), x)
 
 
-def newton_schulz(x: Float[Array, "m n"], cutoff: float) -> tuple[Float[Array, "m n"], Bool[Array, ""], Int[Array, ""]]:
+def newton_schulz(x: Float[Array, "m n"], cutoff: float) -> Steps:
     """Quintic steps on a wide matrix until `X X^T = I`: the factor, whether it got there, the number of steps.
 
     Singular values are multiplied until they are 1; those below the cutoff would be too, so the number of steps
     is bounded by what the cutoff needs, and a matrix that has such does not converge.
     """
-    m = x.shape[0]
-    eye, coefficients = jnp.eye(m, dtype=x.dtype), jnp.asarray(np.asarray(QUINTICS), x.dtype)
     most = len(QUINTICS) + max(1, int(np.log(max(8 / (SLOPE * cutoff), 1)) / np.log(1.875)))
-    tolerance = 64 * float(jnp.finfo(x.dtype).eps)
-
     square = gram(x.T)
     fourth = jnp.sqrt(jnp.sqrt(jnp.linalg.norm(matmul(square, square))))  # (sum s^8)^(1/8), at least s_1
     bound = jnp.where(fourth > 0, fourth, 1) * (1 + 1e-3)
+    return _to_one(x / bound, square / bound**2, QUINTICS, most)
+
+
+def _to_one(x: Float[Array, "m n"], square: Float[Array, "m m"], quintics: Any, most: int | Array) -> Steps:
+    """At most so many steps, by the quintics in turn and then the last of them; `square` is `X X^T`."""
+    eye, coefficients = jnp.eye(len(x), dtype=x.dtype), jnp.asarray(np.asarray(quintics), x.dtype)
+    tolerance = 64 * float(jnp.finfo(x.dtype).eps)
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         step, _, square = state
-        return (step < most) & (_distance(square, eye) > tolerance)
+        return (step < most) & (_distance(square) > tolerance)
 
     def next_step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         step, x, square = state
-        a, b, c = coefficients[jnp.minimum(step, len(QUINTICS) - 1)]
+        a, b, c = coefficients[jnp.minimum(step, len(quintics) - 1)]
         x = matmul(a * eye + matmul(b * eye + c * square, square), x)
         return step + 1, x, gram(x.T)
 
-    steps, factor, square = lax.while_loop(unfinished, next_step, (jnp.zeros((), int), x / bound, square / bound**2))
-    return factor, _distance(square, eye) <= tolerance, steps
+    steps, factor, square = lax.while_loop(unfinished, next_step, (jnp.zeros((), int), x, square))
+    return factor, _distance(square) <= tolerance, steps
 
 
-def _distance(square: Array, eye: Array) -> Array:
+def _distance(square: Float[Array, "m m"]) -> Array:
     """Root mean square of the rows of `X X^T - I`."""
-    return jnp.linalg.norm(square - eye) / np.sqrt(eye.shape[0])
+    return jnp.linalg.norm(square - jnp.eye(len(square), dtype=square.dtype)) / np.sqrt(len(square))
 
 
 @_polar.defjvp

@@ -88,6 +88,17 @@ def test_polar_factor_of_deficient_rank_is_the_partial_isometry(shape):
             assert float(found.by_svd) == 1
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_nearly_orthogonal_takes_no_svd(shape):
+    """On any platform, whatever its scale."""
+    matrix = 1e5 * matrix_of(shape, np.linspace(1.05, 0.95, min(shape)))
+    for precision, tolerance in (("float64", 1e-13), ("float32", 2e-6)):
+        with jax.enable_x64(precision == "float64"):
+            found = singular.polar(jnp.asarray(matrix, precision))
+            np.testing.assert_allclose(found.factor, polar(matrix), atol=tolerance)
+            assert (float(found.rank), float(found.by_svd)) == (min(shape), 0)
+
+
 def test_zero_has_the_polar_factor_zero():
     for shape in ((6, 24), (8, 8)):
         found = singular.polar(jnp.zeros(shape))

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.engine.steps import Inputs, steps
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method, Survey
-from cfmerge.methods._base import measure_jointly
+from cfmerge.methods._base import measure_jointly, xp_of
 from cfmerge.methods._registry import exact, listed, numbers, of_expert, structure
 from cfmerge.methods._several import gathered, members
 
@@ -46,7 +45,7 @@ def survey(method: Method, experts: int, stacks: Callable[[], Iterable[Stack]], 
     """All surveys of a method, one pass over `stacks()` each; None if it has none.
 
     Raises:
-        CfmergeError: the values are not at hand (under `jit`), and the method combines them on the host.
+        CfmergeError: the values are not at hand (under `jit`), and the method needs them on the host.
     """
     if method.survey is None:
         return None
@@ -90,7 +89,7 @@ def at_places(found: Found | None, places: Sequence[Place]) -> Found | None:
     if found is None or found.tensor is None:
         return found
     return Found(
-        found.model, jax.tree.map(lambda *leaves: _xp(*leaves).stack(leaves), *(found.tensor[p] for p in places))
+        found.model, jax.tree.map(lambda *leaves: xp_of(*leaves).stack(leaves), *(found.tensor[p] for p in places))
     )
 
 
@@ -102,25 +101,27 @@ def _pass(
     surveys = [following] * experts
     if listed(method):
         surveys = [of_expert(method, t).survey(found) for t in range(experts)]  # type: ignore[misc]
-    compiled = _Compiled(surveys, compute)
+    compiled, entries = _Compiled(surveys, compute), 0
     for stack in stacks():
         values = compiled.joint(stack) if following.joint else compiled.by_expert(stack)
+        entries += int(np.prod(stack.base.shape))
         if following.by_tensor:
             for number, place in enumerate(stack.places):
                 measured[place] = jax.tree.map(lambda leaf, number=number: leaf[number], values)
         else:
             total = values if total is None else jax.tree.map(lambda a, b: a + b, total, values)
-    totals = dict(sorted(measured.items())) if following.by_tensor else total
+    totals = [dict(sorted(measured.items())) if following.by_tensor else total]
+    totals += [entries] if following.sized else []
     if not listed(method) or following.joint:
-        return following.combine(totals)
-    return jax.tree.map(_own_rows, *(own.combine(totals) for own in surveys))
+        return following.combine(*totals)
+    return jax.tree.map(_own_rows, *(own.combine(*totals) for own in surveys))
 
 
 def _own_rows(*leaves: Any) -> Any:
     """Each expert's row of what its own survey found; what was there before, and is the same for all, as it is."""
     if all(leaf is leaves[0] for leaf in leaves):
         return leaves[0]
-    return np.stack([leaf[t] for t, leaf in enumerate(leaves)])
+    return xp_of(*leaves).stack([leaf[t] for t, leaf in enumerate(leaves)])
 
 
 class _Compiled:
@@ -138,7 +139,7 @@ class _Compiled:
             function = self._function(own.measure, stack)
             values.append(_on_host(function([stack.base, stack.expert(t)], [stack.inputs(t)])))
         axis = 1 if self.surveys[0].by_tensor else 0
-        return jax.tree.map(lambda *leaves: _xp(*leaves).stack(leaves, axis), *values)
+        return jax.tree.map(lambda *leaves: xp_of(*leaves).stack(leaves, axis), *values)
 
     def joint(self, stack: Stack) -> Any:
         """Measures `(stack, ...)`; summed over the stack, but for a survey by tensor."""
@@ -165,7 +166,3 @@ def _on_host(values: Any) -> Any:
         return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
 
     return jax.tree.map(host, values)
-
-
-def _xp(*leaves: Any) -> Any:
-    return jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) else np

@@ -14,7 +14,9 @@ import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from cfmerge.errors import CfmergeError
@@ -64,15 +66,17 @@ class Survey(NamedTuple):
         measure: `measure(delta, context)` of each expert and tensor: a pytree of arrays, summed over all tensors
             and stacked over the experts. If `joint`, `measure(seen)` of each tensor, summed over all tensors; of a
             transform behind a method `measure(merged, seen)`.
-        combine: `combine(totals)`: what is found, on the host. If `by_tensor`, the measures are not summed: it gets
-            `{place: measures}`, places in order, and returns a `Found` with a mapping of places as its `tensor`.
+        combine: `combine(totals)`: what is found, on the host; under `jit` the totals are traced. If `by_tensor`, the
+            measures are not summed: it gets `{place: measures}`, places in order, and returns a `Found` with a
+            mapping of places as its `tensor`. If `sized`, `combine(totals, entries)`, of each expert's whole model.
         front, inner: of a chain whose survey is joint: the parts before the one that surveys, and its own survey.
     """
 
     measure: Callable[..., Any]
-    combine: Callable[[Any], Any]
+    combine: Callable[..., Any]
     joint: bool = False
     by_tensor: bool = False
+    sized: bool = False
     front: Any = None
     inner: Any = None
 
@@ -82,6 +86,11 @@ class Found(NamedTuple):
 
     model: Any
     tensor: Any = None
+
+
+def xp_of(*values: Any) -> Any:
+    """`jax.numpy` if some are traced, else `numpy`, which counts in 64 bits."""
+    return jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)) else np
 
 
 class Origin(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from cfmerge.methods._base import NO_CONTEXT, Context, Found, Seen, Survey
+from cfmerge.methods._base import NO_CONTEXT, Context, Found, Seen, Survey, xp_of
 
 Rounding = Literal["ceil", "floor", "round"]
 BITS = 16  # of a digit
@@ -53,11 +53,15 @@ def magnitude_of(keys: UInt[Array, "..."]) -> Float[Array, "..."]:
 
 def _unsigned(x: Array) -> Array:
     """The bits; those of float64 wherever there is float64, so that the tensors of a model compare."""
-    return lax.bitcast_convert_type(lax.stop_gradient(x).astype(_wide()), jnp.dtype(f"uint{8 * _wide().itemsize}"))
+    return lax.bitcast_convert_type(lax.stop_gradient(x).astype(_wide()), _key_dtype())
 
 
 def _wide() -> Any:
     return jnp.dtype("float64" if jax.config.jax_enable_x64 else "float32")  # type: ignore[attr-defined]
+
+
+def _key_dtype() -> Any:
+    return jnp.dtype(f"uint{8 * _wide().itemsize}")
 
 
 def _top_bit(dtype: Any) -> Array:
@@ -140,6 +144,9 @@ def share_of(share: Any, size: Any, rounding: Rounding = "ceil") -> Any:
 # --- the whole model ---------------------------------------------------------------------------------------------
 
 
+Counts = Int[np.ndarray | Array, "T R VALUES"]
+
+
 class Search(NamedTuple):
     """Order statistics of the whole model, for `T` experts and `R` ranks each, as far as they are known.
 
@@ -152,10 +159,10 @@ class Search(NamedTuple):
         unknown: digits of the keys that are yet to be found.
     """
 
-    keys: UInt[np.ndarray, "T R"]
-    ranks: Int[np.ndarray, "T R"]
-    equal: Int[np.ndarray, "T R"]
-    asked: Int[np.ndarray, "T R"]
+    keys: UInt[np.ndarray | Array, "T R"]
+    ranks: Int[np.ndarray | Array, "T R"]
+    equal: Int[np.ndarray | Array, "T R"]
+    asked: Int[np.ndarray | Array, "T R"]
     unknown: Int[np.ndarray, " T"]
 
     @property
@@ -164,19 +171,22 @@ class Search(NamedTuple):
 
     @property
     def tied(self) -> bool:
-        """Whether some, but not all, of the entries that tie are wanted; those that are 0 make no difference."""
-        return bool(np.any((self.ranks < self.equal) & (self.keys > 0) & (self.asked > 0)))
+        """Whether some, but not all, of the entries that tie are wanted; those that are 0 make no difference.
+
+        True while values are traced: they may.
+        """
+        some = (self.ranks < self.equal) & (self.keys > 0) & (self.asked > 0)
+        return isinstance(some, jax.core.Tracer) or bool(np.any(some))
 
 
-Ranks = Callable[[Int[np.ndarray, " T"]], Int[np.ndarray, "T R"]]
-
-
-def search(found: Search | None, keys_of: Callable[..., Any], ranks_of: Ranks, joint: bool = False) -> Survey:
+def search(
+    found: Search | None, keys_of: Callable[..., Any], ranks_of: Callable[[int], tuple[Any, ...]], joint: bool = False
+) -> Survey:
     """The next pass of a search for order statistics, whose `combine` returns a `Search`.
 
     Args:
         keys_of: `keys_of(delta, context)`, or of all experts `keys_of(seen)` if `joint`.
-        ranks_of: `ranks_of(entries)`: for each expert the ranks from the largest, from 1 (0: above all).
+        ranks_of: `ranks_of(entries)`: the ranks from the largest, from 1 (0: above all), among so many entries.
     """
     left = int(found.unknown[0]) - 1 if found else None  # digits behind the one that is counted
 
@@ -203,29 +213,35 @@ def search(found: Search | None, keys_of: Callable[..., Any], ranks_of: Ranks, j
         each = [counted(*pair) for pair in zip(keys, prefixes, strict=True)]
         return {name: jnp.stack([one[name] for one in each]) for name in each[0]}
 
-    return Survey(measure_all if joint else measure, lambda totals: _narrow(found, totals, ranks_of), joint)
+    def combine(totals: Mapping[str, Any], entries: int) -> Search:
+        return _narrow(found or _nothing_known(totals, entries, ranks_of(entries)), totals["histogram"])
+
+    return Survey(measure_all if joint else measure, combine, joint, sized=True)
 
 
-def _narrow(found: Search | None, totals: Mapping[str, Any], ranks_of: Ranks) -> Search:
-    """The search with one more digit known, from how often each value of that digit occurs."""
-    histogram = np.asarray(totals["histogram"], np.int64)  # (T, R, VALUES), R = 1 in the first pass
-    if found is None:
-        entries = histogram.sum((1, 2))
-        asked = np.asarray(ranks_of(entries), np.int64)
-        ranks = np.clip(asked, 1, np.maximum(entries, 1)[:, None])
-        unknown = np.asarray(totals["digits"]) // np.asarray(totals["places"])
-        found = Search(np.zeros(asked.shape, np.uint64), ranks, ranks, asked, unknown)
-    from_top = np.broadcast_to(np.cumsum(histogram[..., ::-1], axis=-1), (*found.ranks.shape, VALUES))
-    place = np.argmax(from_top >= found.ranks[..., None], axis=-1)[..., None]
-    upto = np.take_along_axis(from_top, place, -1)[..., 0]
-    before = np.where(place > 0, np.take_along_axis(from_top, np.maximum(place - 1, 0), -1), 0)[..., 0]
-    keys = (found.keys << np.uint64(BITS)) | (VALUES - 1 - place[..., 0]).astype(np.uint64)
+def _nothing_known(totals: Mapping[str, Any], entries: int, ranks: tuple[Any, ...]) -> Search:
+    xp = xp_of(totals["histogram"], *ranks)
+    asked = xp.tile(xp.stack(ranks), (len(totals["histogram"]), 1))
+    digits = _wide().itemsize * 8 // BITS if xp is jnp else totals["digits"] // totals["places"]
+    keys = xp.zeros(asked.shape, _key_dtype() if xp is jnp else np.uint64)
+    wanted = xp.clip(asked, 1, max(entries, 1))
+    return Search(keys, wanted, wanted, asked, np.broadcast_to(digits, len(asked)))
+
+
+def _narrow(found: Search, histogram: Counts) -> Search:
+    """The search with one more digit known, from how often each of its values occurs (`R = 1` in the first pass)."""
+    xp = xp_of(histogram, found.ranks)
+    from_top = xp.broadcast_to(xp.cumsum(histogram[..., ::-1], axis=-1), (*found.ranks.shape, VALUES))
+    place = xp.argmax(from_top >= found.ranks[..., None], axis=-1)[..., None]
+    upto = xp.take_along_axis(from_top, place, -1)[..., 0]
+    before = xp.where(place > 0, xp.take_along_axis(from_top, xp.maximum(place - 1, 0), -1), 0)[..., 0]
+    keys = (found.keys << BITS) | (VALUES - 1 - place[..., 0]).astype(found.keys.dtype)
     return Search(keys, found.ranks - before, upto - before, found.asked, found.unknown - 1)
 
 
 def found_keys(search: Search) -> UInt[Array, "T R"]:
     """The keys that were found, or their leading digits, as the keys of arrays are."""
-    return jnp.asarray(search.keys).astype(f"uint{8 * _wide().itemsize}")
+    return jnp.asarray(search.keys).astype(_key_dtype())
 
 
 def model_of(found: Any) -> Any:

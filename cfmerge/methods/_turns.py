@@ -40,8 +40,8 @@ def in_turn(first: Transform, second: Method) -> Method:
 def _then(survey: Survey, turn: Any, found: Any) -> Survey:
     """The survey, which returns the turn with what it found; what was found of tensors before is kept."""
 
-    def combine(totals: Any) -> Any:
-        known = survey.combine(totals)
+    def combine(*totals: Any) -> Any:
+        known = survey.combine(*totals)
         if isinstance(known, Found):
             return Found(turn(known.model), known.tensor)
         return Found(turn(known), found.tensor) if isinstance(found, Found) else turn(known)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from cfmerge.methods import _thresholds
@@ -83,8 +82,8 @@ def pcb(ratio: float = 0.1, clip: float = 1e-4, scale: Number = 1.2, inter: Inte
     def survey(found: Any) -> Survey | None:
         if found is None or not found.magnitudes.complete:
             search = found and found.magnitudes
-            first = _thresholds.search(search, lambda delta, _: magnitude_keys(delta), _ranks(clips))
-            return first._replace(combine=lambda totals: Quantiles(first.combine(totals)))
+            first = _thresholds.search(search, lambda delta, _: magnitude_keys(delta), clips)
+            return first._replace(combine=lambda *totals: Quantiles(first.combine(*totals)))
         if found.scores is not None and found.scores.complete:
             return None
 
@@ -92,8 +91,8 @@ def pcb(ratio: float = 0.1, clip: float = 1e-4, scale: Number = 1.2, inter: Inte
             limits = _found(found.magnitudes, magnitude_of)
             return [value_keys(score) for score in _scores(list(seen.deltas), limits, inter)[0]]
 
-        then = _thresholds.search(found.scores, keys, _ranks(best), joint=True)
-        return then._replace(combine=lambda totals: Quantiles(found.magnitudes, then.combine(totals)))
+        then = _thresholds.search(found.scores, keys, best, joint=True)
+        return then._replace(combine=lambda *totals: Quantiles(found.magnitudes, then.combine(*totals)))
 
     def made(quantiles: Quantiles | None) -> Method:
         return Method("pcb", init, update, lambda s: merged(s, quantiles), scope="entry", additive=False)
@@ -134,7 +133,3 @@ def _limits(keys: Array, ranks: tuple[int, int], value: Callable[[Array], Array]
 
 def _found(search: Search, value: Callable[[Array], Array]) -> list[Pair]:
     return [(value(high), value(low)) for high, low in _thresholds.found_keys(search)]
-
-
-def _ranks(ranks: Callable[[int], tuple[int, int]]) -> _thresholds.Ranks:
-    return lambda entries: np.array([ranks(int(size)) for size in entries])

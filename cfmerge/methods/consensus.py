@@ -14,11 +14,10 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from cfmerge.methods import _stack
-from cfmerge.methods._base import NO_CONTEXT, Context, Method, Seen, Survey, Transform, chain
+from cfmerge.methods._base import NO_CONTEXT, Context, Method, Seen, Survey, Transform, chain, xp_of
 from cfmerge.methods._registry import Number, PerExpert, register
 from cfmerge.methods._stack import Stack, ratio, total
 from cfmerge.methods._thresholds import model_of
@@ -89,7 +88,7 @@ def disjoint_mean(elect: Elect = "mass", combine: Combine = "mean", zero: Zero =
     def survey(found: Any) -> Survey | None:
         census = model_of(found) or Census()
         if elect != "mass" and census.energies is None:
-            return Survey(_energy, lambda energies: census._replace(energies=np.asarray(energies)))
+            return Survey(_energy, lambda energies: census._replace(energies=energies))
         if zero == "majority" and census.majority is None:
 
             def measure(seen: Seen) -> Array:
@@ -98,7 +97,7 @@ def disjoint_mean(elect: Elect = "mass", combine: Combine = "mean", zero: Zero =
                 signs = votes(list(seen.deltas), _stack.weighted(statistic), energies)
                 return jnp.sum(signs.astype(jnp.int32), dtype=jnp.int32)
 
-            return Survey(measure, lambda signs: census._replace(majority=np.sign(np.asarray(signs))), joint=True)
+            return Survey(measure, lambda signs: census._replace(majority=xp_of(signs).sign(signs)), joint=True)
         return None
 
     def made(census: Census) -> Method:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.covariance import energy
-from cfmerge.methods._base import Found, Seen, Survey, Transform
+from cfmerge.methods._base import Found, Seen, Survey, Transform, xp_of
 from cfmerge.methods._registry import Number, check_number, register
 from cfmerge.methods._stack import ratio, total
 
@@ -89,13 +89,14 @@ def larv(low: Number = 0.8, high: Number = 1.2, tiers: Literal[2, 3] = 3) -> Tra
         return {"score": contrast * ratio(together, apart).reshape(()), "matrix": jnp.ones((), jnp.int32)}
 
     def combine(measured: Any) -> Found:
-        places = [place for place, one in measured.items() if one["matrix"]]
-        order = np.argsort(np.argsort([float(measured[place]["score"]) for place in places], kind="stable"))
-        tier = dict.fromkeys(measured, np.int32(0))
-        for place, rank in zip(places, order, strict=True):
-            third = int(rank) * tiers // len(places)  # 0 .. tiers - 1
-            tier[place] = np.int32(-1 if third == 0 else third - tiers + 2)
-        return Found(None, tier if len(places) > 1 else dict.fromkeys(measured, np.int32(0)))
+        xp = xp_of(measured)
+        score, matrix = (xp.stack([one[name] for one in measured.values()]) for name in ("score", "matrix"))
+        count = xp.sum(matrix)
+        order = xp.argsort(xp.where(matrix > 0, score, np.inf), stable=True)  # what is no matrix comes last
+        third = xp.argsort(order) * tiers // xp.maximum(count, 1)  # 0 .. tiers - 1
+        tier = xp.where(third == 0, -1, third - tiers + 2)
+        tier = xp.where((matrix > 0) & (count > 1), tier, 0).astype(np.int32)
+        return Found(None, dict(zip(measured, tier, strict=True)))
 
     def informed(found: Found) -> Transform:
         def apply(merged: Float[Array, "..."]) -> Float[Array, "..."]:

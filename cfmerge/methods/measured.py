@@ -18,7 +18,6 @@ LOT (Sun et al., arXiv 2505.23859): `S_t = Sigma_t` and `X = K pinv(G)`, on delt
 
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -26,7 +25,7 @@ from jaxtyping import Array, Float
 from cfmerge import linalg
 from cfmerge.covariance import boosted_diagonal
 from cfmerge.errors import CfmergeError
-from cfmerge.methods._base import Context, Found, Method, Report, Survey
+from cfmerge.methods._base import Context, Found, Method, Report, Survey, xp_of
 from cfmerge.methods._registry import Number, as_array, check_number, register
 
 
@@ -77,7 +76,7 @@ def fisher(
 
     def combine(squares: Any) -> Any:
         """Each expert's factor, `(1 / ||F_t||) / sum_s (1 / ||F_s||)`; 0 where its Fisher is zero."""
-        xp = jnp if isinstance(squares, jax.Array) or isinstance(floor, jax.Array) else np
+        xp = xp_of(squares, floor)
         norms = xp.sqrt(squares) + (floor if below == "add" else 0)
         inverse = xp.where(norms > 0, 1 / xp.where(norms > 0, norms, 1), 0)
         return inverse / xp.maximum(inverse.sum(), np.finfo(np.float32).tiny)

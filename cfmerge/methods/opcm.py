@@ -18,12 +18,11 @@ numerically zero have no vectors of their own: nothing is removed from them.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg, singular
-from cfmerge.methods._base import Found, Method, Seen, Survey
+from cfmerge.methods._base import Found, Method, Seen, Survey, xp_of
 from cfmerge.methods._registry import Number, as_array, check_number, register
 from cfmerge.methods._stack import ratio
 
@@ -93,7 +92,7 @@ def _opcm(alpha: Any, found: Found | None) -> Method:
 
     def combine(energies: dict[str, Any]) -> Any:
         """`n_T / ||S||`; 1 where nothing was merged."""
-        xp = np if isinstance(energies["merged"], np.ndarray | np.generic | float) else jnp
+        xp = xp_of(energies)
         merged = xp.sqrt(energies["merged"])
         return xp.where(merged > 0, xp.mean(xp.sqrt(energies["experts"])) / xp.where(merged > 0, merged, 1), 1.0)
 

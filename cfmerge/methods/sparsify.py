@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from cfmerge import linalg
 from cfmerge.methods import _thresholds
-from cfmerge.methods._base import NO_CONTEXT, Context, Found, Scope, Survey, Transform
+from cfmerge.methods._base import NO_CONTEXT, Context, Found, Scope, Survey, Transform, xp_of
 from cfmerge.methods._random import draws
 from cfmerge.methods._registry import Number, PerExpert, check, check_number, register
 from cfmerge.methods._stack import ratio
@@ -82,13 +82,10 @@ def trim(
     def survey(found: Any) -> Survey | None:
         search = _thresholds.model_of(found)
         if search is None or not search.complete:
-            return _thresholds.search(search, lambda delta, _: magnitude_keys(delta), ranks)
+            return _thresholds.search(search, lambda delta, _: magnitude_keys(delta), lambda size: (wanted(size),))
         if count == "official" or not search.tied or isinstance(found, Found):
             return None
         return _ties(search)
-
-    def ranks(entries: Int[np.ndarray, " T"]) -> Int[np.ndarray, "T 1"]:
-        return np.stack([[wanted(size)] for size in entries])
 
     def informed(found: Found) -> Transform:
         def applied(delta: Float[Array, "..."], context: Context = NO_CONTEXT) -> Float[Array, "..."]:
@@ -123,7 +120,7 @@ def _ties(search: Search) -> Survey:
     def combine(counts: Any) -> Found:
         left, quotas = search.ranks[:, 0], {}
         for place, count in counts.items():
-            quotas[place] = np.minimum(left, np.asarray(count, np.int64)).astype(np.int32)
+            quotas[place] = xp_of(left, count).minimum(left, count).astype(np.int32)
             left = left - quotas[place]
         return Found(search, quotas)
 

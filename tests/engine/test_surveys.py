@@ -225,12 +225,18 @@ def test_under_jit_whatever_the_host_does(own, combine):
         jax.jit(lambda base: cfmerge.merge_tensor(base, [base + 1.0], part >> methods.average()))(np.zeros((2, 2)))
 
 
-def test_sums_can_be_traced(family):
-    """MetaGPT combines by arithmetic alone."""
-    found = jax.jit(lambda base, trees: cfmerge.merge_params(base, trees, methods.metagpt()))(
-        family.tensors[0], family.trees
-    )
-    check(found, family, SURVEYED["metagpt"](deltas_of(family)))
+@pytest.mark.parametrize("text", [
+    "metagpt", "opcm", "iso_c >> larv", "pcb", "task_arithmetic >> lines", "ties(count='official') >> scale(0.5)",
+    "ties(density=[0.1, 0.5, 0.9], zero='majority')", "dare_ties(p=0.5) >> trim(scope='model')",
+])  # fmt: skip
+def test_the_package_s_own_under_jit(text):
+    """Order statistics among values that tie, and what tells of each tensor, are found while they are traced too."""
+    base, *experts = ({name: np.round(a, 1) for name, a in toys.small(seed).items()} for seed in range(4))
+    method = methods.make(text)
+    expected = cfmerge.merge_params(base, experts, method)
+    found = jax.jit(lambda base, experts: cfmerge.merge_params(base, experts, method))(base, experts)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_no_statistics_of_a_part(family, tmp_path):
