@@ -32,6 +32,9 @@ def accuracy(
         str, typer.Option(help='"small", or "large": a ViT of the shape of CLIP-B/32, for a GPU.')
     ] = "small",
     engine: Annotated[str, typer.Option(help='What evaluates text models: "flax" or "torch".')] = "flax",
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", help="Processes. Default: one for each core, at most 4; 1 on a GPU.")
+    ] = None,
     quiet: o.Quiet = False,
 ) -> None:
     """Train experts on real data (once, then from the cache), merge them by every method, and compare.
@@ -39,12 +42,12 @@ def accuracy(
     Needs the extra `bench`, where text models are trained. Data come from package registries. Writes tables,
     plots and every number to the output folder.
     """
-    from cfmerge_accuracy import report, suite
+    from cfmerge_accuracy import report, suite, workers
 
     console = Console(stderr=True)
     asked = suite.Options(
         output, zoo or suite.ZOOS, seed or (suite.SEEDS if not quick else suite.SEEDS[:1]), method or (), quick,
-        scale, engine, shlex.join(["cfmerge", *sys.argv[1:]]),
+        scale, engine, shlex.join(["cfmerge", *sys.argv[1:]]), workers.number_of() if jobs is None else jobs,
     )  # fmt: skip
     suite.keep_compiled()
     suite.run(asked, (lambda line: None) if quiet else (lambda line: console.print(line, highlight=False)))

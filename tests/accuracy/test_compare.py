@@ -1,14 +1,17 @@
 """The protocol, on a zoo of one linear layer whose experts are known."""
 
 import dataclasses
+import functools
 import json
+import os
 import re
 
 import numpy as np
 import pytest
 
 import cfmerge
-from cfmerge_accuracy import compare, methods, proxies, suite
+from cfmerge import CfmergeError
+from cfmerge_accuracy import compare, methods, proxies, suite, workers
 from cfmerge_accuracy.methods import Entry
 from cfmerge_accuracy.zoo import Zoo
 
@@ -45,7 +48,7 @@ def zoo():
 
 
 def test_references(zoo):
-    found = compare.references(zoo)
+    found = compare.references(compare.Given(zoo))
     assert found["experts"] == dict.fromkeys(zoo.tasks, 1.0)
     assert np.mean(list(found["base"].values())) < 0.7
     assert found["multitask"]["a"] == 1.0
@@ -56,7 +59,7 @@ def test_references(zoo):
 def test_tasks_on_inputs_of_their_own_are_merged_without_loss_by_the_sum(zoo):
     """Deltas act on disjoint inputs, so their sum is every expert on its own inputs."""
     entry = Entry("sum", "task_arithmetic(scale=1)", "sums")
-    row = compare.row(zoo, entry, compare.Given(zoo), dict.fromkeys(zoo.tasks, 1.0), (0.5,))
+    row = compare.row(compare.Given(zoo), entry, (0.5,))
     assert row["published"] == dict.fromkeys(zoo.tasks, 1.0)
     assert row["excess"] == pytest.approx(0, abs=1e-6)
     assert row["failed"] is None
@@ -66,8 +69,7 @@ def test_tasks_on_inputs_of_their_own_are_merged_without_loss_by_the_sum(zoo):
 def test_a_scale_is_chosen_on_validation_and_told_beside_the_default(zoo):
     """The mean is short by the number of experts: 2.83 is the best of the factors, and nothing else changes."""
     entry = Entry("average", "average", "sums")
-    own = dict.fromkeys(zoo.tasks, 1.0)
-    row = compare.row(zoo, entry, compare.Given(zoo), own, compare.FACTORS)
+    row = compare.row(compare.Given(zoo), entry, compare.FACTORS)
     best = max(row["validation"].values())
     assert row["validation"][f"{row['factor']:g}"] == best
     assert np.mean(list(row["scaled"].values())) > np.mean(list(row["published"].values()))
@@ -84,9 +86,9 @@ def test_test_examples_decide_nothing(zoo):
     def wrong(task, split):
         return zoo.labels(task, split) * 0 if split == "test" else zoo.labels(task, split)
 
-    entry, own = Entry("average", "average", "sums"), dict.fromkeys(zoo.tasks, 1.0)
+    entry = Entry("average", "average", "sums")
     other = dataclasses.replace(zoo, labels=wrong)
-    rows = [compare.row(z, entry, compare.Given(z), own, compare.FACTORS) for z in (zoo, other)]
+    rows = [compare.row(compare.Given(z), entry, compare.FACTORS) for z in (zoo, other)]
     assert rows[0]["factor"] == rows[1]["factor"]
     assert rows[0]["published"] != rows[1]["published"]
 
@@ -116,9 +118,24 @@ def test_the_oracle_has_the_least_excess(zoo):
 
 
 def test_a_curve_counts_experts(zoo):
-    found = compare.curve(zoo, [Entry("average", "average", "sums")], lambda line: None)
+    average = Entry("average", "average", "sums")
+    found = compare.compare(zoo, [], (), lambda line: None, curve=[average])["counts"]
     assert [row["count"] for row in found] == [2, 3]
     assert found[0]["tasks"] == ["a", "b"]
+
+
+def test_processes_find_what_one_finds(zoo):
+    """In the order that was asked for, whoever was done first; and a process that dies is told of."""
+    chosen, told = methods.entries(["ace", "average", "fisher"]), []
+    expected = compare.compare(zoo, chosen, (0.5,), told.append, chosen[:2])
+    with workers.spread(2, small_zoo) as run:
+        found = compare.compare(zoo, chosen, (0.5,), told.append, chosen[:2], run)
+    assert [{**row, "seconds": 0} for row in found.pop("methods")] == [
+        {**row, "seconds": 0} for row in expected.pop("methods")
+    ]
+    assert found == expected
+    with workers.spread(2, functools.partial(os._exit, 1)) as run, pytest.raises(CfmergeError, match="--jobs 1"):
+        list(run([compare.references]))
 
 
 def test_every_entry_is_a_method():

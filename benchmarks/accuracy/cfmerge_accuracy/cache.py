@@ -1,9 +1,10 @@
-"""Trained parameters on disk, named by a hash of what made them: code, data, sizes and seed."""
+"""What takes long to make, on disk, named by a hash of what made it: code, data, sizes and seed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +29,7 @@ def digest(of: Mapping[str, Any], code: Sequence[ModuleType], data: Sequence[np.
     return whole.hexdigest()[:16]
 
 
-def trained(
+def cached(
     name: str,
     make: Callable[[], Params],
     *,
@@ -40,17 +41,17 @@ def trained(
 
     Args:
         name: for the file, such as "vision-0-mnist".
-        make: trains.
+        make: trains, measures or draws.
         of: everything else that decides the result: seed, sizes, steps; the digests of what it starts from.
         code: the modules whose text decides the result.
-        data: what it is trained on.
+        data: what it is made of.
     """
     path = cache_directory() / "accuracy" / f"{name}-{digest(of, code, data)}.safetensors"
     if path.exists():
         return unflatten_dict(load_file(path), sep="/")
     params = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     flat = {key: np.ascontiguousarray(value) for key, value in flatten_dict(params, sep="/").items()}
     save_file(flat, partial)
     partial.rename(path)

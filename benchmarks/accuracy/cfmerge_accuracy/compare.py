@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,18 @@ class Given:
     def __init__(self, zoo: Zoo) -> None:
         self.zoo = zoo
         self._kept: dict[str, dict[str, Any]] = {}
+        self._merged = 0
+
+    def make_room(self) -> None:
+        """Compiled code takes memory maps, of which a process may have only so many."""
+        self._merged += 1
+        if self._merged % 8 == 0:
+            jax.clear_caches()
+
+    @functools.cached_property
+    def own(self) -> dict[str, float]:
+        """The experts' accuracies on validation examples."""
+        return own_accuracies(self.zoo, "validation")
 
     @functools.cached_property
     def deltas(self) -> proxies.Deltas:
@@ -104,8 +116,9 @@ def own_accuracies(zoo: Zoo, split: Split) -> dict[str, float]:
     return {task: zoo.accuracy(zoo.experts[task], task, split) for task in zoo.tasks}
 
 
-def references(zoo: Zoo) -> dict[str, dict[str, float]]:
+def references(given: Given) -> dict[str, dict[str, float]]:
     """On test: each expert on its own task, the base, the model trained on all tasks, the experts' ensemble."""
+    zoo = given.zoo
     return {
         "experts": own_accuracies(zoo, "test"),
         "base": zoo.accuracies(zoo.base, "test"),
@@ -114,13 +127,11 @@ def references(zoo: Zoo) -> dict[str, dict[str, float]]:
     }
 
 
-def row(zoo: Zoo, entry: Entry, given: Given, own: Mapping[str, float], factors: Sequence[float]) -> dict[str, Any]:
-    """One method: see `report` for the keys.
-
-    Args:
-        own: the experts' accuracies on validation examples.
-    """
+def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
+    """One method: see `report` for the keys."""
+    zoo = given.zoo
     kept: dict[str, Any] = {"name": entry.name, "method": entry.method, "group": entry.group, "data": entry.data}
+    given.make_room()
     try:
         given.moments(entry, zoo.tasks)  # not what is timed
         started = time.perf_counter()
@@ -138,7 +149,7 @@ def row(zoo: Zoo, entry: Entry, given: Given, own: Mapping[str, float], factors:
     }
     kept["published"] = zoo.accuracies(zoo.finish(merged, zoo.tasks), "test")
     if factors:
-        validation = choose(zoo, merged, own, factors)
+        validation = choose(zoo, merged, given.own, factors)
         kept["factor"] = best(validation)
         kept["validation"] = {f"{factor:g}": value for factor, value in validation.items()}
         kept["scaled"] = kept["published"]
@@ -150,45 +161,79 @@ def row(zoo: Zoo, entry: Entry, given: Given, own: Mapping[str, float], factors:
     return kept
 
 
-def compare(zoo: Zoo, entries: Sequence[Entry], factors: Sequence[float], report: Report) -> dict[str, Any]:
-    """All that is known of one zoo: references, every method, the covariances that they rest on."""
-    given = Given(zoo)
-    found: dict[str, Any] = {
-        "zoo": zoo.name, "seed": zoo.seed, "tasks": list(zoo.tasks), "facts": dict(zoo.facts),
-        "references": references(zoo), "methods": [],
-    }  # fmt: skip
-    own, top = own_accuracies(zoo, "validation"), found["references"]["experts"]
-    for label, accuracies in found["references"].items():
+def at_count(given: Given, entries: Sequence[Entry], count: int) -> list[dict[str, Any]]:
+    """Normalised accuracy on test, of the first `count` experts merged; None of a method that failed."""
+    few, found = given.zoo.of_tasks(given.zoo.tasks[:count]), []
+    own = own_accuracies(few, "test")
+    given.make_room()
+    for entry in entries:
+        one: dict[str, Any] = {"name": entry.name, "count": count, "tasks": list(few.tasks)}
+        try:
+            params = few.finish(merge(few, entry, given), few.tasks)
+            found.append(one | {"normalised": normalised(few.accuracies(params, "test"), own)})
+        except CfmergeError as error:
+            found.append(one | {"normalised": None, "failed": str(error)})
+    return found
+
+
+def covariances(given: Given) -> list[dict[str, Any]]:
+    """The estimates that the methods rest on, beside the truth."""
+    return proxies.estimates(given.zoo, given.grams())
+
+
+# --- all of it ----------------------------------------------------------------------------------------------------
+
+Part = Callable[[Given], Any]  # to be pickled: a function of this module, or a partial of one
+Run = Callable[[list[Part]], Iterable[Any]]  # their results, in their order
+
+
+def compare(
+    zoo: Zoo,
+    entries: Sequence[Entry],
+    factors: Sequence[float],
+    report: Report,
+    curve: Sequence[Entry] = (),
+    run: Run | None = None,
+) -> dict[str, Any]:
+    """All that is known of one zoo: references, every method, the covariances that they rest on.
+
+    Args:
+        curve: the methods that also merge the first 2, 3, ... experts.
+        run: carries out the parts; none: here, one after the other.
+    """
+    counts = range(2, len(zoo.tasks) + 1) if curve else ()
+    rows: list[Part] = [functools.partial(row, entry=entry, factors=factors) for entry in entries]
+    curves: list[Part] = [functools.partial(at_count, entries=curve, count=count) for count in counts]
+    results = iter((run or _one_by_one(zoo))([references, *rows, *curves, covariances]))
+
+    known = next(results)
+    for label, accuracies in known.items():
         report(f"{zoo.name} {zoo.seed} {label}: {100 * np.mean(list(accuracies.values())):.1f}")
-    for number, entry in enumerate(entries):
-        if number % 8 == 7:
-            jax.clear_caches()  # compiled code takes memory maps, of which a process may have only so many
-        made = row(zoo, entry, given, own, factors)
-        found["methods"].append(made)
-        if made["failed"]:
-            report(f"{zoo.name} {zoo.seed} {entry.name}: {made['failed']}")
-            continue
-        told = f"{100 * normalised(made['published'], top):.1f}"
-        if made.get("scaled"):
-            told += f", at {made['factor']:g} {100 * normalised(made['scaled'], top):.1f}"
-        report(f"{zoo.name} {zoo.seed} {entry.name}: {told} ({made['seconds']:.1f} s)")
-    found["covariances"] = proxies.estimates(zoo, given.grams())
-    return found
+    made = []
+    for entry in entries:
+        made.append(next(results))
+        report(f"{zoo.name} {zoo.seed} {entry.name}: {_told(made[-1], known['experts'])}")
+    found = {
+        "zoo": zoo.name, "seed": zoo.seed, "tasks": list(zoo.tasks), "facts": dict(zoo.facts),
+        "references": known, "methods": made,
+    }  # fmt: skip
+    if curve:
+        found["counts"] = [one for _ in counts for one in next(results)]
+        for one in found["counts"]:
+            if one["normalised"] is None:
+                report(f"{zoo.name} {zoo.seed} {one['name']}, {one['count']} experts: {one['failed']}")
+    return found | {"covariances": next(results)}
 
 
-def curve(zoo: Zoo, entries: Sequence[Entry], report: Report) -> list[dict[str, Any]]:
-    """Normalised accuracy on test, of the first 2, 3, ... experts merged."""
-    given, found = Given(zoo), []
-    own = own_accuracies(zoo, "test")
-    for count in range(2, len(zoo.tasks) + 1):
-        few = zoo.of_tasks(zoo.tasks[:count])
-        jax.clear_caches()
-        for entry in entries:
-            try:
-                params = few.finish(merge(few, entry, given), few.tasks)
-            except CfmergeError as error:
-                report(f"{zoo.name} {zoo.seed} {entry.name}, {count} experts: {error}")
-                continue
-            value = normalised(few.accuracies(params, "test"), {task: own[task] for task in few.tasks})
-            found.append({"name": entry.name, "count": count, "tasks": list(few.tasks), "normalised": value})
-    return found
+def _one_by_one(zoo: Zoo) -> Run:
+    given = Given(zoo)
+    return lambda parts: (part(given) for part in parts)
+
+
+def _told(made: Mapping[str, Any], experts: Mapping[str, float]) -> str:
+    if made["failed"]:
+        return str(made["failed"])
+    told = f"{100 * normalised(made['published'], experts):.1f}"
+    if made.get("scaled"):
+        told += f", at {made['factor']:g} {100 * normalised(made['scaled'], experts):.1f}"
+    return f"{told} ({made['seconds']:.1f} s)"

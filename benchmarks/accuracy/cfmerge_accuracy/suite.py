@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import platform
@@ -39,6 +41,7 @@ class Options(NamedTuple):
         scale: "large" trains a vision transformer of the shape of CLIP ViT-B/32, for a GPU.
         engine: what evaluates text models: "flax", or "torch", in bfloat16 where the processor has it in hardware.
         command: as it was given, for the report.
+        jobs: processes that share the methods of a zoo.
     """
 
     output: Path
@@ -49,6 +52,7 @@ class Options(NamedTuple):
     scale: str = "small"
     engine: Any = "flax"
     command: str = ""
+    jobs: int = 1
 
 
 def load(name: str, seed: int, options: Options, report: Callable[[str], None]) -> Zoo:
@@ -89,6 +93,8 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
     Raises:
         CfmergeError: an unknown zoo or method, data that cannot be had, a package that is missing.
     """
+    if options.jobs < 1:
+        raise CfmergeError(f"jobs must be 1 or more processes, got {options.jobs}")
     if options.scale not in ("small", "large") or options.engine not in ("flax", "torch"):
         raise CfmergeError(f"scale is small or large, engine flax or torch; got {options.scale!r}, {options.engine!r}")
     for name in options.zoos:
@@ -137,7 +143,7 @@ def keep_compiled() -> None:
 
 
 def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
-    from cfmerge_accuracy import compare
+    from cfmerge_accuracy import compare, workers
     from cfmerge_accuracy.methods import CURVE, entries
 
     started = time.monotonic()
@@ -145,12 +151,16 @@ def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) 
     trained = time.monotonic()
     few = options.quick or (name in CORE and not options.methods)
     factors = (0.5, 2.0) if options.quick else compare.FACTORS
-    found = compare.compare(zoo, entries(options.methods, core=few), factors, report)
-    if name in CURVES and not options.methods and not options.quick:
-        chosen = [entry for entry in entries() if entry.method in CURVE]
-        found["counts"] = compare.curve(zoo, chosen, report)
+    curve = [e for e in entries() if e.method in CURVE and name in CURVES and not options.methods and not options.quick]
+    again = functools.partial(load, name, seed, options, _in_silence)
+    with workers.spread(options.jobs, again) if options.jobs > 1 else contextlib.nullcontext() as run:
+        found = compare.compare(zoo, entries(options.methods, core=few), factors, report, curve, run)
     seconds = {"loading": trained - started, "comparing": time.monotonic() - trained}
     return found | {"quick": options.quick, "environment": environment(options), "seconds": seconds}
+
+
+def _in_silence(line: str) -> None:
+    """A report that nobody reads: of what is loaded again."""
 
 
 def _linear(options: Options) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from cfmerge.demo import data as demo_data
 from cfmerge.demo.data import Split, Task
 from cfmerge_accuracy import debian
 from cfmerge_accuracy import fisher as fishers
-from cfmerge_accuracy.cache import trained
+from cfmerge_accuracy.cache import cached
 from cfmerge_accuracy.images import data, heads
 from cfmerge_accuracy.images.heads import Head, Heads
 from cfmerge_accuracy.zoo import Params, Zoo
@@ -87,11 +88,27 @@ def load(domain: Domain, recipe: Recipe, seed: int, quick: bool, report: Callabl
     Raises:
         CfmergeError: data cannot be fetched.
     """
-    cache = archives.cache_directory()
     report(f"{domain.name}, seed {seed}: data")
-    tasks = data.load_tasks(cache, seed, recipe.tasks, recipe.images)
+    cache = archives.cache_directory()
     start = data.quick_pretraining(seed) if quick else data.pretraining(cache, seed)
-    return build(domain, recipe, tasks, start, seed, report)
+    return build(domain, recipe, _drawn(domain.name, recipe, seed, cache), start, seed, report)
+
+
+def _drawn(name: str, recipe: Recipe, seed: int, cache: Path) -> tuple[Task, ...]:
+    """The tasks; drawing letters takes a while."""
+
+    def make() -> Params:
+        tasks = data.load_tasks(cache, seed, recipe.tasks, recipe.images)
+        return {
+            task.name: {"classes": np.array(task.classes)}
+            | {split: dict(vars(getattr(task, split))) for split in get_args(SplitName)}
+            for task in tasks
+        }
+
+    of = {"seed": seed, "tasks": recipe.tasks, "images": recipe.images}
+    found = cached(f"{name}-{seed}-images", make, of=of, code=SHARED_CODE)
+    splits = {task: {split: Split(**found[task][split]) for split in get_args(SplitName)} for task in recipe.tasks}
+    return tuple(Task(task, found[task]["classes"].item(), **splits[task]) for task in recipe.tasks)
 
 
 def build(
@@ -113,7 +130,7 @@ def build(
         images = [array for split in splits.values() for array in (split.images, split.labels)]
         arrays = [*images, *jax.tree.leaves((begin, above))]
         code = (*SHARED_CODE, *domain.code)
-        made = trained(f"{domain.name}-{seed}-{name}", make, of=of, code=code, data=arrays)
+        made = cached(f"{domain.name}-{seed}-{name}", make, of=of, code=code, data=arrays)
         seconds[name] = round(float(made["seconds"][0]), 1)
         return made["params"]
 
@@ -121,18 +138,25 @@ def build(
     first = heads.random_head(above, int(start.labels.max()) + 1, net.dim)
     base = fit("base", recipe.pretraining, domain.init(net, below), {0: start}, [first])
     base = domain.settled(net, base, tasks)
-    own = [_class_embeddings(domain, net, base, task) for task in tasks]
+    own = [_class_embeddings(domain, net, base, task, seed) for task in tasks]
     splits = {number: task.train for number, task in enumerate(tasks)}
     experts = {task.name: fit(task.name, recipe.expert, base, {n: splits[n]}, own) for n, task in enumerate(tasks)}
     multitask = fit("multitask", recipe.multitask, base, splits, own)
     return Suite(domain, recipe, seed, tuple(tasks), tuple(own), base, experts, multitask, seconds)
 
 
-def _class_embeddings(domain: Domain, net: Any, base: Params, task: Task) -> Head:
+def _class_embeddings(domain: Domain, net: Any, base: Params, task: Task, seed: int) -> Head:
     """From at most 4,000 training images."""
     some = Split(task.train.images[:4000], task.train.labels[:4000])
-    found = np.concatenate([np.asarray(domain.features(net, base, part)) for part in parts(some.images)])
-    return heads.class_embeddings(found, some.labels, task.classes, domain.shrinkage)
+
+    def make() -> Params:
+        found = np.concatenate([np.asarray(domain.features(net, base, part)) for part in parts(some.images)])
+        return heads.class_embeddings(found, some.labels, task.classes, domain.shrinkage)._asdict()
+
+    of = {"net": domain.settings(net), "classes": task.classes, "shrinkage": domain.shrinkage}
+    arrays = [*jax.tree.leaves(base), some.images, some.labels]
+    made = cached(f"{domain.name}-{seed}-{task.name}-head", make, of=of, code=(*domain.code, heads), data=arrays)
+    return Head(**made)
 
 
 def parts(images: np.ndarray) -> list[np.ndarray]:
@@ -224,7 +248,7 @@ class Suite:
         net = self.domain.settings(self.recipe.net)
         of = {"what": what, "net": net, "images": [GRAM_IMAGES, FISHER_IMAGES]}
         code = (*self.domain.code, heads, fishers, activations.collect)
-        return trained(f"{self.domain.name}-{self.seed}-{task}-{what}", make, of=of, code=code, data=arrays)
+        return cached(f"{self.domain.name}-{self.seed}-{task}-{what}", make, of=of, code=code, data=arrays)
 
     def facts(self) -> dict[str, Any]:
         schedules = ("pretraining", "expert", "multitask")

@@ -130,7 +130,7 @@ def fine_tuned(
         "bfloat16": train.has_amx(),
     }
     arrays = [array for task in of for array in (made.tasks[task].train.ids, made.tasks[task].train.labels)]
-    return cache.trained(f"text-{name}", make, of=chosen, code=MADE_BY, data=arrays)
+    return cache.cached(f"text-{name}", make, of=chosen, code=MADE_BY, data=arrays)
 
 
 def facts(made: Setting, recipe: Recipe, long: Recipe) -> dict[str, Any]:
