@@ -15,24 +15,20 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from methods_cases import CASES, STEPS, WITHOUT, Case
+from methods_sides import Arrays, Ours, PeerError, Theirs, make
 from threadpoolctl import threadpool_limits
 
-import cfmerge
 from cfmerge import CfmergeError, methods
 
-STEPS = 300  # of Adam, as published
 SMALL = 10_000_000  # entries, below which a first call of each is not counted
 SHAPES = {  # canonical, (out, in)
     "gpt2": {"c_attn": (2304, 768), "c_proj": (768, 768), "c_fc": (3072, 768), "mlp.c_proj": (768, 3072)},
@@ -40,200 +36,6 @@ SHAPES = {  # canonical, (out, in)
     "large": {"gate": (4096, 11008)},
     "quick": {"tall": (98, 49), "square": (64, 64), "wide": (49, 98)},
 }
-
-
-class Case(NamedTuple):
-    """A method of ours and the function that is the same method.
-
-    Attributes:
-        ours, peer: an expression for `methods.make`, with `{steps}` where the peer's are given too; a name of
-            methods_peers.py.
-        aim: how many times faster we mean to be: 5 where theirs is a Python loop or full SVDs, else 1.
-        tolerance: of the largest difference in float32, relative to the largest entry of theirs; None: another
-            solution of the same loss, so that the losses are compared.
-        double: the same in float64, where theirs can compute in it.
-        iterates: theirs takes steps: a few are measured, and scaled up to `STEPS`.
-        moments: what is measured of each expert: "gram", "fisher" or nothing.
-        same: for which shapes, and of how many experts, theirs is the same method, and `where`, in words.
-    """
-
-    ours: str
-    peer: str
-    aim: int = 1
-    tolerance: float | None = 1e-3
-    double: float | None = 1e-8
-    iterates: bool = False
-    moments: str = ""
-    same: Callable[[tuple[int, int], int], bool] = lambda shape, experts: True
-    where: str = ""
-
-
-CASES = (
-    Case("wudi", "fusion_bench_wudi", aim=50, tolerance=None, iterates=True),
-    Case("wudi_adam(steps={steps})", "fusion_bench_wudi", aim=5, double=1e-6, iterates=True),
-    Case("swudi", "authors_swudi", double=None),
-    Case("aswudi", "authors_aswudi", double=None),
-    Case("optmerge", "authors_optmerge", aim=5, tolerance=None),
-    Case("actmat", "authors_actmat", aim=5, tolerance=5e-2),
-    Case("tact", "authors_tact", aim=5, tolerance=5e-2),
-    Case("regmean(a=0.9)", "fusion_bench_regmean", double=1e-6, moments="gram"),  # theirs: 1 - 0.9 in float32
-    Case("fisher(floor=1e-6, below='add')", "fusion_bench_fisher", moments="fisher"),
-    Case("tsv_m", "fusion_bench_tsv_m", aim=5),
-    Case("tsv_m", "authors_tsv_m", aim=5),
-    Case("iso_c", "fusion_bench_iso_c", aim=5),
-    Case("iso_c", "authors_iso_c", aim=5),
-    Case("iso_cts", "fusion_bench_iso_cts", aim=5),
-    Case("iso_cts", "authors_iso_cts", aim=5),
-    Case(
-        "dc_merge",
-        "authors_dc_merge",
-        aim=5,
-        # else they keep 0.1 % of a core that they have padded with zeros
-        same=lambda shape, experts: min(shape) % experts == 0,
-        where="where min(out, in) is a multiple of the experts",
-    ),
-    Case("cart", "authors_cart", aim=5),
-    Case("opcm", "fusion_bench_opcm", aim=5, tolerance=5e-2),  # sees single vectors: ill-conditioned
-    Case("star >> average", "authors_star", aim=5),
-    Case("task_arithmetic(scale=0.4) >> svc(alpha=1.0)", "fusion_bench_svc", aim=5),
-    Case(
-        "orthomerge(residual=task_arithmetic(scale=0.2))",
-        "authors_orthomerge",
-        aim=5,
-        double=None,
-        same=lambda shape, experts: shape[0] >= shape[1],  # else the base has no say in some of the inputs' rotation
-        where="where out >= in",
-    ),
-)
-WITHOUT = ("ace", "anchored", "power", "cauchy_poe", "two_sided", "subspace_boosting")  # no public code to run beside
-
-
-# --- the tensors --------------------------------------------------------------------------------------------------
-
-
-def grid(values: np.ndarray) -> np.ndarray:
-    """Multiples of 2^-26, so that base + delta and expert - base are exact below 1/4, in float32 as in float64."""
-    return (np.round(values * 2.0**26) / 2.0**26).astype(np.float32)
-
-
-def make(directory: Path, shape: tuple[int, int], seed: int, moments: str, experts: int) -> None:
-    """A base, and deltas of a falling spectrum that they share in part, over small noise of full rank."""
-    (m, n), k = shape, max(4, min(64, min(shape) // 4))
-    rng = np.random.default_rng(seed)
-    fall = np.arange(1, k + 1, dtype=np.float32) ** -0.7
-
-    def low_rank() -> np.ndarray:
-        product = (rng.standard_normal((m, k), np.float32) * fall) @ rng.standard_normal((k, n), np.float32)
-        return product / product.std()
-
-    directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / "base.npy").exists():
-        np.save(directory / "base.npy", grid(np.clip(0.02 * rng.standard_normal((m, n), np.float32), -0.2, 0.2)))
-        shared = low_rank()
-        for number in range(experts):
-            noise = rng.standard_normal((m, n), np.float32)
-            np.save(directory / f"delta_{number}.npy", grid(1e-3 * (0.5 * shared + low_rank() + 0.3 * noise)))
-    rng = np.random.default_rng(seed + 1)
-    for number in range(experts):
-        path = directory / f"{moments}_{number}.npy"
-        if moments == "gram" and not path.exists():
-            rows = rng.standard_normal((2 * n, n), np.float32) * np.exp(rng.standard_normal(n, np.float32))
-            np.save(path, rows.T @ rows / np.float32(2 * n))
-        elif moments == "fisher" and not path.exists():
-            np.save(path, 1e-3 * rng.standard_normal((m, n), np.float32) ** 2)
-
-
-class Arrays(NamedTuple):
-    """Of one tensor."""
-
-    base: np.ndarray
-    deltas: list[np.ndarray]
-    moments: list[np.ndarray] | None
-
-    @classmethod
-    def load(cls, directory: Path, moments: str, dtype: Any, experts: int) -> "Arrays":
-        def read(name: str) -> np.ndarray:
-            return np.load(directory / f"{name}.npy").astype(dtype)
-
-        numbers = range(experts)
-        measured = [read(f"{moments}_{number}") for number in numbers] if moments else None
-        return cls(read("base"), [read(f"delta_{number}") for number in numbers], measured)
-
-
-# --- the two sides ------------------------------------------------------------------------------------------------
-
-
-class Ours:
-    """`merge_tensor` with a method, compiled; only calls are timed."""
-
-    def __init__(self, text: str, arrays: Arrays) -> None:
-        method = methods.make(text)
-        self.base = arrays.base
-        self.inputs = jax.tree.map(
-            jnp.asarray, (arrays.base, [arrays.base + delta for delta in arrays.deltas], arrays.moments)
-        )
-        started = time.perf_counter()
-        merge = jax.jit(lambda base, experts, moments: cfmerge.merge_tensor(base, experts, method, moments=moments))
-        self.merge = merge.lower(*self.inputs).compile()
-        self.compilation = time.perf_counter() - started
-
-    def __call__(self) -> tuple[float, np.ndarray]:
-        started = time.perf_counter()
-        merged = jax.block_until_ready(self.merge(*self.inputs))
-        seconds = time.perf_counter() - started
-        return seconds, np.asarray(merged, np.float64) - self.base
-
-
-class PeerError(Exception):
-    """What the peer raised."""
-
-
-class Theirs:
-    """A worker process, see methods_peers.py."""
-
-    def __init__(self, python: str, peer: str, clones: str, limit: float, threads: int | None) -> None:
-        script = Path(__file__).with_name("methods_peers.py")
-        environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
-        environment |= {"CUDA_VISIBLE_DEVICES": ""} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        self.limit, self.late = limit, False
-        self.process = subprocess.Popen(
-            [python, str(script), peer, clones],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-        )  # fmt: skip
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The worker's answer; after the time limit, that limit, then and ever after."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        timer = threading.Timer(self.limit, self._stop)
-        timer.start()
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            timer.cancel()
-        if self.late:
-            return {"seconds": self.limit}
-        if not line:
-            raise PeerError(f"the worker ended with {self.process.wait()}; out of memory?")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise PeerError(answer["error"])
-        return answer
-
-    def __call__(self, steps: int, save: Path | None = None) -> float:
-        return self.ask(do="run", steps=steps, save=str(save) if save else None)["seconds"]
-
-    def _stop(self) -> None:
-        self.late = True
-        self.process.kill()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from cfmerge import CfmergeError
 from cfmerge.parameters import Parameter
 from cfmerge_accuracy import suite
 from cfmerge_accuracy.zoo import Split, Zoo
-from peers_cases import CASES, Case, of_matrices
+from peers_cases import CASES, Case, PeerError
 from peers_merging import Files, Worker, merge, merged_by
 
 ACCURACY = 0.005  # by which the mean accuracies may differ
@@ -53,7 +53,7 @@ def chosen(zoo: Zoo, case: Case, parameters: Mapping[str, Parameter]) -> tuple[Z
     count = (fitting or counts)[0]
     names = [name for name in parameters if name not in shapes or case.same(shapes[name], count)]
     if not names:
-        raise of_matrices.PeerError("on no tensor of this zoo the same method")
+        raise PeerError("on no tensor of this zoo the same method")
     return zoo.of_tasks(zoo.tasks[:count]), names
 
 
@@ -131,7 +131,7 @@ def run(zoo: Zoo, cases: Sequence[Case], environments: Environments, console: Co
                         workers[case.package] = worker
                     row |= compare(zoo, case, files, worker)
                     told = f"{row['difference']:.1e}"
-                except (of_matrices.PeerError, CfmergeError, OSError) as error:
+                except (PeerError, CfmergeError, OSError) as error:
                     row["failed"] = told = str(error)
                 console.print(f"{case.method} | {case.peer} | {told}", highlight=False, markup=False)
                 yield row

@@ -8,7 +8,10 @@ from typing import NamedTuple
 from cfmerge_accuracy.methods import ENTRIES, Data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import methods as of_matrices
+import methods_cases as of_matrices
+from methods_sides import PeerError, Theirs
+
+__all__ = ["CASES", "Case", "PeerError", "Theirs"]
 
 
 class Case(NamedTuple):

@@ -18,7 +18,7 @@ from cfmerge.parameters import Parameter, from_canonical, to_canonical
 from cfmerge_accuracy.compare import Given
 from cfmerge_accuracy.methods import Entry
 from cfmerge_accuracy.zoo import Params, Zoo
-from peers_cases import Case, of_matrices
+from peers_cases import Case, PeerError, Theirs
 
 State = dict[str, Any]  # of NumPy arrays, by name
 
@@ -86,7 +86,7 @@ class Files:
 # --- the two sides ------------------------------------------------------------------------------------------------
 
 
-class Worker(of_matrices.Theirs):
+class Worker(Theirs):
     """A process in the peer's environment, see peers_worker.py."""
 
     def __init__(self, python: str, package: str, clones: str | None, limit: float) -> None:
@@ -113,7 +113,7 @@ class Worker(of_matrices.Theirs):
             moments=moments, double=double, save=str(save),
         )  # fmt: skip
         if self.late:
-            raise of_matrices.PeerError(f"stopped after {self.limit:.0f} s")
+            raise PeerError(f"stopped after {self.limit:.0f} s")
         with np.load(save) as file:
             return {name: file[name] for name in file.files}
 
