@@ -75,9 +75,17 @@ def test_a_scale_is_chosen_on_validation_and_told_beside_the_default(zoo):
     assert np.mean(list(row["scaled"].values())) > np.mean(list(row["published"].values()))
 
 
-def test_the_factor_nearest_to_one_wins_a_tie():
-    assert compare.best({0.5: 0.9, 1.0: 0.9, 2.0: 0.9}) == 1.0
-    assert compare.best({0.5: 0.9, 1.0: 0.8, 2.83: 0.9}) == 0.5
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({0.5: 0.9, 0.71: 0.9, 1: 0.9, 2: 0.9}, 1),  # the nearest to 1 wins a tie, and nothing beyond is tried
+        ({0.5: 0.9, 0.71: 0.85, 1: 0.8, 2: 0.85, 2.83: 0.9}, 0.5),
+        ({0.71: 0.7, 1: 0.8, 2: 0.85, 2.83: 0.8}, 2),
+        ({0.5: 0.9, 0.71: 0.7, 1: 0.8, 2: 0.7}, 1),  # behind a valley it does not look
+    ],
+)
+def test_a_factor_is_found_by_climbing(values, found):
+    assert compare.climb(values.__getitem__, (0.5, 0.71, 2.0, 2.83)) == found
 
 
 def test_test_examples_decide_nothing(zoo):
@@ -112,9 +120,15 @@ def test_the_oracle_has_the_least_excess(zoo):
     found = {}
     for entry in methods.entries(core=True):
         merged = compare.merge(zoo, entry, given)
-        found[entry.name] = proxies.excess(zoo.base, given.deltas, merged, given.grams())["dense/kernel"]
+        found[entry.name] = proxies.excess(zoo.base, merged, given.outputs)["dense/kernel"]
     assert min(found, key=found.get) == "regmean, true Grams"
-    assert proxies.excess(zoo.base, given.deltas, zoo.base, given.grams())["dense/kernel"] == pytest.approx(1)
+    assert proxies.excess(zoo.base, zoo.base, given.outputs)["dense/kernel"] == pytest.approx(1)
+    rows = [delta.astype(np.float64) for delta in proxies.deltas(zoo)["dense/kernel"]]
+    grams = [own["dense/kernel"] for own in given.grams().values()]
+    x = np.asarray(merged["dense"]["kernel"] - zoo.base["dense"]["kernel"], np.float64).T
+    wrong = sum(np.trace((x - d) @ gram @ (x - d).T) for d, gram in zip(rows, grams, strict=True))
+    whole = sum(np.trace(d @ gram @ d.T) for d, gram in zip(rows, grams, strict=True))
+    assert found[entry.name] == pytest.approx(wrong / whole)
 
 
 def test_a_curve_counts_experts(zoo):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,32 +52,48 @@ def deltas(zoo: Zoo) -> Deltas:
     return {name: [expert[name] - base[name] for expert in each] for name in base}
 
 
-@jax.jit
-def _excess(merged: Array, deltas: Array, grams: Array) -> Array:
-    def energy(rows: Array, gram: Array) -> Array:
-        return jnp.sum((rows @ gram) * rows)
+class Output(NamedTuple):
+    """Of one matrix: sums over the tasks of what their experts' deltas `D_t` do to the inputs of covariance `Sigma_t`.
 
-    wrong = jax.vmap(lambda delta, gram: energy(merged - delta, gram))(deltas, grams).sum()
-    return wrong / jnp.maximum(jax.vmap(energy)(deltas, grams).sum(), jnp.finfo(merged.dtype).tiny)
+    Attributes:
+        covariance: `sum_t Sigma_t`, `(in, in)`.
+        cross: `sum_t D_t Sigma_t`, `(out, in)`.
+        energy: `sum_t tr(D_t Sigma_t D_t^T)`.
+    """
+
+    covariance: np.ndarray
+    cross: np.ndarray
+    energy: float
 
 
-def excess(base: Params, known: Deltas, merged: Params, grams: Grams) -> dict[str, float]:
+Outputs = Mapping[str, Output]  # by the kernel's name
+
+
+def outputs(deltas: Deltas, grams: Grams) -> Outputs:
+    """Of every matrix whose covariances are known, in float64; both have the tasks in the same order."""
+    found = {}
+    for name, rows in deltas.items():
+        if all(name in own for own in grams.values()):
+            known = [np.asarray(own[name], np.float64) for own in grams.values()]
+            crosses = [row.astype(np.float64) @ gram for row, gram in zip(rows, known, strict=True)]
+            energy = sum(np.vdot(row, cross) for row, cross in zip(rows, crosses, strict=True))
+            found[name] = Output(sum(known), sum(crosses), float(energy))  # type: ignore[arg-type]
+    return found
+
+
+def excess(base: Params, merged: Params, known: Outputs) -> dict[str, float]:
     """`sum_t tr((X - D_t) Sigma_t (X - D_t)^T) / sum_t tr(D_t Sigma_t D_t^T)` of every matrix, with true `Sigma_t`.
 
     The error of each layer's outputs on the inputs that the task's own expert sees: 0 if all experts' outputs are kept,
     1 for the base.
-
-    Args:
-        known: `deltas(zoo)`, of the tasks of `grams` in their order.
     """
     before, after = matrices(base), matrices(merged)
-    return {
-        name: float(
-            _excess(after[name] - before[name], np.stack(rows), np.stack([own[name] for own in grams.values()]))
-        )
-        for name, rows in known.items()
-        if all(name in own for own in grams.values())
-    }
+    found = {}
+    for name, output in known.items():
+        x = after[name].astype(np.float64) - before[name]
+        wrong = np.vdot(x @ output.covariance - 2 * output.cross, x) + output.energy
+        found[name] = float(max(wrong, 0) / max(output.energy, np.finfo(np.float32).tiny))
+    return found
 
 
 def estimates(zoo: Zoo, grams: Grams) -> list[dict[str, Any]]:

@@ -51,9 +51,19 @@ def torch_engine(setting: Setting, half: bool | None = None) -> Logits:
     model: Any = None
     last: Params = None
 
+    def built(params: Params) -> Any:
+        """With dense layers in bfloat16 if products are: rounded once, and not in every call."""
+        made = train.build(setting.minilm, params)
+        if train.has_amx() if half is None else half:
+            torch = train.pytorch()
+            for layer in made.encoder.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.to(torch.bfloat16)
+        return made
+
     def logits(params: Params, task: str, split: Split) -> np.ndarray:
         nonlocal model, last
-        model = model or train.build(setting.minilm, params)
+        model = model or built(params)
         if params is not last:
             train.put(model, train.to_torch(params, setting.minilm.shape))
             last = params
