@@ -7,11 +7,12 @@ convolutional/    a small ConvNet with batch norms
 images/           what these two share: images, frozen heads, the way from a network to a zoo
 text/             MiniLM, fine-tuned in PyTorch, in full and by LoRA; evaluated in Flax and in PyTorch
 linear.py         linear regression with known input covariances: the excess risk is exact
-cache.py          trained parameters on disk, by a hash of what made them
+cache.py          what is trained, measured or drawn, on disk, by a hash of what made it
 debian.py         packages of Debian, fetched and read
 fisher.py         diagonal Fisher information
 methods.py        which methods are compared, at which settings
 compare.py        the protocol: merge, evaluate, choose one scale on validation examples, evaluate again
+workers.py        the parts of that in processes that share the cores
 proxies.py        estimated against true covariances (covariances.py), and errors of layers' outputs
 report.py         tables.py, plots.py and JSON of results.py, with the intervals of statistics.py
 """
