@@ -47,7 +47,7 @@ def accuracy(
     console = Console(stderr=True)
     asked = suite.Options(
         output, zoo or suite.ZOOS, seed or (suite.SEEDS if not quick else suite.SEEDS[:1]), method or (), quick,
-        scale, engine, shlex.join(["cfmerge", *sys.argv[1:]]), workers.number_of() if jobs is None else jobs,
+        scale, engine, shlex.join(["cfmerge", *sys.argv[1:]]), workers.default_jobs() if jobs is None else jobs,
     )  # fmt: skip
     suite.keep_compiled()
     suite.run(asked, (lambda line: None) if quiet else (lambda line: console.print(line, highlight=False)))

@@ -152,18 +152,18 @@ def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
     }
     kept["published"] = zoo.accuracies(zoo.finish(merged, zoo.tasks), "test")
     if factors:
+        tried: dict[float, float] = {}
 
-        @functools.cache
         def validation(factor: float) -> float:
-            params = zoo.finish(scaled(zoo.base, merged, factor), zoo.tasks)
-            tried.append(factor)
-            return normalised(zoo.accuracies(params, "validation"), given.own)
+            if factor not in tried:
+                params = zoo.finish(scaled(zoo.base, merged, factor), zoo.tasks)
+                tried[factor] = normalised(zoo.accuracies(params, "validation"), given.own)
+            return tried[factor]
 
-        tried: list[float] = []
         kept["factor"] = climb(validation, factors)
         for factor in factors if entry.method in CURVE else ():  # for the plot
             validation(factor)
-        kept["validation"] = {f"{factor:g}": validation(factor) for factor in sorted(tried)}
+        kept["validation"] = {f"{factor:g}": tried[factor] for factor in sorted(tried)}
         kept["scaled"] = kept["published"]
         if kept["factor"] != 1:
             params = zoo.finish(scaled(zoo.base, merged, kept["factor"]), zoo.tasks)

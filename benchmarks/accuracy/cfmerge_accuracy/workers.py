@@ -54,8 +54,8 @@ def spread(jobs: int, load: Load) -> Iterator[Run]:
             executor.shutdown(cancel_futures=True)
 
 
-def number_of() -> int:
-    """Of processes, where nobody says: one for each core, up to `MOST`; one where there is an accelerator."""
+def default_jobs() -> int:
+    """Processes, where nobody says how many: one for each core, up to `MOST`; one where there is an accelerator."""
     import jax
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
