@@ -113,7 +113,7 @@ def measure(case: Case, shapes: dict[str, tuple[int, int]], directory: Path, opt
                 tensor["ours"].append(found["ours"])
                 tensor["theirs"].append(found["theirs"])
             if theirs.late:
-                continue
+                break  # it runs no more
             merged, other = found["merged"], np.load(out).astype(np.float64)
             tensor["same"] = case.same(shape, options.experts)
             if case.tolerance is None:
@@ -175,7 +175,8 @@ def line(case: Case, row: dict[str, Any], options: Options) -> str:
         if case.tolerance is None:
             notes.append(f"loss after {1 + options.steps} of their steps")
     if row["late"]:
-        notes.append(f"theirs was stopped after {options.limit:.0f} s")
+        *_, last = row["tensors"]
+        notes.append(f"theirs was stopped after {options.limit:.0f} s, on {last}, and nothing was run after that")
     if not all(tensor.get("same", True) for tensor in tensors):
         notes.append(f"compared {case.where}")
     return (

@@ -109,7 +109,7 @@ class Theirs:
         )  # fmt: skip
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The worker's answer; after the time limit, that limit, then and ever after."""
+        """The worker's answer; the time limit itself if it takes longer, which ends the worker."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         timer = threading.Timer(self.limit, self._stop)
