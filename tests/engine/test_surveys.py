@@ -239,6 +239,18 @@ def test_the_package_s_own_under_jit(text):
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("text", ["ties", "pcb", "metagpt"])
+def test_the_package_s_own_under_vmap(text):
+    """Each of a stack of weights is a model of its own."""
+    generator = np.random.default_rng(0)
+    base, *experts = generator.standard_normal((4, 2, 5, 4)).astype(np.float32)
+    method = methods.make(text)
+    found = jax.vmap(lambda base, experts: cfmerge.merge_tensor(base, experts, method))(base, experts)
+    for number in range(2):
+        alone = cfmerge.merge_tensor(base[number], [expert[number] for expert in experts], method)
+        np.testing.assert_allclose(found[number], alone, rtol=1e-5, atol=1e-6)
+
+
 def test_no_statistics_of_a_part(family, tmp_path):
     for text in ("unit >> average", "unit_sum"):
         with pytest.raises(CfmergeError, match="surveys the whole model"):
