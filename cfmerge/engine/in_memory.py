@@ -15,7 +15,7 @@ from cfmerge.checkpoints.pytree import unflatten
 from cfmerge.engine.assign import Assignment
 from cfmerge.engine.batches import complete
 from cfmerge.engine.plan import check_count, check_moment, check_weights
-from cfmerge.engine.resolve import depths, place, settle, weight_at
+from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settle, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form, stacked
 from cfmerge.engine.steps import Inputs, Steps, compiled, settings_of, steps
 from cfmerge.engine.survey import Stack, at_places, by_member, found_for, kind_of, survey
@@ -320,6 +320,8 @@ def _buckets(
 ) -> list[Bucket]:
     buckets: dict[Any, list[tuple[Assignment, tuple[Any, ...]]]] = {}
     depth_of = depths(assignments)
+    for told in same_for_stacked_layers(assignments, depth_of, weights, [*before, *experts]):
+        warnings.warn(told, stacklevel=6)
     for name, assignment in assignments.items():
         if assignment.action != "merge":
             continue

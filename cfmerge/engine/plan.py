@@ -18,7 +18,7 @@ from cfmerge.engine.assign import Assignment, assign
 from cfmerge.engine.cost import statistic_size
 from cfmerge.engine.match import match_experts
 from cfmerge.engine.plugins import load_plugins
-from cfmerge.engine.resolve import depths, place, settle, weight_at
+from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settle, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
@@ -222,6 +222,7 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
         aliases.setdefault(name, []).append(alias)
     depth_of = depths(matched.assignments)
     experts_named = [*earlier, *(spec.name for spec in specs)]
+    notes += same_for_stacked_layers(matched.assignments, depth_of, [spec.weight for spec in specs], experts_named)
     jobs = []
     for name, assignment in matched.assignments.items():
         stored = base.tensors[name].dtype

@@ -2,12 +2,13 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cfmerge.engine.assign import Assignment
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._registry import Place, listed, resolve, settle_number
+from cfmerge.methods._registry import Place, exact, listed, numbers, resolve, settle_number
 
 LAYER = re.compile(r"(?:^|[./]|_)(\d+)(?=[./]|$)")  # h.3.attn, layers/3/..., layers_3/..., encoderblock_3/...
 
@@ -36,6 +37,30 @@ def depths(names: Iterable[str]) -> dict[str, float | None]:
 
 def place(name: str, depth: float | None, experts: Sequence[str]) -> Place:
     return Place(name, depth, tuple(experts), fnmatch.fnmatchcase)
+
+
+def same_for_stacked_layers(
+    assignments: Mapping[str, Assignment],
+    depth_of: Mapping[str, float | None],
+    weights: Sequence[Any],
+    experts: Sequence[str],
+) -> list[str]:
+    """What has to be said where a tensor stacks layers that would have other numbers if they were tensors."""
+
+    def numbers_at(assignment: Assignment, depth: float) -> str:
+        where = place(assignment.parameter.name, depth, experts)
+        return exact([numbers(settle(assignment.method, where)), [weight_at(w, where, "") for w in weights]])
+
+    def varies(name: str, assignment: Assignment) -> bool:
+        layers = assignment.parameter.canonical[0] if assignment.parameter.layout else 1
+        if assignment.action != "merge" or layers == 1 or depth_of[name] is not None:
+            return False
+        return len({numbers_at(assignment, layer / (layers - 1)) for layer in range(layers)}) > 1
+
+    told = [name for name, assignment in assignments.items() if varies(name, assignment)]
+    others = f" and {len(told) - 1} more" if len(told) > 1 else ""
+    said = "layers stacked in one tensor cannot have different numbers; all get those of the first layer"
+    return [f"{told[0]}{others}: {said}"] if told else []
 
 
 def settle(method: Method, where: Place) -> Method:

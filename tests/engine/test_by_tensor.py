@@ -1,5 +1,7 @@
 """Numbers that differ: by depth in the network, by name, by expert; methods by kind; and still one batch of tensors."""
 
+import warnings
+
 import jax
 import numpy as np
 import pytest
@@ -262,3 +264,20 @@ def test_traced_numbers_by_tensor(own):
         close(jax.jit(merge)(0.25)[name], scale * (experts[0][name] + experts[1][name]))
     gradient = jax.grad(lambda value: merge(value)["h.0.weight"].sum())(0.25)
     close(gradient, 2 * (experts[0]["h.0.weight"] + experts[1]["h.0.weight"]).sum(), 1e-5)
+
+
+def test_layers_that_are_stacked_in_one_tensor_are_told_of():
+    """They cannot differ; where nothing differs, or the tensor has a place among the layers, nothing is said."""
+    base = {"stack": {"kernel": np.zeros((3, 4, 5), np.float32)}, "h_0": {"kernel": np.zeros((2, 4, 5), np.float32)}}
+    experts = [{name: {"kernel": np.ones_like(leaf["kernel"])} for name, leaf in base.items()}] * 2
+    rules = [{"match": "*", "layout": "bio"}]
+    graded = methods.task_arithmetic({"gradient": [1.0, 2.0]})
+    for method, weights in ((graded, None), (methods.task_arithmetic(1.0), [1.0, {"gradient": [1.0, 2.0, 1.0]}])):
+        with pytest.warns(UserWarning, match="^stack/kernel: layers stacked in one tensor"):
+            found = cfmerge.merge_params(base, experts, method, weights=weights, rules=rules)
+        close(found["stack"]["kernel"], np.full((3, 4, 5), 2.0))
+    elsewhere = methods.task_arithmetic([{"match": "h_*", "value": {"gradient": [1.0, 2.0]}}, {"value": 1.0}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cfmerge.merge_params(base, experts, methods.task_arithmetic(1.0), rules=rules)
+        cfmerge.merge_params(base, experts, elsewhere, rules=rules)
