@@ -1,7 +1,7 @@
 """What cfmerge raises, and how it suggests a name."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class CfmergeError(ValueError):
@@ -24,3 +24,8 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(repr(option) for option in close) + "?"
     return "; there is: " + ", ".join(options) if options else ""
+
+
+def and_more(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are: "a", or "a and 2 more"."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

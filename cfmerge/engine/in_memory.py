@@ -20,7 +20,7 @@ from cfmerge.engine.statistics import Statistics, fingerprint, full_form, stacke
 from cfmerge.engine.steps import Inputs, Steps, compiled, settings_of, steps
 from cfmerge.engine.survey import Stack, at_places, by_member, found_for, kind_of, survey
 from cfmerge.engine.trees import Problem, names_of
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, and_more
 from cfmerge.methods import Found, Method
 from cfmerge.methods._random import check_seed
 from cfmerge.methods._registry import of_expert
@@ -306,8 +306,7 @@ def _tell(bucket: Bucket, reports: Mapping[str, Array]) -> None:
         largest = np.asarray(values).reshape(len(bucket.names), -1).max(axis=1)
         told = [name for name, value in zip(bucket.names, largest, strict=True) if condition(float(value))]
         if told:
-            others = f" and {len(told) - 1} more" if len(told) > 1 else ""
-            warnings.warn(f"{told[0]}{others}: {message.format(value=float(largest.max()))}", stacklevel=5)
+            warnings.warn(f"{and_more(told)}: {message.format(value=float(largest.max()))}", stacklevel=5)
 
 
 def _buckets(

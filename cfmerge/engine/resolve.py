@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cfmerge.engine.assign import Assignment
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, and_more
 from cfmerge.methods import Method
 from cfmerge.methods._registry import Place, exact, listed, numbers, resolve, settle_number
 
@@ -58,9 +58,8 @@ def same_for_stacked_layers(
         return len({numbers_at(assignment, layer / (layers - 1)) for layer in range(layers)}) > 1
 
     told = [name for name, assignment in assignments.items() if varies(name, assignment)]
-    others = f" and {len(told) - 1} more" if len(told) > 1 else ""
     said = "layers stacked in one tensor cannot have different numbers; all get those of the first layer"
-    return [f"{told[0]}{others}: {said}"] if told else []
+    return [f"{and_more(told)}: {said}"] if told else []
 
 
 def settle(method: Method, where: Place) -> Method:

@@ -33,7 +33,7 @@ def spread(jobs: int, load: Load) -> Iterator[Run]:
         CfmergeError: while results are read: a process ended before its time.
     """
     context = multiprocessing.get_context("spawn")
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = _cores()
     shares = context.Queue()
     for number in range(jobs):
         shares.put(cores[number * len(cores) // jobs : (number + 1) * len(cores) // jobs])
@@ -58,8 +58,13 @@ def default_jobs() -> int:
     """Processes, where nobody says how many: one for each core, up to `MOST`; one where there is an accelerator."""
     import jax
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(_cores()) or os.cpu_count() or 1
     return min(cores, MOST) if jax.default_backend() == "cpu" else 1
+
+
+def _cores() -> list[int]:
+    """Those that this process may use; none where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def _start(shares: Any, load: Load) -> None:
