@@ -32,7 +32,7 @@ from rich.table import Table
 
 from cfmerge import CfmergeError
 from cfmerge.parameters import Parameter
-from cfmerge_accuracy import suite
+from cfmerge_accuracy import cache, suite
 from cfmerge_accuracy.zoo import Split, Zoo
 from peers_cases import CASES, Case, PeerError
 from peers_merging import Files, Worker, merge, merged_by
@@ -189,7 +189,7 @@ def main() -> None:
     try:
         environments = Environments(args.python, args.mergekit, args.clones, args.limit)
         environments.check()
-        suite.keep_compiled()
+        cache.keep_compiled()
         options = suite.Options(args.output, quick=args.quick)
         zoo = suite.load(args.zoo, args.seed, options, lambda line: console.print(line, highlight=False))
         wanted = [case for case in CASES if not args.methods or asked(case, args.methods)]

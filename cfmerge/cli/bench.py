@@ -42,13 +42,13 @@ def accuracy(
     Needs the extra `bench`, where text models are trained. Data come from package registries. Writes tables,
     plots and every number to the output folder.
     """
-    from cfmerge_accuracy import report, suite, workers
+    from cfmerge_accuracy import cache, report, suite, workers
 
     console = Console(stderr=True)
     asked = suite.Options(
         output, zoo or suite.ZOOS, seed or (suite.SEEDS if not quick else suite.SEEDS[:1]), method or (), quick,
         scale, engine, shlex.join(["cfmerge", *sys.argv[1:]]), workers.default_jobs() if jobs is None else jobs,
     )  # fmt: skip
-    suite.keep_compiled()
+    cache.keep_compiled()
     suite.run(asked, (lambda line: None) if quiet else (lambda line: console.print(line, highlight=False)))
     report.summary(output, Console())

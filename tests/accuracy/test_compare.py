@@ -148,7 +148,7 @@ def test_processes_find_what_one_finds(zoo):
         {**row, "seconds": 0} for row in expected.pop("methods")
     ]
     assert found == expected
-    with workers.spread(2, functools.partial(os._exit, 1)) as run, pytest.raises(CfmergeError, match="--jobs 1"):
+    with pytest.raises(CfmergeError, match="--jobs 1"), workers.spread(2, functools.partial(os._exit, 1)) as run:
         list(run([compare.references]))
 
 

@@ -12,7 +12,8 @@ debian.py         packages of Debian, fetched and read
 fisher.py         diagonal Fisher information
 methods.py        which methods are compared, at which settings
 compare.py        the protocol: merge, evaluate, choose one scale on validation examples, evaluate again
-workers.py        the parts of that in processes that share the cores
+processes.py      processes held to cores of their own; training has one core each, and so the same result anywhere
+workers.py        the parts of a comparison in processes
 proxies.py        estimated against true covariances (covariances.py), and errors of layers' outputs
 report.py         tables.py, plots.py and JSON of results.py, with the intervals of statistics.py
 """

@@ -1,4 +1,4 @@
-"""What takes long to make, on disk, named by a hash of what made it: code, data, sizes and seed."""
+"""What takes long to make, on disk, named by a hash of what made it: code, data, sizes and seed. And compiled code."""
 
 from __future__ import annotations
 
@@ -56,3 +56,11 @@ def cached(
     save_file(flat, partial)
     partial.rename(path)
     return unflatten_dict(flat, sep="/")
+
+
+def keep_compiled() -> None:
+    """Of this process, compiled code is kept beside the experts: most of a row is compilation, alike in every run."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

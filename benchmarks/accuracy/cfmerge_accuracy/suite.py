@@ -41,7 +41,7 @@ class Options(NamedTuple):
         scale: "large" trains a vision transformer of the shape of CLIP ViT-B/32, for a GPU.
         engine: what evaluates text models: "flax", or "torch", in bfloat16 where the processor has it in hardware.
         command: as it was given, for the report.
-        jobs: processes that share the methods of a zoo.
+        jobs: processes that share what is trained and the methods of a zoo.
     """
 
     output: Path
@@ -61,7 +61,7 @@ def load(name: str, seed: int, options: Options, report: Callable[[str], None]) 
     if kind == "vision":
         from cfmerge_accuracy import vision
 
-        return vision.load(seed, quick=options.quick, scale=options.scale, report=report)
+        return vision.load(seed, quick=options.quick, scale=options.scale, jobs=options.jobs, report=report)
     if kind == "text":
         from cfmerge_accuracy import text
 
@@ -69,7 +69,7 @@ def load(name: str, seed: int, options: Options, report: Callable[[str], None]) 
     from cfmerge_accuracy import convolutional
 
     chosen: Any = "re-estimated" if variant else "averaged"
-    return convolutional.load(seed, variant=chosen, quick=options.quick, report=report)
+    return convolutional.load(seed, variant=chosen, quick=options.quick, jobs=options.jobs, report=report)
 
 
 def environment(options: Options) -> dict[str, str]:
@@ -130,16 +130,6 @@ def beside(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     rows = {row["name"]: row for row in (*kept["methods"], *found["methods"])}
     ran = [kept["environment"]["command"], found["environment"]["command"]]
     return kept | {"methods": [*rows.values()], "environment": kept["environment"] | {"command": "; ".join(ran)}}
-
-
-def keep_compiled() -> None:
-    """Of this process, compiled code is kept beside the experts: most of a row is compilation, alike in every run."""
-    import jax
-
-    from cfmerge.demo.archives import cache_directory
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) -> dict[str, Any]:

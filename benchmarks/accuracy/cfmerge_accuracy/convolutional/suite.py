@@ -63,7 +63,12 @@ QUICK = Recipe(
 
 
 def load(
-    seed: int, *, quick: bool = False, variant: Variant = "averaged", report: Callable[[str], None] = print
+    seed: int,
+    *,
+    quick: bool = False,
+    variant: Variant = "averaged",
+    jobs: int = 1,
+    report: Callable[[str], None] = print,
 ) -> Zoo:
     """The base, the experts and the multi-task model of one seed.
 
@@ -72,6 +77,7 @@ def load(
         quick: three tasks, a tiny network and seconds of training, without Debian's packages.
         variant: "averaged" leaves the running statistics of a merged model as they were merged; "re-estimated" takes
             those of the tasks' training images, without labels, before the model is used. The experts are the same.
+        jobs: processes that train at the same time, at most.
         report: is told what is being trained.
 
     Raises:
@@ -79,7 +85,7 @@ def load(
     """
     if variant not in NAMES:
         raise CfmergeError(f"convolutional: no variant {variant!r}; there are {', '.join(NAMES)}")
-    return zoo(images.load(DOMAIN, QUICK if quick else FULL, seed, quick, report), variant)
+    return zoo(images.load(DOMAIN, QUICK if quick else FULL, seed, quick, jobs, report), variant)
 
 
 def build(

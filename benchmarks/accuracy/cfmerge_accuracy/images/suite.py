@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -24,6 +27,7 @@ from cfmerge_accuracy import fisher as fishers
 from cfmerge_accuracy.cache import cached
 from cfmerge_accuracy.images import data, heads
 from cfmerge_accuracy.images.heads import Head, Heads
+from cfmerge_accuracy.processes import HERE, Trainers, one_core_each
 from cfmerge_accuracy.zoo import Params, Zoo
 from cfmerge_accuracy.zoo import Split as SplitName
 
@@ -55,7 +59,7 @@ class Domain:
     """What is particular to one kind of network.
 
     Attributes:
-        name: of the domain.
+        name: of the domain; `cfmerge_accuracy.<name>.suite.DOMAIN` is it.
         code: modules whose text decides what is trained, besides `SHARED_CODE`.
         sizes: names of the network's attributes.
         init: `(net, key) -> params`.
@@ -63,7 +67,7 @@ class Domain:
         features: `(net, params, images (batch, 28, 28)) -> (batch, dim)`.
         variables: what the network's `apply` takes, of params.
         prefix: of kernels' names in params, before those that the network gives them.
-        settled: `(net, params, tasks) -> params`: what is done with the base once it is pre-trained.
+        settled: `(net, params, tasks) -> params`: what is done with the base once it is pre-trained; None: nothing.
         shrinkage: of the heads' covariance within classes.
     """
 
@@ -75,15 +79,24 @@ class Domain:
     features: Callable[[Any, Params, Any], jax.Array]
     variables: Callable[[Params], Params]
     prefix: str = ""
-    settled: Callable[[Any, Params, Sequence[Task]], Params] = lambda net, params, tasks: params
+    settled: Callable[[Any, Params, Sequence[Task]], Params] | None = None
     shrinkage: float = 0.1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its name: jitted functions are not."""
+        return _of_name, (self.name,)
 
     def settings(self, net: Any) -> dict[str, Any]:
         return {name: getattr(net, name) for name in self.sizes}
 
 
-def load(domain: Domain, recipe: Recipe, seed: int, quick: bool, report: Callable[[str], None]) -> Suite:
-    """Fetches images and builds; `quick` pre-trains without Debian's packages.
+def _of_name(name: str) -> Domain:
+    found: Domain = importlib.import_module(f"cfmerge_accuracy.{name}.suite").DOMAIN
+    return found
+
+
+def load(domain: Domain, recipe: Recipe, seed: int, quick: bool, jobs: int, report: Callable[[str], None]) -> Suite:
+    """Fetches images, and builds in at most `jobs` processes; `quick`: without Debian's packages, in this process.
 
     Raises:
         CfmergeError: data cannot be fetched.
@@ -91,7 +104,9 @@ def load(domain: Domain, recipe: Recipe, seed: int, quick: bool, report: Callabl
     report(f"{domain.name}, seed {seed}: data")
     cache = archives.cache_directory()
     start = data.quick_pretraining(seed) if quick else data.pretraining(cache, seed)
-    return build(domain, recipe, _drawn(domain.name, recipe, seed, cache), start, seed, report)
+    tasks = _drawn(domain.name, recipe, seed, cache)
+    with contextlib.nullcontext(HERE) if quick else one_core_each(jobs) as trainers:
+        return build(domain, recipe, tasks, start, seed, report, trainers)
 
 
 def _drawn(name: str, recipe: Recipe, seed: int, cache: Path) -> tuple[Task, ...]:
@@ -112,51 +127,73 @@ def _drawn(name: str, recipe: Recipe, seed: int, cache: Path) -> tuple[Task, ...
 
 
 def build(
-    domain: Domain, recipe: Recipe, tasks: Sequence[Task], start: Split, seed: int, report: Callable[[str], None]
+    domain: Domain,
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    start: Split,
+    seed: int,
+    report: Callable[[str], None],
+    trainers: Trainers = HERE,
 ) -> Suite:
     """Trains, or finds in the cache, a base on the images of `start` and what is made of it."""
-    net = recipe.net
-    seconds: dict[str, float] = {}
+    net, classes = recipe.net, int(start.labels.max()) + 1
+    call, seconds = trainers.call, dict[str, float]()
+
+    def made(name: str, make: Callable[[], Params], of: Mapping[str, Any], data: Sequence[np.ndarray]) -> Params:
+        whole = {"name": name, "seed": seed, "net": domain.settings(net), **of}
+        return cached(f"{domain.name}-{seed}-{name}", make, of=whole, code=(*SHARED_CODE, *domain.code), data=data)
 
     def fit(name: str, schedule: Any, begin: Params, splits: dict[int, Split], above: Sequence[Head]) -> Params:
         def make() -> Params:
             report(f"{domain.name}, seed {seed}: training {name}, {schedule.steps} steps of {schedule.batch}")
             begun = time.perf_counter()
             number = 0 if name == "base" else 1 + min(splits) if len(splits) == 1 else 1 + len(tasks)
-            found = domain.fit(net, schedule, begin, [seed, number], splits, above)
+            found = call(domain.fit, net, schedule, begin, [seed, number], splits, above)
             return {"params": found, "seconds": np.full(1, time.perf_counter() - begun, np.float32)}
 
-        of = {"name": name, "seed": seed, "net": domain.settings(net), "schedule": dataclasses.asdict(schedule)}
         images = [array for split in splits.values() for array in (split.images, split.labels)]
         arrays = [*images, *jax.tree.leaves((begin, above))]
-        code = (*SHARED_CODE, *domain.code)
-        made = cached(f"{domain.name}-{seed}-{name}", make, of=of, code=code, data=arrays)
-        seconds[name] = round(float(made["seconds"][0]), 1)
-        return made["params"]
+        found = made(name, make, {"schedule": dataclasses.asdict(schedule)}, arrays)
+        seconds[name] = round(float(found["seconds"][0]), 1)
+        return found["params"]
 
-    below, above = jax.random.split(jax.random.key(seed))
-    first = heads.random_head(above, int(start.labels.max()) + 1, net.dim)
-    base = fit("base", recipe.pretraining, domain.init(net, below), {0: start}, [first])
-    base = domain.settled(net, base, tasks)
-    own = [_class_embeddings(domain, net, base, task, seed) for task in tasks]
+    def embeddings(task: Task) -> Head:
+        some = Split(task.train.images[:4000], task.train.labels[:4000])
+        of = {"classes": task.classes, "shrinkage": domain.shrinkage}
+        arrays = [*jax.tree.leaves(base), some.images, some.labels]
+        return Head(
+            **made(f"{task.name}-head", lambda: call(_embedded, domain, net, base, some, task.classes), of, arrays)
+        )
+
+    begin = made("start", lambda: call(_begin, domain, net, classes, seed), {"classes": classes}, [])
+    base = fit("base", recipe.pretraining, begin["params"], {0: start}, [Head(**begin["head"])])
+    if domain.settled:
+        seen = [*jax.tree.leaves(base), *(task.train.images for task in tasks)]
+        base = made("settled", lambda: call(_settled, domain, net, base, tasks), {}, seen)
+    own = [embeddings(task) for task in tasks]
     splits = {number: task.train for number, task in enumerate(tasks)}
-    experts = {task.name: fit(task.name, recipe.expert, base, {n: splits[n]}, own) for n, task in enumerate(tasks)}
-    multitask = fit("multitask", recipe.multitask, base, splits, own)
-    return Suite(domain, recipe, seed, tuple(tasks), tuple(own), base, experts, multitask, seconds)
+    todo = [("multitask", recipe.multitask, splits)]  # takes longest
+    todo += [(task.name, recipe.expert, {number: task.train}) for number, task in enumerate(tasks)]
+    with ThreadPoolExecutor(trainers.at_once) as threads:
+        multitask, *experts = threads.map(lambda one: fit(one[0], one[1], base, one[2], own), todo)
+    found = dict(zip([task.name for task in tasks], experts, strict=True))
+    return Suite(domain, recipe, seed, tuple(tasks), tuple(own), base, found, multitask, seconds)
 
 
-def _class_embeddings(domain: Domain, net: Any, base: Params, task: Task, seed: int) -> Head:
-    """From at most 4,000 training images."""
-    some = Split(task.train.images[:4000], task.train.labels[:4000])
+def _begin(domain: Domain, net: Any, classes: int, seed: int) -> Params:
+    """Random parameters, and the head of the pre-training."""
+    below, above = jax.random.split(jax.random.key(seed))
+    return {"params": domain.init(net, below), "head": heads.random_head(above, classes, net.dim)._asdict()}
 
-    def make() -> Params:
-        found = np.concatenate([np.asarray(domain.features(net, base, part)) for part in parts(some.images)])
-        return heads.class_embeddings(found, some.labels, task.classes, domain.shrinkage)._asdict()
 
-    of = {"net": domain.settings(net), "classes": task.classes, "shrinkage": domain.shrinkage}
-    arrays = [*jax.tree.leaves(base), some.images, some.labels]
-    made = cached(f"{domain.name}-{seed}-{task.name}-head", make, of=of, code=(*domain.code, heads), data=arrays)
-    return Head(**made)
+def _settled(domain: Domain, net: Any, base: Params, tasks: Sequence[Task]) -> Params:
+    assert domain.settled
+    return domain.settled(net, base, tasks)
+
+
+def _embedded(domain: Domain, net: Any, base: Params, images: Split, classes: int) -> Params:
+    features = np.concatenate([np.asarray(domain.features(net, base, part)) for part in parts(images.images)])
+    return heads.class_embeddings(features, images.labels, classes, domain.shrinkage)._asdict()
 
 
 def parts(images: np.ndarray) -> list[np.ndarray]:

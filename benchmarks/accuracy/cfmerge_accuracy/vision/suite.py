@@ -42,13 +42,16 @@ QUICK = Recipe(
 )
 
 
-def load(seed: int, *, quick: bool = False, scale: str = "small", report: Callable[[str], None] = print) -> Zoo:
+def load(
+    seed: int, *, quick: bool = False, scale: str = "small", jobs: int = 1, report: Callable[[str], None] = print
+) -> Zoo:
     """The base, the experts and the multi-task model of one seed.
 
     Args:
         seed: of splits, initial weights and training.
         quick: three tasks, a small network and some seconds of training, without Debian's packages.
         scale: "small", or "large" for a GPU.
+        jobs: processes that train at the same time, at most.
         report: is told what is being trained.
 
     Raises:
@@ -56,7 +59,7 @@ def load(seed: int, *, quick: bool = False, scale: str = "small", report: Callab
     """
     if scale not in RECIPES:
         raise CfmergeError(f"vision: no scale {scale!r}; there are {', '.join(RECIPES)}")
-    return zoo(images.load(DOMAIN, QUICK if quick else RECIPES[scale], seed, quick, report))
+    return zoo(images.load(DOMAIN, QUICK if quick else RECIPES[scale], seed, quick, jobs, report))
 
 
 def build(
