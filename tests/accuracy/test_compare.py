@@ -133,9 +133,10 @@ def test_the_oracle_has_the_least_excess(zoo):
 
 def test_a_curve_counts_experts(zoo):
     average = Entry("average", "average", "sums")
-    found = compare.compare(zoo, [], (), lambda line: None, curve=[average])["counts"]
+    found = compare.compare(zoo, [average], (), lambda line: None, curve=[average])["counts"]
     assert [row["count"] for row in found] == [2, 3]
     assert found[0]["tasks"] == ["a", "b"]
+    assert found[1] == compare.at_count(compare.Given(zoo), [average], 3)[0]
 
 
 def test_processes_find_what_one_finds(zoo):

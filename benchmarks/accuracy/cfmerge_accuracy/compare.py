@@ -33,7 +33,7 @@ class Given:
     def make_room(self) -> None:
         """Compiled code takes memory maps, of which a process may have only so many."""
         self._merged += 1
-        if self._merged % 8 == 0:
+        if self._merged % 20 == 0:
             jax.clear_caches()
 
     @functools.cached_property
@@ -177,8 +177,8 @@ def at_count(given: Given, entries: Sequence[Entry], count: int) -> list[dict[st
     """Normalised accuracy on test, of the first `count` experts merged; None of a method that failed."""
     few, found = given.zoo.of_tasks(given.zoo.tasks[:count]), []
     own = own_accuracies(few, "test")
-    given.make_room()
     for entry in entries:
+        given.make_room()
         one: dict[str, Any] = {"name": entry.name, "count": count, "tasks": list(few.tasks)}
         try:
             with warnings.catch_warnings():
@@ -213,31 +213,43 @@ def compare(
     """All that is known of one zoo: references, every method, the covariances that they rest on.
 
     Args:
-        curve: the methods that also merge the first 2, 3, ... experts.
+        curve: of the entries, those that also merge the first 2, 3, ... experts.
         run: carries out the parts; none: here, one after the other.
     """
-    counts = range(2, len(zoo.tasks) + 1) if curve else ()
-    rows: list[Part] = [functools.partial(row, entry=entry, factors=factors) for entry in entries]
+    counts = range(2, len(zoo.tasks)) if curve else ()
+    order = sorted(entries, key=lambda entry: entry.data == "none")  # what takes long comes first, for `run`'s sake
     curves: list[Part] = [functools.partial(at_count, entries=curve, count=count) for count in counts]
-    results = iter((run or _one_by_one(zoo))([references, *rows, *curves, covariances]))
+    rows: list[Part] = [functools.partial(row, entry=entry, factors=factors) for entry in order]
+    results = iter((run or _one_by_one(zoo))([references, covariances, *reversed(curves), *rows]))
 
-    known = next(results)
+    known, estimates = next(results), next(results)
     for label, accuracies in known.items():
         report(f"{zoo.name} {zoo.seed} {label}: {100 * np.mean(list(accuracies.values())):.1f}")
-    made = []
-    for entry in entries:
-        made.append(next(results))
-        report(f"{zoo.name} {zoo.seed} {entry.name}: {_told(made[-1], known['experts'])}")
+    fewer = [next(results) for _ in counts]
+    made = {}
+    for entry in order:
+        made[entry.name] = next(results)
+        report(f"{zoo.name} {zoo.seed} {entry.name}: {_told(made[entry.name], known['experts'])}")
     found = {
         "zoo": zoo.name, "seed": zoo.seed, "tasks": list(zoo.tasks), "facts": dict(zoo.facts),
-        "references": known, "methods": made,
+        "references": known, "methods": [made[entry.name] for entry in entries], "covariances": estimates,
     }  # fmt: skip
-    if curve:
-        found["counts"] = [one for _ in counts for one in next(results)]
-        for one in found["counts"]:
-            if one["normalised"] is None:
-                report(f"{zoo.name} {zoo.seed} {one['name']}, {one['count']} experts: {one['failed']}")
-    return found | {"covariances": next(results)}
+    if not curve:
+        return found
+    whole = [_of_all(zoo.tasks, made[entry.name], known["experts"]) for entry in curve]
+    found["counts"] = [one for each in reversed(fewer) for one in each] + whole
+    for one in found["counts"]:
+        if one["normalised"] is None:
+            report(f"{zoo.name} {zoo.seed} {one['name']}, {one['count']} experts: {one['failed']}")
+    return found
+
+
+def _of_all(tasks: Sequence[str], made: Mapping[str, Any], experts: Mapping[str, float]) -> dict[str, Any]:
+    """A row as the end of the method's curve."""
+    one: dict[str, Any] = {"name": made["name"], "count": len(tasks), "tasks": list(tasks)}
+    if made["failed"]:
+        return one | {"normalised": None, "failed": made["failed"]}
+    return one | {"normalised": normalised(made["published"], experts)}
 
 
 def _one_by_one(zoo: Zoo) -> Run:
