@@ -42,6 +42,11 @@ def small_zoo(tasks=("a", "b", "c")) -> Zoo:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CFMERGE_CACHE", str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def zoo():
     return small_zoo()

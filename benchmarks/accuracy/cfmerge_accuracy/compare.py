@@ -13,8 +13,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import cfmerge
-from cfmerge import CfmergeError
+from cfmerge import CfmergeError, covariance, linalg
+from cfmerge_accuracy import covariances as spectra
 from cfmerge_accuracy import proxies
+from cfmerge_accuracy.cache import cached
 from cfmerge_accuracy.methods import CURVE, Entry
 from cfmerge_accuracy.zoo import Params, Split, Zoo
 
@@ -192,8 +194,21 @@ def at_count(given: Given, entries: Sequence[Entry], count: int) -> list[dict[st
 
 
 def covariances(given: Given) -> list[dict[str, Any]]:
-    """The estimates that the methods rest on, beside the truth."""
-    return proxies.estimates(given.zoo, given.grams())
+    """The estimates that the methods rest on, beside the truth; measured once for the same experts."""
+    zoo, grams = given.zoo, given.grams()
+
+    def make() -> Params:
+        found = proxies.estimates(zoo, grams)
+        return {key: np.array([one[key] for one in found]) for key in (found[0] if found else ()) if key != "estimator"}
+
+    code = (proxies, spectra, covariance, linalg)
+    arrays = jax.tree.leaves((zoo.base, dict(zoo.experts), grams))
+    found = cached(f"{zoo.name}-{zoo.seed}-estimates", make, of={}, code=code, data=arrays)
+    rows = zip(*found.values(), strict=True)
+    return [
+        {"estimator": label, **dict(zip(found, map(float, row), strict=True))}
+        for label, row in zip(proxies.ESTIMATORS, rows, strict=False)
+    ]
 
 
 # --- all of it ----------------------------------------------------------------------------------------------------

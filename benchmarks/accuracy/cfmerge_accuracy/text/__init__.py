@@ -17,11 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cfmerge import activations
 from cfmerge.errors import CfmergeError
 from cfmerge_accuracy import cache
-from cfmerge_accuracy.text import bert, data, evaluate, measure, setting, train
-from cfmerge_accuracy.text.data import Sizes, Task
+from cfmerge_accuracy.text import bert, corpora, data, evaluate, measure, setting, train
+from cfmerge_accuracy.text.data import Sizes, Task, Texts
 from cfmerge_accuracy.text.evaluate import Engine
 from cfmerge_accuracy.text.evaluate import agree as agree
 from cfmerge_accuracy.text.setting import Setting
@@ -89,7 +91,7 @@ def load(
         multitask=together["params"],
         labels=lambda task, split: made.tasks[task].splits[split].labels,
         logits=evaluate.flax_engine(made) if engine == "flax" else evaluate.torch_engine(made),
-        grams=lambda task: measure.grams(made, experts[task], task),
+        grams=lambda task: kept_grams(made, f"{label}-{task}", experts[task], task),
         fishers=lambda task: measure.fisher(made, experts[task], task, seed),
         regmean_pp=lambda: measure.regmean_pp(made, experts),
         facts=facts(made, recipe, long) | {"seconds of training": seconds, "engine": engine},
@@ -107,7 +109,38 @@ def prepare(seed: int, *, quick: bool = False) -> Setting:
     minilm = bert.load_minilm()
     sizes = QUICK_SIZES if quick else SIZES
     names = QUICK_TASKS if quick else TASKS
-    return Setting.of(minilm, {name: data.load_task(name, minilm.tokenizer, sizes, seed) for name in names})
+
+    def make() -> Params:
+        tasks = {name: data.load_task(name, minilm.tokenizer, sizes, seed) for name in names}
+        heads = Setting.of(minilm, tasks).heads
+        return {name: _arrays(task, heads[name]) for name, task in tasks.items()}
+
+    of = {"seed": seed, "tasks": names, "sizes": dataclasses.asdict(sizes)}
+    found = cache.cached(f"text-{seed}-texts", make, of=of, code=(bert, corpora, data, setting))
+    return Setting(minilm, {n: _task(n, found[n]) for n in names}, {n: found[n]["head"] for n in names})
+
+
+def _arrays(task: Task, head: np.ndarray) -> Params:
+    """A task for the cache; names of classes as bytes, a line for each."""
+    classes = np.frombuffer("\n".join(task.classes).encode(), np.uint8)
+    return {"classes": classes, "head": head, "splits": {split: vars(texts) for split, texts in task.splits.items()}}
+
+
+def _task(name: str, found: Params) -> Task:
+    splits = {split: Texts(**arrays) for split, arrays in found["splits"].items()}
+    return Task(name, tuple(found["classes"].tobytes().decode().split("\n")), splits)
+
+
+def kept_grams(made: Setting, name: str, expert: Params, task: str) -> Params:
+    """Input covariances of an expert, from the cache where they are there."""
+    train = made.tasks[task].train
+    arrays = [*jax.tree.leaves(expert), train.ids, train.lengths]
+    code = (bert, setting, measure, activations.collect)
+
+    def make() -> Params:
+        return unflatten_dict(measure.grams(made, expert, task), sep="/")
+
+    return flatten_dict(cache.cached(f"text-{name}-grams", make, of={}, code=code, data=arrays), sep="/")
 
 
 def fine_tuned(
