@@ -31,7 +31,7 @@ def accuracy(
     scale: Annotated[
         str, typer.Option(help='"small", or "large": a ViT of the shape of CLIP-B/32, for a GPU.')
     ] = "small",
-    engine: Annotated[str, typer.Option(help='What evaluates text models: "flax" or "torch".')] = "flax",
+    engine: Annotated[str, typer.Option(help='What evaluates text models: "flax", "torch", "auto".')] = "auto",
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", help="Processes. Default: one for each core, at most 4; 1 on a GPU.")
     ] = None,

@@ -39,7 +39,8 @@ class Options(NamedTuple):
         zoos, seeds, methods: which; no methods: all. Rows of methods that are named join those that are there.
         quick: a few steps of training on few tasks, the core methods: minutes, to see that all works.
         scale: "large" trains a vision transformer of the shape of CLIP ViT-B/32, for a GPU.
-        engine: what evaluates text models: "flax", or "torch", in bfloat16 where the processor has it in hardware.
+        engine: what evaluates text models: "flax", or "torch", in bfloat16 where the processor has it in hardware;
+            "auto": that where it has, else the other.
         command: as it was given, for the report.
         jobs: processes that share what is trained and the methods of a zoo.
     """
@@ -50,7 +51,7 @@ class Options(NamedTuple):
     methods: Sequence[str] = ()
     quick: bool = False
     scale: str = "small"
-    engine: Any = "flax"
+    engine: Any = "auto"
     command: str = ""
     jobs: int = 1
 
@@ -95,8 +96,10 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
     """
     if options.jobs < 1:
         raise CfmergeError(f"jobs must be 1 or more processes, got {options.jobs}")
-    if options.scale not in ("small", "large") or options.engine not in ("flax", "torch"):
-        raise CfmergeError(f"scale is small or large, engine flax or torch; got {options.scale!r}, {options.engine!r}")
+    if options.scale not in ("small", "large") or options.engine not in ("auto", "flax", "torch"):
+        raise CfmergeError(
+            f"scale is small or large, engine auto, flax or torch; got {options.scale!r}, {options.engine!r}"
+        )
     for name in options.zoos:
         if name not in ZOOS:
             raise CfmergeError(f"no zoo {name!r} in the suite{nearest(name, ZOOS)}")

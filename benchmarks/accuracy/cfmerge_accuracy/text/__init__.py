@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ def load(
     variant: str = "full",
     quick: bool = False,
     report: Callable[[str], None] = print,
-    engine: Engine = "flax",
+    engine: Engine | Literal["auto"] = "auto",
 ) -> Zoo:
     """The base, its experts of one variant and what is asked about them; what was trained before comes from the cache.
 
@@ -62,13 +62,15 @@ def load(
         quick: three tasks, short texts and few steps, for trying things out.
         report: told of every training.
         engine: what `Zoo.logits` runs in: "flax" in float32, or "torch", with bfloat16 products where the processor
-            has tiles for them, else in float32.
+            has tiles for them, else in float32; "auto": "torch" where it has and no accelerator is there, else "flax".
 
     Raises:
         CfmergeError: an unknown variant, or a package that cannot be had.
     """
     if variant not in RECIPES:
         raise CfmergeError(f"text: there is no variant {variant!r}; there are {', '.join(RECIPES)}")
+    if engine == "auto":
+        engine = "torch" if train.has_amx() and jax.default_backend() == "cpu" else "flax"
     recipe = dataclasses.replace(RECIPES[variant], steps=QUICK_STEPS) if quick else RECIPES[variant]
     long = dataclasses.replace(recipe, steps=int(MULTITASK_STEPS * recipe.steps))
     made = prepare(seed, quick=quick)
