@@ -23,7 +23,7 @@ class Entry(NamedTuple):
         method: an expression, as for `cfmerge merge -m`; "regmean_pp" is done with the model itself.
         group: the family's page of the methods' documentation.
         data: what of the tasks' data it is given: none; input Grams; Fishers; inputs.
-        core: among those of the quick run, of the curves, and of the variants that are not run in full.
+        core: among those of the quick run.
     """
 
     name: str

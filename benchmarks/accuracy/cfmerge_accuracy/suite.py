@@ -21,13 +21,6 @@ ZOOS = (
     *("convolutional", "convolutional-reestimated", "linear"),
 )
 SEEDS = (0, 1, 2)
-CORE = (
-    "text-lora-8",
-    "text-lora-16",
-    "text-lora-16-shared",
-    "convolutional",
-    "convolutional-reestimated",
-)  # the others have all methods
 CURVES = ("vision", "convolutional")
 
 
@@ -142,12 +135,11 @@ def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) 
     started = time.monotonic()
     zoo = load(name, seed, options, report)
     trained = time.monotonic()
-    few = options.quick or (name in CORE and not options.methods)
     factors = (0.5, 2.0) if options.quick else compare.FACTORS
     curve = [e for e in entries() if e.method in CURVE and name in CURVES and not options.methods and not options.quick]
     again = functools.partial(load, name, seed, options, _in_silence)
     with workers.spread(options.jobs, again) if options.jobs > 1 else contextlib.nullcontext() as run:
-        found = compare.compare(zoo, entries(options.methods, core=few), factors, report, curve, run)
+        found = compare.compare(zoo, entries(options.methods, core=options.quick), factors, report, curve, run)
     seconds = {"loading": trained - started, "comparing": time.monotonic() - trained}
     return found | {"quick": options.quick, "environment": environment(options), "seconds": seconds}
 
