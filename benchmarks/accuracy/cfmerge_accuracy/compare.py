@@ -203,7 +203,7 @@ def covariances(given: Given) -> list[dict[str, Any]]:
 
     code = (proxies, spectra, covariance, linalg)
     arrays = jax.tree.leaves((zoo.base, dict(zoo.experts), grams))
-    found = cached(f"{zoo.name}-{zoo.seed}-estimates", make, of={}, code=code, data=arrays)
+    found = dict(sorted(cached(f"{zoo.name}-{zoo.seed}-estimates", make, of={}, code=code, data=arrays).items()))
     rows = zip(*found.values(), strict=True)
     return [
         {"estimator": label, **dict(zip(found, map(float, row), strict=True))}

@@ -8,24 +8,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cfmerge_accuracy import processes
 from cfmerge_accuracy.text import train
 from cfmerge_accuracy.text.data import Texts, buckets
-from cfmerge_accuracy.text.setting import Batch, Setting, embedded, flax_features
+from cfmerge_accuracy.text.setting import BATCH, Batch, Setting, embedded, flax_features
 from cfmerge_accuracy.zoo import Params, Split
 
 Engine = Literal["flax", "torch"]
 Logits = Callable[[Params, str, Split], np.ndarray]
-TORCH_BATCH = 80
 
 
 def torch_features(model: Any, texts: Texts, half: bool | None) -> np.ndarray:
     """`(N, width)`; products in bfloat16 or not; None: where that is fast."""
-    torch = train.pytorch(threads=1 if len(processes.cores()) == 1 else 2)  # two on one core take a sixth longer
+    torch = train.pytorch()
 
     found = np.zeros((len(texts), model.config.hidden_size), np.float32)
     with torch.inference_mode():
-        for rows, length in buckets(texts.lengths, TORCH_BATCH, multiple=1):
+        for rows, length in buckets(texts.lengths, BATCH, multiple=1):
             ids = torch.from_numpy(texts.ids[rows, :length].astype(np.int64))
             found[rows] = train.features(model, ids, torch.from_numpy(texts.lengths[rows]), half).numpy()
     return found

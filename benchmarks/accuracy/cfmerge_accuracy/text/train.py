@@ -93,7 +93,7 @@ def batches(
         yield torch.from_numpy(cut), torch.from_numpy(lengths[drawn]), torch.from_numpy(labels[drawn]), admitted
 
 
-def pytorch(threads: int = 2) -> Any:
+def pytorch() -> Any:
     """PyTorch, with two threads, so that sums are added up alike everywhere, that sleep while they wait.
 
     Where other work runs beside it, threads that spin while they wait make it five times as slow.
@@ -103,7 +103,7 @@ def pytorch(threads: int = 2) -> Any:
         import torch
     except ImportError as error:
         raise CfmergeError("the text suite trains in PyTorch: pip install torch transformers") from error
-    torch.set_num_threads(threads)
+    torch.set_num_threads(2)
     return torch
 
 
@@ -147,7 +147,7 @@ def put(model: Any, state: dict[str, np.ndarray]) -> None:
 
 def features(model: Any, ids: Any, lengths: Any, half: bool | None = None) -> Any:
     """Unit features `(batch, width)` of token ids `(batch, tokens)`, with bfloat16 products where they are fast."""
-    import torch
+    torch = pytorch()
 
     mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
     with torch.autocast("cpu", torch.bfloat16, enabled=has_amx() if half is None else half):
