@@ -184,9 +184,10 @@ def test_a_link_stays_a_link(tmp_path):
 
 # The command line with a callback that dwells where the given share has been read.
 SLOW = """
-import contextlib, sys, time
+import contextlib, signal, sys, time
 from cfmerge.cli import main, show
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background, it is ignored
 share = float(sys.argv.pop(1))
 
 @contextlib.contextmanager
