@@ -16,7 +16,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from cfmerge import activations
 from cfmerge.demo import archives, glyphs
@@ -161,15 +161,14 @@ def build(
         some = Split(task.train.images[:4000], task.train.labels[:4000])
         of = {"classes": task.classes, "shrinkage": domain.shrinkage}
         arrays = [*jax.tree.leaves(base), some.images, some.labels]
-        return Head(
-            **made(f"{task.name}-head", lambda: call(_embedded, domain, net, base, some, task.classes), of, arrays)
-        )
+        head = made(f"{task.name}-head", lambda: call(_embedded, domain, net, base, some, task.classes), of, arrays)
+        return Head(**head)
 
     begin = made("start", lambda: call(_begin, domain, net, classes, seed), {"classes": classes}, [])
     base = fit("base", recipe.pretraining, begin["params"], {0: start}, [Head(**begin["head"])])
     if domain.settled:
         seen = [*jax.tree.leaves(base), *(task.train.images for task in tasks)]
-        base = made("settled", lambda: call(_settled, domain, net, base, tasks), {}, seen)
+        base = made("settled", functools.partial(call, domain.settled, net, base, tasks), {}, seen)
     own = [embeddings(task) for task in tasks]
     splits = {number: task.train for number, task in enumerate(tasks)}
     todo = [("multitask", recipe.multitask, splits)]  # takes longest
@@ -184,11 +183,6 @@ def _begin(domain: Domain, net: Any, classes: int, seed: int) -> Params:
     """Random parameters, and the head of the pre-training."""
     below, above = jax.random.split(jax.random.key(seed))
     return {"params": domain.init(net, below), "head": heads.random_head(above, classes, net.dim)._asdict()}
-
-
-def _settled(domain: Domain, net: Any, base: Params, tasks: Sequence[Task]) -> Params:
-    assert domain.settled
-    return domain.settled(net, base, tasks)
 
 
 def _embedded(domain: Domain, net: Any, base: Params, images: Split, classes: int) -> Params:
@@ -258,7 +252,7 @@ class Suite:
         def make() -> Params:
             variables = self.domain.variables(self.experts[task])
             found = activations.collect_linen(self.recipe.net, variables, self.batches(task), prefix=self.domain.prefix)
-            return unflatten_dict({name: np.asarray(gram) for name, gram in found.items()}, sep="/")
+            return {name: np.asarray(gram) for name, gram in found.items()}
 
         return flatten_dict(self._measured("grams", task, make), sep="/")
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from cfmerge import activations
 from cfmerge.errors import CfmergeError
@@ -138,11 +138,8 @@ def kept_grams(made: Setting, name: str, expert: Params, task: str) -> Params:
     train = made.tasks[task].train
     arrays = [*jax.tree.leaves(expert), train.ids, train.lengths]
     code = (bert, setting, measure, activations.collect)
-
-    def make() -> Params:
-        return unflatten_dict(measure.grams(made, expert, task), sep="/")
-
-    return flatten_dict(cache.cached(f"text-{name}-grams", make, of={}, code=code, data=arrays), sep="/")
+    found = cache.cached(f"text-{name}-grams", lambda: measure.grams(made, expert, task), of={}, code=code, data=arrays)
+    return flatten_dict(found, sep="/")
 
 
 def fine_tuned(
