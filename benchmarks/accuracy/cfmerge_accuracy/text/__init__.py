@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 
 from cfmerge import activations
 from cfmerge.errors import CfmergeError
-from cfmerge_accuracy import cache
+from cfmerge_accuracy import cache, fisher
 from cfmerge_accuracy.text import bert, corpora, data, evaluate, measure, setting, train
 from cfmerge_accuracy.text.data import Sizes, Task, Texts
 from cfmerge_accuracy.text.evaluate import Engine
@@ -93,8 +93,13 @@ def load(
         multitask=together["params"],
         labels=lambda task, split: made.tasks[task].splits[split].labels,
         logits=evaluate.flax_engine(made) if engine == "flax" else evaluate.torch_engine(made),
-        grams=lambda task: kept_grams(made, f"{label}-{task}", experts[task], task),
-        fishers=lambda task: measure.fisher(made, experts[task], task, seed),
+        grams=lambda task: flatten_dict(
+            measured("grams", made, label, experts[task], task, lambda: measure.grams(made, experts[task], task)),
+            sep="/",
+        ),
+        fishers=lambda task: measured(
+            "fisher", made, label, experts[task], task, lambda: measure.fisher(made, experts[task], task, seed)
+        ),
         regmean_pp=lambda: measure.regmean_pp(made, experts),
         facts=facts(made, recipe, long) | {"seconds of training": seconds, "engine": engine},
     )
@@ -133,13 +138,12 @@ def _task(name: str, found: Params) -> Task:
     return Task(name, tuple(found["classes"].tobytes().decode().split("\n")), splits)
 
 
-def kept_grams(made: Setting, name: str, expert: Params, task: str) -> Params:
-    """Input covariances of an expert, from the cache where they are there."""
+def measured(what: str, made: Setting, label: str, expert: Params, task: str, make: Callable[[], Params]) -> Params:
+    """Input covariances or Fisher information of an expert, from the cache where they are there."""
     train = made.tasks[task].train
-    arrays = [*jax.tree.leaves(expert), train.ids, train.lengths]
-    code = (bert, setting, measure, activations.collect)
-    found = cache.cached(f"text-{name}-grams", lambda: measure.grams(made, expert, task), of={}, code=code, data=arrays)
-    return flatten_dict(found, sep="/")
+    arrays = [*jax.tree.leaves(expert), train.ids, train.lengths, made.heads[task]]
+    code = (bert, setting, measure, fisher, activations.collect)
+    return cache.cached(f"text-{label}-{task}-{what}", make, of={}, code=code, data=arrays)
 
 
 def fine_tuned(
