@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,7 +61,7 @@ class Files:
     """A folder from which workers read: everything that an entrywise method merges, and what was measured."""
 
     def __init__(self, zoo: Zoo, directory: Path) -> None:
-        self.given, self.directory, self.written = Given(zoo), directory, set[str]()
+        self.zoo, self.given, self.directory, self.written = zoo, Given(zoo), directory, set[str]()
         self.parameters = merged_by(zoo, "magmax")
         for name, tree in {"base": zoo.base, **self._numbered("expert", zoo.experts.values())}.items():
             np.savez(directory / f"{name}.npz", **canonical(flatten(tree)[0], self.parameters))
@@ -67,7 +69,7 @@ class Files:
     def moments(self, case: Case, zoo: Zoo) -> list[Any] | None:
         """As cfmerge takes them; the workers find them in the folder."""
         entry = Entry(case.name, case.method, "", case.moments)
-        found = self.given.moments(entry, self.given.zoo.tasks)
+        found = self.given.moments(entry, self.zoo.tasks)
         if found is None:
             return None
         if case.moments not in self.written:
@@ -78,9 +80,32 @@ class Files:
                 np.savez(self.directory / f"{name}.npz", **arrays)
         return self.given.moments(entry, zoo.tasks)
 
+    @functools.cached_property
+    def untied(self) -> Files:
+        """Of the same experts, no two of whose entries tie."""
+        directory = self.directory / "untied"
+        directory.mkdir()
+        return Files(untied(self.zoo), directory)
+
     @staticmethod
     def _numbered(name: str, values: Iterable[Any]) -> dict[str, Any]:
         return {f"{name}_{number}": value for number, value in enumerate(values)}
+
+
+def untied(zoo: Zoo) -> Zoo:
+    """The experts in float64, each entry of a delta changed by up to a hundred-thousandth of itself.
+
+    In float32 many entries are equal in size. A threshold that falls on such keeps some of them, and which is no part
+    of a method.
+    """
+    generator = np.random.default_rng(0)
+
+    def moved(expert: Any, base: Any) -> Any:
+        delta = np.asarray(expert, np.float64) - base
+        return base + delta * generator.uniform(1 - 1e-5, 1 + 1e-5, delta.shape)
+
+    experts = {task: jax.tree.map(moved, expert, zoo.base) for task, expert in zoo.experts.items()}
+    return dataclasses.replace(zoo, experts=experts)
 
 
 # --- the two sides ------------------------------------------------------------------------------------------------

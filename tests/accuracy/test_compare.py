@@ -204,3 +204,9 @@ def test_a_run_leaves_numbers_and_a_report(tmp_path, monkeypatch, zoo):
     with pytest.raises(cfmerge.CfmergeError, match="of other experts"):
         suite.run(few, lambda line: None)
     assert json.loads((tmp_path / "rows" / "vision-0.json").read_text()) == more
+
+
+def test_what_peers_came_to_stays_with_its_experts():
+    kept = {"references": {"base": {"a": 0.5}}, "quick": False, "peers": [{"method": "ace"}]}
+    assert suite.of_peers(kept, {"references": {"base": {"a": 0.5}}, "quick": False}) == {"peers": [{"method": "ace"}]}
+    assert suite.of_peers(kept, {"references": {"base": {"a": 0.6}}, "quick": False}) == {}

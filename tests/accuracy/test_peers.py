@@ -1,7 +1,9 @@
 """The comparison with other packages, as far as it runs without their environments: a stand-in merges for them."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -65,19 +67,19 @@ def small_zoo(dim=12, layers=2, seed=0):
 
 
 class StandIn(Worker):
-    """A peer that does what a method of ours does, plus something."""
+    """A peer that does what a method of ours does, plus something, or with the experts the other way round."""
 
-    def __init__(self, zoo, method, plus=0.0):
-        self.zoo, self.method, self.plus, self.package, self.late = zoo, method, plus, "authors", False
+    def __init__(self, method, plus=0.0, turned=False):
+        self.method, self.plus, self.turned, self.package, self.late = method, plus, turned, "authors", False
 
     def ask(self, **request):
         return {}
 
     def merge(self, case, files, names, experts, double):
-        few = self.zoo.of_tasks(self.zoo.tasks[:experts])
+        few = files.zoo.of_tasks(files.zoo.tasks[:experts][:: -1 if self.turned else 1])
         merged = ours(few, case._replace(method=self.method), files.moments(case, few), True)
         parameters = {name: files.parameters[name] for name in names}
-        base, after = (canonical(flatten_dict(tree, sep="/"), parameters) for tree in (self.zoo.base, merged))
+        base, after = (canonical(flatten_dict(tree, sep="/"), parameters) for tree in (few.base, merged))
         return {name: after[name] - base[name] + self.plus for name in names}
 
 
@@ -89,24 +91,34 @@ def zoo():
 @pytest.mark.parametrize("method", ["magmax", "regmean"])
 def test_the_same_method_agrees(zoo, method, tmp_path):
     case = Case(method, "authors_it", moments="grams" if method == "regmean" else "none")
-    row = peers.compare(zoo, case, Files(zoo, tmp_path), StandIn(zoo, method))
+    row = peers.compare(case, Files(zoo, tmp_path), StandIn(method))
     assert row["agrees"]
     assert row["difference"] < 1e-3
     assert row["accuracy_ours"] == pytest.approx(row["accuracy_theirs"], abs=0.01)
 
 
 def test_another_method_does_not_agree(zoo, tmp_path):
-    """Which is tried again in float64."""
-    row = peers.compare(zoo, Case("magmax", "authors_it"), Files(zoo, tmp_path), StandIn(zoo, "average"))
+    """Which is tried again in float64, and with ties told apart."""
+    row = peers.compare(Case("magmax", "authors_it"), Files(zoo, tmp_path), StandIn("average"))
     assert not row["agrees"]
     assert row["tolerance"] == 1e-8
-    assert "in float32" in row["note"]
+    assert "ties told apart; as they are, in float32" in row["note"]
+
+
+def test_what_differs_by_ties_alone_agrees(zoo, tmp_path):
+    """Of two entries of one size `magmax` takes the first expert's, and the same method the last one's."""
+    one = jax.tree.map(lambda expert, base: expert - base, zoo.experts["a"], zoo.base)
+    experts = {"a": one, "b": jax.tree.map(np.negative, one)}
+    tied = dataclasses.replace(zoo, tasks=("a", "b"), base=jax.tree.map(np.zeros_like, one), experts=experts)
+    row = peers.compare(Case("magmax", "authors_it"), Files(tied, tmp_path), StandIn("magmax", turned=True))
+    assert row["difference"] < row["tolerance"] == 1e-8
+    assert row["note"].startswith("in float64, ties told apart; as they are, in float32, 2e+00, more than 0.001 in")
 
 
 def test_the_difference_is_relative_to_the_largest_entry(zoo, tmp_path):
     case = Case("average", "authors_it", double=None)
-    same = peers.compare(zoo, case, Files(zoo, tmp_path), StandIn(zoo, "average"))
-    row = peers.compare(zoo, case, Files(zoo, tmp_path), StandIn(zoo, "average", plus=1e-3))
+    same = peers.compare(case, Files(zoo, tmp_path), StandIn("average"))
+    row = peers.compare(case, Files(zoo, tmp_path), StandIn("average", plus=1e-3))
     merged = cfmerge.merge_params(zoo.base, list(zoo.experts.values()), methods.average())
     start = flatten_dict(zoo.base)
     theirs = [np.asarray(value) - start[name] + 1e-3 for name, value in flatten_dict(merged).items()]

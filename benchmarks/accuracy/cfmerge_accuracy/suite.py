@@ -105,7 +105,10 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
         for seed in options.seeds:
             path = rows / f"{name}-{seed}.json"
             found = _one(name, seed, options, report)
-            _write(path, beside(json.loads(path.read_text()), found) if options.methods and path.exists() else found)
+            kept = json.loads(path.read_text()) if path.exists() else None
+            if kept:
+                found = beside(kept, found) if options.methods else found | of_peers(kept, found)
+            _write(path, found)
     from cfmerge_accuracy import report as reports
 
     reports.write(options.output)
@@ -126,6 +129,12 @@ def beside(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     rows = {row["name"]: row for row in (*kept["methods"], *found["methods"])}
     ran = [kept["environment"]["command"], found["environment"]["command"]]
     return kept | {"methods": [*rows.values()], "environment": kept["environment"] | {"command": "; ".join(ran)}}
+
+
+def of_peers(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What peers.py wrote beside the numbers that were kept, if these were of the same experts."""
+    same = kept["references"] == found["references"] and kept["quick"] == found["quick"]
+    return {key: kept[key] for key in ("peers", "peers_failed") if same and key in kept}
 
 
 def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
