@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--zoo", choices=[name for name in suite.ZOOS if name != "linear"], default="vision")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--quick", action="store_true", help="the quick zoo")
     parser.add_argument("--methods", nargs="*", help="rows of the tables, methods, or parts of peers' names")
     parser.add_argument("--python", default=os.environ.get("PEERS_PYTHON"))
