@@ -22,12 +22,19 @@ def _bench() -> None:
 def accuracy(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Of the report; numbers that are there are kept.")],
-    zoo: Annotated[list[str] | None, typer.Option(help="One of the zoos; may be repeated. Default: all.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: 0, 1 and 2.")] = None,
+    zoo: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the zoos; may be repeated. Default: all, or with --quick one of each kind."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="May be repeated. Default: 0, 1 and 2, or with --quick 0.")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", "-m", help="One row of the tables. Default: all.")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="Little training, few tasks and methods: does it run?")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Small networks, little training, few tasks and methods: does it run?")
+    ] = False,
     scale: Annotated[
         str, typer.Option(help='"small", or "large": a ViT of the shape of CLIP-B/32, for a GPU.')
     ] = "small",
@@ -45,9 +52,10 @@ def accuracy(
     from cfmerge_accuracy import cache, report, suite, workers
 
     console = Console(stderr=True)
+    zoos, seeds = (suite.QUICK_ZOOS, suite.SEEDS[:1]) if quick else (suite.ZOOS, suite.SEEDS)
     asked = suite.Options(
-        output, zoo or suite.ZOOS, seed or (suite.SEEDS if not quick else suite.SEEDS[:1]), method or (), quick,
-        scale, engine, shlex.join(["cfmerge", *sys.argv[1:]]), workers.default_jobs() if jobs is None else jobs,
+        output, zoo or zoos, seed or seeds, method or (), quick, scale, engine,
+        shlex.join(["cfmerge", *sys.argv[1:]]), workers.default_jobs() if jobs is None else jobs,
     )  # fmt: skip
     cache.keep_compiled()
     suite.run(asked, (lambda line: None) if quiet else (lambda line: console.print(line, highlight=False)))

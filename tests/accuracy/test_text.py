@@ -177,8 +177,12 @@ def test_measures_are_shaped_as_merge_params_wants_them(made):
     assert all(np.allclose(merged[name], leaf, atol=1e-4) for name, leaf in leaves.items())
 
 
-def test_flax_and_transformers_agree(made):
+@pytest.mark.parametrize("layers", [2, 1])
+def test_flax_and_transformers_agree(made, layers):
+    """Of the whole base, and of its first layer, as in a quick run."""
     pytest.importorskip("transformers")
+    made = dataclasses.replace(made, minilm=text.first_layers(made.minilm, layers))
+    assert list(made.minilm.encoder) == [f"layer_{number}" for number in range(layers)]
     difference, equal = evaluate.agree(made, made.minilm.encoder)
     assert difference < 1e-5
     assert equal == 1.0

@@ -114,7 +114,7 @@ def moments_of(method, problem):
 
 @functools.cache
 def merged(part, m=6, n=5, precision="float32", experts=None):
-    """`{problem: merged - base}`; one compiled call, but for methods that survey the model."""
+    """`{problem: merged - base}`; one compiled call."""
     method = methods.make(text_of(part))
     cases = problems(m, n, experts or count(method))
     if precision != "float32":
@@ -131,10 +131,7 @@ def merged(part, m=6, n=5, precision="float32", experts=None):
 
     with jax.enable_x64(precision == "float64"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if method.survey is None:
-            out = jax.jit(lambda arrays: lax.map(merge, arrays))(stacks)
-        else:
-            out = [merge(arrays) for arrays in zip(*stacks, strict=True)]
+        out = jax.jit(lambda arrays: lax.map(merge, arrays))(stacks)
     stored = stacks[0].astype(np.float64)
     return {name: np.asarray(value, np.float64) - base for name, base, value in zip(cases, stored, out, strict=True)}
 

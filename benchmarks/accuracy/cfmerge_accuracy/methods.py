@@ -23,51 +23,46 @@ class Entry(NamedTuple):
         method: an expression, as for `cfmerge merge -m`; "regmean_pp" is done with the model itself.
         group: the family's page of the methods' documentation.
         data: what of the tasks' data it is given: none; input Grams; Fishers; inputs.
-        core: among those of the quick run.
     """
 
     name: str
     method: str
     group: str
     data: Data = "none"
-    core: bool = False
 
 
-def _of(group: str, *methods: str, core: Sequence[str] = ()) -> list[Entry]:
-    return [Entry(method, method, group, core=method in core) for method in methods]
+def _of(group: str, *methods: str) -> list[Entry]:
+    return [Entry(method, method, group) for method in methods]
 
 
 ENTRIES = (
-    *_of("sums", "average", "task_arithmetic", "metagpt", "model_stock", core=("average", "task_arithmetic")),
+    *_of("sums", "average", "task_arithmetic", "metagpt", "model_stock"),
     *_of(
         "least squares",
         "ace", "actmat", "tact", "wudi", "wudi_adam", "swudi", "aswudi", "optmerge", "cauchy_poe", "two_sided",
-        core=("ace", "actmat", "wudi", "aswudi"),
     ),
     Entry("ace, published eps (CLIP)", "ace(eps=1e-5)", "least squares"),
-    *(Entry(f"ace, eps_rel {x:g}", f"ace(eps_rel={x:g})", "least squares", core=x >= 0.7) for x in (0.007, 0.7, 7)),
-    Entry("power 1/2, ridge to the mean", "power", "least squares", core=True),
+    *(Entry(f"ace, eps_rel {x:g}", f"ace(eps_rel={x:g})", "least squares") for x in (0.007, 0.7, 7)),
+    Entry("power 1/2, ridge to the mean", "power", "least squares"),
     Entry("power 1, ridge to the mean", "power(exponent=1)", "least squares"),
     Entry("power 1/2, no ridge", "power(ridge=0)", "least squares"),
     Entry("power 1/2, half-flattened", "power >> half_flatten", "least squares"),
-    Entry("anchored at the mean", "anchored", "least squares", core=True),
-    Entry("anchored at Iso-C", "anchored(ridge=1.5, towards=iso_c)", "least squares", core=True),
+    Entry("anchored at the mean", "anchored", "least squares"),
+    Entry("anchored at Iso-C", "anchored(ridge=1.5, towards=iso_c)", "least squares"),
     *_of(
         "spectral",
         "tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "star >> average", "average >> subspace_boosting",
         "task_arithmetic >> svc", "tsv_m >> svc(alpha=1)", "opcm", "orthomerge",
-        core=("tsv_m", "iso_c", "iso_cts", "dc_merge", "average >> subspace_boosting"),
     ),
     *_of(
         "element-wise",
         "ties", "dare_linear(p=0.5)", "dare_ties(p=0.5)", "della", "breadcrumbs", "sce", "pcb", "consensus", "magmax",
         "ram", "task_arithmetic >> lines", "iso_c >> larv", "random_expert",
-        core=("ties",),
     ),
     *_of("interpolation", "multislerp", "karcher"),
     Entry("fisher", "fisher", "measured", "fishers"),
     Entry("regmean, paper (a = 0.9)", "regmean", "measured", "grams"),
-    Entry("regmean, true Grams", "regmean(a=1)", "measured", "grams", core=True),
+    Entry("regmean, true Grams", "regmean(a=1)", "measured", "grams"),
     Entry("regmean++", "regmean_pp", "measured", "inputs"),
 )  # fmt: skip
 
@@ -77,10 +72,11 @@ WITHOUT = {
     "disjoint_mean, breadcrumbs_ties, della_linear, ram_plus, lot": "parts or near relatives of a row that is there",
 }
 CURVE = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "dc_merge", "ace", "aswudi", "power", "regmean(a=1)")
+QUICK = ("average", "task_arithmetic", "ace", "tsv_m", "ties", "regmean(a=1)")  # of the quick run
 
 
-def entries(names: Sequence[str] = (), core: bool = False) -> list[Entry]:
-    """Those that are asked for by name, or all; with `core` only those.
+def entries(names: Sequence[str] = (), quick: bool = False) -> list[Entry]:
+    """Those that are asked for by name, or all; with `quick` some of each family.
 
     Raises:
         CfmergeError: a name that is not there.
@@ -89,4 +85,6 @@ def entries(names: Sequence[str] = (), core: bool = False) -> list[Entry]:
     for name in names:
         if name not in known:
             raise CfmergeError(f"no method {name!r} in the suite{nearest(name, known)}")
-    return [known[name] for name in names] if names else [entry for entry in ENTRIES if entry.core or not core]
+    if names:
+        return [known[name] for name in names]
+    return [entry for entry in ENTRIES if not quick or entry.method in QUICK]

@@ -20,6 +20,7 @@ ZOOS = (
     *("vision", "text-full", "text-lora-8", "text-lora-16", "text-lora-16-shared"),
     *("convolutional", "convolutional-reestimated", "linear"),
 )
+QUICK_ZOOS = ("vision", "text-full", "convolutional-reestimated", "linear")  # of each kind one
 SEEDS = (0, 1, 2)
 CURVES = ("vision", "convolutional")
 
@@ -30,7 +31,7 @@ class Options(NamedTuple):
     Attributes:
         output: a folder; `rows/` in it keeps one file of numbers for each zoo and seed.
         zoos, seeds, methods: which; no methods: all. Rows of methods that are named join those that are there.
-        quick: a few steps of training on few tasks, the core methods: minutes, to see that all works.
+        quick: small networks, few steps, tasks and methods: minutes, to see that all works.
         scale: "large" trains a vision transformer of the shape of CLIP ViT-B/32, for a GPU.
         engine: what evaluates text models: "flax", or "torch", in bfloat16 where the processor has it in hardware;
             "auto": that where it has, else the other.
@@ -148,7 +149,7 @@ def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) 
     curve = [e for e in entries() if e.method in CURVE and name in CURVES and not options.methods and not options.quick]
     again = functools.partial(load, name, seed, options, _in_silence)
     with workers.spread(options.jobs, again) if options.jobs > 1 else contextlib.nullcontext() as run:
-        found = compare.compare(zoo, entries(options.methods, core=options.quick), factors, report, curve, run)
+        found = compare.compare(zoo, entries(options.methods, quick=options.quick), factors, report, curve, run)
     seconds = {"loading": trained - started, "comparing": time.monotonic() - trained}
     return found | {"quick": options.quick, "environment": environment(options), "seconds": seconds}
 

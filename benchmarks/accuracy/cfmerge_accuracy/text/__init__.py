@@ -23,6 +23,7 @@ from cfmerge import activations
 from cfmerge.errors import CfmergeError
 from cfmerge_accuracy import cache, fisher
 from cfmerge_accuracy.text import bert, corpora, data, evaluate, measure, setting, train
+from cfmerge_accuracy.text.bert import MiniLM
 from cfmerge_accuracy.text.data import Sizes, Task, Texts
 from cfmerge_accuracy.text.evaluate import Engine
 from cfmerge_accuracy.text.evaluate import agree as agree
@@ -42,7 +43,8 @@ RECIPES |= {"lora-16" + SHARED: RECIPES["lora-16"]}
 MULTITASK_STEPS = 2.5  # times those of an expert
 SIZES = Sizes()
 QUICK_SIZES = Sizes(train=640, validation=40, test=80, length=16)
-QUICK_STEPS = 30
+QUICK_STEPS = 20
+QUICK_LAYERS = 2  # the base's first ones
 MADE_BY = (bert, data, setting, train)  # with the texts themselves, all that decides what is trained
 
 
@@ -59,7 +61,7 @@ def load(
     Args:
         seed: draws the texts, their splits and the training batches.
         variant: "full", "lora-8", "lora-16" or "lora-16-shared".
-        quick: three tasks, short texts and few steps, for trying things out.
+        quick: three tasks, short texts, two of the base's layers and few steps, for trying things out.
         report: told of every training.
         engine: what `Zoo.logits` runs in: "flax" in float32, or "torch", with bfloat16 products where the processor
             has tiles for them, else in float32; "auto": "torch" where it has and no accelerator is there, else "flax".
@@ -75,7 +77,7 @@ def load(
     long = dataclasses.replace(recipe, steps=int(MULTITASK_STEPS * recipe.steps))
     made = prepare(seed, quick=quick)
     names = tuple(made.tasks)
-    label = f"{variant.removesuffix(SHARED)}-{seed}"
+    label = f"{'quick-' if quick else ''}{variant.removesuffix(SHARED)}-{seed}"
     own = [own_seed(variant, seed, number) for number in range(len(names))]
     found = {
         name: fine_tuned(made, f"{label}-{name}", [name], recipe, drawn, report)
@@ -113,9 +115,10 @@ def own_seed(variant: str, seed: int, number: int) -> int:
 
 def prepare(seed: int, *, quick: bool = False) -> Setting:
     """The base, the tasks with their splits, and the heads: the same for all variants of a seed."""
-    minilm = bert.load_minilm()
-    sizes = QUICK_SIZES if quick else SIZES
-    names = QUICK_TASKS if quick else TASKS
+    minilm, names, sizes, name = bert.load_minilm(), TASKS, SIZES, f"text-{seed}-texts"
+    if quick:
+        minilm, names, sizes = first_layers(minilm, QUICK_LAYERS), QUICK_TASKS, QUICK_SIZES
+        name = f"text-quick-{seed}-texts"
 
     def make() -> Params:
         tasks = {name: data.load_task(name, minilm.tokenizer, sizes, seed) for name in names}
@@ -123,8 +126,14 @@ def prepare(seed: int, *, quick: bool = False) -> Setting:
         return {name: _arrays(task, heads[name]) for name, task in tasks.items()}
 
     of = {"seed": seed, "tasks": names, "sizes": dataclasses.asdict(sizes)}
-    found = cache.cached(f"text-{seed}-texts", make, of=of, code=(bert, corpora, data, setting))
+    found = cache.cached(name, make, of=of, code=(bert, corpora, data, setting))
     return Setting(minilm, {n: _task(n, found[n]) for n in names}, {n: found[n]["head"] for n in names})
+
+
+def first_layers(minilm: MiniLM, count: int) -> MiniLM:
+    """The same embeddings below fewer layers."""
+    encoder = {name: minilm.encoder[name] for name in (f"layer_{number}" for number in range(count))}
+    return dataclasses.replace(minilm, shape=dataclasses.replace(minilm.shape, layers=count), encoder=encoder)
 
 
 def _arrays(task: Task, head: np.ndarray) -> Params:
