@@ -114,6 +114,12 @@ def test_running_statistics_are_not_scaled():
     assert found["batch_stats"]["var"].tolist() == [0.5, 0.5]
 
 
+def test_an_expert_without_a_right_answer_is_told():
+    assert compare.normalised({"a": 0.4, "b": 0.3}, {"a": 0.8, "b": 0.6}) == pytest.approx(0.5)
+    with pytest.raises(CfmergeError, match="b: the expert has no right answer"):
+        compare.normalised({"a": 0.4, "b": 0.3}, {"a": 0.8, "b": 0.0})
+
+
 def test_what_fails_is_a_row_and_no_end(zoo):
     rows = compare.compare(zoo, [Entry("fisher", "fisher", "measured", "fishers")], (), lambda line: None)["methods"]
     assert "Fishers are not measured" in rows[0]["failed"]

@@ -95,7 +95,16 @@ def scaled(base: Params, merged: Params, factor: float) -> Params:
 
 
 def normalised(found: Mapping[str, float], experts: Mapping[str, float]) -> float:
-    """The mean over tasks of accuracy / the expert's accuracy."""
+    """The mean over tasks of accuracy / the expert's accuracy.
+
+    Raises:
+        CfmergeError: an expert without a right answer.
+    """
+    for task in found:
+        if not experts[task]:
+            raise CfmergeError(
+                f"{task}: the expert has no right answer, so nothing can be a share of it; train it longer"
+            )
     return float(np.mean([found[task] / experts[task] for task in found]))
 
 
