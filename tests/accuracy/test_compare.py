@@ -129,7 +129,11 @@ def test_what_fails_is_a_row_and_no_end(zoo):
 def test_the_oracle_has_the_least_excess(zoo):
     given = compare.Given(zoo)
     found = {}
-    for entry in methods.entries(quick=True):
+    compared = {
+        *methods.CURVE, "ace(eps_rel=0.7)", "ace(eps_rel=7)", "actmat", "wudi", "anchored",
+        "anchored(ridge=1.5, towards=iso_c)", "iso_cts", "average >> subspace_boosting",
+    }  # fmt: skip
+    for entry in [entry for entry in methods.entries() if entry.method in compared]:
         merged = compare.merge(zoo, entry, given)
         found[entry.name] = proxies.excess(zoo.base, merged, given.outputs)["dense/kernel"]
     assert min(found, key=found.get) == "regmean, true Grams"

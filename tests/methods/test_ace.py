@@ -239,8 +239,8 @@ def test_jit_vmap_and_grad():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    shape=st.sampled_from([(6, 4), (3, 12)]),  # few, for each with a number of experts and a dtype is compiled
-    experts=st.sampled_from([1, 4]),
+    shape=st.sampled_from([(6, 4), (4, 6), (3, 12), (8, 8)]),
+    experts=st.integers(1, 4),
     scale=st.sampled_from([1e-8, 1e-4, 1.0, 1e4, 1e8]),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     rank=st.sampled_from([None, 1, 2]),

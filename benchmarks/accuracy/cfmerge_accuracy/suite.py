@@ -122,7 +122,7 @@ def beside(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CfmergeError: the rows are not of the same experts.
     """
-    if kept["references"] != found["references"] or kept["quick"] != found["quick"]:
+    if not _same_experts(kept, found):
         raise CfmergeError(
             f"{kept['zoo']}, seed {kept['seed']}: the rows that are there are of other experts than these now; run the "
             "zoo with all methods (no -m), or with another output folder"
@@ -134,8 +134,11 @@ def beside(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 def of_peers(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """What peers.py wrote beside the numbers that were kept, if these were of the same experts."""
-    same = kept["references"] == found["references"] and kept["quick"] == found["quick"]
-    return {key: kept[key] for key in ("peers", "peers_failed") if same and key in kept}
+    return {key: kept[key] for key in ("peers", "peers_failed") if key in kept and _same_experts(kept, found)}
+
+
+def _same_experts(kept: dict[str, Any], found: dict[str, Any]) -> bool:
+    return all(kept[key] == found[key] for key in ("references", "quick"))
 
 
 def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
