@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 
 import pytest
 
@@ -16,10 +17,10 @@ linux = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the sys
 def test_a_model_is_trained_on_one_core(tmp_path, monkeypatch):
     """Whatever the number of cores: the order in which XLA adds up depends on it."""
     monkeypatch.setenv("CFMERGE_CACHE", str(tmp_path))
-    with processes.one_core_each(8) as trainers:
-        assert trainers.at_once == len(processes.cores()[:8])
-        assert len(trainers.call(os.sched_getaffinity, 0)) == 1
-        domain = trainers.call(pickle.loads, pickle.dumps(suite.DOMAIN))
+    with processes.one_core_each(8) as found:
+        assert found.at_once == len(processes.cores()[:8])
+        assert len(found.call(os.sched_getaffinity, 0)) == 1
+        domain = found.call(pickle.loads, pickle.dumps(suite.DOMAIN))
     assert domain is suite.DOMAIN
 
 
@@ -29,9 +30,23 @@ def test_cores_are_shared_out():
     assert processes.shared([], 2) == [[], []]
 
 
-def test_a_process_that_dies_is_told_of():
+def test_results_come_in_order_from_processes_at_once():
+    with processes.sharing(2, [], print) as found:
+        assert list(found.map(pow, [2, 3, 4], [5, 4, 3])) == [32, 81, 64]
+        apart = set(found.map(_after_a_second, range(2)))
+    assert len(apart) == 2
+    assert os.getpid() not in apart
+
+
+def _after_a_second(_: int) -> int:
+    time.sleep(1)
+    return os.getpid()
+
+
+@pytest.mark.parametrize("calls", [1, 5])
+def test_a_process_that_dies_is_told_of(calls):
     with (
         pytest.raises(CfmergeError, match=r"before its time.*--jobs 1"),
-        processes.sharing(1, [], os._exit, 1) as executor,
+        processes.sharing(2, [], os._exit, 1) as found,
     ):
-        executor.submit(print).result()
+        list(found.map(print, range(calls)))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from queue import LifoQueue
 from typing import Any, NamedTuple
 
 from cfmerge.errors import CfmergeError
@@ -26,9 +27,35 @@ def shared(own: list[int], jobs: int) -> list[list[int]]:
     return [own[number * len(own) // jobs : (number + 1) * len(own) // jobs] for number in range(jobs)]
 
 
+class Processes(NamedTuple):
+    """Processes to work in.
+
+    Attributes:
+        call: `call(function, *args)` returns `function(*args)`, from a process that is free; threads may call at once.
+        at_once: calls that go on at the same time; more wait.
+    """
+
+    call: Callable[..., Any]
+    at_once: int
+
+    def map(self, function: Callable[..., Any], *args: Iterable[Any]) -> Iterator[Any]:
+        """As the builtin; the results come in the order of the arguments."""
+        with ThreadPoolExecutor(self.at_once) as threads:
+            try:
+                yield from threads.map(lambda *each: self.call(function, *each), *args)
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+
+HERE = Processes(lambda function, *args: function(*args), 1)
+
+
 @contextlib.contextmanager
-def sharing(jobs: int, own: list[int], begin: Callable[..., None], *args: Any) -> Iterator[ProcessPoolExecutor]:
-    """An executor of so many processes that start when there is work for them; each has its share of the cores.
+def sharing(jobs: int, own: list[int], begin: Callable[..., None], *args: Any) -> Iterator[Processes]:
+    """So many processes that start when there is work for them; each has its share of the cores.
+
+    Every process has an executor of its own: one executor of several processes can miss the end of one that it has
+    just started (Python 3.11's submits first and starts then), and wait for ever.
 
     Args:
         jobs: processes.
@@ -38,24 +65,28 @@ def sharing(jobs: int, own: list[int], begin: Callable[..., None], *args: Any) -
     Raises:
         CfmergeError: a process ended before its time.
     """
-    context = multiprocessing.get_context("spawn")
-    shares = context.Queue()
-    for share in shared(own, jobs):
-        shares.put(share)
-    with _environment(THREADS, str(max(1, len(own) // jobs))):
-        executor = ProcessPoolExecutor(jobs, context, _start, (shares, begin, *args))
+    context, free = multiprocessing.get_context("spawn"), LifoQueue[ProcessPoolExecutor]()
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        executor = free.get()
         try:
-            yield executor
+            return executor.submit(function, *args).result()
         except BrokenProcessPool as error:
             raise CfmergeError(
                 "a process ended before its time, for want of memory perhaps; use fewer of them: --jobs 1"
             ) from error
         finally:
-            executor.shutdown(cancel_futures=True)
+            free.put(executor)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_environment(THREADS, str(max(1, len(own) // jobs))))
+        for share in shared(own, jobs):
+            executor = ProcessPoolExecutor(1, context, _start, (share, begin, *args))
+            free.put(stack.enter_context(executor))
+        yield Processes(call, jobs)
 
 
-def _start(shares: Any, begin: Callable[..., None], *args: Any) -> None:
-    share = shares.get()
+def _start(share: list[int], begin: Callable[..., None], *args: Any) -> None:
     if share:
         os.sched_setaffinity(0, share)
     begin(*args)
@@ -73,24 +104,9 @@ def _environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
 
 
-class Trainers(NamedTuple):
-    """Where models are trained.
-
-    Attributes:
-        call: `call(function, *args)` returns `function(*args)`; threads may call at once.
-        at_once: calls that go on at the same time.
-    """
-
-    call: Callable[..., Any]
-    at_once: int
-
-
-HERE = Trainers(lambda function, *args: function(*args), 1)
-
-
 @contextlib.contextmanager
-def one_core_each(most: int) -> Iterator[Trainers]:
-    """Trainers in processes that have one core each, at most so many; with an accelerator, in this process.
+def one_core_each(most: int) -> Iterator[Processes]:
+    """Processes that have one core each, at most so many; with an accelerator, this process.
 
     XLA and LAPACK add up in an order that depends on how many cores they have, and training makes other models of the
     difference. So it comes to the same models on any number of cores.
@@ -102,5 +118,5 @@ def one_core_each(most: int) -> Iterator[Trainers]:
         return
     own = cores()
     jobs = max(1, min(len(own), most))
-    with sharing(jobs, own[:jobs], keep_compiled) as executor:
-        yield Trainers(lambda *call: executor.submit(*call).result(), jobs)
+    with sharing(jobs, own[:jobs], keep_compiled) as found:
+        yield found

@@ -29,8 +29,8 @@ def spread(jobs: int, load: Load) -> Iterator[Run]:
     Raises:
         CfmergeError: a process ended before its time.
     """
-    with processes.sharing(jobs, processes.cores(), _load, load) as executor:
-        yield lambda parts: executor.map(_do, parts)
+    with processes.sharing(jobs, processes.cores(), _load, load) as found:
+        yield lambda parts: found.map(_do, parts)
 
 
 def default_jobs() -> int:

@@ -27,7 +27,7 @@ from cfmerge_accuracy import fisher as fishers
 from cfmerge_accuracy.cache import cached
 from cfmerge_accuracy.images import data, heads
 from cfmerge_accuracy.images.heads import Head, Heads
-from cfmerge_accuracy.processes import HERE, Trainers, one_core_each
+from cfmerge_accuracy.processes import HERE, Processes, one_core_each
 from cfmerge_accuracy.zoo import Params, Zoo
 from cfmerge_accuracy.zoo import Split as SplitName
 
@@ -105,8 +105,8 @@ def load(domain: Domain, recipe: Recipe, seed: int, quick: bool, jobs: int, repo
     cache = archives.cache_directory()
     start = data.quick_pretraining(seed) if quick else data.pretraining(cache, seed)
     tasks = _drawn(domain.name, recipe, seed, cache)
-    with contextlib.nullcontext(HERE) if quick else one_core_each(jobs) as trainers:
-        return build(domain, recipe, tasks, start, seed, report, trainers)
+    with contextlib.nullcontext(HERE) if quick else one_core_each(jobs) as processes:
+        return build(domain, recipe, tasks, start, seed, report, processes)
 
 
 def _drawn(name: str, recipe: Recipe, seed: int, cache: Path) -> tuple[Task, ...]:
@@ -133,11 +133,11 @@ def build(
     start: Split,
     seed: int,
     report: Callable[[str], None],
-    trainers: Trainers = HERE,
+    processes: Processes = HERE,
 ) -> Suite:
     """Trains, or finds in the cache, a base on the images of `start` and what is made of it."""
     net, classes = recipe.net, int(start.labels.max()) + 1
-    call, seconds = trainers.call, dict[str, float]()
+    call, seconds = processes.call, dict[str, float]()
 
     def made(name: str, make: Callable[[], Params], of: Mapping[str, Any], data: Sequence[np.ndarray]) -> Params:
         whole = {"name": name, "seed": seed, "net": domain.settings(net), **of}
@@ -173,7 +173,7 @@ def build(
     splits = {number: task.train for number, task in enumerate(tasks)}
     todo = [("multitask", recipe.multitask, splits)]  # takes longest
     todo += [(task.name, recipe.expert, {number: task.train}) for number, task in enumerate(tasks)]
-    with ThreadPoolExecutor(trainers.at_once) as threads:
+    with ThreadPoolExecutor(processes.at_once) as threads:
         multitask, *experts = threads.map(lambda one: fit(one[0], one[1], base, one[2], own), todo)
     found = dict(zip([task.name for task in tasks], experts, strict=True))
     return Suite(domain, recipe, seed, tuple(tasks), tuple(own), base, found, multitask, seconds)
