@@ -64,7 +64,7 @@ def load(
         quick: three tasks, short texts, two of the base's layers and few steps, for trying things out.
         report: told of every training.
         engine: what `Zoo.logits` runs in: "flax" in float32, or "torch", with bfloat16 products where the processor
-            has tiles for them, else in float32; "auto": "torch" where it has and no accelerator is there, else "flax".
+            multiplies these, else in float32; "auto": "torch" where it has and no accelerator is there, else "flax".
 
     Raises:
         CfmergeError: an unknown variant, or a package that cannot be had.
@@ -72,7 +72,7 @@ def load(
     if variant not in RECIPES:
         raise CfmergeError(f"text: there is no variant {variant!r}; there are {', '.join(RECIPES)}")
     if engine == "auto":
-        engine = "torch" if train.has_amx() and jax.default_backend() == "cpu" else "flax"
+        engine = "torch" if train.has_bfloat16() and jax.default_backend() == "cpu" else "flax"
     recipe = dataclasses.replace(RECIPES[variant], steps=QUICK_STEPS) if quick else RECIPES[variant]
     long = dataclasses.replace(recipe, steps=int(MULTITASK_STEPS * recipe.steps))
     made = prepare(seed, quick=quick)
@@ -172,7 +172,7 @@ def fine_tuned(
         "recipe": dataclasses.asdict(recipe),
         "seed": seed,
         "classes": [made.tasks[task].classes for task in of],
-        "bfloat16": train.has_amx(),
+        "bfloat16": train.has_bfloat16(),
     }
     arrays = [array for task in of for array in (made.tasks[task].train.ids, made.tasks[task].train.labels)]
     return cache.cached(f"text-{name}", make, of=chosen, code=MADE_BY, data=arrays)

@@ -46,7 +46,7 @@ def torch_engine(setting: Setting, half: bool | None = None) -> Logits:
 
     Args:
         setting: base, tasks and heads.
-        half: products in bfloat16, or in float32; None: bfloat16 where the processor has tiles for it.
+        half: products in bfloat16, or in float32; None: bfloat16 where the processor multiplies it.
     """
     model: Any = None
     last: Params = None
@@ -54,7 +54,7 @@ def torch_engine(setting: Setting, half: bool | None = None) -> Logits:
     def built(params: Params) -> Any:
         """With dense layers in bfloat16 if products are: rounded once, and not in every call."""
         made = train.build(setting.minilm, params)
-        if train.has_amx() if half is None else half:
+        if train.has_bfloat16() if half is None else half:
             torch = train.pytorch()
             for layer in made.encoder.modules():
                 if isinstance(layer, torch.nn.Linear):
