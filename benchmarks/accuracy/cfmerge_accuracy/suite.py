@@ -77,9 +77,16 @@ def environment(options: Options) -> dict[str, str]:
     return {
         "cfmerge": cfmerge.__version__, "jax": jax.__version__, "flax": flax.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "machine": ", ".join((platform.machine(), *_vectors(), f"{os.cpu_count()} cores", jax.default_backend())),
         "command": options.command,
     }  # fmt: skip
+
+
+def _vectors() -> list[str]:
+    """The best that the processor has for matrices, if it tells: experts are the same on one class of processors."""
+    told = Path("/proc/cpuinfo")
+    flags = told.read_text().split() if told.exists() else []
+    return [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd") if flag in flags][:1]
 
 
 def run(options: Options, report: Callable[[str], None]) -> Path:
