@@ -82,7 +82,7 @@ def environment(options: Options) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _vectors() -> list[str]:
+def _vectors() -> Sequence[str]:
     """The best that the processor has for matrices, if it tells: experts are the same on one class of processors."""
     told = Path("/proc/cpuinfo")
     flags = told.read_text().split() if told.exists() else []
