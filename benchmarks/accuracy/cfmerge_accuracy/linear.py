@@ -205,13 +205,17 @@ def compare(
 
 
 def risks(every: Bed, method: Method) -> np.ndarray:
-    """Of one method in many beds, `(beds,)`. Compiled, unless the method looks at the whole model first."""
+    """Of one method in many beds, `(beds,)`. Compiled, unless the method looks at the whole model first.
+
+    One bed after the other: XLA spreads a batch of decompositions over its threads and waits for them in one of these,
+    so two such batches at once (Cholesky's and that of eigenvalues) wait for ever where there are but two.
+    """
 
     def risk(bed: Bed) -> jax.Array:
         return excess_risk(merge(bed, method), bed)
 
     if method.survey is None:
-        return np.asarray(jax.jit(jax.vmap(risk))(every))
+        return np.asarray(jax.jit(lambda every: jax.lax.map(risk, every))(every))
     return np.array([risk(Bed(*(array[number] for array in every))) for number in range(len(every.deltas))])
 
 
