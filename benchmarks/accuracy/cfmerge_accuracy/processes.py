@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from queue import LifoQueue
 from typing import Any, NamedTuple
 
@@ -20,6 +22,17 @@ THREADS = "OPENBLAS_NUM_THREADS"  # LAPACK's, read when it is loaded
 def cores() -> list[int]:
     """Those that this process may use; none where the system does not tell."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+@functools.cache
+def vectors() -> str:
+    """The best that the processor has for matrices, such as "amx_bf16"; nothing where the system does not tell.
+
+    Experts are the same on one class of processors.
+    """
+    told = Path("/proc/cpuinfo")
+    flags = told.read_text().split() if told.exists() else []
+    return next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd") if flag in flags), "")
 
 
 def shared(own: list[int], jobs: int) -> list[list[int]]:
@@ -41,10 +54,7 @@ class Processes(NamedTuple):
     def map(self, function: Callable[..., Any], *args: Iterable[Any]) -> Iterator[Any]:
         """As the builtin; the results come in the order of the arguments."""
         with ThreadPoolExecutor(self.at_once) as threads:
-            try:
-                yield from threads.map(lambda *each: self.call(function, *each), *args)
-            finally:
-                threads.shutdown(cancel_futures=True)
+            yield from threads.map(lambda *each: self.call(function, *each), *args)
 
 
 HERE = Processes(lambda function, *args: function(*args), 1)

@@ -73,20 +73,15 @@ def environment(options: Options) -> dict[str, str]:
     import jax
 
     import cfmerge
+    from cfmerge_accuracy import processes
 
+    machine = (platform.machine(), processes.vectors(), f"{os.cpu_count()} cores", jax.default_backend())
     return {
         "cfmerge": cfmerge.__version__, "jax": jax.__version__, "flax": flax.__version__,
         "python": platform.python_version(),
-        "machine": ", ".join((platform.machine(), *_vectors(), f"{os.cpu_count()} cores", jax.default_backend())),
+        "machine": ", ".join(filter(None, machine)),
         "command": options.command,
     }  # fmt: skip
-
-
-def _vectors() -> Sequence[str]:
-    """The best that the processor has for matrices, if it tells: experts are the same on one class of processors."""
-    told = Path("/proc/cpuinfo")
-    flags = told.read_text().split() if told.exists() else []
-    return [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd") if flag in flags][:1]
 
 
 def run(options: Options, report: Callable[[str], None]) -> Path:
