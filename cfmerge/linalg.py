@@ -1,7 +1,8 @@
 """All linear algebra of cfmerge, and its precision policy.
 
 Nobody else calls a decomposition. Products run at the full precision of their inputs' type (on GPU and TPU the
-default would be TF32 or bfloat16); arrays stay in the dtype that they come in.
+default would be TF32 or bfloat16); arrays stay in the dtype that they come in. Under `vmap` decompositions run one
+after the other (`one_by_one`).
 """
 
 from collections.abc import Callable
@@ -19,6 +20,18 @@ HIGHEST = lax.Precision.HIGHEST
 def matmul(a: Array, b: Array) -> Array:
     """`a @ b`, never in reduced precision."""
     return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, mapped over a batch where `vmap` would have batched it; for what a derivative does not go through.
+
+    Batched, both sides of a `cond` run: the fall-back for every matrix. And jaxlib 0.10.0 to 0.11.0 spreads a batch of
+    decompositions over XLA's threads on a CPU and waits for them in one of these: as many batches at once as there are
+    threads, such as a decomposition's and its fall-back's on two cores, can wait for ever.
+
+    The function may hold numbers, but no arrays: inside a batched `cond` these would be batched and are refused.
+    """
+    return jax.custom_batching.sequential_vmap(function)
 
 
 def root(x: Array) -> Array:
@@ -72,8 +85,15 @@ def solve_right(rhs: Float[Array, "m n"], matrix: Float[Array, "n n"]) -> tuple[
 
     Returns the solution and whether the Cholesky factorisation held. Where it did not (the matrix is not
     positive definite to working precision) the solution comes from the eigenvalues, raised to at least
-    `n * machine epsilon * largest`; the caller reports that.
+    `n * machine epsilon * largest`; the caller reports that. The derivative is that of the equation.
     """
+    return lax.custom_linear_solve(
+        lambda x: matmul(x, matrix), rhs, lambda _, b: _solve_right(b, matrix), symmetric=True, has_aux=True
+    )
+
+
+@one_by_one
+def _solve_right(rhs: Array, matrix: Array) -> tuple[Array, Array]:
     factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
     held = jnp.isfinite(factor[-1, -1])
 
@@ -100,11 +120,11 @@ def top_singular(
     returned.
     """
     if row_space is not None and row_space.shape[0] < min(matrix.shape):
-        basis, _ = jnp.linalg.qr(row_space.T)
-        u, s, vt = jnp.linalg.svd(matmul(matrix, basis), full_matrices=False)
+        basis = orthonormal(row_space.T)
+        u, s, vt = thin_svd(matmul(matrix, basis))
         vt = matmul(vt, basis.T)
     else:
-        u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+        u, s, vt = thin_svd(matrix)
     return u[:, :k], s[:k], vt[:k]
 
 
@@ -115,7 +135,13 @@ def symmetric_eigen(matrix: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Fl
     Differentiable; eigenvectors whose eigenvalues are the same to working precision do not turn into each other,
     which is right for functions of the matrix that are constant there, and never infinite.
     """
-    return jnp.linalg.eigh(matrix)
+    return _symmetric_eigen(matrix)
+
+
+@one_by_one
+def _symmetric_eigen(matrix: Array) -> tuple[Array, Array]:
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, vectors
 
 
 @symmetric_eigen.defjvp
@@ -132,9 +158,26 @@ def _symmetric_eigen_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple
 def thin_svd(
     matrix: Float[Array, "m n"],
 ) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
-    """`U, s, V^T` with `r = min(m, n)`, largest first; differentiable as `symmetric_eigen` is, and at zero."""
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    return u, s, vt
+    """`U, s, V^T` with `r = min(m, n)`, largest first; differentiable as `symmetric_eigen` is, and at zero.
+
+    On a CPU by divide and conquer, and by QR iteration where that fails on a finite matrix: LAPACK's divide and conquer
+    does not always converge on many equal singular values; what it gives then is NaN.
+    """
+    return _thin_svd(matrix)
+
+
+@one_by_one
+def _thin_svd(matrix: Array) -> tuple[Array, Array, Array]:
+    found = tuple(jnp.linalg.svd(matrix, full_matrices=False))
+    failed = jnp.isfinite(matrix).all() & ~jnp.isfinite(found[1]).all()
+
+    def again(matrix: Array) -> tuple[Array, Array, Array]:
+        return tuple(lax.linalg.svd(matrix, full_matrices=False, algorithm=lax.linalg.SvdAlgorithm.QR))
+
+    def on_cpu(matrix: Array) -> tuple[Array, Array, Array]:
+        return lax.cond(failed, again, lambda matrix: found, matrix)
+
+    return lax.platform_dependent(matrix, cpu=on_cpu, default=lambda matrix: found)
 
 
 @thin_svd.defjvp
@@ -152,6 +195,30 @@ def _thin_svd_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, A
     of_u = of_u + (matmul(change, vt.T) - matmul(u, inner)) * inverse
     of_v = of_v + (matmul(change.T, u) - matmul(vt.T, inner.T)) * inverse
     return (u, s, vt), (of_u, jnp.diagonal(inner), of_v.T)
+
+
+@jax.custom_jvp
+def orthonormal(columns: Float[Array, "m k"]) -> Float[Array, "m k"]:
+    """Orthonormal columns that span the same (`k <= m`), by QR: the first j span what the first j of `columns` do."""
+    return _orthonormal(columns)
+
+
+@one_by_one
+def _orthonormal(columns: Array) -> Array:
+    return jnp.linalg.qr(columns)[0]
+
+
+@orthonormal.defjvp
+def _orthonormal_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    (q, _), (dq, _) = jax.jvp(jnp.linalg.qr, primals, tangents)
+    return q, dq
+
+
+@one_by_one
+def complete_qr(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m m"], Float[Array, "m n"]]:
+    """`Q R` with a square `Q`: beyond column `n` a basis of what is orthogonal to the matrix. It has no derivative."""
+    q, r = jnp.linalg.qr(matrix, mode="complete")
+    return q, r
 
 
 def kth_largest(values: Float[Array, "..."], k: int | Array) -> Float[Array, ""]:
@@ -200,7 +267,7 @@ def pseudo_inverse(
 
 @jax.custom_jvp
 def _pseudo_inverse(matrix: Array, cutoff: Array) -> tuple[Array, Array, Array]:
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = symmetric_eigen(matrix)
     largest = jnp.maximum(jnp.max(jnp.abs(values)), jnp.finfo(matrix.dtype).tiny)
     keep = values > cutoff * largest
     inverse = jnp.where(keep, 1 / jnp.where(keep, values, 1), 0)
@@ -263,8 +330,8 @@ def low_rank_factors(
     key: the same matrix gives the same factors. Exact to rounding when the matrix has rank at most `rank`.
     """
     sketch = jax.random.normal(jax.random.key(0), (matrix.shape[1], rank), matrix.dtype)
-    left, _ = jnp.linalg.qr(matmul(matrix, sketch))
-    left, _ = jnp.linalg.qr(matmul(matrix, matmul(left.T, matrix).T))
+    left = orthonormal(matmul(matrix, sketch))
+    left = orthonormal(matmul(matrix, matmul(left.T, matrix).T))
     right = matmul(left.T, matrix)
     norm = jnp.linalg.norm(matrix)
     residual = jnp.linalg.norm(matrix - matmul(left, right))

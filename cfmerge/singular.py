@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from cfmerge.linalg import gram, matmul
+from cfmerge.linalg import gram, matmul, one_by_one, symmetric_eigen, thin_svd
 
 # Odd quintics a x + b x^3 + c x^5 that take [1e-3, 1] to within 1e-3 of 1, each the closest to 1 on what the one before
 # leaves (Remez; the greedy choice is optimal: Amsel et al., The Polar Express, arXiv 2505.16932). The last is
@@ -64,15 +64,19 @@ def leading(matrix: Float[Array, "m n"], k: int) -> tuple[Float[Array, "m k"], F
     Two Grams, for one sees `s_k / s_1` squared (`_by_grams`); trusted while `s_k / s_1 > eps^0.6` (7e-5 in float32). In
     derivatives the vectors of equal singular values do not turn into one another.
     """
+    return one_by_one(functools.partial(_leading, k=k))(matrix)
+
+
+def _leading(matrix: Array, k: int) -> tuple[Array, Array, Array]:
     m, n = matrix.shape
     if m > n:
-        v, s, ut = leading(matrix.T, k)
+        v, s, ut = _leading(matrix.T, k)
         return ut.T, s, v.T
     if k == 0 or (2 * k > m and n < 2 * m):  # nothing to gain
         return _svd_wide(matrix, k)
     scale = _scale(matrix)
     scaled = matrix / scale
-    values, vectors = jnp.linalg.eigh(gram(scaled.T))
+    values, vectors = symmetric_eigen(gram(scaled.T))
     values, vectors = values[::-1], vectors[:, ::-1]
 
     def by_grams(x: Array) -> tuple[Array, Array, Array]:
@@ -108,7 +112,7 @@ def _by_grams(x: Float[Array, "m n"], values: Array, vectors: Array, k: int) -> 
     small = either & (16 * jnp.abs(image) < jnp.abs(apart))
     mixed = jnp.where(small, image / jnp.where(small, apart, 1), 0)
     first = jnp.diag(cut * jnp.linspace(3, 2, m, dtype=x.dtype))  # decoupled from the rest, in the order they have
-    turned = jnp.linalg.eigh(jnp.where(either, first * above, image))[1][:, ::-1][:, :k]
+    turned = symmetric_eigen(jnp.where(either, first * above, image))[1][:, ::-1][:, :k]
     return _orthonormal(matmul(vectors, turned + matmul(mixed, turned)))
 
 
@@ -124,7 +128,7 @@ def _orthonormal(columns: Float[Array, "m k"]) -> Float[Array, "m k"]:
 @leading.defjvp
 def _leading_jvp(k: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     (matrix,), (change,) = primals, tangents
-    u, s, vt = _svd(matrix)
+    u, s, vt = thin_svd(matrix)
     squares = s**2
     apart = squares[None, :k] - squares[:, None]
     tied = jnp.abs(apart) <= 8 * jnp.finfo(s.dtype).eps * jnp.maximum(squares[0], jnp.finfo(s.dtype).tiny)
@@ -140,25 +144,8 @@ def _leading_jvp(k: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple
 
 def _svd_wide(matrix: Float[Array, "m n"], k: int) -> tuple[Array, Array, Array]:
     """By the SVD of the transposed, which LAPACK does about twice as fast where m < n."""
-    v, s, ut = _svd(matrix.T)
+    v, s, ut = thin_svd(matrix.T)
     return ut.T[:, :k], s[:k], v.T[:k]
-
-
-def _svd(matrix: Float[Array, "m n"]) -> tuple[Array, Array, Array]:
-    """The thin SVD. On a CPU by divide and conquer, and by QR iteration where that fails on a finite matrix.
-
-    LAPACK's divide and conquer does not always converge on many equal singular values; what it gives then is NaN.
-    """
-    found = jnp.linalg.svd(matrix, full_matrices=False)
-    failed = jnp.isfinite(matrix).all() & ~jnp.isfinite(found[1]).all()
-
-    def again(matrix: Array) -> tuple[Array, Array, Array]:
-        return tuple(lax.linalg.svd(matrix, full_matrices=False, algorithm=lax.linalg.SvdAlgorithm.QR))
-
-    def on_cpu(matrix: Array) -> tuple[Array, Array, Array]:
-        return lax.cond(failed, again, lambda matrix: tuple(found), matrix)
-
-    return lax.platform_dependent(matrix, cpu=on_cpu, default=lambda matrix: tuple(found))
 
 
 def _scale(matrix: Array) -> Array:
@@ -201,14 +188,18 @@ def polar(matrix: Float[Array, "m n"], cutoff: float | None = None) -> Polar:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _polar(matrix: Float[Array, "m n"], cutoff: float) -> Polar:
+    return one_by_one(functools.partial(_polar_factor, cutoff=cutoff))(matrix)
+
+
+def _polar_factor(matrix: Array, cutoff: float) -> Polar:
     m, n = matrix.shape
     if m > n:
-        transposed = _polar(matrix.T, cutoff)
+        transposed = _polar_factor(matrix.T, cutoff)
         return transposed._replace(factor=transposed.factor.T)
     scaled = matrix / _scale(matrix)
     if n < 2 * m:
         return _by_platform(scaled, cutoff)
-    values, vectors = jnp.linalg.eigh(gram(scaled.T))
+    values, vectors = symmetric_eigen(gram(scaled.T))
 
     def by_gram(x: Array) -> Polar:
         root = matmul(vectors / jnp.sqrt(values), vectors.T)
@@ -273,7 +264,8 @@ def newton_schulz(x: Float[Array, "m n"], cutoff: float) -> Steps:
 
 def _to_one(x: Float[Array, "m n"], square: Float[Array, "m m"], quintics: Any, most: int | Array) -> Steps:
     """At most so many steps, by the quintics in turn and then the last of them; `square` is `X X^T`."""
-    eye, coefficients = jnp.eye(len(x), dtype=x.dtype), jnp.asarray(np.asarray(quintics), x.dtype)
+    eye = jnp.eye(len(x), dtype=x.dtype)
+    coefficients = jnp.stack([jnp.stack([jnp.full((), c, x.dtype) for c in quintic]) for quintic in quintics])
     tolerance = 64 * float(jnp.finfo(x.dtype).eps)
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
@@ -300,7 +292,7 @@ def _polar_jvp(cutoff: float, primals: tuple[Array], tangents: tuple[Array]) -> 
     """`U [(P - P^T) / (s_i + s_j)] V^T` with `P = U^T dA V`, and what leaves the row and column spaces, over `s`."""
     (matrix,), (change,) = primals, tangents
     found = _polar(matrix, cutoff)
-    u, s, vt = _svd(matrix)
+    u, s, vt = thin_svd(matrix)
     kept = nonzero(s, s[0], cutoff)
     inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
     both = kept[:, None] & kept[None]

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 # Before JAX or NumPy are imported, and for the processes that tests start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("PJRT_NPROC", "8")  # XLA's threads: with two, two decompositions under `vmap` can wait for ever
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one compilation of each step for all processes of a test run
     _cache = tempfile.mkdtemp(prefix="cfmerge-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache

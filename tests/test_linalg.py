@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cfmerge import linalg
+from cfmerge import linalg, singular
 
 
 def test_gram_by_blocks_is_the_gram():
@@ -37,6 +37,63 @@ def test_solve_right_and_its_fall_back():
     assert not held
     assert np.isfinite(solution).all()
     np.testing.assert_allclose(solution[:, :7], rhs[:, :7], atol=1e-10)
+
+
+def test_solve_right_under_vmap_and_its_derivatives():
+    """Of a batch only those fall back that must, and each has the solution that it has alone, to the last digit."""
+    rng = np.random.default_rng(0)
+    a, rhs = rng.standard_normal((3, 6, 6)), jnp.asarray(rng.standard_normal((2, 6)))
+    matrices = jnp.asarray(a @ a.mT + np.eye(6)).at[1].set(jnp.diag(jnp.asarray([1.0, 1, 1, 1, 1, -1])))
+    solutions, held = jax.jit(jax.vmap(linalg.solve_right, in_axes=(None, 0)))(rhs, matrices)
+    np.testing.assert_array_equal(held, [True, False, True])
+    for solution, matrix in zip(solutions, matrices, strict=True):
+        np.testing.assert_array_equal(solution, jax.jit(linalg.solve_right)(rhs, matrix)[0])
+
+    def loss(rhs, rows, solve):
+        return jnp.sum(solve(rhs, rows @ rows.T + jnp.eye(6)) ** 2)
+
+    rows = jnp.asarray(a[0], jnp.float32)
+    for derivative in (jax.grad, jax.hessian):
+        for argument in (0, 1):
+            got = derivative(loss, argument)(rhs, rows, lambda b, m: linalg.solve_right(b, m)[0])
+            expected = derivative(loss, argument)(rhs, rows, lambda b, m: b @ jnp.linalg.inv(m))
+            np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.max(jnp.abs(expected))))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: linalg.solve_right(x, x.T @ x)[0],
+        lambda x: linalg.symmetric_eigen(x.T @ x),
+        lambda x: linalg.pseudo_inverse(x.T @ x),
+        linalg.thin_svd,
+        lambda x: linalg.top_singular(x, 2, x[:3]),
+        lambda x: linalg.low_rank_factors(x, 2),
+        linalg.complete_qr,
+        lambda x: singular.leading(x, 2),
+        singular.svd,
+        singular.polar,
+    ],
+    ids=["solve", "eigen", "pseudo_inverse", "svd", "top", "low_rank", "qr", "leading", "svd_or_grams", "polar"],
+)
+def test_no_batches_of_decompositions(function):
+    """Two at once can wait for each other (see `one_by_one`)."""
+    lowered = jax.jit(jax.vmap(function)).lower(jnp.zeros((7, 6, 5))).as_text()
+    calls = [line for line in lowered.splitlines() if "@lapack_" in line]
+    assert calls
+    assert not [line for line in calls if "tensor<7x" in line]
+
+
+def test_svd_goes_on_where_lapack_gives_up(monkeypatch):
+    """Divide and conquer that has failed returns NaN; the slower QR iteration takes its place."""
+    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((7, 5)), jnp.float32)
+    true = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
+    nothing = tuple(jnp.full(shape, jnp.nan) for shape in ((7, 5), (5,), (5, 5)))
+    monkeypatch.setattr(jnp.linalg, "svd", lambda matrix, full_matrices: nothing)
+    u, s, vt = linalg.thin_svd(matrix)
+    np.testing.assert_allclose(s, true, rtol=1e-5)
+    np.testing.assert_allclose((u * s) @ vt, matrix, atol=1e-5)
+    assert np.isnan(linalg.thin_svd(matrix.at[0, 0].set(jnp.nan))[1]).all()
 
 
 def test_low_rank_factors():

@@ -149,7 +149,7 @@ def _completed(found: singular.Polar) -> Float[Array, "n n"]:
 
 def _bases(wide: Float[Array, "m n"]) -> tuple[Float[Array, "n m"], Float[Array, "n n-m"], Float[Array, "m m"]]:
     """Orthonormal bases of the rows' space and of what is orthogonal to it, and the rows' coefficients, transposed."""
-    basis, coefficients = jnp.linalg.qr(wide.T, mode="complete")
+    basis, coefficients = linalg.complete_qr(wide.T)
     return basis[:, : len(wide)], basis[:, len(wide) :], coefficients[: len(wide)]
 
 

@@ -125,15 +125,16 @@ def merged(part, m=6, n=5, precision="float32", experts=None):
     if method.moments:
         stacks.append(np.stack([moments_of(method, case) for case in cases.values()]).astype(np.float32))
 
-    def merge(arrays):
-        base, experts, *moments = arrays
-        return cfmerge.merge_tensor(base, list(experts), method, moments=list(moments[0]) if moments else None)
-
     with jax.enable_x64(precision == "float64"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = jax.jit(lambda arrays: lax.map(merge, arrays))(stacks)
+        out = jax.jit(lambda arrays: lax.map(functools.partial(merge, method), arrays))(stacks)
     stored = stacks[0].astype(np.float64)
     return {name: np.asarray(value, np.float64) - base for name, base, value in zip(cases, stored, out, strict=True)}
+
+
+def merge(method, arrays):
+    base, experts, *moments = arrays
+    return cfmerge.merge_tensor(base, list(experts), method, moments=list(moments[0]) if moments else None)
 
 
 def size(array):
@@ -144,6 +145,17 @@ def size(array):
 def test_finite_whatever_comes(part):
     for name, result in merged(part).items():
         assert np.isfinite(result).all(), name
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_under_vmap_decompositions_are_not_batched(part):
+    """Two batches at once can wait for each other, see `linalg.one_by_one`."""
+    method = methods.make(text_of(part))
+    moments = {"": [], "fisher": [(11, count(method), 6, 5)]}.get(method.moments, [(11, count(method), 5, 5)])
+    shapes = [(11, 6, 5), (11, count(method), 6, 5), *moments]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    lowered = jax.jit(jax.vmap(functools.partial(merge, method))).lower(arrays).as_text()
+    assert not [line for line in lowered.splitlines() if "@lapack_" in line and "tensor<11x" in line]
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -205,11 +205,7 @@ def compare(
 
 
 def risks(every: Bed, method: Method) -> np.ndarray:
-    """Of one method in many beds, `(beds,)`. Compiled, unless the method looks at the whole model first.
-
-    One bed after the other: XLA spreads a batch of decompositions over its threads and waits for them in one of these,
-    so two such batches at once (Cholesky's and that of eigenvalues) wait for ever where there are but two.
-    """
+    """Of one method in many beds, `(beds,)`. Compiled, unless the method looks at the whole model first."""
 
     def risk(bed: Bed) -> jax.Array:
         return excess_risk(merge(bed, method), bed)
