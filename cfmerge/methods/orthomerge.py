@@ -69,12 +69,12 @@ def orthomerge(residual: Part | None = None) -> Method:
     def report(statistic: Seen) -> tuple[Array, Report]:
         base, deltas, weights = statistic.base, jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
         skews, reflected = lax.map(lambda delta: skew_of(base, delta), deltas)
-        residuals = lax.map(lambda pair: pair[1] - linalg.matmul(base, cayley(pair[0])), (skews, deltas))
+        residuals = lax.map(lambda pair: pair[1] - turned(base, pair[0]), (skews, deltas))
         known = inner.init(base)
         for rest, weight, context in zip(residuals, statistic.weights, statistic.contexts, strict=True):
             known = inner.see(known, rest, weight, context)
         merged, told = inner.solve_with_report(known)
-        merged = merged + linalg.matmul(base, cayley(merged_skew(skews, weights)))
+        merged = merged + turned(base, merged_skew(skews, weights))
         return jnp.where(jnp.any(deltas != 0), merged, 0), {**told, "reflected": jnp.sum(reflected)}
 
     return Method(
@@ -175,11 +175,13 @@ def inverse_cayley(rotated: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], A
     return (skew - skew.T) / 2, reflected
 
 
-def cayley(skew: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """`R - I`."""
+def turned(base: Float[Array, "m n"], skew: Float[Array, "n n"]) -> Float[Array, "m n"]:
+    """`base (R - I)`, by the smaller side."""
     eye = jnp.eye(len(skew), dtype=skew.dtype)
-    numerator = 2 * linalg.matmul(skew, eye + skew)
-    return linalg.solve_right(numerator, eye + linalg.matmul(skew.T, skew))[0]
+    if len(base) > len(skew):
+        return linalg.matmul(base, turned(eye, skew))
+    image = linalg.matmul(base, skew)
+    return linalg.solve_right(2 * (image + linalg.matmul(image, skew)), eye + linalg.gram(skew))[0]
 
 
 def merged_skew(skews: Float[Array, "T n n"], weights: Float[Array, " T"]) -> Float[Array, "n n"]:
