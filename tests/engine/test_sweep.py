@@ -154,6 +154,21 @@ def test_one_decomposition_for_many_ridges(own):
         np.testing.assert_allclose(result, alone.solve(statistic[0]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [("ace", "eps_rel"), ("ace", "tau"), ("power", "exponent"), ("iso_c", "alpha"), ("two_sided", "output_power")],
+)
+def test_what_depends_on_the_numbers_is_decomposed_one_by_one(name, parameter):
+    """Never as a batch: two batches at once could wait for each other, and fall-backs would run for nothing."""
+    many = several(tuple(methods.make(f"{name}({parameter}={value})") for value in (0.25, 0.5, 0.75)))
+    statistic = many.init(jnp.zeros((6, 5)))
+    for delta in jax.random.normal(jax.random.key(0), (2, 6, 5)):
+        statistic = many.update(statistic, delta, 1.0)
+    shapes = decompositions(many.solve, statistic)
+    assert shapes
+    assert {len(shape) for shape in shapes} == {2}
+
+
 def test_statistics_that_are_shared(own):
     many = several((methods.average(), methods.task_arithmetic(0.5), own.squares(), own.squares(2.0), own.middle()))
     assert len(many.init(jnp.zeros((4, 3)))) == 3
