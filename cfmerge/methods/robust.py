@@ -141,8 +141,10 @@ def two_sided(
         def times(x: Array) -> Array:  # sum_t w_t A_t X B_t
             def one(total: Array, expert: tuple[Sides, Array]) -> tuple[Array, None]:
                 (u, a, b, vt), weight = expert
-                inner = linalg.matmul(linalg.matmul(u.T, x), vt.T) if len(u) <= vt.shape[1] else (
-                    linalg.matmul(u.T, linalg.matmul(x, vt.T)))  # fmt: skip
+                if len(u) <= vt.shape[1]:  # the longer side is left first and met again last
+                    inner = linalg.matmul(u.T, linalg.matmul(x, vt.T))
+                    return total + linalg.matmul(linalg.matmul(u * (weight * a), inner * b), vt), None
+                inner = linalg.matmul(linalg.matmul(u.T, x), vt.T)
                 return total + linalg.matmul(u * (weight * a), linalg.matmul(inner * b, vt)), None
 
             return lax.scan(one, jnp.zeros_like(x), (sides, weights))[0]
