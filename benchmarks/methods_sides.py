@@ -140,4 +140,4 @@ class Theirs:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()  # closes the pipes too, and minds none that is broken
