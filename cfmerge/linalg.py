@@ -129,17 +129,13 @@ def top_singular(
 
 
 @jax.custom_jvp
+@one_by_one
 def symmetric_eigen(matrix: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n n"]]:
     """Eigenvalues, ascending, and eigenvectors as columns, of a symmetric matrix.
 
     Differentiable; eigenvectors whose eigenvalues are the same to working precision do not turn into each other,
     which is right for functions of the matrix that are constant there, and never infinite.
     """
-    return _symmetric_eigen(matrix)
-
-
-@one_by_one
-def _symmetric_eigen(matrix: Array) -> tuple[Array, Array]:
     values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors
 
@@ -155,6 +151,7 @@ def _symmetric_eigen_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple
 
 
 @jax.custom_jvp
+@one_by_one
 def thin_svd(
     matrix: Float[Array, "m n"],
 ) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
@@ -163,11 +160,6 @@ def thin_svd(
     On a CPU by divide and conquer, and by QR iteration where that fails on a finite matrix: LAPACK's divide and conquer
     does not always converge on many equal singular values; what it gives then is NaN.
     """
-    return _thin_svd(matrix)
-
-
-@one_by_one
-def _thin_svd(matrix: Array) -> tuple[Array, Array, Array]:
     found = tuple(jnp.linalg.svd(matrix, full_matrices=False))
     failed = jnp.isfinite(matrix).all() & ~jnp.isfinite(found[1]).all()
 
@@ -198,13 +190,9 @@ def _thin_svd_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, A
 
 
 @jax.custom_jvp
+@one_by_one
 def orthonormal(columns: Float[Array, "m k"]) -> Float[Array, "m k"]:
     """Orthonormal columns that span the same (`k <= m`), by QR: the first j span what the first j of `columns` do."""
-    return _orthonormal(columns)
-
-
-@one_by_one
-def _orthonormal(columns: Array) -> Array:
     return jnp.linalg.qr(columns)[0]
 
 

@@ -265,7 +265,8 @@ def newton_schulz(x: Float[Array, "m n"], cutoff: float) -> Steps:
 def _to_one(x: Float[Array, "m n"], square: Float[Array, "m m"], quintics: Any, most: int | Array) -> Steps:
     """At most so many steps, by the quintics in turn and then the last of them; `square` is `X X^T`."""
     eye = jnp.eye(len(x), dtype=x.dtype)
-    coefficients = jnp.stack([jnp.stack([jnp.full((), c, x.dtype) for c in quintic]) for quintic in quintics])
+    numbers = [jnp.full((), number, x.dtype) for quintic in quintics for number in quintic]  # no array: see one_by_one
+    coefficients = jnp.stack(numbers).reshape(-1, 3)
     tolerance = 64 * float(jnp.finfo(x.dtype).eps)
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
