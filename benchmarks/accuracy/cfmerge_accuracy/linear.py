@@ -211,7 +211,7 @@ def risks(every: Bed, method: Method) -> np.ndarray:
         return excess_risk(merge(bed, method), bed)
 
     if method.survey is None:
-        return np.asarray(jax.jit(lambda every: jax.lax.map(risk, every))(every))
+        return np.asarray(jax.jit(jax.vmap(risk))(every))
     return np.array([risk(Bed(*(array[number] for array in every))) for number in range(len(every.deltas))])
 
 
