@@ -2,6 +2,7 @@
 
 import atexit
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -23,8 +24,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one compilation of each ste
 import jax
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 
-import cfmerge
+# Shapes that annotations state are checked at run time, in the modules that state some: a function is wrapped anew
+# each time its `def` is run, and methods are made of closures. The engine takes shapes that do not fit, and says so.
+# (So cfmerge is imported after this.)
+_package = Path(importlib.util.find_spec("cfmerge").submodule_search_locations[0])
+_files = [file for file in (*_package.glob("*.py"), *_package.glob("methods/*.py")) if '[Array, "' in file.read_text()]
+_modules = [".".join(("cfmerge", *file.relative_to(_package).with_suffix("").parts)) for file in _files]
+install_import_hook(_modules, "beartype.beartype")
 
 Tensors = dict[str, np.ndarray]
 LLAMA = {
@@ -143,6 +151,8 @@ def family(tmp_path: Path) -> SimpleNamespace:
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
     """`refused(words, base, experts, ...)`: the merge fails, says all the words, and changes nothing on disk."""
+
+    import cfmerge
 
     def check(words: list[str], base: Path, experts: object, method: str = "average", **options: object) -> str:
         before = _contents(tmp_path)

@@ -4,9 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 from lowered import lapack_calls
 
-from cfmerge import linalg, singular
+from cfmerge import covariance, linalg, singular
+from cfmerge.methods.orthomerge import rotation
+
+
+def test_shapes_that_annotations_state_are_checked():
+    """By tests/conftest.py, not where users call them."""
+    for wrong in (
+        lambda: linalg.gram(jnp.zeros(3)),
+        lambda: covariance.of_delta(jnp.zeros(3)),
+        lambda: rotation(jnp.zeros((2, 3)), jnp.zeros((3, 2))),
+    ):
+        with pytest.raises(TypeCheckError):
+            wrong()
 
 
 def test_gram_by_blocks_is_the_gram():
