@@ -81,7 +81,7 @@ def highest(dtype: Any, holds: Callable[[Array], Array]) -> Array:
     bits = 8 * jnp.dtype(dtype).itemsize
 
     def step(number: int | Array, found: Array) -> Array:
-        candidate = found | (jnp.asarray(1, dtype) << (bits - 1 - jnp.asarray(number)).astype(dtype))
+        candidate = _with_bit(found, bits - 1 - number)
         return jnp.where(holds(candidate), candidate, found)
 
     return lax.fori_loop(0, bits, step, jnp.zeros((), dtype))
@@ -89,15 +89,39 @@ def highest(dtype: Any, holds: Callable[[Array], Array]) -> Array:
 
 def largest(keys: UInt[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
     """Which entries are the `count` largest: exactly so many, of equal ones those of lower index."""
-    keys = lax.optimization_barrier(keys)  # computed once: computed again, the last one may fall below itself
-    key = kth_largest(keys, count)
-    upto = keys >= key
+    upto, above = _around(keys, count)
+    return lax.cond(
+        jnp.sum(upto, dtype=jnp.int32) > count,
+        lambda: above | first(upto & ~above, count - jnp.sum(above, dtype=jnp.int32)),
+        lambda: upto,
+    )
 
-    def without_some() -> Array:
-        above = keys > key
-        return above | first(keys == key, count - jnp.sum(above, dtype=jnp.int32))
 
-    return lax.cond(jnp.sum(upto, dtype=jnp.int32) > count, without_some, lambda: upto)
+def _around(keys: UInt[Array, "..."], rank: int | Int[Array, ""]) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]:
+    """Which keys are at or above, and which above, the `kth_largest`: the last comparisons that held, and did not.
+
+    They are those that were counted. Made again behind the loop, they could be of keys that were computed again there
+    (XLA drops optimization barriers before it fuses), with other roundings, and the last key would fall below itself.
+    """
+    bits = 8 * keys.dtype.itemsize
+
+    def step(number: int | Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        found, upto, above = state
+        candidate = _with_bit(found, bits - 1 - number)
+        reaching = keys >= candidate
+        enough = jnp.sum(reaching, dtype=jnp.int32) >= rank
+        return (
+            jnp.where(enough, candidate, found),
+            jnp.where(enough, reaching, upto),
+            jnp.where(enough, above, reaching),
+        )
+
+    start = (jnp.zeros((), keys.dtype), jnp.ones(keys.shape, bool), jnp.zeros(keys.shape, bool))
+    return lax.fori_loop(0, bits, step, start)[1:]
+
+
+def _with_bit(key: Array, bit: int | Array) -> Array:
+    return key | (jnp.asarray(1, key.dtype) << jnp.asarray(bit).astype(key.dtype))
 
 
 def first(mask: Bool[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:

@@ -67,6 +67,11 @@ COARSE = {  # float32 against float64, relative to the largest entry, where it i
 COMPARED = ("plain", "one zero", "opposite")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Not here: what comes is extreme, and has to be stood by the code that users run."""
+
+
 def text_of(part):
     return ARGUMENTS.get(part, part)
 
@@ -171,10 +176,11 @@ def test_wide_with_more_experts_than_the_rank(part):
     method = methods.make(text_of(part))
     if method.experts[1] is not None:
         pytest.skip("takes a fixed number of experts")
-    for name, result in merged(part, 4, 9, experts=6).items():
+    results = merged(part, 2, 5, experts=3)
+    for name, result in results.items():
         assert np.isfinite(result).all(), name
     if part != "model_stock":  # these deltas point away from each other: nothing is left of them
-        assert merged(part, 4, 9, experts=6)["plain"].any(), "the deltas got lost"
+        assert results["plain"].any(), "the deltas got lost"
 
 
 @pytest.mark.parametrize("part", PARTS)

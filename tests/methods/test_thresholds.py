@@ -51,6 +51,19 @@ def test_largest_is_exactly_so_many(dtype):
         np.testing.assert_array_equal(many, [largest(x, 17), largest(x, 200)])
 
 
+@pytest.mark.parametrize("level", [0, 3])
+def test_largest_is_exactly_so_many_of_computed_numbers(level):
+    """However XLA compiles it: without optimisation and under `vmap` it computes them twice, with other roundings."""
+
+    def of_variance(x):
+        mean = sum(x) / len(x)
+        return _thresholds.largest(_thresholds.magnitude_keys(sum((each - mean) ** 2 for each in x)), 54)
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((40, 3, 13, 7)), jnp.float32)
+    find = jax.jit(jax.vmap(of_variance), compiler_options={"xla_backend_optimization_level": level})
+    assert set(np.asarray(find(x)).sum((1, 2))) == {54}
+
+
 def test_middle_ranks():
     x = jnp.array([[3.0, -1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     ranks = _thresholds.middle_ranks(_thresholds.magnitude_keys(x))
