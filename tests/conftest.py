@@ -111,6 +111,18 @@ def _compiled_code_is_freed():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def unoptimised():
+    """Code that is not optimised: compiling is most of the time that tests of mathematics take.
+
+    For those that compare with NumPy and with the peers' numbers within tolerances. What asks for the same bits, and
+    what works from end to end, is tested as users compile it.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def llama() -> Callable[..., Tensors]:
     """`llama(expert, dtype)`: tensors of a tiny LLaMA, 0 the base."""

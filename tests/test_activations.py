@@ -17,6 +17,8 @@ from cfmerge.errors import CfmergeError
 from cfmerge.methods import average, lot, regmean
 from cfmerge.parameters import classify, to_canonical
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def gram(rows):
     rows = np.asarray(rows, np.float64).reshape(-1, np.shape(rows)[-1])

@@ -10,6 +10,8 @@ from lowered import lapack_calls
 from cfmerge import covariance, linalg, singular
 from cfmerge.methods.orthomerge import rotation
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def test_shapes_that_annotations_state_are_checked():
     """By tests/conftest.py, not where users call them."""

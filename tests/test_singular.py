@@ -7,6 +7,8 @@ import pytest
 
 from cfmerge import singular
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 SHAPES = [(6, 24), (24, 6), (9, 12), (8, 8), (1, 5), (5, 1)]
 
 
