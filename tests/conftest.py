@@ -101,6 +101,7 @@ def _contents(directory: Path) -> dict[str, str]:
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "-"
         for path in sorted(directory.rglob("*"))
+        if "__pycache__" not in path.parts  # what Python itself leaves beside a method's file
     }
 
 
