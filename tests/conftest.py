@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,6 @@ def _contents(directory: Path) -> dict[str, str]:
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "-"
         for path in sorted(directory.rglob("*"))
-        if "__pycache__" not in path.parts  # what Python itself leaves beside a method's file
     }
 
 
@@ -119,9 +119,10 @@ def unoptimised():
     For those that compare with NumPy and with the peers' numbers within tolerances. What asks for the same bits, and
     what works from end to end, is tested as users compile it.
     """
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
@@ -162,10 +163,12 @@ def family(tmp_path: Path) -> SimpleNamespace:
 
 
 @pytest.fixture
-def refused(tmp_path: Path) -> Callable[..., str]:
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """`refused(words, base, experts, ...)`: the merge fails, says all the words, and changes nothing on disk."""
 
     import cfmerge
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python's own cache, beside a method that is a file
 
     def check(words: list[str], base: Path, experts: object, method: str = "average", **options: object) -> str:
         before = _contents(tmp_path)

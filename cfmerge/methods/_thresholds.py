@@ -8,7 +8,8 @@ is taken in the order of the entries.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from cfmerge.methods._base import NO_CONTEXT, Context, Found, Seen, Survey, xp_of
 
 Rounding = Literal["ceil", "floor", "round"]
+Mask = Bool[Array, "..."]
+T = TypeVar("T")
 BITS = 16  # of a digit
 VALUES = 1 << BITS
 
@@ -73,23 +76,18 @@ def _top_bit(dtype: Any) -> Array:
 
 def kth_largest(keys: UInt[Array, "..."], rank: int | Int[Array, ""]) -> UInt[Array, ""]:
     """The key with `rank - 1` others before it in descending order; above all keys for rank 0."""
-    return highest(keys.dtype, lambda key: jnp.sum(keys >= key, dtype=jnp.int32) >= rank)
+    enough = reaching(rank)
+    return highest(keys.dtype, lambda key: enough(keys >= key))
 
 
 def highest(dtype: Any, holds: Callable[[Array], Array]) -> Array:
     """The largest integer at which a condition holds that holds below it and not above; found bit by bit."""
-    bits = 8 * jnp.dtype(dtype).itemsize
-
-    def step(number: int | Array, found: Array) -> Array:
-        candidate = _with_bit(found, bits - 1 - number)
-        return jnp.where(holds(candidate), candidate, found)
-
-    return lax.fori_loop(0, bits, step, jnp.zeros((), dtype))
+    return _bisect(dtype, lambda number: (holds(number), ()), ((), ()))[0]
 
 
 def largest(keys: UInt[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
     """Which entries are the `count` largest: exactly so many, of equal ones those of lower index."""
-    upto, above = _around(keys, count)
+    upto, above = around(keys, reaching(count))
     return lax.cond(
         jnp.sum(upto, dtype=jnp.int32) > count,
         lambda: above | first(upto & ~above, count - jnp.sum(above, dtype=jnp.int32)),
@@ -97,31 +95,44 @@ def largest(keys: UInt[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array
     )
 
 
-def _around(keys: UInt[Array, "..."], rank: int | Int[Array, ""]) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]:
-    """Which keys are at or above, and which above, the `kth_largest`: the last comparisons that held, and did not.
+def reaching(count: int | Int[Array, ""]) -> Callable[[Mask], Bool[Array, ""]]:
+    """Whether so many entries are set: with `around`, the `kth_largest`."""
+    return lambda mask: jnp.sum(mask, dtype=jnp.int32) >= count
 
-    They are those that were counted. Made again behind the loop, they could be of keys that were computed again there
-    (XLA drops optimization barriers before it fuses), with other roundings, and the last key would fall below itself.
+
+def around(keys: UInt[Array, "..."], enough: Callable[[Mask], Bool[Array, ""]]) -> tuple[Mask, Mask]:
+    """Which entries are at or above, and which above, the largest key with enough of them at or above it.
+
+    They are those that `enough` saw: the last where it held, and where it did not. Compared again behind the loop,
+    they could be with keys that were computed again there (XLA drops optimization barriers before it fuses), with
+    other roundings, and the last key would fall below itself.
     """
-    bits = 8 * keys.dtype.itemsize
 
-    def step(number: int | Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        found, upto, above = state
-        candidate = _with_bit(found, bits - 1 - number)
-        reaching = keys >= candidate
-        enough = jnp.sum(reaching, dtype=jnp.int32) >= rank
-        return (
-            jnp.where(enough, candidate, found),
-            jnp.where(enough, reaching, upto),
-            jnp.where(enough, above, reaching),
-        )
+    def look(key: Array) -> tuple[Array, Array]:
+        mask = keys >= key
+        return enough(mask), mask
 
-    start = (jnp.zeros((), keys.dtype), jnp.ones(keys.shape, bool), jnp.zeros(keys.shape, bool))
-    return lax.fori_loop(0, bits, step, start)[1:]
+    return _bisect(keys.dtype, look, (jnp.ones(keys.shape, bool), jnp.zeros(keys.shape, bool)))[1]
 
 
-def _with_bit(key: Array, bit: int | Array) -> Array:
-    return key | (jnp.asarray(1, key.dtype) << jnp.asarray(bit).astype(key.dtype))
+def _bisect(dtype: Any, look: Callable[[Array], tuple[Array, T]], seen: tuple[T, T]) -> tuple[Array, tuple[T, T]]:
+    """The largest integer at which a condition holds, and what was last seen where it held and where it did not.
+
+    Args:
+        look: `look(number)` returns whether it holds there, and what else is seen.
+        seen: where it holds, at 0, and where it does not.
+    """
+    bits = 8 * jnp.dtype(dtype).itemsize
+
+    def step(place: int | Array, state: tuple[Array, T, T]) -> tuple[Array, T, T]:
+        number, below, above = state
+        candidate = number | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - place).astype(dtype))
+        holds, found = look(candidate)
+        choose = partial(jax.tree.map, partial(jnp.where, holds))
+        return choose((candidate, found, above), (number, below, found))
+
+    number, below, above = lax.fori_loop(0, bits, step, (jnp.zeros((), dtype), *seen))
+    return number, (below, above)
 
 
 def first(mask: Bool[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:

@@ -70,7 +70,7 @@ def trim(
     def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
         keys = magnitude_keys(delta)
         if count == "official":
-            kept = keys >= _thresholds.kth_largest(keys, wanted(delta.size))
+            kept, _ = _thresholds.around(keys, _thresholds.reaching(wanted(delta.size)))
         else:
             kept = _thresholds.largest(keys, wanted(delta.size))
         return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
@@ -164,8 +164,8 @@ def trim_energy(share: PerExpert = 0.9, keep_last: bool = False) -> Transform:
         keys = magnitude_keys(delta)
         energies = lax.stop_gradient(ratio(delta, jnp.max(jnp.abs(delta)))) ** 2
         least = jnp.asarray(share, delta.dtype) * jnp.sum(energies)
-        key = _thresholds.highest(keys.dtype, lambda key: jnp.sum(jnp.where(keys >= key, energies, 0)) >= least)
-        kept = (keys >= key) & (least > 0)
+        kept, _ = _thresholds.around(keys, lambda mask: jnp.sum(jnp.where(mask, energies, 0)) >= least)
+        kept &= least > 0
         if keep_last:
             kept |= (jnp.arange(delta.size) == delta.size - 1).reshape(delta.shape)
         return jnp.where(kept, delta, 0)
