@@ -30,8 +30,12 @@ def accuracy(
         list[int] | None, typer.Option(help="May be repeated. Default: 0, 1 and 2, or with --quick 0.")
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="One row of the tables. Default: all.")
+        list[str] | None,
+        typer.Option("--method", "-m", help="One row of the tables; may be repeated. Default: all but variants."),
     ] = None,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="All rows: with other settings than the published defaults.")
+    ] = False,
     quick: Annotated[
         bool, typer.Option(help="Small networks, little training, few tasks and methods: does it run?")
     ] = False,
@@ -54,7 +58,7 @@ def accuracy(
     console = Console(stderr=True)
     zoos, seeds = (suite.QUICK_ZOOS, suite.SEEDS[:1]) if quick else (suite.ZOOS, suite.SEEDS)
     asked = suite.Options(
-        output, zoo or zoos, seed or seeds, method or (), quick, scale, engine,
+        output, zoo or zoos, seed or seeds, method or (), variants, quick, scale, engine,
         shlex.join(["cfmerge", *sys.argv[1:]]), workers.default_jobs() if jobs is None else jobs,
     )  # fmt: skip
     cache.keep_compiled()

@@ -178,9 +178,17 @@ def test_every_entry_is_a_method():
 
 def test_every_method_of_the_package_is_compared_or_left_out_for_a_reason():
     known = cfmerge.methods.registry()
-    text = " ".join([*(entry.method for entry in methods.ENTRIES), *methods.WITHOUT])
+    text = " ".join([*(entry.method for entry in methods.entries()), *methods.WITHOUT])
     wanted = [name for name, entry in known.items() if entry.kind == "method"]
     assert not [name for name in wanted if not re.search(rf"\b{name}\b", text)]
+
+
+def test_variants_are_run_when_they_are_asked_for():
+    without = {entry.name for entry in methods.entries()}
+    variants = {entry.name for entry in methods.entries(variants=True)} - without
+    assert {"ace", "power 1/2, ridge to the mean", "anchored at the mean"} <= without
+    assert {"ace, eps_rel 7", "power 1/2, half-flattened", "anchored at Iso-C"} <= variants
+    assert [entry.name for entry in methods.entries(["ace, eps_rel 7"])] == ["ace, eps_rel 7"]
 
 
 def test_unknown_names_are_told(tmp_path):
@@ -216,7 +224,20 @@ def test_a_run_leaves_numbers_and_a_report(tmp_path, monkeypatch, zoo):
     assert json.loads((tmp_path / "rows" / "vision-0.json").read_text()) == more
 
 
-def test_what_peers_came_to_stays_with_its_experts():
-    kept = {"references": {"base": {"a": 0.5}}, "quick": False, "peers": [{"method": "ace"}]}
-    assert suite.of_peers(kept, {"references": {"base": {"a": 0.5}}, "quick": False}) == {"peers": [{"method": "ace"}]}
-    assert suite.of_peers(kept, {"references": {"base": {"a": 0.6}}, "quick": False}) == {}
+def test_what_a_whole_run_does_not_make_stays_with_its_experts():
+    def numbers(rows, command, **more):
+        methods = [{"name": name, "of": command} for name in rows]
+        environment = {"command": command, "jax": command}
+        references = {"base": {"a": 0.5}}
+        return {"references": references, "quick": False, "methods": methods, "environment": environment, **more}
+
+    found = numbers(["average", "ace"], "new")
+    kept = numbers(["ace", "gone", "ace, eps_rel 7"], "old", peers=[{"method": "ace"}])
+    stays = found | suite.besides(kept, found)
+    assert stays["peers"] == kept["peers"]
+    assert [(row["name"], row["of"]) for row in stays["methods"]] == [
+        ("average", "new"), ("ace", "new"), ("ace, eps_rel 7", "old"),
+    ]  # fmt: skip
+    assert stays["environment"] == {"command": "old; new", "jax": "new"}
+    assert suite.besides(numbers(["ace"], "old"), found) == {}
+    assert suite.besides(kept | {"references": {"base": {"a": 0.6}}}, found) == {}

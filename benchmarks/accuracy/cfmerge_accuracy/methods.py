@@ -1,8 +1,9 @@
 """The methods that are compared, at the settings that were fixed before any result was seen.
 
 A method's own defaults are its paper's, wherever the paper names one (`cfmerge methods NAME` says which). Settings that
-differ from the defaults stand here by name, so that nothing is chosen on test data: published alternatives, an epsilon
-grid for ACE, and the variants of `power` and `anchored` that the project bets on.
+differ from the defaults stand here by name, so that nothing is chosen on test data: published alternatives, and as
+variants, which are run when they are asked for, a grid of ACE's ridge and what the project bets on of `power` and
+`anchored`.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ class Entry(NamedTuple):
         method: an expression, as for `cfmerge merge -m`; "regmean_pp" is done with the model itself.
         group: the family's page of the methods' documentation.
         data: what of the tasks' data it is given: none; input Grams; Fishers; inputs.
+        variant: whether it is another setting of a method that has a row, and nobody's published default.
     """
 
     name: str
     method: str
     group: str
     data: Data = "none"
+    variant: bool = False
 
 
 def _of(group: str, *methods: str) -> list[Entry]:
     return [Entry(method, method, group) for method in methods]
+
+
+def _variant(name: str, method: str) -> Entry:
+    return Entry(name, method, "least squares", variant=True)
 
 
 ENTRIES = (
@@ -42,13 +49,13 @@ ENTRIES = (
         "ace", "actmat", "tact", "wudi", "wudi_adam", "swudi", "aswudi", "optmerge", "cauchy_poe", "two_sided",
     ),
     Entry("ace, published eps (CLIP)", "ace(eps=1e-5)", "least squares"),
-    *(Entry(f"ace, eps_rel {x:g}", f"ace(eps_rel={x:g})", "least squares") for x in (0.007, 0.7, 7)),
+    *(_variant(f"ace, eps_rel {x:g}", f"ace(eps_rel={x:g})") for x in (0.007, 0.7, 7)),
     Entry("power 1/2, ridge to the mean", "power", "least squares"),
-    Entry("power 1, ridge to the mean", "power(exponent=1)", "least squares"),
-    Entry("power 1/2, no ridge", "power(ridge=0)", "least squares"),
-    Entry("power 1/2, half-flattened", "power >> half_flatten", "least squares"),
+    _variant("power 1, ridge to the mean", "power(exponent=1)"),
+    _variant("power 1/2, no ridge", "power(ridge=0)"),
+    _variant("power 1/2, half-flattened", "power >> half_flatten"),
     Entry("anchored at the mean", "anchored", "least squares"),
-    Entry("anchored at Iso-C", "anchored(ridge=1.5, towards=iso_c)", "least squares"),
+    _variant("anchored at Iso-C", "anchored(ridge=1.5, towards=iso_c)"),
     *_of(
         "spectral",
         "tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "star >> average", "average >> subspace_boosting",
@@ -75,8 +82,8 @@ CURVE = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "dc_merge", "ac
 QUICK = ("average", "task_arithmetic", "ace", "tsv_m", "ties", "regmean(a=1)")  # of the quick run
 
 
-def entries(names: Sequence[str] = (), quick: bool = False) -> list[Entry]:
-    """Those that are asked for by name, or all; with `quick` some of each family.
+def entries(names: Sequence[str] = (), quick: bool = False, variants: bool = False) -> list[Entry]:
+    """Those that are asked for by name, or all, with variants or without; with `quick` some of each family.
 
     Raises:
         CfmergeError: a name that is not there.
@@ -87,4 +94,4 @@ def entries(names: Sequence[str] = (), quick: bool = False) -> list[Entry]:
             raise CfmergeError(f"no method {name!r} in the suite{nearest(name, known)}")
     if names:
         return [known[name] for name in names]
-    return [entry for entry in ENTRIES if not quick or entry.method in QUICK]
+    return [e for e in ENTRIES if (e.method in QUICK or not quick) and (variants or not e.variant)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfmerge.errors import CfmergeError, nearest
+from cfmerge_accuracy.methods import ENTRIES, Entry, entries
 from cfmerge_accuracy.zoo import Zoo
 
 Load = Callable[..., Zoo]
@@ -31,6 +32,7 @@ class Options(NamedTuple):
     Attributes:
         output: a folder; `rows/` in it keeps one file of numbers for each zoo and seed.
         zoos, seeds, methods: which; no methods: all. Rows of methods that are named join those that are there.
+        variants: all methods, and their variants: settings that nobody published as a default.
         quick: small networks, few steps, tasks and methods: minutes, to see that all works.
         scale: "large" trains a vision transformer of the shape of CLIP ViT-B/32, for a GPU.
         engine: what evaluates text models: "flax", or "torch", in bfloat16 where the processor has it in hardware;
@@ -43,6 +45,7 @@ class Options(NamedTuple):
     zoos: Sequence[str] = ZOOS
     seeds: Sequence[int] = SEEDS
     methods: Sequence[str] = ()
+    variants: bool = False
     quick: bool = False
     scale: str = "small"
     engine: Any = "auto"
@@ -110,7 +113,7 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
             found = _one(name, seed, options, report)
             kept = json.loads(path.read_text()) if path.exists() else None
             if kept:
-                found = beside(kept, found) if options.methods else found | of_peers(kept, found)
+                found = beside(kept, found) if options.methods else found | besides(kept, found)
             _write(path, found)
     from cfmerge_accuracy import report as reports
 
@@ -130,13 +133,26 @@ def beside(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
             "zoo with all methods (no -m), or with another output folder"
         )
     rows = {row["name"]: row for row in (*kept["methods"], *found["methods"])}
-    ran = [kept["environment"]["command"], found["environment"]["command"]]
-    return kept | {"methods": [*rows.values()], "environment": kept["environment"] | {"command": "; ".join(ran)}}
+    return kept | {"methods": [*rows.values()], "environment": kept["environment"] | {"command": _both(kept, found)}}
 
 
-def of_peers(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What peers.py wrote beside the numbers that were kept, if these were of the same experts."""
-    return {key: kept[key] for key in ("peers", "peers_failed") if key in kept and _same_experts(kept, found)}
+def besides(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What stays when a whole run takes the place of the numbers that were kept, if these are of the same experts.
+
+    That is what peers.py wrote, and the variants that were not run again.
+    """
+    if not _same_experts(kept, found):
+        return {}
+    stays: dict[str, Any] = {key: kept[key] for key in ("peers", "peers_failed") if key in kept}
+    left = {entry.name for entry in ENTRIES if entry.variant} - {row["name"] for row in found["methods"]}
+    if rows := [row for row in kept["methods"] if row["name"] in left]:
+        stays["methods"] = [*found["methods"], *rows]
+        stays["environment"] = found["environment"] | {"command": _both(kept, found)}
+    return stays
+
+
+def _both(kept: dict[str, Any], found: dict[str, Any]) -> str:
+    return "; ".join(one["environment"]["command"] for one in (kept, found))
 
 
 def _same_experts(kept: dict[str, Any], found: dict[str, Any]) -> bool:
@@ -145,18 +161,23 @@ def _same_experts(kept: dict[str, Any], found: dict[str, Any]) -> bool:
 
 def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     from cfmerge_accuracy import compare, workers
-    from cfmerge_accuracy.methods import CURVE, entries
+    from cfmerge_accuracy.methods import CURVE
 
     started = time.monotonic()
     zoo = load(name, seed, options, report)
     trained = time.monotonic()
     factors = (0.5, 2.0) if options.quick else compare.FACTORS
-    curve = [e for e in entries() if e.method in CURVE and name in CURVES and not options.methods and not options.quick]
+    chosen = _chosen(options)
+    curve = [e for e in chosen if e.method in CURVE and name in CURVES and not options.methods and not options.quick]
     again = functools.partial(load, name, seed, options, _in_silence)
     with workers.spread(options.jobs, again) if options.jobs > 1 else contextlib.nullcontext() as run:
-        found = compare.compare(zoo, entries(options.methods, quick=options.quick), factors, report, curve, run)
+        found = compare.compare(zoo, chosen, factors, report, curve, run)
     seconds = {"loading": trained - started, "comparing": time.monotonic() - trained}
     return found | {"quick": options.quick, "environment": environment(options), "seconds": seconds}
+
+
+def _chosen(options: Options) -> list[Entry]:
+    return entries(options.methods, quick=options.quick, variants=options.variants)
 
 
 def _in_silence(line: str) -> None:
@@ -166,9 +187,8 @@ def _in_silence(line: str) -> None:
 def _linear(options: Options) -> dict[str, Any]:
     import cfmerge
     from cfmerge_accuracy import linear
-    from cfmerge_accuracy.methods import entries
 
-    chosen = [] if options.quick else [entry for entry in entries(options.methods) if entry.data == "none"]
+    chosen = [] if options.quick else [entry for entry in _chosen(options) if entry.data == "none"]
     others = {entry.name: cfmerge.methods.make(entry.method) for entry in chosen}
     return linear.table(options.seeds, others=others, quick=options.quick) | {"environment": environment(options)}
 
