@@ -154,6 +154,25 @@ def test_a_curve_counts_experts(zoo):
     assert found[1] == compare.at_count(compare.Given(zoo), [average], 3)[0]
 
 
+def test_a_model_that_was_judged_is_not_judged_again(zoo):
+    """Unless it is another model, other tasks, or judged in another way."""
+    asked = []
+
+    def logits(params, task, split):
+        asked.append(task)
+        return zoo.logits(params, task, split)
+
+    kept = dataclasses.replace(zoo, logits=logits, judged_by="code and examples")
+    assert [kept.accuracies(zoo.base, "test") for _ in range(2)] == [zoo.accuracies(zoo.base, "test")] * 2
+    assert [kept.ensemble("test") for _ in range(2)] == [zoo.ensemble("test")] * 2
+    assert len(asked) == 3 + 9
+    for other in (kept, dataclasses.replace(kept, judged_by="other code")):
+        assert other.accuracies(zoo.multitask, "test") == zoo.accuracies(zoo.multitask, "test")
+        assert other.accuracies(zoo.base, "test", ["b"]) == zoo.accuracies(zoo.base, "test", ["b"])
+        assert other.accuracies(zoo.base, "validation") == zoo.accuracies(zoo.base, "validation")
+    assert len(asked) == 12 + 2 * (3 + 1 + 3)
+
+
 def test_processes_find_what_one_finds(zoo):
     """In the order that was asked for, whoever was done first; and a process that dies is told of."""
     chosen, told = methods.entries(["ace", "average", "fisher"]), []

@@ -8,14 +8,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from cfmerge.demo.archives import cache_directory
-from cfmerge_accuracy.zoo import Params
+
+if TYPE_CHECKING:
+    from cfmerge_accuracy.zoo import Params
 
 
 def digest(of: Mapping[str, Any], code: Sequence[ModuleType], data: Sequence[np.ndarray]) -> str:

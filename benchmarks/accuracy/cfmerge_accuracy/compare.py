@@ -127,7 +127,7 @@ def climb(value: Callable[[float], float], factors: Sequence[float]) -> float:
 
 def own_accuracies(zoo: Zoo, split: Split) -> dict[str, float]:
     """Each expert's on its own task."""
-    return {task: zoo.accuracy(zoo.experts[task], task, split) for task in zoo.tasks}
+    return {task: zoo.accuracies(zoo.experts[task], split, [task])[task] for task in zoo.tasks}
 
 
 def references(given: Given) -> dict[str, dict[str, float]]:

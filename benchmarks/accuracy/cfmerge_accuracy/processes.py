@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,14 @@ def vectors() -> str:
     told = Path("/proc/cpuinfo")
     flags = told.read_text().split() if told.exists() else []
     return next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd") if flag in flags), "")
+
+
+def machine(*packages: str) -> dict[str, str]:
+    """What numbers depend on besides code and data: the processor's kind, the device, versions of packages."""
+    import jax
+
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"processor": vectors(), "device": jax.devices()[0].device_kind, **versions}
 
 
 def shared(own: list[int], jobs: int) -> list[list[int]]:

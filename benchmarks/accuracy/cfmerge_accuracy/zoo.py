@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
+
+from cfmerge_accuracy.cache import cached
 
 Params = Any  # a tree of arrays as Flax names them: what is trained and merged
 Split = Literal["train", "validation", "test"]
@@ -36,6 +39,8 @@ class Zoo:
         rules: of the recipe, for tensors that the methods shall not see.
         finish: `(params, tasks) -> params`: what has to be done to a merged model before it is used (batch norms).
         facts: for the report: sizes, steps, chance levels, whatever describes the experts.
+        judged_by: a digest of all that decides accuracies besides the parameters: code, examples, heads, machine. With
+            it, those of a model that was judged before come from the cache.
     """
 
     name: str
@@ -52,24 +57,35 @@ class Zoo:
     rules: Sequence[Mapping[str, Any]] = ()
     finish: Callable[[Params, Sequence[str]], Params] = unchanged
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def accuracy(self, params: Params, task: str, split: Split) -> float:
-        """The share of the split's examples whose best-scoring class is the right one."""
-        predicted = np.argmax(self.logits(params, task, split), axis=-1)
-        return float(np.mean(predicted == self.labels(task, split)))
+    judged_by: str = ""
 
     def accuracies(self, params: Params, split: Split, tasks: Sequence[str] | None = None) -> dict[str, float]:
-        """By task."""
-        return {task: self.accuracy(params, task, split) for task in tasks or self.tasks}
+        """By task: the share of the split's examples whose best-scoring class is the right one."""
+        tasks = tuple(tasks or self.tasks)
+        return self._judged(params, tasks, split, lambda task: self.logits(params, task, split))
 
     def ensemble(self, split: Split) -> dict[str, float]:
         """Accuracies of the mean of all experts' probabilities: an upper reference that costs all the models."""
-        found = {}
-        for task in self.tasks:
-            each = [softmax(self.logits(params, task, split)) for params in self.experts.values()]
-            predicted = np.argmax(np.mean(each, axis=0), axis=-1)
-            found[task] = float(np.mean(predicted == self.labels(task, split)))
-        return found
+
+        def mean(task: str) -> np.ndarray:
+            return np.mean([softmax(self.logits(params, task, split)) for params in self.experts.values()], axis=0)
+
+        return self._judged(dict(self.experts), self.tasks, split, mean)
+
+    def _judged(
+        self, models: Params, tasks: tuple[str, ...], split: Split, scores: Callable[[str], np.ndarray]
+    ) -> dict[str, float]:
+        def make() -> Params:
+            right = {task: np.argmax(scores(task), axis=-1) == self.labels(task, split) for task in tasks}
+            return {task: np.mean(each, keepdims=True) for task, each in right.items()}
+
+        if not self.judged_by:
+            found = make()
+        else:
+            of = {"by": self.judged_by, "tasks": tasks, "split": split}
+            name = f"accuracies/{self.name}-{self.seed}"
+            found = cached(name, make, of=of, code=(), data=jax.tree.leaves(models))
+        return {task: float(found[task].item()) for task in tasks}
 
     def of_tasks(self, tasks: Sequence[str]) -> Zoo:
         """The same base with fewer experts."""

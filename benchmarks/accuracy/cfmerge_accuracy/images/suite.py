@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,10 @@ from cfmerge.demo import data as demo_data
 from cfmerge.demo.data import Split, Task
 from cfmerge_accuracy import debian
 from cfmerge_accuracy import fisher as fishers
-from cfmerge_accuracy.cache import cached
+from cfmerge_accuracy.cache import cached, digest
 from cfmerge_accuracy.images import data, heads
 from cfmerge_accuracy.images.heads import Head, Heads
-from cfmerge_accuracy.processes import HERE, Processes, one_core_each
+from cfmerge_accuracy.processes import HERE, Processes, machine, one_core_each
 from cfmerge_accuracy.zoo import Params, Zoo
 from cfmerge_accuracy.zoo import Split as SplitName
 
@@ -222,7 +223,14 @@ class Suite:
             grams=functools.cache(self.grams),
             fishers=functools.cache(self.fishers),
             facts=self.facts(),
+            judged_by=self.judged_by(),
         )
+
+    def judged_by(self) -> str:
+        of = {"net": self.domain.settings(self.recipe.net), **machine("jax", "jaxlib", "flax")}
+        examples = [vars(split) for task in self.tasks for split in (task.validation, task.test)]
+        arrays = jax.tree.leaves((self.heads, examples))
+        return digest(of, (*self.domain.code, heads, sys.modules[__name__]), arrays)
 
     def number(self, task: str) -> int:
         return [one.name for one in self.tasks].index(task)

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 
 from cfmerge import activations
 from cfmerge.errors import CfmergeError
-from cfmerge_accuracy import cache, fisher
+from cfmerge_accuracy import cache, fisher, processes
 from cfmerge_accuracy.text import bert, corpora, data, evaluate, measure, setting, train
 from cfmerge_accuracy.text.bert import MiniLM
 from cfmerge_accuracy.text.data import Sizes, Task, Texts
@@ -104,6 +104,7 @@ def load(
         ),
         regmean_pp=lambda: measure.regmean_pp(made, experts),
         facts=facts(made, recipe, long) | {"seconds of training": seconds, "engine": engine},
+        judged_by=judged_by(made, engine),
     )
 
 
@@ -176,6 +177,14 @@ def fine_tuned(
     }
     arrays = [array for task in of for array in (made.tasks[task].train.ids, made.tasks[task].train.labels)]
     return cache.cached(f"text-{name}", make, of=chosen, code=MADE_BY, data=arrays)
+
+
+def judged_by(made: Setting, engine: Engine) -> str:
+    """Of `Zoo.judged_by`."""
+    splits = [task.splits[split] for task in made.tasks.values() for split in ("validation", "test")]
+    arrays = jax.tree.leaves((made.minilm.embeddings, made.heads, [vars(split) for split in splits]))
+    packages = ("torch", "transformers") if engine == "torch" else ("jax", "jaxlib", "flax")
+    return cache.digest({"engine": engine, **processes.machine(*packages)}, (*MADE_BY, evaluate), arrays)
 
 
 def facts(made: Setting, recipe: Recipe, long: Recipe) -> dict[str, Any]:
