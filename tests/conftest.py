@@ -119,10 +119,9 @@ def unoptimised():
     For those that compare with NumPy and with the peers' numbers within tolerances. What asks for the same bits, and
     what works from end to end, is tested as users compile it.
     """
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -162,10 +162,17 @@ def test_derivatives(shape):
                 value = function(a)
                 return jnp.sum(value * (probe if value.shape == shape else 1.0))
 
-            got = float(jnp.sum(jax.grad(loss)(jnp.asarray(matrix)) * direction))
+            @jax.jit
+            def slope(a, loss=loss):
+                return jnp.sum(jax.grad(loss)(a) * direction)
+
             step = 1e-6
-            finite = float(loss(matrix + step * direction) - loss(matrix - step * direction)) / (2 * step)
-            np.testing.assert_allclose(got, finite, rtol=1e-6, err_msg=name)
+            ahead, behind = matrix + step * direction, matrix - step * direction
+            finite = float(loss(ahead) - loss(behind)) / (2 * step)
+            np.testing.assert_allclose(float(slope(jnp.asarray(matrix))), finite, rtol=1e-6, err_msg=name)
+            curvature = jax.jvp(slope, (jnp.asarray(matrix),), (jnp.asarray(direction),))[1]
+            finite = float(slope(ahead) - slope(behind)) / (2 * step)
+            np.testing.assert_allclose(float(curvature), finite, rtol=1e-6, err_msg=f"{name}, second")
 
 
 def test_derivatives_at_ties_and_zeros_are_finite():
