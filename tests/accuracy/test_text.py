@@ -166,6 +166,20 @@ def test_logits_are_in_the_order_of_the_texts(made):
     np.testing.assert_allclose(logits[7], expected[0], atol=1e-4)
 
 
+def test_accuracies_are_kept_for_the_same_texts_heads_and_engine(made):
+    def other(**splits):
+        return dataclasses.replace(made, tasks={"one": dataclasses.replace(one, splits={**one.splits, **splits})})
+
+    one, own = made.tasks["one"], text.judged_by(made, "flax")
+    only = text.judged_by(other(), "flax")
+    assert text.judged_by(dataclasses.replace(made), "flax") == own
+    assert text.judged_by(other(train=one.splits["validation"]), "flax") == only
+    assert text.judged_by(other(validation=texts(20, 8, 3)), "flax") != only
+    heads = {name: -head for name, head in made.heads.items()}
+    others = text.judged_by(made, "torch"), text.judged_by(dataclasses.replace(made, heads=heads), "flax"), only
+    assert own not in others
+
+
 def test_measures_are_shaped_as_merge_params_wants_them(made):
     experts = dict.fromkeys(made.tasks, made.minilm.encoder)
     leaves, _ = flatten(made.minilm.encoder)

@@ -1,5 +1,6 @@
 """The vision suite on synthetic images: splits that share nothing, frozen heads, training, and what a zoo answers."""
 
+import dataclasses
 import gzip
 import io
 import subprocess
@@ -273,6 +274,17 @@ def test_experts_learn(made):
     for task in zoo.tasks:
         assert zoo.accuracies(zoo.experts[task], "test", [task])[task] > 0.8
         assert zoo.accuracies(zoo.multitask, "test", [task])[task] > 0.6
+
+
+def test_accuracies_are_kept_for_the_same_images_and_heads(made):
+    """Of a model; images that it was trained on do not judge it."""
+    first, second = made.tasks
+    own, few = made.judged_by(), slice(8)
+    trained = dataclasses.replace(first, train=Split(first.train.images[few], first.train.labels[few]))
+    judged = dataclasses.replace(first, test=Split(first.test.images[::-1], first.test.labels[::-1]))
+    assert dataclasses.replace(made, tasks=(trained, second)).judged_by() == own
+    assert dataclasses.replace(made, tasks=(judged, second)).judged_by() != own
+    assert dataclasses.replace(made, heads=made.heads[::-1]).judged_by() != own
 
 
 def test_a_second_run_finds_everything_in_the_cache(made, tasks, cache):

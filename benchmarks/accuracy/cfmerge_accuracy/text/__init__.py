@@ -181,8 +181,8 @@ def fine_tuned(
 
 def judged_by(made: Setting, engine: Engine) -> str:
     """Of `Zoo.judged_by`."""
-    splits = [task.splits[split] for task in made.tasks.values() for split in ("validation", "test")]
-    arrays = jax.tree.leaves((made.minilm.embeddings, made.heads, [vars(split) for split in splits]))
+    judging = [vars(texts) for task in made.tasks.values() for split, texts in task.splits.items() if split != "train"]
+    arrays = jax.tree.leaves((made.minilm.embeddings, made.heads, judging))
     packages = ("torch", "transformers") if engine == "torch" else ("jax", "jaxlib", "flax")
     return cache.digest({"engine": engine, **processes.machine(*packages)}, (*MADE_BY, evaluate), arrays)
 
