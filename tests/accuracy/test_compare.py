@@ -252,11 +252,11 @@ def test_what_a_whole_run_does_not_make_stays_with_its_experts():
 
     found = numbers(["average", "ace"], "new")
     kept = numbers(["ace", "gone", "ace, eps_rel 7"], "old", peers=[{"method": "ace"}])
-    stays = found | suite.besides(kept, found)
+    stays = found | suite.what_stays(kept, found)
     assert stays["peers"] == kept["peers"]
     assert [(row["name"], row["of"]) for row in stays["methods"]] == [
         ("average", "new"), ("ace", "new"), ("ace, eps_rel 7", "old"),
     ]  # fmt: skip
     assert stays["environment"] == {"command": "old; new", "jax": "new"}
-    assert suite.besides(numbers(["ace"], "old"), found) == {}
-    assert suite.besides(kept | {"references": {"base": {"a": 0.6}}}, found) == {}
+    assert suite.what_stays(numbers(["ace"], "old"), found) == {}
+    assert suite.what_stays(kept | {"references": {"base": {"a": 0.6}}}, found) == {}

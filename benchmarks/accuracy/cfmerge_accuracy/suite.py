@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge_accuracy.methods import ENTRIES, Entry, entries
+from cfmerge_accuracy.methods import CURVE, ENTRIES, Entry, entries
 from cfmerge_accuracy.zoo import Zoo
 
 Load = Callable[..., Zoo]
@@ -113,7 +113,7 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
             found = _one(name, seed, options, report)
             kept = json.loads(path.read_text()) if path.exists() else None
             if kept:
-                found = beside(kept, found) if options.methods else found | besides(kept, found)
+                found = beside(kept, found) if options.methods else found | what_stays(kept, found)
             _write(path, found)
     from cfmerge_accuracy import report as reports
 
@@ -136,8 +136,8 @@ def beside(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return kept | {"methods": [*rows.values()], "environment": kept["environment"] | {"command": _both(kept, found)}}
 
 
-def besides(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What stays when a whole run takes the place of the numbers that were kept, if these are of the same experts.
+def what_stays(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Of the numbers that were kept, where a whole run takes their place, if these are of the same experts.
 
     That is what peers.py wrote, and the variants that were not run again.
     """
@@ -161,7 +161,6 @@ def _same_experts(kept: dict[str, Any], found: dict[str, Any]) -> bool:
 
 def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
     from cfmerge_accuracy import compare, workers
-    from cfmerge_accuracy.methods import CURVE
 
     started = time.monotonic()
     zoo = load(name, seed, options, report)

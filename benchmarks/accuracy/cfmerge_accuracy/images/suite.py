@@ -227,6 +227,7 @@ class Suite:
         )
 
     def judged_by(self) -> str:
+        """Of `Zoo.judged_by`."""
         of = {"net": self.domain.settings(self.recipe.net), **machine("jax", "jaxlib", "flax")}
         examples = [vars(split) for task in self.tasks for split in (task.validation, task.test)]
         arrays = jax.tree.leaves((self.heads, examples))
