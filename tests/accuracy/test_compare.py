@@ -210,13 +210,17 @@ def test_variants_are_run_when_they_are_asked_for():
     assert [entry.name for entry in methods.entries(["ace, eps_rel 7"])] == ["ace, eps_rel 7"]
 
 
-def test_unknown_names_are_told(tmp_path):
+def test_unknown_names_are_told(tmp_path, monkeypatch):
     with pytest.raises(cfmerge.CfmergeError, match="did you mean 'vision'"):
         suite.run(suite.Options(tmp_path, zoos=["visoin"]), print)
-    with pytest.raises(cfmerge.CfmergeError, match="no method 'acee'"):
-        methods.entries(["acee"])
     with pytest.raises(cfmerge.CfmergeError, match="scale is small or large"):
         suite.run(suite.Options(tmp_path, scale="huge"), print)
+    monkeypatch.setattr(suite, "load", lambda *given: pytest.fail("loaded, and only then told"))
+    with pytest.raises(cfmerge.CfmergeError, match=r"no method 'acee'.*did you mean 'ace'"):
+        suite.run(suite.Options(tmp_path / "out", methods=["acee"]), print)
+    with pytest.raises(cfmerge.CfmergeError, match="--variants adds to all methods"):
+        suite.run(suite.Options(tmp_path / "out", methods=["ace"], variants=True), print)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_leaves_numbers_and_a_report(tmp_path, monkeypatch, zoo):

@@ -91,7 +91,8 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
     """Carries out the suite; returns the folder with tables and plots.
 
     Raises:
-        CfmergeError: an unknown zoo or method, data that cannot be had, a package that is missing.
+        CfmergeError: an unknown zoo or method; variants beside methods that are named; data that cannot be had; a
+            package that is missing.
     """
     if options.jobs < 1:
         raise CfmergeError(f"jobs must be 1 or more processes, got {options.jobs}")
@@ -102,15 +103,18 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
     for name in options.zoos:
         if name not in ZOOS:
             raise CfmergeError(f"no zoo {name!r} in the suite{nearest(name, ZOOS)}")
+    if options.methods and options.variants:
+        raise CfmergeError("--variants adds to all methods, and some are named: leave one of the two out")
+    chosen = entries(options.methods, quick=options.quick, variants=options.variants)
     rows = options.output / "rows"
     rows.mkdir(parents=True, exist_ok=True)
     for name in options.zoos:
         if name == "linear":
-            _write(rows / "linear.json", _linear(options))
+            _write(rows / "linear.json", _linear(options, chosen))
             continue
         for seed in options.seeds:
             path = rows / f"{name}-{seed}.json"
-            found = _one(name, seed, options, report)
+            found = _one(name, seed, options, chosen, report)
             kept = json.loads(path.read_text()) if path.exists() else None
             if kept:
                 found = beside(kept, found) if options.methods else found | what_stays(kept, found)
@@ -159,14 +163,13 @@ def _same_experts(kept: dict[str, Any], found: dict[str, Any]) -> bool:
     return all(kept[key] == found[key] for key in ("references", "quick"))
 
 
-def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) -> dict[str, Any]:
+def _one(name: str, seed: int, options: Options, chosen: list[Entry], report: Callable[[str], None]) -> dict[str, Any]:
     from cfmerge_accuracy import compare, workers
 
     started = time.monotonic()
     zoo = load(name, seed, options, report)
     trained = time.monotonic()
     factors = (0.5, 2.0) if options.quick else compare.FACTORS
-    chosen = _chosen(options)
     curve = [e for e in chosen if e.method in CURVE and name in CURVES and not options.methods and not options.quick]
     again = functools.partial(load, name, seed, options, _in_silence)
     with workers.spread(options.jobs, again) if options.jobs > 1 else contextlib.nullcontext() as run:
@@ -175,20 +178,16 @@ def _one(name: str, seed: int, options: Options, report: Callable[[str], None]) 
     return found | {"quick": options.quick, "environment": environment(options), "seconds": seconds}
 
 
-def _chosen(options: Options) -> list[Entry]:
-    return entries(options.methods, quick=options.quick, variants=options.variants)
-
-
 def _in_silence(line: str) -> None:
     """A report that nobody reads: of what is loaded again."""
 
 
-def _linear(options: Options) -> dict[str, Any]:
+def _linear(options: Options, chosen: list[Entry]) -> dict[str, Any]:
     import cfmerge
     from cfmerge_accuracy import linear
 
-    chosen = [] if options.quick else [entry for entry in _chosen(options) if entry.data == "none"]
-    others = {entry.name: cfmerge.methods.make(entry.method) for entry in chosen}
+    without = [] if options.quick else [entry for entry in chosen if entry.data == "none"]
+    others = {entry.name: cfmerge.methods.make(entry.method) for entry in without}
     return linear.table(options.seeds, others=others, quick=options.quick) | {"environment": environment(options)}
 
 
