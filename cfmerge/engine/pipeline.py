@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import threading
 import warnings
 from collections import Counter, deque
@@ -108,7 +109,9 @@ def execute(
             writing.popleft().result()
 
     settings = contextlib.ExitStack()
-    # LAPACK on the CPU is OpenBLAS, whose threads fight with XLA's: 0.17 s of Cholesky have become 2 s
+    # LAPACK on the CPU is OpenBLAS, whose threads fight with XLA's: 0.17 s of Cholesky have become 2 s. jaxlib takes it
+    # from SciPy when it first needs it, and what is not loaded is not limited
+    importlib.import_module("scipy.linalg")
     settings.enter_context(threadpool_limits(1, user_api="blas"))
     settings.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", message="Some donated buffers were not usable")  # where rows become a Gram

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 
 import ml_dtypes
 import numpy as np
@@ -88,6 +89,22 @@ def test_same_bytes_again_and_for_every_hash_seed(family, tmp_path, contents):
     ]
     assert [process.wait(120) for process in running] == [0, 0]
     assert contents(tmp_path / "seed0") == contents(tmp_path / "seed7") == contents(tmp_path / "here")
+
+
+def test_lapack_has_one_thread_in_a_process_that_has_not_used_it(family, tmp_path):
+    """Its threads fight with XLA's, and the last bits depend on their number."""
+    script = """
+        import sys, cfmerge, threadpoolctl
+        seen = set()
+        def progress(*_):
+            seen.update(pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas")
+        cfmerge.merge(sys.argv[1], sys.argv[3:], "tsv_m", output=sys.argv[2], progress=progress)
+        print(seen)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), family.base, tmp_path / "out", *family.experts]
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout == "{1}\n"
 
 
 def test_inputs_are_not_changed(family, tmp_path, contents):
