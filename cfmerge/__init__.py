@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from cfmerge.engine.in_memory import merge_params as merge_params
     from cfmerge.engine.in_memory import merge_tensor as merge_tensor
     from cfmerge.engine.merge import MergeResult as MergeResult
+    from cfmerge.engine.merge import Plan as Plan
+    from cfmerge.engine.merge import make_plan as make_plan
     from cfmerge.engine.merge import merge as merge
     from cfmerge.engine.merge import merge_recipe as merge_recipe
-    from cfmerge.engine.plan import Plan as Plan
-    from cfmerge.engine.plan import make_plan as make_plan
+    from cfmerge.engine.merge import plan as plan
     from cfmerge.engine.statistics import Statistics as Statistics
     from cfmerge.engine.sweep import grid as grid
     from cfmerge.engine.sweep import sweep as sweep
@@ -41,8 +42,9 @@ _PUBLIC = {
     "MergeResult": "cfmerge.engine.merge",
     "merge": "cfmerge.engine.merge",
     "merge_recipe": "cfmerge.engine.merge",
-    "Plan": "cfmerge.engine.plan",
-    "make_plan": "cfmerge.engine.plan",
+    "Plan": "cfmerge.engine.merge",
+    "make_plan": "cfmerge.engine.merge",
+    "plan": "cfmerge.engine.merge",
     "accumulate": "cfmerge.engine.accumulate",
     "solve": "cfmerge.engine.accumulate",
     "Statistics": "cfmerge.engine.statistics",

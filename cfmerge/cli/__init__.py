@@ -72,8 +72,9 @@ def merge(
         plugins=plugin,
     )  # fmt: skip
     limit = None if memory is None else parse_size(memory)
-    with show.progress(_total_bytes(asked), json=json, quiet=quiet) as progress:
-        result = cfmerge.merge_recipe(asked, output, overwrite=overwrite, memory=limit, progress=progress)
+    planned = cfmerge.plan(asked)
+    with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
+        result = planned.run(output, overwrite=overwrite, memory=limit, progress=progress)
     if json:
         show.event("done", **result.summary())
     elif not quiet:

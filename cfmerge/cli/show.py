@@ -12,8 +12,7 @@ from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from cfmerge.checkpoints import Checkpoint
-    from cfmerge.engine.merge import MergeResult
-    from cfmerge.engine.plan import Plan
+    from cfmerge.engine.merge import MergeResult, Plan
     from cfmerge.methods import Entry
 
 

@@ -1,7 +1,8 @@
 """`accumulate` and `solve`: a merge in two halves, with the statistics between them."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,11 @@ import numpy as np
 from cfmerge import recipe as recipes
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.checkpoints.safetensors import ShardWriter
-from cfmerge.engine.batches import check_memory, make_batches
-from cfmerge.engine.in_memory import merge_assigned, prepared, statistics_of
-from cfmerge.engine.merge import Progress, as_recipe, free_memory, merge_recipe
+from cfmerge.engine import run
+from cfmerge.engine.in_memory import merge_assigned
+from cfmerge.engine.merge import as_recipe, check_space, clear_errors, free_memory, merge_recipe, planned
 from cfmerge.engine.output import StagedDirectory
-from cfmerge.engine.plan import Job, Plan, make_plan
 from cfmerge.engine.plugins import load_plugins
-from cfmerge.engine.solve import check_experts, see_all, settings_by_expert
 from cfmerge.engine.statistics import (
     SHARD,
     Statistics,
@@ -30,7 +29,9 @@ from cfmerge.engine.statistics import (
     rows,
     statistic_name,
 )
-from cfmerge.engine.trees import Problem
+from cfmerge.engine.trees import Problem, work_of
+from cfmerge.engine.units import Unit, check_memory
+from cfmerge.engine.work import Job, Progress
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._registry import expression, plain_number
@@ -90,17 +91,16 @@ def accumulate_recipe(
 ) -> Statistics:
     """The statistics of a recipe's experts, streamed into a directory; see `accumulate`."""
     limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
-    plan = make_plan(recipe, sums=True)
-    jobs = [job for job in plan.jobs if job.assignment.action == "merge"]
-    for job in jobs:
+    plan = planned({"": recipe}, sums=True)
+    for job in plan.work.merged:
         _check_job(job)
         check_memory(job, limit)
     stored = "float64" if recipe.precision == "float64" else "float32"
     headers = {
         f"{job.name}:{leaf}": ((job.matrices, *shape), np.dtype(stored))
-        for job in jobs for leaf, shape in _leaf_shapes(job).items()
+        for job in plan.work.merged for leaf, shape in _leaf_shapes(job).items()
     }  # fmt: skip
-    kinds = {job.name: statistic_name(job.assignment.method) for job in jobs}
+    kinds = {job.name: statistic_name(job.assignment.method) for job in plan.work.merged}
     weights = {**(plan.statistics.experts if plan.statistics else {}), **{s.name: s.weight for s in plan.expert_specs}}
     options = {"rules": msgspec.to_builtins(plan.recipe.rules), "heads": plan.recipe.heads}
     told = Statistics(
@@ -113,10 +113,12 @@ def accumulate_recipe(
     )
     checkpoints = (plan.base, *plan.experts)
     inputs = [path for checkpoint in checkpoints for path in (*checkpoint.files, checkpoint.path)]
-    with StagedDirectory(Path(output), overwrite=overwrite, inputs=inputs) as staged:
+    with clear_errors(Path(output)), StagedDirectory(Path(output), overwrite=overwrite, inputs=inputs) as staged:
+        check_space(staged.path, sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in headers.values()))
         writer = ShardWriter(staged.path, headers, SHARD, told.metadata())
         try:
-            _write_all(plan, tuple(jobs), limit, stored, writer, progress or (lambda *_: None))
+            take = functools.partial(_write, writer, stored)
+            run.accumulate(plan.work, take, compute=stored, memory=limit, progress=progress or (lambda *_: None))
             writer.close()
         except BaseException:
             writer.abort()
@@ -134,27 +136,17 @@ def _check_job(job: Job) -> None:
 
 
 def _leaf_shapes(job: Job) -> dict[str, tuple[int, ...]]:
-    shape = job.parameter.canonical[1:] if job.layout else job.parameter.shape
-    like = pattern(job.assignment.method, shape, "float32")
+    like = pattern(job.method, job.seen_shape, "float32")
     return {name: tuple(leaf.shape) for name, leaf in zip(leaf_names(like), jax.tree.leaves(like), strict=True)}
 
 
-def _write_all(
-    plan: Plan, jobs: tuple[Job, ...], memory: int, compute: str, writer: ShardWriter, progress: Progress
-) -> None:
-    for batch in make_batches(jobs, memory):
-        methods = [job.assignment.method for job in batch.jobs]
-        with jax.enable_x64(compute == "float64"):
-            base = jnp.asarray(batch.base(plan))
-            progress(batch.jobs[0].name, base.nbytes)
-            settings = settings_by_expert(plan, batch, methods, None)
-            statistics, finite = see_all(plan, batch, methods[0], settings, base, compute, progress)
-            check_experts(plan, batch, base, finite)
-            for number, job in enumerate(batch.jobs):
-                for leaf, array in rows(statistics, number, job.matrices).items():
-                    values = np.asarray(array, compute)
-                    if batch.count is None or values.ndim > 1 or batch.first == 0:  # a piece's scalars: once
-                        writer.write(f"{job.name}:{leaf}", values, batch.first if values.ndim > 1 else 0)
+def _write(writer: ShardWriter, stored: str, unit: Unit, statistics: Any) -> None:
+    piece = unit.segments[0].count is not None
+    for number, job in enumerate(unit.jobs):
+        for leaf, array in rows(statistics, number, job.matrices).items():
+            values = np.asarray(array, stored)
+            if not piece or values.ndim > 1 or unit.first == 0:  # a piece's scalars: once
+                writer.write(f"{job.name}:{leaf}", values, unit.first if values.ndim > 1 else 0)
 
 
 def _of_trees(
@@ -169,21 +161,33 @@ def _of_trees(
 ) -> Statistics:
     problem = Problem.of(base, experts, [method], rules)
     weights, given = problem.by_expert(weights, "weights"), problem.moments(moments)
-    kinds, tensors = {}, {}
-    for bucket, stack, found in prepared(
-        problem.assignments[0], problem.trees, problem.names, weights, given, seed, sums=True
-    ):
-        if found is not None:
-            raise CfmergeError(f"{method.name} surveys the whole model with all its experts: it has no statistics")
-        statistics = statistics_of(bucket, stack, None, problem.names, None)
-        for number, assignment in enumerate(bucket.assignments):
-            name = assignment.parameter.name
-            kinds[name] = statistic_name(assignment.method)
-            tensors[name] = rows(statistics, number, bucket.matrices)
+    work = work_of(problem.assignments, problem.trees, problem.names, weights, given, seed, sums=True)
+    kinds = {job.name: statistic_name(job.method) for job in work.merged}
+    pieces: dict[str, dict[str, list[Any]]] = {name: {} for name in kinds}
+
+    def take(unit: Unit, statistics: Any) -> None:
+        for number, job in enumerate(unit.jobs):
+            for leaf, array in rows(statistics, number, job.matrices).items():
+                pieces[job.name].setdefault(leaf, []).append(array)
+
+    for job in work.merged:
+        _check_job(job)
+    run.accumulate(work, take)
+    shapes = {job.name: (job.matrices, *job.seen_shape) for job in work.merged}
+    tensors = {
+        name: {leaf: _whole(parts, shapes[name]) for leaf, parts in leaves.items()} for name, leaves in pieces.items()
+    }
     options = {"rules": [msgspec.to_builtins(rule) for rule in rules], "heads": None}
     plain = jax.tree.map(plain_number, [1.0] * len(problem.names) if weights is None else list(weights))
     names = dict(zip(problem.names, plain, strict=True))
     return Statistics(expression(method), names, kinds, fingerprint(problem.trees[0], list(kinds)), options, tensors)
+
+
+def _whole(pieces: Sequence[Any], shape: tuple[int, ...]) -> Any:
+    """A statistic's array, from those of the pieces of a large tensor; a scalar is the same in all of them."""
+    if len(pieces) == 1 or pieces[0].ndim == 1:
+        return pieces[0]
+    return jnp.concatenate([piece.reshape(-1) for piece in pieces]).reshape(shape)
 
 
 def solve(

@@ -10,7 +10,7 @@ import yaml
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine.plan import Plan
+from cfmerge.engine.plan import Resolved
 
 
 def versions() -> dict[str, str]:
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def model_card(plan: Plan, digests: Mapping[Path, str], notes: list[str]) -> str:
+def model_card(plan: Resolved, digests: Mapping[Path, str], notes: list[str]) -> str:
     """The README.md of a merged model: front matter of the hub, tables, and the recipe as YAML."""
     entry = methods.registry().get(plan.method.name)
     front = {
@@ -62,7 +62,7 @@ def model_card(plan: Plan, digests: Mapping[Path, str], notes: list[str]) -> str
     return "\n".join(lines)
 
 
-def _public_name(plan: Plan, number: int) -> str:
+def _public_name(plan: Resolved, number: int) -> str:
     """The model's name on the hub if its config tells, else its directory's name."""
     checkpoint = plan.base if number < 0 else plan.experts[number]
     told = checkpoint.config.get("_name_or_path")

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -18,17 +19,23 @@ import numpy as np
 
 from cfmerge import recipe as recipes
 from cfmerge.checkpoints import safetensors
-from cfmerge.engine.batches import check_memory
+from cfmerge.engine import run
 from cfmerge.engine.card import model_card, versions
+from cfmerge.engine.checks import same_content
 from cfmerge.engine.output import StagedDirectory
-from cfmerge.engine.pipeline import Progress, execute, same_content
-from cfmerge.engine.plan import Plan, make_plan
+from cfmerge.engine.plan import Resolved, resolve
+from cfmerge.engine.run import Sink
 from cfmerge.engine.statistics import Statistics
+from cfmerge.engine.units import check_memory
+from cfmerge.engine.work import Progress
 from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.methods import Method
+from cfmerge.methods._registry import expression
 from cfmerge.parameters import is_float
 from cfmerge.recipe import Recipe
 
 HEADS = "heads"  # directory of exported heads in the output
+Experts = Sequence[str | Path | recipes.Expert] | Mapping[str, str | Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +51,8 @@ class MergeResult:
         seconds: wall time.
     """
 
-    output: Path
-    plan: Plan
+    output: Path | None
+    plan: "Plan"
     notes: tuple[str, ...]
     reports: Mapping[str, Mapping[str, float]]
     digests: Mapping[Path, str]
@@ -70,10 +77,105 @@ class MergeResult:
         }
 
 
+class Plan(Resolved):
+    """What a merge would do, and what it needs; `run` does it.
+
+    plan = cfmerge.plan(base, experts, "ace")
+    plan.counts(), plan.bytes_to_read, plan.notes
+    plan.run("merged")
+    """
+
+    def run(
+        self,
+        output: str | Path | Sink | Mapping[str, Sink],
+        *,
+        overwrite: bool = False,
+        memory: str | int | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Does what the plan says.
+
+        Args:
+            output: the directory to make (of a sweep: one that gets a model directory for each label); or a sink
+                (of a sweep: one for each label), whose `write(name, values, first)` is called with every tensor.
+            overwrite, memory, progress: as in `merge`.
+
+        Returns:
+            A `MergeResult`; of a sweep `{label: MergeResult}`.
+
+        Raises:
+            CfmergeError: bad input; nothing is written then.
+        """
+        started = time.monotonic()
+        limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
+        dropped: list[str] = []
+        plan = self
+        while True:
+            for job in plan.jobs:
+                check_memory(job, limit)
+            try:
+                done = _carried_out(plan, output, overwrite, limit, progress, dropped)
+            except NonFiniteError as error:
+                plan = plan._without(error, dropped)
+                continue
+            seconds = time.monotonic() - started
+            results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
+            return results.get("", results)
+
+    def _without(self, error: NonFiniteError, dropped: list[str]) -> "Plan":
+        """The plan without the expert that is not finite, if it may be left out; otherwise raises the error."""
+        recipe = self.recipe
+        if recipe.on_nonfinite == "error" or not error.source:
+            raise error
+        dropped.append(f"expert {error.source!r} was left out: tensor {error.tensor!r} is not finite")
+        kept = [spec for spec in self.expert_specs if spec.name != error.source]
+        if len(kept) < 2 and "one-expert" not in recipe.allow:
+            raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
+        opened = {spec.path: expert for spec, expert in zip(self.expert_specs, self.experts, strict=True)}
+        asked = {label: msgspec.structs.replace(one.recipe, experts=kept) for label, one in self.results.items()}
+        return planned(asked, self.statistics, opened={**opened, recipe.base: self.base})
+
+
+def planned(asked: Mapping[str, Recipe], statistics: Statistics | None = None, **how: Any) -> Plan:
+    """The plan of recipes by label; see `cfmerge.engine.plan.resolve`."""
+    resolved = resolve(asked, statistics, **how)
+    return Plan(**{field.name: getattr(resolved, field.name) for field in dataclasses.fields(resolved)})
+
+
+def make_plan(recipe: Recipe, statistics: Statistics | None = None) -> Plan:
+    """The plan of a recipe: checkpoints opened, headers checked, no tensor read.
+
+    Raises:
+        CfmergeError: with every problem that the headers show, one a line.
+    """
+    return planned({"": recipe}, statistics)
+
+
+def plan(
+    base: str | Path | Recipe,
+    experts: Experts = (),
+    method: str | Method = "ace",
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """What `merge` with these arguments would do; `.run(output)` does it. Headers are read, tensors are not.
+
+    Args:
+        base: as in `merge`; or a `Recipe`, which says everything.
+        experts, method, parameters: as in `merge`.
+        **options: the other fields of `Recipe`.
+
+    Raises:
+        CfmergeError: with every problem that the headers show, one a line.
+    """
+    return make_plan(base if isinstance(base, Recipe) else as_recipe(base, experts, method, parameters, options))
+
+
 def merge(
     base: str | Path,
-    experts: Sequence[str | Path | recipes.Expert] | Mapping[str, str | Path],
-    method: str = "ace",
+    experts: Experts,
+    method: str | Method = "ace",
     *,
     output: str | Path,
     parameters: Mapping[str, Any] | None = None,
@@ -88,7 +190,8 @@ def merge(
     Args:
         base: a Hugging Face directory (safetensors) or a `.safetensors` file.
         experts: the same of each expert; a mapping gives them names, `Expert` weights too.
-        method: a registered method's name; `parameters` are its arguments.
+        method: a registered method: its name, a chain as text, or the method itself; `parameters` are the
+            arguments of one that is named.
         output: the directory to make. It appears when it is complete.
         rules: `Rule`s, or mappings with their fields; the first whose pattern matches a tensor's name wins.
         overwrite: replace a model directory that is there.
@@ -100,29 +203,8 @@ def merge(
     Raises:
         CfmergeError: bad input; nothing is written then.
     """
-    recipe = as_recipe(base, experts, method, parameters or {}, {"rules": rules, **options})
+    recipe = as_recipe(base, experts, method, parameters, {"rules": rules, **options})
     return merge_recipe(recipe, output, overwrite=overwrite, memory=memory, progress=progress)
-
-
-def as_recipe(
-    base: str | Path,
-    experts: Sequence[str | Path | recipes.Expert] | Mapping[str, str | Path],
-    method: str,
-    parameters: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> Recipe:
-    """The arguments of `merge` as a recipe."""
-    if isinstance(experts, Mapping):
-        experts = [recipes.Expert(path=str(path), name=name) for name, path in experts.items()]
-    content = {
-        "base": str(base),
-        "experts": [msgspec.to_builtins(e) if isinstance(e, recipes.Expert) else str(e) for e in experts],
-        "method": method,
-        "parameters": dict(parameters),
-        **options,
-        "rules": [msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in options.get("rules", ())],
-    }
-    return recipes.parse(content, "cfmerge.merge")
 
 
 def merge_recipe(
@@ -135,51 +217,77 @@ def merge_recipe(
     statistics: Statistics | None = None,
 ) -> MergeResult:
     """Carries out a recipe; see `merge`. `statistics` are what was kept of other experts, instead of a file of them."""
-    started = time.monotonic()
-    limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
-    dropped: list[str] = []
-    while True:
-        plan = make_plan(recipe, statistics)
-        for job in plan.jobs:
-            check_memory(job, limit)
-        try:
-            result = carry_out(plan, [plan], [Path(output)], overwrite, limit, progress, dropped)[0]
-        except NonFiniteError as error:
-            recipe = without_expert(plan, error, dropped)
-            continue
-        return dataclasses.replace(result, seconds=time.monotonic() - started)
+    return make_plan(recipe, statistics).run(output, overwrite=overwrite, memory=memory, progress=progress)
 
 
-def without_expert(plan: Plan, error: NonFiniteError, dropped: list[str]) -> Recipe:
-    """The recipe without the expert that is not finite, if it may be left out; otherwise raises the error."""
-    if plan.recipe.on_nonfinite == "error" or not error.source:
-        raise error
-    dropped.append(f"expert {error.source!r} was left out: tensor {error.tensor!r} is not finite")
-    kept = [spec for spec in plan.expert_specs if spec.name != error.source]
-    if len(kept) < 2 and "one-expert" not in plan.recipe.allow:
-        raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
-    return msgspec.structs.replace(plan.recipe, experts=kept)
+def as_recipe(
+    base: str | Path,
+    experts: Experts,
+    method: str | Method,
+    parameters: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> Recipe:
+    """The arguments of `merge` as a recipe."""
+    if isinstance(experts, Mapping):
+        experts = [recipes.Expert(path=str(path), name=name) for name, path in experts.items()]
+    if isinstance(method, Method):
+        if method.origin is None:
+            raise CfmergeError(
+                f"method {method.name!r} is not registered, and a merge of files must be able to name it: put "
+                "@cfmerge.methods.register on the function that makes it"
+            )
+        if parameters:
+            raise CfmergeError(f"parameters {dict(parameters)}: method {method.name!r} has its own already")
+        method = expression(method)
+    content = {
+        "base": str(base),
+        "experts": [msgspec.to_builtins(e) if isinstance(e, recipes.Expert) else str(e) for e in experts],
+        "method": method,
+        "parameters": dict(parameters or {}),
+        **options,
+        "rules": [msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in options.get("rules", ())],
+    }
+    return recipes.parse(content, "cfmerge.merge")
 
 
-def carry_out(
+def directory_name(label: str) -> str:
+    """The label as the name of a directory: what is not a letter, digit or one of `._-=,` becomes `_`."""
+    return re.sub(r"[^\w.=,-]+", "_", label).strip("_.") or "_"
+
+
+def _carried_out(
     plan: Plan,
-    shown: Sequence[Plan],
-    outputs: Sequence[Path],
+    output: Any,
     overwrite: bool,
     memory: int,
     progress: Progress | None,
-    dropped: Sequence[str] = (),
-) -> list[MergeResult]:
-    """Executes a plan whose methods give one result for each of `shown`, the plans that the outputs tell of."""
+    dropped: Sequence[str],
+) -> dict[str, MergeResult]:
+    """The results by label, written into directories or handed to sinks."""
+    if not isinstance(output, str | Path):
+        sinks = output if isinstance(output, Mapping) else {"": output}
+        if set(sinks) != set(plan.results):
+            raise CfmergeError(f"run: the plan's results are {list(plan.results)}, the sinks are for {list(sinks)}")
+        notes = [*dropped, *_check_contents(plan)]
+        account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress or _silent)
+        return {
+            label: MergeResult(
+                None, plan.of(label), (*plan.notes, *notes, *account.lines()), account.reports_of(n), {}, 0.0
+            )
+            for n, label in enumerate(plan.results)
+        }
+    outputs = [Path(output) / directory_name(label) if label else Path(output) for label in plan.results]
+    if len(set(outputs)) < len(outputs):
+        raise CfmergeError(f"sweep: two labels give the same directory; the labels are {list(plan.results)}")
     checkpoints = (plan.base, *plan.experts)
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
     places = [*inputs, *(checkpoint.path for checkpoint in checkpoints)]
     with contextlib.ExitStack() as stack:
         staged = []
-        for output in outputs:
-            stack.enter_context(_clear_errors(output))
-            staged.append(stack.enter_context(StagedDirectory(output, overwrite=overwrite, inputs=places)))
-        _check_space(staged[0].path, plan.bytes_to_write * len(outputs))
+        for target in outputs:
+            stack.enter_context(clear_errors(target))
+            staged.append(stack.enter_context(StagedDirectory(target, overwrite=overwrite, inputs=places)))
+        check_space(staged[0].path, plan.bytes_to_write * len(outputs))
         notes = [*dropped, *_check_contents(plan)]
         metadata = {"format": "pt", **plan.base.metadata}
         writers = [safetensors.ShardWriter(one.path, plan.output, plan.shard_bytes, metadata) for one in staged]
@@ -187,7 +295,7 @@ def carry_out(
         with ThreadPoolExecutor(1, "hash") as hasher:
             digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
             try:
-                account = execute(plan, writers, memory, progress or (lambda *_: None), stop)
+                account = run.merge(plan.work, writers, memory=memory, progress=progress or _silent, stop=stop)
                 for writer in writers:
                     writer.close()
             except BaseException:
@@ -196,20 +304,26 @@ def carry_out(
                     writer.abort()
                 raise
         notes += account.lines()
-        for one, told in zip(staged, shown, strict=True):
+        for one, label in zip(staged, plan.results, strict=True):
             _write_side_files(plan, one.path)
             _export_heads(plan, one.path)
-            (one.path / "README.md").write_text(model_card(told, digests.result(), notes))
+            (one.path / "README.md").write_text(model_card(plan.of(label), digests.result(), notes))
         for one in staged:
             one.commit()
-        return [
-            MergeResult(one.target, told, (*plan.notes, *notes), reports, digests.result(), 0.0)
-            for one, told, reports in zip(staged, shown, account.by_result(len(shown)), strict=True)
-        ]
+        return {
+            label: MergeResult(
+                one.target, plan.of(label), (*plan.notes, *notes), account.reports_of(n), digests.result(), 0.0
+            )
+            for n, (label, one) in enumerate(zip(plan.results, staged, strict=True))
+        }
+
+
+def _silent(name: str, count: int) -> None:
+    pass
 
 
 @contextlib.contextmanager
-def _clear_errors(output: Path) -> Iterator[None]:
+def clear_errors(output: Path) -> Iterator[None]:
     """Errors of the file system as `CfmergeError`."""
     try:
         yield
@@ -220,7 +334,8 @@ def _clear_errors(output: Path) -> Iterator[None]:
         raise CfmergeError(f"output {output}: {reason}{place}; nothing was written") from None
 
 
-def _check_space(directory: Path, needed: int) -> None:
+def check_space(directory: Path, needed: int) -> None:
+    """Raises `CfmergeError` unless so many bytes are free."""
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise CfmergeError(

@@ -1,12 +1,11 @@
-"""The plan: a recipe resolved against the checkpoints' headers. No tensor is read."""
+"""The plan: recipes resolved against the checkpoints' headers. No tensor is read, but for a sample of the base."""
 
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import jax
 import ml_dtypes
 import msgspec
 import numpy as np
@@ -14,12 +13,11 @@ import numpy as np
 from cfmerge import methods
 from cfmerge.checkpoints import Checkpoint, open_checkpoint
 from cfmerge.checkpoints.huggingface import side_files
-from cfmerge.engine.assign import Assignment, assign
-from cfmerge.engine.cost import statistic_size
+from cfmerge.engine.assign import assign
 from cfmerge.engine.match import match_experts
 from cfmerge.engine.plugins import load_plugins
-from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settle, weight_at
-from cfmerge.engine.statistics import Statistics, fingerprint, full_form
+from cfmerge.engine.statistics import Statistics, fingerprint
+from cfmerge.engine.work import Job, Participant, Work, check_count, check_moments, methods_of, settled_jobs
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._base import Part, is_chain
@@ -34,99 +32,56 @@ OUTPUT_DTYPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One tensor of the output.
-
-    Attributes:
-        writes: the names that it is written under: its own and those tied to it.
-        sources: its name in each expert, or None where the expert does not have it.
-        dtype: of the output.
-        weights: of the experts, for this tensor.
-    """
-
-    name: str
-    assignment: Assignment
-    writes: tuple[str, ...]
-    sources: tuple[str | None, ...]
-    dtype: np.dtype
-    weights: tuple[float, ...]
-
-    @property
-    def parameter(self) -> Parameter:
-        return self.assignment.parameter
-
-    @property
-    def bytes_read(self) -> int:
-        return self.parameter.size * np.dtype(_dtype(self.parameter.dtype)).itemsize
-
-    @property
-    def layout(self) -> str:
-        """That the method sees it in: none if it takes entries one by one, or where there is no matrix."""
-        return "" if self.assignment.method.scope == "entry" else self.parameter.layout
-
-    @property
-    def matrices(self) -> int:
-        """How many canonical matrices it holds: layers may be stacked."""
-        return self.parameter.canonical[0] if self.layout else 1
-
-    @property
-    def flops(self) -> int:
-        """Of the merge, about: for a matrix method the Gram and cross term of each expert, and one solve."""
-        if self.assignment.action != "merge":
-            return 0
-        experts = len(self.sources)
-        if self.assignment.method.scope != "matrix":
-            return 3 * experts * self.parameter.size
-        b, m, n = self.parameter.canonical
-        return b * (experts * (2 * m * n * n + 2 * m * n * min(n, 2 * m)) + n**3 // 3 + 2 * m * n * n)
-
-    @property
-    def working_bytes(self) -> int:
-        """What merging it may need at once: the statistic of all experts, the experts, and room to solve.
-
-        In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
-        """
-        method = self.assignment.method
-        if self.assignment.action != "merge" or method.scope == "entry":
-            return 0
-        if self.layout:
-            _, m, n = self.parameter.canonical
-        else:
-            m, n = 1, self.parameter.size
-        shape = (m, n) if self.layout else self.parameter.shape
-        floats = statistic_size(method, shape, len(self.sources)) + (5 + method.results) * m * n
-        if method.scope == "matrix":
-            floats += 3 * n * n
-        if not method.additive:
-            floats += len(self.sources) * m * n
-        return (4 if self.dtype.itemsize == 2 else 8) * floats
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a merge would do, and what it needs."""
+class Planned:
+    """One result of a plan: the recipe that would make it alone, and its method."""
 
     recipe: Recipe
     method: Method
+
+
+P = TypeVar("P", bound="Resolved")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Recipes resolved against headers: what a merge would do, and what it needs.
+
+    Attributes:
+        results: by label: one, or those of a sweep, which share all that follows.
+        base, experts, expert_specs: the checkpoints, opened, and what the recipe says of the experts.
+        work: what the loop does.
+        exported: `{expert: its head tensors that are written beside the model}`.
+        notes: what the user should know.
+        shard_bytes, side_files: of the output.
+    """
+
+    results: Mapping[str, Planned]
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
     expert_specs: tuple[Expert, ...]
-    jobs: tuple[Job, ...]
-    exported: Mapping[str, tuple[str, ...]]  # expert name: the head tensors that are written beside the model
+    work: Work
+    exported: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
     shard_bytes: int
     side_files: Mapping[str, Path]
-    moments: tuple[Checkpoint | None, ...] = ()  # what was measured of each expert
-    statistics: Statistics | None = None  # what was kept of experts before these
 
     @property
-    def before(self) -> int:
-        """How many experts are in the statistics: those of the plan are numbered after them."""
-        return len(self.statistics.experts) if self.statistics else 0
+    def recipe(self) -> Recipe:
+        """The recipe of the (first) result."""
+        return next(iter(self.results.values())).recipe
+
+    @property
+    def method(self) -> Method:
+        """The method of the (first) result."""
+        return next(iter(self.results.values())).method
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return self.work.jobs
+
+    @property
+    def statistics(self) -> Statistics | None:
+        return self.work.statistics
 
     @property
     def output(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -143,6 +98,7 @@ class Plan:
 
     @property
     def bytes_to_write(self) -> int:
+        """Of one result."""
         return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self.output.values())
 
     @property
@@ -165,34 +121,55 @@ class Plan:
             self.recipe, method=method, parameters=parameters, experts=list(self.expert_specs)
         )  # fmt: skip
 
+    def of(self: P, label: str) -> P:
+        """The plan of one result alone."""
+        number = list(self.results).index(label)
+        jobs = [
+            dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=methods_of(job)[number]))
+            if job.assignment.action == "merge" else job
+            for job in self.jobs
+        ]  # fmt: skip
+        work = dataclasses.replace(self.work, jobs=tuple(jobs))
+        return dataclasses.replace(self, results={label: self.results[label]}, work=work)
+
     def counts(self) -> Counter[tuple[str, str]]:
         """How many tensors of each (kind, what is done)."""
         return Counter((str(job.parameter.kind), job.assignment.label) for job in self.jobs)
 
 
-def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: bool = False) -> Plan:
+def resolve(
+    asked: Mapping[str, Recipe],
+    statistics: Statistics | None = None,
+    *,
+    sums: bool = False,
+    opened: Mapping[str, Checkpoint] | None = None,
+) -> Resolved:
     """Opens all checkpoints, reads their headers, and settles everything that can be settled from them.
 
     Args:
-        recipe: what is asked for.
+        asked: recipes by label: one, or several that differ in method and parameters alone.
         statistics: what was kept of other experts; none: what the recipe names, if it does.
         sums: methods in the form whose statistic is a sum of fixed size, as accumulating needs it.
+        opened: checkpoints by path that are open already.
 
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
     """
+    recipe = next(iter(asked.values()))
     check_seed(recipe.seed)
     load_plugins(recipe.plugins)
-    method = methods.make(recipe.method, recipe.parameters)
+    made = [methods.make(one.method, one.parameters) for one in asked.values()]
     if statistics is None and recipe.statistics is not None:
         statistics = Statistics.load(recipe.statistics)
     sums = sums or statistics is not None
     if statistics is not None:
-        recipe = statistics.recipe(recipe)
-    specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or method.experts[1] == 1 else 2)
-    shard_bytes = parse_size(recipe.shard_size)
-    base = open_checkpoint(recipe.base)
-    experts = [open_checkpoint(spec.path) for spec in specs]
+        asked = {label: statistics.recipe(one) for label, one in asked.items()}
+        recipe = next(iter(asked.values()))
+    alone = all(method.experts[1] == 1 for method in made)
+    specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or alone else 2)
+    opened = opened or {}
+    base = opened.get(recipe.base) or open_checkpoint(recipe.base)
+    experts = [opened.get(spec.path) or open_checkpoint(spec.path) for spec in specs]
     for expert in experts:
         if not expert.config:  # a bare file: tied as the base is
             told = {alias: name for alias, name in base.ties.items() if name in expert.tensors}
@@ -204,52 +181,54 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
             f"expert {twice[0]!r} is in the statistics already, and would count twice; leave it out, or, if it is "
             "another one, give it another name"
         )
-    check_count(method, len(earlier) + len(specs))
+    for method in made:
+        check_count(method, len(earlier) + len(specs))
     notes = _check_same_files(recipe, base, specs, experts)
 
     parameters = _parameters(base)
     tied = {alias: name for alias, name in base.ties.items() if alias in parameters and alias != name}
     own = {name: parameter for name, parameter in parameters.items() if name not in tied}
-    assignments = assign(own, method, recipe.rules, {name for expert in experts for name in expert.tensors})
-    matched = match_experts(recipe, base, experts, specs, assignments)
-    if matched.problems:
-        shown = matched.problems[:20]
-        more = len(matched.problems) - len(shown)
-        raise CfmergeError("\n".join([*shown, *([f"... and {more} more problems"] if more else [])]))
+    others = {name for expert in experts for name in expert.tensors}
+    matched = []
+    for one, method in zip(asked.values(), made, strict=True):
+        matched.append(match_experts(one, base, experts, specs, assign(own, method, one.rules, others)))
+        problems = matched[-1].problems
+        if problems:
+            more = len(problems) - 20
+            raise CfmergeError("\n".join([*problems[:20], *([f"... and {more} more problems"] if more > 0 else [])]))
 
     aliases: dict[str, list[str]] = {}
     for alias, name in tied.items():
         aliases.setdefault(name, []).append(alias)
-    depth_of = depths(matched.assignments)
-    experts_named = [*earlier, *(spec.name for spec in specs)]
-    notes += same_for_stacked_layers(matched.assignments, depth_of, [spec.weight for spec in specs], experts_named)
-    jobs = []
-    for name, assignment in matched.assignments.items():
-        stored = base.tensors[name].dtype
-        floating = is_float(assignment.parameter.dtype)
-        dtype = OUTPUT_DTYPES[recipe.dtype] if recipe.dtype and floating else stored
-        sources = tuple(names.get(name) for names in matched.sources)
-        weights: tuple[float, ...] = ()
-        if assignment.action == "merge":
-            where = place(name, depth_of[name], experts_named)
-            settled = settle(assignment.method, where)
-            assignment = dataclasses.replace(assignment, method=full_form(settled) if sums else settled)
-            weights = tuple(float(weight_at(spec.weight, where, spec.name)) for spec in specs)
-            check_weights(assignment.method, dict(zip([spec.name for spec in specs], weights, strict=True)), name)
-            if statistics:
-                statistics.check(assignment.method, name)
-        jobs.append(Job(name, assignment, (name, *aliases.get(name, ())), sources, dtype, weights))
-    moments = _moments(specs, jobs)
-    plan = Plan(
-        recipe, method, base, tuple(experts), tuple(specs), tuple(jobs), matched.exported,
-        tuple(notes + matched.notes), shard_bytes, _side_files(recipe, base), moments, statistics,
+
+    def output_dtype(parameter: Parameter) -> np.dtype:
+        floating = recipe.dtype and is_float(parameter.dtype)
+        return OUTPUT_DTYPES[str(recipe.dtype)] if floating else base.tensors[parameter.name].dtype
+
+    jobs, numbers_told = settled_jobs(
+        [one.assignments for one in matched], [spec.name for spec in specs], [spec.weight for spec in specs],
+        before=earlier, sources=matched[0].sources, aliases=aliases, dtype_of=output_dtype, statistics=statistics,
+        sums=sums,
     )  # fmt: skip
-    merged = [job.name for job in jobs if job.assignment.action == "merge"]
+    files = [open_checkpoint(spec.moments) if spec.moments else None for spec in specs]
+    taking_part = [
+        Participant(spec.name, f"expert {spec.name!r} ({spec.path})", expert, file)
+        for spec, expert, file in zip(specs, experts, files, strict=True)
+    ]
+    check_moments(jobs, taking_part, lambda file, name: file.tensors.get(name))  # type: ignore[attr-defined]
+    work = Work(
+        Participant("base", f"base ({base.path})", base), tuple(taking_part), tuple(jobs), statistics, recipe.seed,
+        recipe.precision, from_files=True,
+    )  # fmt: skip
     if statistics and fingerprint(base, list(statistics.kinds)) != statistics.base:
         raise CfmergeError(f"base {recipe.base}: the statistics were accumulated over another base")
-    if not merged:
+    if not any(job.assignment.action == "merge" for job in jobs):
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
-    return plan
+    results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
+    return Resolved(
+        results, base, tuple(experts), tuple(specs), work, matched[0].exported,
+        (*notes, *numbers_told, *matched[0].notes), parse_size(recipe.shard_size), _side_files(recipe, base),
+    )  # fmt: skip
 
 
 def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
@@ -261,66 +240,6 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
             "merge the model in bfloat16 or float32 and quantise the result"
         )
     return classify(headers, checkpoint.config)
-
-
-def check_count(method: Method, count: int) -> None:
-    """Raises `CfmergeError` unless the method takes that many experts."""
-    least, most = method.experts
-    if count < least or (most is not None and count > most):
-        wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-        raise CfmergeError(f"{method.name} takes {wanted} expert{'s' if wanted != '1' else ''}, found {count}")
-
-
-def check_weights(method: Method, weights: Mapping[str, float], tensor: str) -> None:
-    """Raises `CfmergeError` unless the weights `{expert: weight}` have a meaning for the method."""
-    if any(isinstance(weight, jax.core.Tracer) for weight in weights.values()):
-        return
-    for name, weight in weights.items():
-        if method.weights == "positive" and weight <= 0:
-            raise CfmergeError(
-                f"expert {name!r}: {method.name} needs positive weights, found {weight} for {tensor!r}; "
-                "leave the expert out, or use task_arithmetic"
-            )
-        if method.weights == "none" and weight != 1:
-            raise CfmergeError(
-                f"expert {name!r}: {method.name} knows no weights, found {weight}; leave the weight out, or choose "
-                "another method"
-            )
-    if method.normalises and weights and abs(sum(weights.values())) <= 1e-9 * sum(map(abs, weights.values())):
-        raise CfmergeError(
-            f"the experts' weights sum to 0, so that {method.name} of {tensor!r} is not defined: "
-            + ", ".join(f"{name}: {weight}" for name, weight in weights.items())
-        )
-
-
-def _moments(specs: Sequence[Expert], jobs: Sequence[Job]) -> tuple[Checkpoint | None, ...]:
-    """The files of what was measured of the experts, checked against what the methods need."""
-    files = tuple(open_checkpoint(spec.moments) if spec.moments else None for spec in specs)
-    for job in jobs:
-        needed = job.assignment.method.moments if job.assignment.action == "merge" else ""
-        if not needed:
-            continue
-        for spec, file in zip(specs, files, strict=True):
-            check_moment(needed, job.parameter, file and file.tensors.get(job.name), job.assignment.method.name,
-                         f"expert {spec.name!r}" + (f" ({spec.moments})" if file else ""))  # fmt: skip
-    return files
-
-
-def check_moment(needed: str, parameter: Parameter, found: Any, method: str, who: str) -> None:
-    """Raises `CfmergeError` unless what was `found` of a tensor (an array, or its header) is what is needed."""
-    shape: tuple[int, ...] = parameter.shape
-    what = "a diagonal Fisher"
-    if needed == "input_gram":
-        b, _, n = parameter.canonical
-        shape, what = ((b, n, n) if b > 1 else (n, n)), "an input Gram"
-    if found is None:
-        raise CfmergeError(
-            f"{who}: {method} needs {what} of {parameter.name!r}, of shape {shape}: give it (on disk 'moments: "
-            "FILE' beside the expert's path, of trees moments=[...]; cfmerge.activations collects Grams), or another "
-            "method for this tensor by a rule"
-        )
-    if tuple(found.shape) != shape:
-        raise CfmergeError(f"{who}: {what} of {parameter.name!r} has shape {tuple(found.shape)}, expected {shape}")
 
 
 def _check_same_files(

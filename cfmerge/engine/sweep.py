@@ -1,23 +1,18 @@
 """Many results from one pass over base and experts: several methods, or a grid of one method's parameters."""
 
-import dataclasses
 import itertools
-import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfmerge import methods as registered
-from cfmerge import recipe as recipes
-from cfmerge.engine.batches import check_memory
 from cfmerge.engine.in_memory import merge_params_by
-from cfmerge.engine.merge import MergeResult, Progress, as_recipe, carry_out, free_memory, without_expert
-from cfmerge.engine.plan import Plan, make_plan
-from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.engine.merge import MergeResult, as_recipe, planned
+from cfmerge.engine.work import Progress, as_method
+from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._registry import expression
-from cfmerge.methods._several import several
+from cfmerge.recipe import Recipe
 
 Methods = Mapping[str, Method | str] | Sequence[Method | str]
 
@@ -77,43 +72,23 @@ def sweep(
     if not isinstance(base, str | Path):
         if output is not None:
             raise CfmergeError("sweep of pytrees: the results are returned, and output is for checkpoints")
-        made = {label: method if isinstance(method, Method) else registered.make(method)
-                for label, method in labelled.items()}  # fmt: skip
+        made = {label: as_method(method) for label, method in labelled.items()}
         return dict(zip(made, merge_params_by(base, experts, list(made.values()), **options), strict=True))
     if output is None:
         raise CfmergeError("sweep of checkpoints: name a directory for the results with output=")
-    texts = {label: expression(method) if isinstance(method, Method) else method for label, method in labelled.items()}
-    asked = [as_recipe(base, experts, text, {}, options) for text in texts.values()]
-    return sweep_recipes(dict(zip(texts, asked, strict=True)), output, overwrite, memory, progress)
+    asked = {label: as_recipe(base, experts, method, None, options) for label, method in labelled.items()}
+    return sweep_recipes(asked, output, overwrite, memory, progress)
 
 
 def sweep_recipes(
-    asked: Mapping[str, recipes.Recipe],
+    asked: Mapping[str, Recipe],
     output: str | Path,
     overwrite: bool = False,
     memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, MergeResult]:
     """Carries out recipes that differ in method and parameters alone, in one pass; see `sweep`."""
-    started = time.monotonic()
-    limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
-    outputs = [Path(output) / directory_name(label) for label in asked]
-    if len(set(outputs)) < len(outputs):
-        raise CfmergeError(f"sweep: two labels give the same directory; the labels are {list(asked)}")
-    dropped: list[str] = []
-    while True:
-        plans = [make_plan(recipe) for recipe in asked.values()]
-        together = _together(plans)
-        for job in together.jobs:
-            check_memory(job, limit)
-        try:
-            results = carry_out(together, plans, outputs, overwrite, limit, progress, dropped)
-        except NonFiniteError as error:
-            asked = {label: without_expert(plan, error, dropped[:0]) for label, plan in zip(asked, plans, strict=True)}
-            without_expert(plans[0], error, dropped)
-            continue
-        seconds = time.monotonic() - started
-        return {label: dataclasses.replace(r, seconds=seconds) for label, r in zip(asked, results, strict=True)}
+    return planned(asked).run(output, overwrite=overwrite, memory=memory, progress=progress)
 
 
 def _labelled(methods: Methods) -> dict[str, Method | str]:
@@ -127,22 +102,3 @@ def _labelled(methods: Methods) -> dict[str, Method | str]:
     if len(labelled) < len(methods):
         raise CfmergeError("sweep: the same method is there twice; label them with a mapping {label: method}")
     return labelled
-
-
-def directory_name(label: str) -> str:
-    """The label as the name of a directory: what is not a letter, digit or one of `._-=,` becomes `_`."""
-    return re.sub(r"[^\w.=,-]+", "_", label).strip("_.") or "_"
-
-
-def _together(plans: Sequence[Plan]) -> Plan:
-    """One plan whose methods do what all the plans' methods do."""
-    if len(plans) == 1:
-        return plans[0]
-    jobs = []
-    for row in zip(*(plan.jobs for plan in plans), strict=True):
-        job = row[0]
-        if job.assignment.action == "merge":
-            method = several(tuple(other.assignment.method for other in row))
-            job = dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=method))
-        jobs.append(job)
-    return dataclasses.replace(plans[0], jobs=tuple(jobs))

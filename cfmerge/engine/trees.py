@@ -1,4 +1,4 @@
-"""Trees of parameters as named arrays: what a base and its experts must have in common, and what is done with each."""
+"""Trees of parameters as named arrays: what a base and its experts must have in common, and the work that they make."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,45 @@ import numpy as np
 
 from cfmerge.checkpoints.pytree import flatten
 from cfmerge.engine.assign import Assignment, assign
+from cfmerge.engine.statistics import Statistics
+from cfmerge.engine.work import Participant, Work, check_moments, settled_jobs
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
-from cfmerge.parameters import classify, is_float
+from cfmerge.methods._random import check_seed
+from cfmerge.methods._registry import numbers
+from cfmerge.parameters import Parameter, classify, is_float
 from cfmerge.recipe import Rule, parse_rule
+
+
+class Tree(NamedTuple):
+    """Named arrays as the loop reads them."""
+
+    leaves: Mapping[str, Any]
+
+    def read(self, name: str) -> Any:
+        return self.leaves[name]
+
+
+class Kept:
+    """A sink that keeps the arrays in memory."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, list[tuple[int, Any]]] = {}
+
+    def write(self, name: str, values: Any, first: int = 0) -> None:
+        self._pieces.setdefault(name, []).append((first, values))
+
+    def arrays(self, like: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The arrays by name, in the shapes of those of the same names in `like`."""
+        return {name: _joined(pieces, like[name].shape) for name, pieces in self._pieces.items()}
+
+
+def _joined(pieces: list[tuple[int, Any]], shape: tuple[int, ...]) -> jax.Array:
+    parts = [values for _, values in sorted(pieces, key=lambda piece: piece[0])]
+    if len(parts) == 1 and isinstance(parts[0], jax.Array):
+        return parts[0].reshape(shape)
+    with jax.enable_x64(jax.config.read("jax_enable_x64") or parts[0].dtype == np.float64):
+        return jnp.concatenate([jnp.asarray(part).reshape(-1) for part in parts]).reshape(shape)
 
 
 class Problem(NamedTuple):
@@ -105,3 +140,58 @@ def _check_agrees(name: str, base: Any, experts: Sequence[Any], names: Sequence[
                 f"{who}: integers {name!r} differ from the base's; integers are not merged. A rule "
                 f"{{'match': {name!r}, 'method': 'keep-base'}} keeps the base's"
             )
+
+
+def work_of(
+    assignments: Sequence[Mapping[str, Assignment]],
+    trees: Sequence[Mapping[str, Any]],
+    experts: Sequence[str],
+    weights: Sequence[Any] | None,
+    moments: Sequence[Any],
+    seed: Any,
+    statistics: Statistics | None = None,
+    *,
+    sums: bool = False,
+) -> Work:
+    """The work that trees make.
+
+    Args:
+        assignments: of each result.
+        trees: the base's leaves by name, then the experts'.
+        experts: their names.
+        weights, moments: one for each expert, see `cfmerge.merge_params`.
+        statistics, sums: see `settled_jobs`.
+
+    Raises:
+        CfmergeError: weights, moments, or a number of experts that do not fit.
+    """
+    check_seed(seed)
+    weights = [1.0] * len(experts) if weights is None else list(weights)
+    if len(weights) != len(experts):
+        raise CfmergeError(f"{len(weights)} weights for {len(experts)} experts")
+    merged = [{name: a for name, a in each.items() if a.action == "merge"} for each in assignments]
+    own = [numbers(a.method) for each in merged for a in each.values()]
+    kept = statistics.tensors if statistics is not None and isinstance(statistics.tensors, dict) else {}
+    traced = _any_traced((trees, weights, moments, own, kept))
+
+    def dtype_of(parameter: Parameter) -> np.dtype:
+        dtype = np.dtype(trees[0][parameter.name].dtype)
+        return np.dtype(jax.dtypes.canonicalize_dtype(dtype)) if traced else dtype
+
+    jobs, notes = settled_jobs(
+        merged, experts, weights, before=list(statistics.experts) if statistics else [], dtype_of=dtype_of,
+        statistics=statistics, sums=sums,
+    )  # fmt: skip
+    for note in notes:
+        warnings.warn(note, stacklevel=5)
+    taking_part = [
+        Participant(name, f"expert {name!r}", Tree(tree), None if moment is None else Tree(moment))
+        for name, tree, moment in zip(experts, trees[1:], moments or [None] * len(experts), strict=True)
+    ]
+    check_moments(jobs, taking_part, lambda moment, name: moment.leaves.get(name))  # type: ignore[attr-defined]
+    base = Participant("base", "base", Tree(trees[0]))
+    return Work(base, tuple(taking_part), tuple(jobs), statistics, seed, traced=traced)
+
+
+def _any_traced(values: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))

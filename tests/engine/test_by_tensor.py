@@ -10,7 +10,7 @@ import yaml
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import batches, resolve, steps
+from cfmerge.engine import resolve, steps, units
 from cfmerge.errors import CfmergeError
 from cfmerge.recipe import load as load_recipe
 
@@ -223,14 +223,14 @@ def test_tensors_with_different_numbers_share_a_batch(family, tmp_path, load, mo
     text = method.format([{"match": f"*layers.{layer}.*", "value": value} for layer, value in values.items()]
                          + [{"value": 0.5}])  # fmt: skip
     seen = []
-    original = batches.make_batches
+    original = units.units_of
 
     def noted(*arguments):
         for batch in original(*arguments):
             seen.append({job.name for job in batch.jobs})
             yield batch
 
-    monkeypatch.setattr("cfmerge.engine.pipeline.make_batches", noted)
+    monkeypatch.setattr("cfmerge.engine.run.units_of", noted)
     cfmerge.merge(family.base, family.experts, text, output=tmp_path / "all")
     assert {LAYERS.format(0), LAYERS.format(1)} in seen
     found = load(tmp_path / "all")

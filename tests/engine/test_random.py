@@ -6,7 +6,7 @@ import toys
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import batches, steps
+from cfmerge.engine import steps, units
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import _random
 
@@ -64,8 +64,8 @@ def test_batches_and_pieces_do_not_matter(merge, monkeypatch, method):
     monkeypatch.setattr(_random, "BLOCK", 8)
     steps._compiled.cache_clear()  # they hold the block's size
     whole = merge("whole", method)
-    monkeypatch.setattr(batches, "ENTRIES", 24)
-    monkeypatch.setattr(batches, "STACKED", 1)
+    monkeypatch.setattr(units, "ENTRIES", 24)
+    monkeypatch.setattr(units, "STACKED", 1)
     assert merge("cut", method) == whole
     assert merge("little", method, memory=24_000) == whole
     steps._compiled.cache_clear()

@@ -7,7 +7,7 @@ import toys
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import batches
+from cfmerge.engine import units
 from cfmerge.errors import CfmergeError
 
 
@@ -98,7 +98,7 @@ def test_on_disk_and_in_memory(family, tmp_path, load, monkeypatch, text):
     cfmerge.merge(family.base, family.experts, text, output=tmp_path / "whole")
     check(load(tmp_path / "whole"), family, expected)
     check(cfmerge.merge_params(family.tensors[0], family.trees, methods.make(text)), family, expected)
-    monkeypatch.setattr(batches, "ENTRIES", 16)
+    monkeypatch.setattr(units, "ENTRIES", 16)
     cfmerge.merge(family.base, family.experts, text, output=tmp_path / "cut")
     check(load(tmp_path / "cut"), family, expected)
 

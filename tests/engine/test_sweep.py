@@ -10,8 +10,8 @@ import toys
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import batches
-from cfmerge.engine.sweep import directory_name
+from cfmerge.engine import units
+from cfmerge.engine.merge import directory_name
 from cfmerge.errors import CfmergeError
 from cfmerge.methods._several import several
 from cfmerge.recipe import load as load_recipe
@@ -65,7 +65,7 @@ def test_a_sweep_of_one(family, tmp_path, load):
 
 def test_pieces_rules_weights_and_dtype(family, tmp_path, load, monkeypatch):
     """Options hold for all; a rule's tensors are the same in every result."""
-    monkeypatch.setattr(batches, "ENTRIES", 16)
+    monkeypatch.setattr(units, "ENTRIES", 16)
     experts = [cfmerge.Expert(str(path), name, {"gradient": [1.0, 3.0]} if name == "m1" else 1.0)
                for name, path in family.experts.items()]  # fmt: skip
     options = {"rules": [{"match": "*norm*", "method": "task_arithmetic(scale=2)"}], "dtype": "float16"}
@@ -113,13 +113,13 @@ def test_reports_by_result(family, tmp_path):
 
 def test_every_tensor_is_read_once(family, tmp_path, monkeypatch):
     reads = collections.Counter()
-    original = batches.Batch.read
+    original = units.Unit.read
 
     def counted(self, checkpoint, names):
         reads.update((str(checkpoint.path), name) for name in names)
         return original(self, checkpoint, names)
 
-    monkeypatch.setattr(batches.Batch, "read", counted)
+    monkeypatch.setattr(units.Unit, "read", counted)
     cfmerge.sweep(family.base, family.experts, TEXTS, output=tmp_path / "out")
     assert set(reads.values()) == {1}
     assert len(reads) == 4 * len(family.tensors[0])

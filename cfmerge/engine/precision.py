@@ -1,0 +1,114 @@
+"""How a unit is done, and done again where the first way was not precise enough.
+
+    attempts = ways(unit, found)            a generator: yields an attempt, is sent its outcome, returns the last one
+
+Everything that is decided while a merge runs, but for an expert that is left out, is decided here.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cfmerge.engine.low_rank import CUT, rank_bound
+from cfmerge.engine.units import Unit
+from cfmerge.methods import Found, Method
+
+# Relative error of a merged delta, measured, times the smallest eigenvalue of the system over the largest (what a
+# method reports as `ridge_ratio`): when all is float32, and when float32 sums are solved in float64. For deltas that
+# have full rank together; where they do not, and are not solved as such, about five times as much.
+LOSS_OF_SOLVE = 7e-8
+LOSS_OF_SUMS = 2e-8
+TOLERANCE = {2: 1e-3, 4: 1e-4, 8: 1e-4}  # by the bytes of the output's dtype: bfloat16 rounds far more coarsely
+
+Reports = tuple[dict[str, Any], ...]  # of each result: {name: (segments, matrices)}
+
+
+class Attempt(NamedTuple):
+    """One way to do a unit.
+
+    Attributes:
+        statistics: solve these, from an earlier attempt, and read nothing.
+        silent: it reads again what was counted as read before.
+    """
+
+    unit: Unit
+    methods: Sequence[Method]
+    found: Found | None
+    compute: str
+    statistics: Any = None
+    silent: bool = False
+
+
+class Outcome(NamedTuple):
+    """What an attempt gave: `tensors (segments, *stored)`, or `(segments, results, *stored)` of a sweep."""
+
+    tensors: Any
+    reports: Reports
+    statistics: Any = None  # of an additive method
+    float64: int = 0  # tensors that float64 was needed for
+
+
+def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome]:
+    """The attempts at a unit; returns the outcome that holds."""
+    work, methods = unit.work, unit.methods
+    usual = Attempt(unit, methods, found, "float32")
+    if work.precision == "float64" or compute_dtype(unit) == "float64":
+        return (yield usual._replace(compute="float64"))
+    if work.traced:
+        return (yield usual)
+    rank = _rank(unit) if work.statistics is None else None
+    if rank is not None:
+        low = yield usual._replace(methods=[methods[0].of_rank(rank)], found=None)  # type: ignore[misc]
+        if max(np.max(report["factor_error"]) for report in low.reports) <= CUT:
+            return (yield from _solved_again(usual._replace(methods=[methods[0].of_rank(rank)], found=None), low))  # type: ignore[misc]
+        usual = usual._replace(silent=True)
+    outcome = yield from _solved_again(usual, (yield usual))
+    if work.statistics is not None:  # their float32 sums are all there is
+        return outcome
+    additive = methods[0].additive
+    weak = _weak(unit, outcome.reports, LOSS_OF_SUMS if additive else LOSS_OF_SOLVE)
+    tensors = np.array(outcome.tensors) if len(weak) else outcome.tensors
+    for number in weak:
+        single = Attempt(unit.only(number), [methods[number]], found, "float64", silent=True)
+        tensors[number] = np.asarray((yield single).tensors)[0]
+    return outcome._replace(tensors=tensors, float64=outcome.float64 if additive else len(weak), statistics=None)
+
+
+def _solved_again(attempt: Attempt, outcome: Outcome) -> Generator[Attempt, Outcome, Outcome]:
+    """The outcome, with the sums of ill-conditioned tensors solved in float64."""
+    if outcome.statistics is None:
+        return outcome
+    weak = _weak(attempt.unit, outcome.reports, LOSS_OF_SOLVE)
+    if len(weak) == 0:
+        return outcome
+    again = yield attempt._replace(compute="float64", statistics=outcome.statistics)
+    tensors = np.array(outcome.tensors)
+    tensors[weak] = np.asarray(again.tensors)[weak]
+    return outcome._replace(tensors=tensors, float64=len(weak))
+
+
+def compute_dtype(unit: Unit) -> str:
+    """The dtype that a unit is computed in, if nothing else is asked for."""
+    dtype = np.dtype(unit.job.parameter.dtype) if unit.job.parameter.dtype == "float64" else None
+    if dtype is None or (unit.work.traced and not jax.config.read("jax_enable_x64")):
+        return "float32"
+    return "float64"
+
+
+def _rank(unit: Unit) -> int | None:
+    """A likely bound on the rank of all deltas, if the method has a form for it."""
+    if unit.methods[0].of_rank is None or len(unit.segments) > 1 or sorted(unit.job.layout) != ["i", "o"]:
+        return None
+    experts = unit.experts
+    return rank_bound(unit.base()[0], (unit.expert(t)[0] for t in experts), len(experts))
+
+
+def _weak(unit: Unit, reports: Reports, loss: float) -> np.ndarray:
+    """Numbers of the tensors that would miss the tolerance at this loss, if precision is left to us."""
+    ratios = [report["ridge_ratio"] for report in reports if "ridge_ratio" in report]
+    if not ratios or unit.work.precision != "auto":
+        return np.zeros(0, int)
+    least = np.min([np.asarray(ratio).min(axis=1) for ratio in ratios], axis=0)
+    return np.flatnonzero(least < loss / TOLERANCE[unit.job.dtype.itemsize])

@@ -1,0 +1,299 @@
+"""What a run works on: the models that take part, and a job for each tensor of the output.
+
+Planning makes it, whether the models lie in files or in memory; the loop (`run.py`) asks nothing else.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from cfmerge import methods as registered
+from cfmerge.engine.assign import Assignment
+from cfmerge.engine.cost import statistic_size
+from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settle, weight_at
+from cfmerge.engine.statistics import Statistics, full_form
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import Method
+from cfmerge.methods._several import members, several
+from cfmerge.parameters import Parameter
+
+Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last call)
+
+
+class Readable(Protocol):
+    """Named arrays: a checkpoint, or a tree in memory."""
+
+    def read(self, name: str) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Participant:
+    """A model that takes part.
+
+    Attributes:
+        name: the expert's name; "base" for the base.
+        told: the model in messages, such as `expert 'math' (models/math)`.
+        tensors: its arrays by name.
+        moments: what was measured of it, by the base's names; none: nothing.
+    """
+
+    name: str
+    told: str
+    tensors: Readable
+    moments: Readable | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One tensor of the output.
+
+    Attributes:
+        writes: the names that it is written under: its own and those tied to it.
+        sources: its name in each expert, or None where the expert does not have it.
+        dtype: of the output.
+        weights: of the experts, for this tensor.
+    """
+
+    name: str
+    assignment: Assignment
+    writes: tuple[str, ...]
+    sources: tuple[str | None, ...]
+    dtype: np.dtype
+    weights: tuple[Any, ...]
+
+    @property
+    def parameter(self) -> Parameter:
+        return self.assignment.parameter
+
+    @property
+    def method(self) -> Method:
+        return self.assignment.method
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Numbers of the experts that have the tensor."""
+        return tuple(number for number, source in enumerate(self.sources) if source is not None)
+
+    @property
+    def bytes_read(self) -> int:
+        return self.parameter.size * _dtype(self.parameter.dtype).itemsize
+
+    @property
+    def layout(self) -> str:
+        """The layout that the method sees: none if it takes entries one by one, or where there is no matrix."""
+        return "" if self.method.scope == "entry" else self.parameter.layout
+
+    @property
+    def matrices(self) -> int:
+        """How many canonical matrices the tensor holds: layers may be stacked."""
+        return self.parameter.canonical[0] if self.layout else 1
+
+    @property
+    def seen_shape(self) -> tuple[int, ...]:
+        """The shape of one canonical matrix, or of the tensor where there is none."""
+        return self.parameter.canonical[1:] if self.layout else self.parameter.shape
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, about: for a matrix method a Gram and a cross term an expert, and one solve."""
+        if self.assignment.action != "merge":
+            return 0
+        experts = len(self.experts)
+        if self.method.scope != "matrix":
+            return 3 * experts * self.parameter.size
+        b, m, n = self.parameter.canonical
+        return b * (experts * (2 * m * n * n + 2 * m * n * min(n, 2 * m)) + n**3 // 3 + 2 * m * n * n)
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes that merging it may need at once: the statistic of all experts, the experts, and room to solve.
+
+        In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
+        """
+        method = self.method
+        if self.assignment.action != "merge" or method.scope == "entry":
+            return 0
+        m, n = self.parameter.canonical[1:] if self.layout else (1, self.parameter.size)
+        shape = (m, n) if self.layout else self.parameter.shape
+        floats = statistic_size(method, shape, len(self.experts)) + (5 + method.results) * m * n
+        if method.scope == "matrix":
+            floats += 3 * n * n
+        if not method.additive:
+            floats += len(self.experts) * m * n
+        return (4 if self.dtype.itemsize == 2 else 8) * floats
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Base, experts, and what is done with every tensor.
+
+    Attributes:
+        statistics: what was kept of experts before these; they come first in the order of experts.
+        precision: "auto", or the dtype that all is computed in.
+        traced: some values are known to a transformation of JAX only; then nothing looks at values.
+        from_files: options of a recipe exist, and messages may name them.
+    """
+
+    base: Participant
+    experts: tuple[Participant, ...]
+    jobs: tuple[Job, ...]
+    statistics: Statistics | None = None
+    seed: Any = 0
+    precision: str = "auto"
+    traced: bool = False
+    from_files: bool = False
+
+    @property
+    def before(self) -> int:
+        """How many experts are in the statistics: those of the work are numbered after them."""
+        return len(self.statistics.experts) if self.statistics else 0
+
+    @property
+    def merged(self) -> tuple[Job, ...]:
+        """The jobs that merge something."""
+        return tuple(job for job in self.jobs if job.assignment.action == "merge" and job.parameter.size > 0)
+
+
+def settled_jobs(
+    assignments: Sequence[Mapping[str, Assignment]],
+    experts: Sequence[str],
+    weights: Sequence[Any],
+    *,
+    before: Sequence[str] = (),
+    sources: Sequence[Mapping[str, str]] | None = None,
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    dtype_of: Callable[[Parameter], np.dtype],
+    statistics: Statistics | None = None,
+    sums: bool = False,
+) -> tuple[list[Job], list[str]]:
+    """The jobs, whose methods and weights have the numbers of their tensor; and what a user must be told.
+
+    Args:
+        assignments: of each result: more than one in a sweep.
+        experts, weights: names, and weights as a recipe gives them.
+        before: names of the experts in the statistics.
+        sources: `{name in the base: name in the expert}` of each expert; none: the same names.
+        aliases: `{name: names tied to it}`.
+        dtype_of: the output's dtype of a parameter.
+        statistics: what was kept of the experts before.
+        sums: take methods in the form whose statistic is a sum of fixed size.
+
+    Raises:
+        CfmergeError: a number, a weight or a count of experts that a method cannot take.
+    """
+    named = [*before, *experts]
+    depth_of = depths(assignments[0])
+    notes = same_for_stacked_layers(assignments[0], depth_of, weights, named)
+    jobs = []
+    for name, assignment in assignments[0].items():
+        own_sources = tuple(name if sources is None else found.get(name) for found in (sources or [{}] * len(experts)))
+        own_weights: tuple[Any, ...] = ()
+        if assignment.action == "merge":
+            where = place(name, depth_of[name], named)
+            own = [settle(each[name].method, where) for each in assignments]
+            if sums or statistics is not None:
+                own = [full_form(method) for method in own]
+            own_weights = tuple(weight_at(w, where, expert) for w, expert in zip(weights, experts, strict=True))
+            count = len(before) + sum(source is not None for source in own_sources)
+            for method in own:
+                check_count(method, count)
+                check_weights(method, dict(zip(experts, own_weights, strict=True)), name)
+                if statistics is not None:
+                    statistics.check(method, name)
+            method = own[0] if len(own) == 1 else several(tuple(own))
+            assignment = dataclasses.replace(assignment, method=method)
+        writes = (name, *(aliases or {}).get(name, ()))
+        jobs.append(Job(name, assignment, writes, own_sources, dtype_of(assignment.parameter), own_weights))
+    return jobs, notes
+
+
+def check_count(method: Method, count: int) -> None:
+    """Raises `CfmergeError` unless the method takes that many experts."""
+    least, most = method.experts
+    if count < least or (most is not None and count > most):
+        wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
+        raise CfmergeError(f"{method.name} takes {wanted} expert{'s' if wanted != '1' else ''}, found {count}")
+
+
+def check_weights(method: Method, weights: Mapping[str, Any], tensor: str) -> None:
+    """Raises `CfmergeError` unless the weights `{expert: weight}` have a meaning for the method."""
+    if any(isinstance(weight, jax.core.Tracer) for weight in weights.values()):
+        return
+    for name, weight in weights.items():
+        if method.weights == "positive" and weight <= 0:
+            raise CfmergeError(
+                f"expert {name!r}: {method.name} needs positive weights, found {weight} for {tensor!r}; "
+                "leave the expert out, or use task_arithmetic"
+            )
+        if method.weights == "none" and weight != 1:
+            raise CfmergeError(
+                f"expert {name!r}: {method.name} knows no weights, found {weight}; leave the weight out, or choose "
+                "another method"
+            )
+    if method.normalises and weights and abs(sum(weights.values())) <= 1e-9 * sum(map(abs, weights.values())):
+        raise CfmergeError(
+            f"the experts' weights sum to 0, so that {method.name} of {tensor!r} is not defined: "
+            + ", ".join(f"{name}: {weight}" for name, weight in weights.items())
+        )
+
+
+def check_moments(jobs: Sequence[Job], experts: Sequence[Participant], header: Callable[[Readable, str], Any]) -> None:
+    """Raises `CfmergeError` unless every expert brings the moments that the methods need, of the right shape.
+
+    Args:
+        header: `header(moments, name)`: the array of that name or its header, None if there is none.
+    """
+    for job in jobs:
+        needed = job.method.moments if job.assignment.action == "merge" else ""
+        if needed:
+            for number in job.experts:
+                own = experts[number].moments
+                found = None if own is None else header(own, job.name)
+                _check_moment(needed, job.parameter, found, job.method.name, experts[number].told)
+
+
+def _check_moment(needed: str, parameter: Parameter, found: Any, method: str, who: str) -> None:
+    shape: tuple[int, ...] = parameter.shape
+    kind = "a diagonal Fisher"
+    if needed == "input_gram":
+        b, _, n = parameter.canonical
+        shape, kind = ((b, n, n) if b > 1 else (n, n)), "an input Gram"
+    if found is None:
+        raise CfmergeError(
+            f"{who}: {method} needs {kind} of {parameter.name!r}, of shape {shape}: give it (on disk 'moments: "
+            "FILE' beside the expert's path, of trees moments=[...]; cfmerge.activations collects Grams), or another "
+            "method for this tensor by a rule"
+        )
+    if tuple(found.shape) != shape:
+        raise CfmergeError(f"{who}: {kind} of {parameter.name!r} has shape {tuple(found.shape)}, expected {shape}")
+
+
+def as_method(method: str | Method, parameters: Mapping[str, Any] | None = None) -> Method:
+    """The method: itself, or of the text that names it or a chain (`"trim(density=0.2) >> disjoint_mean"`).
+
+    Raises:
+        CfmergeError: unknown, or a transform alone, or parameters of a method that has its own.
+    """
+    if isinstance(method, str):
+        return registered.make(method, parameters)
+    if not isinstance(method, Method):
+        raise CfmergeError(
+            f"method: expected a name such as 'ace', a chain as text, or a method such as cfmerge.methods.ace(); "
+            f"found {method!r}"
+        )
+    if parameters:
+        raise CfmergeError(f"parameters {dict(parameters)}: method {method.name!r} has its own already")
+    return method
+
+
+def methods_of(job: Job) -> tuple[Method, ...]:
+    """The job's methods, one for each result."""
+    return members(job.method)
