@@ -20,19 +20,17 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from cfmerge.engine.account import Account
-from cfmerge.engine.checks import check_finite, check_ties, kept_tensor
+from cfmerge.engine.checks import check_ties, kept_tensor
+from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
-from cfmerge.engine.steps import Inputs, Settings, Steps, compiled, steps
 from cfmerge.engine.surveys import by_member, found_for, kind_of, own_rows
 from cfmerge.engine.units import Unit, units_of
 from cfmerge.engine.work import Job, Progress, Work
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method, Survey
-from cfmerge.methods._base import measure_jointly, xp_of
 from cfmerge.methods._registry import listed, of_expert
 
 WORKERS = 2  # units in work at once: one computes while another reads, or factorises on one core
@@ -186,7 +184,7 @@ class _Loop:
 
     # --- one unit -----------------------------------------------------------------------------------------------------
 
-    def passed_over(self, unit: Unit, each: "UnitSteps", compute: str, tell: Progress) -> Any:
+    def passed_over(self, unit: Unit, each: UnitSteps, compute: str, tell: Progress) -> Any:
         """The base of a unit, then its experts one by one, through the steps."""
         with self._precision(compute):
             base = jnp.asarray(unit.base())
@@ -209,7 +207,7 @@ class _Loop:
                 return done.value
 
     def _tried(self, attempt: Attempt) -> Outcome:
-        each = (_Additive if attempt.methods[0].additive else _Together)(attempt)
+        each = (Additive if attempt.methods[0].additive else Together)(attempt)
         if attempt.statistics is not None:
             with self._precision(attempt.compute):
                 base = jnp.asarray(attempt.unit.base())
@@ -218,7 +216,7 @@ class _Loop:
 
     def accumulated(self, unit: Unit, compute: str) -> Any:
         """The statistics of a unit's tensors when all experts were seen."""
-        each = _Unsolved(Attempt(unit, unit.methods, None, compute))
+        each = Unsolved(Attempt(unit, unit.methods, None, compute))
         return self.passed_over(unit, each, compute, self.tell)
 
     def _precision(self, compute: str) -> Any:
@@ -255,7 +253,7 @@ class _Loop:
         own = [following] * len(self.work.experts)
         if listed(method):
             own = [of_expert(method, t).survey(found) for t in range(len(own))]  # type: ignore[misc]
-        measures = _Measures(own, compute)
+        measures = Measures(own, compute)
         measured: dict[Any, Any] = {}
         total: Any = None
         entries = 0
@@ -269,7 +267,7 @@ class _Loop:
             else:
                 total = values if total is None else jax.tree.map(lambda a, b: a + b, total, values)
 
-        self.over(jobs, lambda unit: self.passed_over(unit, _Measuring(unit, measures), compute, _silent), take)
+        self.over(jobs, lambda unit: self.passed_over(unit, Measuring(unit, measures), compute, _silent), take)
         totals = [dict(sorted(measured.items())) if following.by_tensor else total]
         totals += [entries] if following.sized else []
         if not listed(method) or following.joint:
@@ -289,153 +287,3 @@ def _blas() -> ThreadpoolController:
 
 def _doubled(leaf: jax.Array) -> jax.Array:
     return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-
-# --- the steps of a pass, for one unit ------------------------------------------------------------------------------
-
-
-class UnitSteps(Protocol):
-    """What a pass does with one unit."""
-
-    def start(self, base: jax.Array) -> Any: ...
-
-    def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any: ...
-
-    def finish(self, state: Any, base: jax.Array) -> Any: ...
-
-
-class _Merging:
-    """What all steps that merge share: the compiled code, the numbers, and the checks of values."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self.unit, self.attempt = attempt.unit, attempt
-        self.traced = attempt.unit.work.traced
-        make = steps if self.traced else compiled
-        self.pattern = of_expert(attempt.methods[0], 0)
-        self.by: Steps = make(self.pattern, self.unit.job.layout, attempt.compute)
-        self.settings: list[Settings] = self.unit.settings(attempt.methods, attempt.found)
-        self.order = {number: place for place, number in enumerate(self.unit.experts, 1)}
-
-    def checked(self, base: jax.Array, number: int | None, flags: Any) -> None:
-        """Raises `NonFiniteError` unless the flags of an expert (of the result: None) are all set."""
-        if not self.traced:  # looking at them waits: steps that are only queued would hold all experts' buffers
-            check_finite(self.unit, base, number, np.asarray(flags))
-
-    def outcome(self, merged: Any, reports: Any, statistics: Any = None) -> Outcome:
-        told = reports if isinstance(reports, tuple) else _by_result(reports, self.attempt.methods[0].results)
-        if not self.traced:
-            told = jax.tree.map(np.asarray, told)
-        return Outcome(merged, told, statistics)
-
-
-class _Additive(_Merging):
-    """A statistic of a fixed size, that each expert is added to."""
-
-    def start(self, base: jax.Array) -> Any:
-        kept = self.unit.kept(self.pattern, self.attempt.compute)
-        return self.by.start(self.settings[0], base) if kept is None else kept
-
-    def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
-        state, finite = self.by.step(self.settings[self.order[number]], state, base, expert, inputs)
-        self.checked(base, number, finite)
-        return state
-
-    def finish(self, state: Any, base: jax.Array) -> Any:
-        merged, reports, finite = self.by.finish(self.settings[0], state, base, self.unit.job.dtype.name)
-        self.checked(base, None, finite)
-        return self.outcome(merged, reports, state)
-
-
-class _Unsolved(_Additive):
-    """The statistic itself."""
-
-    def finish(self, state: Any, base: jax.Array) -> Any:
-        return state
-
-
-class _Together(_Merging):
-    """All experts at once."""
-
-    def start(self, base: jax.Array) -> Any:
-        return ()
-
-    def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
-        return (*state, (expert, inputs))
-
-    def finish(self, state: Any, base: jax.Array) -> Any:
-        experts, inputs = [list(column) for column in zip(*state, strict=True)]
-        out = self.unit.job.dtype.name
-        merged, reports, finite = self.by.together(self.settings[1:], base, experts, inputs, out)
-        for flags, number in zip(finite, (*self.unit.experts, None), strict=True):
-            self.checked(base, number, flags)
-        return self.outcome(merged, reports)
-
-
-def _by_result(reports: dict[str, Any], results: int) -> tuple[dict[str, Any], ...]:
-    if results == 1:
-        return (reports,)
-    return tuple(
-        {key.split(":", 1)[1]: value for key, value in reports.items() if key.startswith(f"{number}:")}
-        for number in range(results)
-    )
-
-
-class _Measures:
-    """The measures of one survey, one for each expert, compiled for every shape that they meet."""
-
-    def __init__(self, surveys: Sequence[Survey], compute: str) -> None:
-        self.surveys, self.compute = surveys, compute
-        self.jointly = functools.partial(measure_jointly, surveys)
-        self.made: dict[Any, Any] = {}
-
-    def function(self, measure: Any, unit: Unit) -> Any:
-        method, first = unit.job.method, self.surveys[0]
-        key = (measure, unit.job.layout, method.scope, method.moments)
-        if key not in self.made:
-            plain = steps(method, unit.job.layout, self.compute)
-            self.made[key] = jax.jit(plain.measured(measure, first.joint, summed=not first.by_tensor))
-        return self.made[key]
-
-
-class _Measuring:
-    """A survey's measure of a unit: `(experts, ...)`, or of all experts at once `(...)`; by tensor `(stack, ...)`."""
-
-    def __init__(self, unit: Unit, measures: _Measures) -> None:
-        self.unit, self.measures, self.first = unit, measures, measures.surveys[0]
-
-    def start(self, base: jax.Array) -> Any:
-        self._check(base, base, None)
-        return {}
-
-    def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
-        self._check(base, expert, number)
-        if self.first.joint:
-            return {**state, number: (expert, inputs)}
-        function = self.measures.function(self.measures.surveys[number].measure, self.unit)
-        return {**state, number: _on_host(function([base, expert], [inputs]))}
-
-    def finish(self, state: Any, base: jax.Array) -> Any:
-        if self.first.joint:
-            experts, inputs = [list(column) for column in zip(*state.values(), strict=True)]
-            return _on_host(self.measures.function(self.measures.jointly, self.unit)([base, *experts], inputs))
-        nothing = jax.tree.map(lambda leaf: 0 * leaf, next(iter(state.values())))  # of an expert that lacks the tensor
-        values = [state.get(number, nothing) for number in range(len(self.measures.surveys))]
-        return jax.tree.map(lambda *leaves: xp_of(*leaves).stack(leaves, 1 if self.first.by_tensor else 0), *values)
-
-    def _check(self, base: jax.Array, array: jax.Array, number: int | None) -> None:
-        """A NaN would go from a survey into every tensor."""
-        if not self.unit.work.traced:
-            finite = np.isfinite(np.asarray(array)).reshape(len(self.unit.segments), -1).all(axis=1)
-            check_finite(self.unit, base, number, finite)
-
-
-def _on_host(values: Any) -> Any:
-    """Sums over a whole model are kept in 64 bits; traced values stay as they are."""
-
-    def host(leaf: Any) -> Any:
-        if isinstance(leaf, jax.core.Tracer):
-            return leaf
-        array = np.asarray(leaf)
-        return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
-
-    return jax.tree.map(host, values)

@@ -1,0 +1,169 @@
+"""What a pass does with one unit: steps that start from the base, see the experts one by one, and finish.
+
+Additive     a statistic of a fixed size, then its solution
+Unsolved     the statistic itself
+Together     all experts at once, for methods that are not sums
+Measuring    a survey's measure
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from cfmerge.engine.checks import check_finite
+from cfmerge.engine.precision import Attempt, Outcome
+from cfmerge.engine.steps import Inputs, Settings, Steps, compiled, steps
+from cfmerge.engine.units import Unit
+from cfmerge.methods import Survey
+from cfmerge.methods._base import measure_jointly, xp_of
+from cfmerge.methods._registry import of_expert
+
+
+class UnitSteps(Protocol):
+    """What a pass does with one unit."""
+
+    def start(self, base: jax.Array) -> Any: ...
+
+    def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any: ...
+
+    def finish(self, state: Any, base: jax.Array) -> Any: ...
+
+
+class _Merging:
+    """What all steps that merge share: the compiled code, the numbers, and the checks of values."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.unit, self.attempt = attempt.unit, attempt
+        self.traced = attempt.unit.work.traced
+        make = steps if self.traced else compiled
+        self.pattern = of_expert(attempt.methods[0], 0)
+        self.by: Steps = make(self.pattern, self.unit.job.layout, attempt.compute)
+        self.settings: list[Settings] = self.unit.settings(attempt.methods, attempt.found)
+        self.order = {number: place for place, number in enumerate(self.unit.experts, 1)}
+
+    def checked(self, base: jax.Array, number: int | None, flags: Any) -> None:
+        """Raises `NonFiniteError` unless the flags of an expert (of the result: None) are all set."""
+        if not self.traced:  # looking at them waits: steps that are only queued would hold all experts' buffers
+            check_finite(self.unit, base, number, np.asarray(flags))
+
+    def outcome(self, merged: Any, reports: Any, statistics: Any = None) -> Outcome:
+        told = reports if isinstance(reports, tuple) else _by_result(reports, self.attempt.methods[0].results)
+        if not self.traced:
+            told = jax.tree.map(np.asarray, told)
+        return Outcome(merged, told, statistics)
+
+
+class Additive(_Merging):
+    """A statistic of a fixed size, that each expert is added to."""
+
+    def start(self, base: jax.Array) -> Any:
+        kept = self.unit.kept(self.pattern, self.attempt.compute)
+        return self.by.start(self.settings[0], base) if kept is None else kept
+
+    def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
+        state, finite = self.by.step(self.settings[self.order[number]], state, base, expert, inputs)
+        self.checked(base, number, finite)
+        return state
+
+    def finish(self, state: Any, base: jax.Array) -> Any:
+        merged, reports, finite = self.by.finish(self.settings[0], state, base, self.unit.job.dtype.name)
+        self.checked(base, None, finite)
+        return self.outcome(merged, reports, state)
+
+
+class Unsolved(_Additive):
+    """The statistic itself."""
+
+    def finish(self, state: Any, base: jax.Array) -> Any:
+        return state
+
+
+class Together(_Merging):
+    """All experts at once."""
+
+    def start(self, base: jax.Array) -> Any:
+        return ()
+
+    def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
+        return (*state, (expert, inputs))
+
+    def finish(self, state: Any, base: jax.Array) -> Any:
+        experts, inputs = [list(column) for column in zip(*state, strict=True)]
+        out = self.unit.job.dtype.name
+        merged, reports, finite = self.by.together(self.settings[1:], base, experts, inputs, out)
+        for flags, number in zip(finite, (*self.unit.experts, None), strict=True):
+            self.checked(base, number, flags)
+        return self.outcome(merged, reports)
+
+
+def _by_result(reports: dict[str, Any], results: int) -> tuple[dict[str, Any], ...]:
+    if results == 1:
+        return (reports,)
+    return tuple(
+        {key.split(":", 1)[1]: value for key, value in reports.items() if key.startswith(f"{number}:")}
+        for number in range(results)
+    )
+
+
+class Measures:
+    """The measures of one survey, one for each expert, compiled for every shape that they meet."""
+
+    def __init__(self, surveys: Sequence[Survey], compute: str) -> None:
+        self.surveys, self.compute = surveys, compute
+        self.jointly = functools.partial(measure_jointly, surveys)
+        self.made: dict[Any, Any] = {}
+
+    def function(self, measure: Any, unit: Unit) -> Any:
+        method, first = unit.job.method, self.surveys[0]
+        key = (measure, unit.job.layout, method.scope, method.moments)
+        if key not in self.made:
+            plain = steps(method, unit.job.layout, self.compute)
+            self.made[key] = jax.jit(plain.measured(measure, first.joint, summed=not first.by_tensor))
+        return self.made[key]
+
+
+class Measuring:
+    """A survey's measure of a unit: `(experts, ...)`, or of all experts at once `(...)`; by tensor `(stack, ...)`."""
+
+    def __init__(self, unit: Unit, measures: Measures) -> None:
+        self.unit, self.measures, self.first = unit, measures, measures.surveys[0]
+
+    def start(self, base: jax.Array) -> Any:
+        self._check(base, base, None)
+        return {}
+
+    def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
+        self._check(base, expert, number)
+        if self.first.joint:
+            return {**state, number: (expert, inputs)}
+        function = self.measures.function(self.measures.surveys[number].measure, self.unit)
+        return {**state, number: _on_host(function([base, expert], [inputs]))}
+
+    def finish(self, state: Any, base: jax.Array) -> Any:
+        if self.first.joint:
+            experts, inputs = [list(column) for column in zip(*state.values(), strict=True)]
+            return _on_host(self.measures.function(self.measures.jointly, self.unit)([base, *experts], inputs))
+        nothing = jax.tree.map(lambda leaf: 0 * leaf, next(iter(state.values())))  # of an expert that lacks the tensor
+        values = [state.get(number, nothing) for number in range(len(self.measures.surveys))]
+        return jax.tree.map(lambda *leaves: xp_of(*leaves).stack(leaves, 1 if self.first.by_tensor else 0), *values)
+
+    def _check(self, base: jax.Array, array: jax.Array, number: int | None) -> None:
+        """A NaN would go from a survey into every tensor."""
+        if not self.unit.work.traced:
+            finite = np.isfinite(np.asarray(array)).reshape(len(self.unit.segments), -1).all(axis=1)
+            check_finite(self.unit, base, number, finite)
+
+
+def _on_host(values: Any) -> Any:
+    """Sums over a whole model are kept in 64 bits; traced values stay as they are."""
+
+    def host(leaf: Any) -> Any:
+        if isinstance(leaf, jax.core.Tracer):
+            return leaf
+        array = np.asarray(leaf)
+        return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
+
+    return jax.tree.map(host, values)
