@@ -16,7 +16,7 @@ from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.checkpoints.safetensors import ShardWriter
 from cfmerge.engine import run
 from cfmerge.engine.in_memory import merge_assigned
-from cfmerge.engine.merge import as_recipe, check_space, clear_errors, free_memory, merge_recipe, planned
+from cfmerge.engine.merge import Plan, as_recipe, check_space, clear_errors, merge_recipe, planned
 from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.statistics import (
@@ -30,7 +30,7 @@ from cfmerge.engine.statistics import (
     statistic_name,
 )
 from cfmerge.engine.trees import Problem, work_of
-from cfmerge.engine.units import Unit, check_memory
+from cfmerge.engine.units import Unit
 from cfmerge.engine.work import Job, Progress
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
@@ -90,12 +90,15 @@ def accumulate_recipe(
     progress: Progress | None = None,
 ) -> Statistics:
     """The statistics of a recipe's experts, streamed into a directory; see `accumulate`."""
-    limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
-    plan = planned({"": recipe}, sums=True)
+    return planned({"": recipe}, sums=True).attempted(
+        memory, lambda plan, limit, _: _streamed(plan, Path(output), overwrite, limit, progress or (lambda *_: None))
+    )
+
+
+def _streamed(plan: Plan, output: Path, overwrite: bool, memory: int, progress: Progress) -> Statistics:
     for job in plan.work.merged:
         _check_job(job)
-        check_memory(job, limit)
-    stored = "float64" if recipe.precision == "float64" else "float32"
+    stored = "float64" if plan.recipe.precision == "float64" else "float32"
     headers = {
         f"{job.name}:{leaf}": ((job.matrices, *shape), np.dtype(stored))
         for job in plan.work.merged for leaf, shape in _leaf_shapes(job).items()
@@ -113,12 +116,12 @@ def accumulate_recipe(
     )
     checkpoints = (plan.base, *plan.experts)
     inputs = [path for checkpoint in checkpoints for path in (*checkpoint.files, checkpoint.path)]
-    with clear_errors(Path(output)), StagedDirectory(Path(output), overwrite=overwrite, inputs=inputs) as staged:
+    with clear_errors(output), StagedDirectory(output, overwrite=overwrite, inputs=inputs) as staged:
         check_space(staged.path, sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in headers.values()))
         writer = ShardWriter(staged.path, headers, SHARD, told.metadata())
         try:
             take = functools.partial(_write, writer, stored)
-            run.accumulate(plan.work, take, compute=stored, memory=limit, progress=progress or (lambda *_: None))
+            run.accumulate(plan.work, take, compute=stored, memory=memory, progress=progress)
             writer.close()
         except BaseException:
             writer.abort()

@@ -9,10 +9,10 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -34,6 +34,7 @@ from cfmerge.methods._registry import expression
 from cfmerge.parameters import is_float
 from cfmerge.recipe import Recipe
 
+T = TypeVar("T")
 HEADS = "heads"  # directory of exported heads in the output
 Experts = Sequence[str | Path | recipes.Expert] | Mapping[str, str | Path]
 
@@ -107,6 +108,15 @@ class Plan(Resolved):
             CfmergeError: bad input; nothing is written then.
         """
         started = time.monotonic()
+        done = self.attempted(memory, lambda plan, limit, dropped: _carried_out(
+            plan, output, overwrite, limit, progress or _silent, dropped
+        ))  # fmt: skip
+        seconds = time.monotonic() - started
+        results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
+        return results.get("", results)
+
+    def attempted(self, memory: str | int | None, do: "Callable[[Plan, int, list[str]], T]") -> T:
+        """`do(plan, bound of memory, notes)`; again without an expert that is not finite, if it may be left out."""
         limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
         dropped: list[str] = []
         plan = self
@@ -114,13 +124,9 @@ class Plan(Resolved):
             for job in plan.jobs:
                 check_memory(job, limit)
             try:
-                done = _carried_out(plan, output, overwrite, limit, progress, dropped)
+                return do(plan, limit, dropped)
             except NonFiniteError as error:
                 plan = plan._without(error, dropped)
-                continue
-            seconds = time.monotonic() - started
-            results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
-            return results.get("", results)
 
     def _without(self, error: NonFiniteError, dropped: list[str]) -> "Plan":
         """The plan without the expert that is not finite, if it may be left out; otherwise raises the error."""
@@ -129,11 +135,12 @@ class Plan(Resolved):
             raise error
         dropped.append(f"expert {error.source!r} was left out: tensor {error.tensor!r} is not finite")
         kept = [spec for spec in self.expert_specs if spec.name != error.source]
-        if len(kept) < 2 and "one-expert" not in recipe.allow:
+        least = 0 if self.statistics else 1 if self.sums else 2
+        if len(kept) < least and ("one-expert" not in recipe.allow or not kept):
             raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
         opened = {spec.path: expert for spec, expert in zip(self.expert_specs, self.experts, strict=True)}
         asked = {label: msgspec.structs.replace(one.recipe, experts=kept) for label, one in self.results.items()}
-        return planned(asked, self.statistics, opened={**opened, recipe.base: self.base})
+        return planned(asked, self.statistics, sums=self.sums, opened={**opened, recipe.base: self.base})
 
 
 def planned(asked: Mapping[str, Recipe], statistics: Statistics | None = None, **how: Any) -> Plan:
@@ -260,7 +267,7 @@ def _carried_out(
     output: Any,
     overwrite: bool,
     memory: int,
-    progress: Progress | None,
+    progress: Progress,
     dropped: Sequence[str],
 ) -> dict[str, MergeResult]:
     """The results by label, written into directories or handed to sinks."""
@@ -269,7 +276,7 @@ def _carried_out(
         if set(sinks) != set(plan.results):
             raise CfmergeError(f"run: the plan's results are {list(plan.results)}, the sinks are for {list(sinks)}")
         notes = [*dropped, *_check_contents(plan)]
-        account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress or _silent)
+        account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress)
         return {
             label: MergeResult(
                 None, plan.of(label), (*plan.notes, *notes, *account.lines()), account.reports_of(n), {}, 0.0
@@ -295,7 +302,7 @@ def _carried_out(
         with ThreadPoolExecutor(1, "hash") as hasher:
             digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
             try:
-                account = run.merge(plan.work, writers, memory=memory, progress=progress or _silent, stop=stop)
+                account = run.merge(plan.work, writers, memory=memory, progress=progress, stop=stop)
                 for writer in writers:
                     writer.close()
             except BaseException:

@@ -74,7 +74,7 @@ class Additive(_Merging):
         return self.outcome(merged, reports, state)
 
 
-class Unsolved(_Additive):
+class Unsolved(Additive):
     """The statistic itself."""
 
     def finish(self, state: Any, base: jax.Array) -> Any:

@@ -53,6 +53,7 @@ class Resolved:
         exported: `{expert: its head tensors that are written beside the model}`.
         notes: what the user should know.
         shard_bytes, side_files: of the output.
+        sums: methods are in the form whose statistic is a sum of fixed size.
     """
 
     results: Mapping[str, Planned]
@@ -64,6 +65,7 @@ class Resolved:
     notes: tuple[str, ...]
     shard_bytes: int
     side_files: Mapping[str, Path]
+    sums: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -228,6 +230,7 @@ def resolve(
     return Resolved(
         results, base, tuple(experts), tuple(specs), work, matched[0].exported,
         (*notes, *numbers_told, *matched[0].notes), parse_size(recipe.shard_size), _side_files(recipe, base),
+        sums,
     )  # fmt: skip
 
 

@@ -573,3 +573,55 @@ def test_a_second_merge_compiles_nothing(caplog):
         cfmerge.merge_params(base, experts, methods.power(ridge=0.5))
         cfmerge.merge_params(base, experts, methods.iso_c(alpha=0.5))
     assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+
+
+# --- values that are not finite -----------------------------------------------------------------------------------
+
+
+def test_a_nan_in_memory_is_told_with_expert_and_leaf_and_no_option_that_is_not_there():
+    base = {"kernel": array(4, 3)}
+    experts = {"math": {"kernel": array(4, 3, seed=2)}, "code": {"kernel": array(4, 3, seed=3).at[1, 1].set(jnp.nan)}}
+    with pytest.raises(CfmergeError, match="expert 'code': tensor 'kernel' holds NaN") as caught:
+        cfmerge.merge_params(base, experts, methods.average())
+    assert "--" not in str(caught.value)
+    with pytest.raises(CfmergeError, match="base: tensor 'kernel' holds NaN"):
+        cfmerge.merge_params(experts["code"], [base, experts["math"]], methods.average())
+
+
+def test_values_that_are_traced_are_not_looked_at():
+    base, broken = {"kernel": array(4, 3)}, {"kernel": array(4, 3).at[0, 0].set(jnp.inf)}
+    merged = jax.jit(lambda a, b: cfmerge.merge_params(a, [b, b], methods.average()))(base, broken)
+    assert not np.isfinite(merged["kernel"][0, 0])
+
+
+def test_an_ill_conditioned_system_is_solved_in_float64_in_memory_too():
+    """The experts differ from the base along one direction alone, so that nothing but the ridge holds the rest."""
+    base = {"kernel": jnp.zeros((64, 8))}
+    common = np.outer(normal(0, 64), normal(1, 8))
+    experts = [{"kernel": jnp.asarray(common + 1e-5 * normal(seed, 64, 8), jnp.float32)} for seed in (2, 3)]
+    method = methods.actmat(ridge=1e-6)
+    with jax.enable_x64(True):
+        exact = cfmerge.merge_params(*jax.tree.map(lambda x: x.astype(jnp.float64), (base, experts)), method)["kernel"]
+    with pytest.warns(UserWarning, match="kernel: the Cholesky factorisation failed"):
+        found = np.asarray(cfmerge.merge_params(base, experts, method)["kernel"])
+    assert np.linalg.norm(found - np.asarray(exact)) < 1e-4 * np.linalg.norm(found)
+
+
+# --- methods as text ----------------------------------------------------------------------------------------------
+
+
+def test_a_method_may_be_text_a_chain_or_left_out():
+    base, experts = {"kernel": array(4, 3)}, [{"kernel": array(4, 3, seed=seed)} for seed in (2, 3, 4)]
+    for text, made in (
+        ("ace", methods.ace()),
+        ("trim(density=0.5) >> average", methods.trim(0.5) >> methods.average()),
+    ):
+        by_text = cfmerge.merge_params(base, experts, text)
+        assert np.array_equal(by_text["kernel"], cfmerge.merge_params(base, experts, made)["kernel"])
+    assert np.array_equal(
+        cfmerge.merge_params(base, experts)["kernel"], cfmerge.merge_params(base, experts, "ace")["kernel"]
+    )
+    alone = cfmerge.merge_tensor(base["kernel"], [expert["kernel"] for expert in experts], "average")
+    assert np.allclose(alone, np.mean([expert["kernel"] for expert in experts], axis=0), atol=1e-6)
+    with pytest.raises(CfmergeError, match="expected a name such as 'ace'"):
+        cfmerge.merge_params(base, experts, 3)

@@ -332,3 +332,20 @@ def test_too_little_space_is_known_beforehand(family, refused, tmp_path, monkeyp
     usage = type("Usage", (), {"free": 100})()
     monkeypatch.setattr(cfmerge.engine.merge.shutil, "disk_usage", lambda path: usage)
     refused([str(tmp_path), "GB are free"], family.base, family.experts)
+
+
+@pytest.mark.parametrize("moment", ["when space is reserved", "while tensors are written", "when all is flushed"])
+def test_full_disk_while_statistics_are_accumulated(family, monkeypatch, moment, tmp_path, contents):
+    before = contents(tmp_path)
+    owner, name, calls = FULL[moment]
+    monkeypatch.setattr(owner, name, late(getattr(owner, name), calls))
+    with pytest.raises(cfmerge.CfmergeError, match=r"the disk is full.*nothing was written"):
+        cfmerge.accumulate(family.base, family.experts, "average", output=tmp_path / "sums")
+    assert contents(tmp_path) == before
+
+
+def test_too_little_space_for_statistics_is_known_beforehand(family, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 100})()
+    monkeypatch.setattr(cfmerge.engine.merge.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(cfmerge.CfmergeError, match="GB are free"):
+        cfmerge.accumulate(family.base, family.experts, "average", output=tmp_path / "sums")

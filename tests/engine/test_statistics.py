@@ -340,3 +340,13 @@ def test_files_are_plain_safetensors(family, tmp_path, load):
     assert told["method"] == "average"
     assert told["experts"] == {"m1": 1.0, "m2": 1.0, "m3": 1.0}
     assert told["kinds"] == dict.fromkeys(toys.SMALL, "'sum'")
+
+
+def test_an_expert_that_is_not_finite_can_be_left_out_of_statistics(family, make_model, tmp_path):
+    broken = dict(family.tensors[2])
+    broken[UP] = np.full_like(broken[UP], np.nan)
+    experts = family.experts | {"m2": make_model(tmp_path / "broken", broken, None)}
+    with pytest.raises(CfmergeError, match=r"expert 'm2'.*NaN.*--on-nonfinite skip-expert"):
+        cfmerge.accumulate(family.base, experts, "average", output=tmp_path / "sums")
+    kept = cfmerge.accumulate(family.base, experts, "average", output=tmp_path / "sums", on_nonfinite="skip-expert")
+    assert list(kept.experts) == ["m1", "m3"]
