@@ -12,6 +12,8 @@ from cfmerge.engine.work import methods_of
 from cfmerge.errors import and_more
 
 Report = Mapping[str, float]
+GROWTH = "growth"  # a report: the merged delta's length over that of the sum of as many unrelated deltas
+SAFER = "dc_merge"  # the method that is best over all of docs/results, and holds where growth is found
 
 
 @dataclasses.dataclass
@@ -27,6 +29,7 @@ class Account:
     reports: dict[int, dict[str, Report]] = dataclasses.field(default_factory=dict)
     notes: dict[tuple[int, str, str], dict[str, float]] = dataclasses.field(default_factory=dict)
     float64: int = 0
+    _past: set[tuple[int, str]] = dataclasses.field(default_factory=set)  # (result, tensor) past the bound of growth
 
     def add(self, unit: Unit, outcome: Outcome) -> None:
         self.float64 += outcome.float64
@@ -38,6 +41,7 @@ class Account:
                 method = methods_of(job)[result]
                 for key, (condition, message) in method.notes.items():
                     if key in told and condition(told[key]):
+                        self._past |= {(result, job.name)} if key == GROWTH else set()
                         self.notes.setdefault((result, method.name, message), {})[job.name] = told[key]
 
     def told(self) -> list[str]:
@@ -52,6 +56,18 @@ class Account:
         """All notes."""
         double = [f"float64 was used for {self.float64} ill-conditioned tensors"] if self.float64 else []
         return [*self.told(), *double]
+
+    def warning(self, result: int) -> str:
+        """One sentence about the whole model where most solved layers have outgrown their experts; else nothing."""
+        grown = {name: report[GROWTH] for name, report in self.reports_of(result).items() if GROWTH in report}
+        past = [name for name in grown if (result, name) in self._past]
+        if 2 * len(past) <= len(grown):
+            return ""
+        return (
+            f"{len(past)} of {len(grown)} solved layers came out much longer than their experts' sum (up to "
+            f"{max(grown.values()):.1f} times): this model may be worse than the base, as when all experts "
+            f"are LoRA adapters that share a start. {SAFER} divides by no covariance and holds there"
+        )
 
     def reports_of(self, result: int) -> dict[str, Any]:
         return self.reports.get(result, {})

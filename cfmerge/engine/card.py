@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def model_card(plan: Resolved, digests: Mapping[Path, str], notes: list[str]) -> str:
+def model_card(plan: Resolved, digests: Mapping[Path, str], notes: Sequence[str], warnings: Sequence[str] = ()) -> str:
     """The README.md of a merged model: front matter of the hub, tables, and the recipe as YAML."""
     entry = methods.registry().get(plan.method.name)
     front = {
@@ -36,6 +36,7 @@ def model_card(plan: Resolved, digests: Mapping[Path, str], notes: list[str]) ->
     lines = [
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
         f"# A merge of {len(plan.experts)} experts by {plan.method.name}", "",
+        *(line for warning in warnings for line in ("> **Warning.** " + warning.replace("\n", "\n>\n> "), "")),
         "Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training.",
         f"Method: **{plan.method.name}**. {entry.summary if entry else ''} "
         f"{'Source: ' + entry.source if entry and entry.source else ''}".rstrip(), "",

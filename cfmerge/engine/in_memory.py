@@ -156,6 +156,6 @@ def _merged(work: Work, base: Mapping[str, Any], results: int) -> list[dict[str,
     """The merged tensors by name, of each result; what the methods have to tell is warned of."""
     sinks = [Kept() for _ in range(results)]
     account = run.merge(work, sinks)
-    for note in account.told():
+    for note in (*account.told(), *filter(None, map(account.warning, range(results)))):
         warnings.warn(note, stacklevel=5)
     return [sink.arrays(base) for sink in sinks]

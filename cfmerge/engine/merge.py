@@ -20,6 +20,7 @@ import numpy as np
 from cfmerge import recipe as recipes
 from cfmerge.checkpoints import safetensors
 from cfmerge.engine import run
+from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.card import model_card, versions
 from cfmerge.engine.checks import same_content
 from cfmerge.engine.output import StagedDirectory
@@ -46,6 +47,7 @@ class MergeResult:
     Attributes:
         output: the directory of the merged model.
         plan: the plan that was carried out.
+        warnings: what speaks against using the model at all.
         notes: what the user should know: of the plan, and of the methods while they ran.
         reports: `{tensor: {name: value}}`, what the method tells of each tensor (ACE: gate, ridge ratio, ...).
         digests: SHA-256 of every input file.
@@ -57,7 +59,8 @@ class MergeResult:
     notes: tuple[str, ...]
     reports: Mapping[str, Mapping[str, float]]
     digests: Mapping[Path, str]
-    seconds: float
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -72,6 +75,7 @@ class MergeResult:
             "bytes_read": self.plan.bytes_to_read,
             "bytes_written": self.plan.bytes_to_write,
             "sha256": {str(file): digest for file, digest in self.digests.items()},
+            "warnings": list(self.warnings),
             "notes": list(self.notes),
             "versions": versions(),
             "seconds": round(self.seconds, 3),
@@ -277,10 +281,9 @@ def _carried_out(
             raise CfmergeError(f"run: the plan's results are {list(plan.results)}, the sinks are for {list(sinks)}")
         notes = [*dropped, *_check_contents(plan)]
         account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress)
+        told = (*plan.notes, *notes, *account.lines())
         return {
-            label: MergeResult(
-                None, plan.of(label), (*plan.notes, *notes, *account.lines()), account.reports_of(n), {}, 0.0
-            )
+            label: MergeResult(None, plan.of(label), told, account.reports_of(n), {}, warnings=_warned(account, n))
             for n, label in enumerate(plan.results)
         }
     outputs = [Path(output) / directory_name(label) if label else Path(output) for label in plan.results]
@@ -311,18 +314,32 @@ def _carried_out(
                     writer.abort()
                 raise
         notes += account.lines()
-        for one, label in zip(staged, plan.results, strict=True):
+        warned = [_warned(account, n, outputs[n]) for n in range(len(outputs))]
+        for n, (one, label) in enumerate(zip(staged, plan.results, strict=True)):
             _write_side_files(plan, one.path)
             _export_heads(plan, one.path)
-            (one.path / "README.md").write_text(model_card(plan.of(label), digests.result(), notes))
+            (one.path / "README.md").write_text(model_card(plan.of(label), digests.result(), notes, warned[n]))
         for one in staged:
             one.commit()
         return {
             label: MergeResult(
-                one.target, plan.of(label), (*plan.notes, *notes), account.reports_of(n), digests.result(), 0.0
+                one.target,
+                plan.of(label),
+                (*plan.notes, *notes),
+                account.reports_of(n),
+                digests.result(),
+                warnings=warned[n],
             )
             for n, (label, one) in enumerate(zip(plan.results, staged, strict=True))
         }
+
+
+def _warned(account: Account, result: int, output: Path | None = None) -> tuple[str, ...]:
+    """The warning about a whole model, with the command that makes another."""
+    text = account.warning(result)
+    if text and output is not None:
+        text += f":\n  cfmerge merge {output / 'README.md'} -m {SAFER} -o {output}-{SAFER}"
+    return (text,) if text else ()
 
 
 def _silent(name: str, count: int) -> None:
