@@ -13,6 +13,8 @@ import numpy as np
 from cfmerge import recipe as recipes
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.checkpoints.safetensors import ShardWriter
+from cfmerge.core.expressions import expression
+from cfmerge.core.numbers import plain_number
 from cfmerge.engine.batches import check_memory, make_batches
 from cfmerge.engine.in_memory import merge_assigned, prepared, statistics_of
 from cfmerge.engine.merge import Progress, as_recipe, free_memory, merge_recipe
@@ -33,7 +35,6 @@ from cfmerge.engine.statistics import (
 from cfmerge.engine.trees import Problem
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._registry import expression, plain_number
 
 
 def accumulate(

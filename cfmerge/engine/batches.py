@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from cfmerge.checkpoints import Checkpoint
+from cfmerge.core.random import digest_of
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.statistics import stacked
 from cfmerge.engine.steps import Inputs
 from cfmerge.engine.survey import Place, Stack, kind_of
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._random import digest_of
 
 ENTRIES = 1 << 22  # of an entrywise batch or piece
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
@@ -61,7 +61,7 @@ class Batch:
         weight = np.repeat([job.weights[number] for job in self.jobs], job.matrices)
         inputs = Inputs(weight, plan.before + number, seed=plan.recipe.seed, start=self.first)
         names = tuple(job.name for job in self.jobs)
-        measured = plan.moments[number] if method.moments else None
+        measured = plan.moments[number] if method.needs.moments else None
         moment = None if measured is None else self.read(measured, names)
         return complete(inputs, method, names, job.matrices, expert, moment)
 
@@ -84,10 +84,10 @@ class Batch:
 
 def complete(inputs: Inputs, method: Method, names: Sequence[str], matrices: int, expert: str, moment: Any) -> Inputs:
     """The inputs with what a method needs besides: digests for its draws, and moments `(stack, ...)`."""
-    if method.random:
+    if method.needs.random:
         layers = [layer_name(name, layer, matrices) for name in names for layer in range(matrices)]
         inputs = inputs._replace(digest=np.stack([digest_of(layer, expert) for layer in layers]))
-    if moment is not None and method.moments == "input_gram":
+    if moment is not None and method.needs.moments == "input_gram":
         moment = moment.reshape(-1, *moment.shape[-2:])
     return inputs._replace(moment=moment)
 
@@ -107,7 +107,7 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
     for job in jobs:
         if job.assignment.action != "merge" or job.parameter.size == 0:
             continue
-        if job.assignment.method.scope == "entry" and job.parameter.size > ENTRIES:
+        if job.assignment.method.needs.scope == "entry" and job.parameter.size > ENTRIES:
             for first in range(0, job.parameter.size, ENTRIES):
                 yield Batch((job,), first, min(ENTRIES, job.parameter.size - first))
             continue
@@ -123,7 +123,7 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
 
 def _stack(job: Job, memory: int) -> int:
     check_memory(job, memory)
-    by_size = (ENTRIES if job.assignment.method.scope == "entry" else STACKED) // job.parameter.size
+    by_size = (ENTRIES if job.assignment.method.needs.scope == "entry" else STACKED) // job.parameter.size
     by_memory = memory // 2 // max(job.working_bytes, 1)
     return max(1, min(by_size, by_memory))
 

@@ -12,19 +12,19 @@ from jaxtyping import Array, Float
 
 from cfmerge import methods
 from cfmerge.checkpoints.pytree import unflatten
+from cfmerge.core.call import of_expert, settle
+from cfmerge.core.random import check_seed
+from cfmerge.core.several import members, remarks, several
 from cfmerge.engine.assign import Assignment
 from cfmerge.engine.batches import complete
 from cfmerge.engine.plan import check_count, check_moment, check_weights
-from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settle, weight_at
+from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form, stacked
 from cfmerge.engine.steps import Inputs, Steps, compiled, settings_of, steps
 from cfmerge.engine.survey import Stack, at_places, by_member, found_for, kind_of, survey
 from cfmerge.engine.trees import Problem, names_of
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.methods import Found, Method
-from cfmerge.methods._random import check_seed
-from cfmerge.methods._registry import of_expert
-from cfmerge.methods._several import members, several
 from cfmerge.parameters import Kind, Parameter
 from cfmerge.recipe import Rule
 
@@ -66,7 +66,7 @@ def merge_tensor(
         if expert.shape != base.shape:
             raise CfmergeError(f"expert {number} has shape {expert.shape}, the base {base.shape}")
     matrix = base.ndim == 2
-    if method.scope == "matrix" and not matrix:
+    if method.needs.scope == "matrix" and not matrix:
         method = methods.average()
     kind, layout = (Kind.MATRIX, "oi") if matrix else (Kind.VECTOR, "")
     assignment = Assignment(Parameter("tensor", base.shape, str(base.dtype), kind, layout), "merge", method)
@@ -173,7 +173,7 @@ class Bucket:
 
     @property
     def layout(self) -> str:
-        return "" if self.assignments[0].method.scope == "entry" else self.assignments[0].parameter.layout
+        return "" if self.assignments[0].method.needs.scope == "entry" else self.assignments[0].parameter.layout
 
     @property
     def matrices(self) -> int:
@@ -189,7 +189,7 @@ class Bucket:
             weight = jnp.repeat(jnp.stack([jnp.asarray(own[number]) for own in self.weights]), self.matrices)
             made = Inputs(weight, self.before + number, seed=seed)
             moment = None
-            if method.moments:
+            if method.needs.moments:
                 moment = jnp.stack([jnp.asarray(given[number][name]) for name in self.names])
             return complete(made, method, self.names, self.matrices, experts[number], moment)
 
@@ -246,7 +246,8 @@ def prepared(
     for kind, (method, numbers) in by_member([stack.method for stack in stacks]).items():
         own = [stacks[number] for number in numbers]
         double = any(stack.base.dtype == jnp.float64 for stack in own)
-        found[kind] = survey(method, len(experts), lambda own=own: own, "float64" if double else "float32")  # type: ignore[misc]
+        compute, entries = "float64" if double else "float32", sum(stack.base.size for stack in own)
+        found[kind] = survey(method, len(experts), entries, lambda own=own: own, compute)  # type: ignore[misc]
     for bucket, stack in zip(buckets, stacks, strict=True):
         yield bucket, stack, found_for(stack.method, found)
 
@@ -277,12 +278,12 @@ def _steps(bucket: Bucket, stack: Stack, found: Found | None, experts: Sequence[
     numbers = [0, *range(bucket.before, bucket.before + len(experts))]
     settings = [settings_of([of_expert(rule, t) for rule in rules], bucket.matrices, found) for t in numbers]
     made = steps if bucket.traced or _any_traced(settings) else compiled
-    return made(of_expert(rules[0], 0), stack.layout, _compute_dtype(stack.base)), settings
+    return made(stack.layout, _compute_dtype(stack.base)), settings
 
 
 def _merge_stack(
     bucket: Bucket, stack: Stack, found: Found | None, experts: Sequence[str], kept: Statistics | None
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, Any]:
     by, settings = _steps(bucket, stack, found, experts)
     out = str(stack.base.dtype)
     if bucket.assignments[0].method.additive:
@@ -297,11 +298,10 @@ def _any_traced(values: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
-def _tell(bucket: Bucket, reports: Mapping[str, Array]) -> None:
+def _tell(bucket: Bucket, reports: Any) -> None:
     """Warnings of what a method did that one would not expect; nothing while values are traced."""
-    for key, (condition, message) in bucket.assignments[0].method.notes.items():
-        values = reports.get(key)
-        if values is None or isinstance(values, jax.core.Tracer):
+    for values, (condition, message) in remarks(bucket.assignments[0].method, reports):
+        if isinstance(values, jax.core.Tracer):
             continue
         largest = np.asarray(values).reshape(len(bucket.names), -1).max(axis=1)
         told = [name for name, value in zip(bucket.names, largest, strict=True) if condition(float(value))]
@@ -329,7 +329,7 @@ def _buckets(
         own = tuple(weight_at(w, where, expert) for w, expert in zip(weights, experts, strict=True))
         for member in members(settled.method):
             check_weights(member, dict(zip(experts, own, strict=True)), name)
-        layout = "" if assignment.method.scope == "entry" else assignment.parameter.layout
+        layout = "" if assignment.method.needs.scope == "entry" else assignment.parameter.layout
         key = (leaves[name].shape, leaves[name].dtype, layout, kind_of(settled.method))
         buckets.setdefault(key, []).append((settled, own))
     return [
@@ -341,10 +341,10 @@ def _buckets(
 def _check_moments(bucket: Bucket, given: Sequence[Any], experts: Sequence[str]) -> None:
     for assignment in bucket.assignments:
         method, parameter = assignment.method, assignment.parameter
-        if method.moments:
+        if method.needs.moments:
             for expert, moment in zip(experts, given, strict=True):
                 found = None if moment is None else moment.get(parameter.name)
-                check_moment(method.moments, parameter, found, method.name, f"expert {expert!r}")
+                check_moment(method.needs.moments, parameter, found, method.name, f"expert {expert!r}")
 
 
 def _compute_dtype(array: Array) -> str:

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from cfmerge.checkpoints import Checkpoint
 from cfmerge.checkpoints.safetensors import ShardWriter
+from cfmerge.core.several import remarks
 from cfmerge.engine.batches import Batch, make_batches
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.solve import Merged, Progress, check_stack, merge_batch
@@ -34,35 +35,28 @@ class Account:
     """What happened: notes of the methods with the tensors that they are about, and reports by tensor."""
 
     notes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    reports: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)
     float64: int = 0
 
     def add(self, batch: Batch, merged: Merged) -> None:
         self.float64 += merged.float64
         for number, job in enumerate(batch.jobs):
-            if merged.reports:
-                self._add(job, {key: value[number] for key, value in merged.reports.items()})
+            self._add(job, jax.tree.map(lambda value, number=number: float(np.max(value[number])), merged.reports))
 
-    def _add(self, job: Job, report: dict[str, np.ndarray]) -> None:
-        self.reports[job.name] = {key: float(np.max(value)) for key, value in report.items()}
-        for key, (condition, message) in job.assignment.method.notes.items():
-            value = self.reports[job.name].get(key)
-            if value is not None and condition(value):
+    def _add(self, job: Job, report: Any) -> None:
+        if report:
+            self.reports[job.name] = report
+        for value, (condition, message) in remarks(job.assignment.method, report):
+            if condition(value):
                 generic = message.split("{value")[0] if "{value" in message else message
                 existing = next((note for note in self.notes if note.startswith(generic)), None)
                 self.notes.setdefault(existing or message.format(value=value), []).append(job.name)
 
     def by_result(self, results: int) -> list[dict[str, dict[str, float]]]:
-        """The reports of each result of a sweep; there they are called `NUMBER:NAME`."""
+        """The reports of each result of a sweep."""
         if results == 1:
             return [self.reports]
-        return [
-            {
-                tensor: {key.split(":", 1)[1]: v for key, v in report.items() if key.startswith(f"{number}:")}
-                for tensor, report in self.reports.items()
-            }
-            for number in range(results)
-        ]
+        return [{tensor: report[number] for tensor, report in self.reports.items()} for number in range(results)]
 
     def lines(self) -> list[str]:
         counts = Counter({note: len(names) for note, names in self.notes.items()})
@@ -159,7 +153,8 @@ def _surveys(plan: Plan, memory: int, progress: Progress, stop: threading.Event)
         double = plan.recipe.precision == "float64" or any(job.parameter.dtype == "float64" for job in jobs)
         with jax.enable_x64(double):
             compute = "float64" if double else "float32"
-            found[kind] = survey(method, len(plan.experts), functools.partial(stacks, jobs), compute)
+            entries = sum(job.parameter.size for job in jobs)
+            found[kind] = survey(method, len(plan.experts), entries, functools.partial(stacks, jobs), compute)
     surveyed = {kind_of(method): method for method in methods if method.survey is not None}
     return {kind: found_for(method, found) for kind, method in surveyed.items()}
 

@@ -14,17 +14,21 @@ import numpy as np
 from cfmerge import methods
 from cfmerge.checkpoints import Checkpoint, open_checkpoint
 from cfmerge.checkpoints.huggingface import side_files
+from cfmerge.core.call import settle
+from cfmerge.core.chain import is_chain
+from cfmerge.core.expressions import expression
+from cfmerge.core.numbers import plain_number
+from cfmerge.core.part import Part
+from cfmerge.core.random import check_seed
+from cfmerge.core.several import members
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.engine.cost import statistic_size
 from cfmerge.engine.match import match_experts
 from cfmerge.engine.plugins import load_plugins
-from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settle, weight_at
+from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._base import Part, is_chain
-from cfmerge.methods._random import check_seed
-from cfmerge.methods._registry import expression, plain_number
 from cfmerge.parameters import Parameter, classify, is_float
 from cfmerge.recipe import Expert, Recipe, parse_size
 
@@ -62,7 +66,7 @@ class Job:
     @property
     def layout(self) -> str:
         """That the method sees it in: none if it takes entries one by one, or where there is no matrix."""
-        return "" if self.assignment.method.scope == "entry" else self.parameter.layout
+        return "" if self.assignment.method.needs.scope == "entry" else self.parameter.layout
 
     @property
     def matrices(self) -> int:
@@ -75,7 +79,7 @@ class Job:
         if self.assignment.action != "merge":
             return 0
         experts = len(self.sources)
-        if self.assignment.method.scope != "matrix":
+        if self.assignment.method.needs.scope != "matrix":
             return 3 * experts * self.parameter.size
         b, m, n = self.parameter.canonical
         return b * (experts * (2 * m * n * n + 2 * m * n * min(n, 2 * m)) + n**3 // 3 + 2 * m * n * n)
@@ -87,15 +91,15 @@ class Job:
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
         method = self.assignment.method
-        if self.assignment.action != "merge" or method.scope == "entry":
+        if self.assignment.action != "merge" or method.needs.scope == "entry":
             return 0
         if self.layout:
             _, m, n = self.parameter.canonical
         else:
             m, n = 1, self.parameter.size
         shape = (m, n) if self.layout else self.parameter.shape
-        floats = statistic_size(method, shape, len(self.sources)) + (5 + method.results) * m * n
-        if method.scope == "matrix":
+        floats = statistic_size(method, shape, len(self.sources)) + (5 + len(members(method))) * m * n
+        if method.needs.scope == "matrix":
             floats += 3 * n * n
         if not method.additive:
             floats += len(self.sources) * m * n
@@ -189,7 +193,7 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
     sums = sums or statistics is not None
     if statistics is not None:
         recipe = statistics.recipe(recipe)
-    specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or method.experts[1] == 1 else 2)
+    specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or method.needs.experts[1] == 1 else 2)
     shard_bytes = parse_size(recipe.shard_size)
     base = open_checkpoint(recipe.base)
     experts = [open_checkpoint(spec.path) for spec in specs]
@@ -265,7 +269,7 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
 
 def check_count(method: Method, count: int) -> None:
     """Raises `CfmergeError` unless the method takes that many experts."""
-    least, most = method.experts
+    least, most = method.needs.experts
     if count < least or (most is not None and count > most):
         wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
         raise CfmergeError(f"{method.name} takes {wanted} expert{'s' if wanted != '1' else ''}, found {count}")
@@ -276,17 +280,17 @@ def check_weights(method: Method, weights: Mapping[str, float], tensor: str) -> 
     if any(isinstance(weight, jax.core.Tracer) for weight in weights.values()):
         return
     for name, weight in weights.items():
-        if method.weights == "positive" and weight <= 0:
+        if method.needs.weights == "positive" and weight <= 0:
             raise CfmergeError(
                 f"expert {name!r}: {method.name} needs positive weights, found {weight} for {tensor!r}; "
                 "leave the expert out, or use task_arithmetic"
             )
-        if method.weights == "none" and weight != 1:
+        if method.needs.weights == "none" and weight != 1:
             raise CfmergeError(
                 f"expert {name!r}: {method.name} knows no weights, found {weight}; leave the weight out, or choose "
                 "another method"
             )
-    if method.normalises and weights and abs(sum(weights.values())) <= 1e-9 * sum(map(abs, weights.values())):
+    if method.needs.normalises and weights and abs(sum(weights.values())) <= 1e-9 * sum(map(abs, weights.values())):
         raise CfmergeError(
             f"the experts' weights sum to 0, so that {method.name} of {tensor!r} is not defined: "
             + ", ".join(f"{name}: {weight}" for name, weight in weights.items())
@@ -297,7 +301,7 @@ def _moments(specs: Sequence[Expert], jobs: Sequence[Job]) -> tuple[Checkpoint |
     """The files of what was measured of the experts, checked against what the methods need."""
     files = tuple(open_checkpoint(spec.moments) if spec.moments else None for spec in specs)
     for job in jobs:
-        needed = job.assignment.method.moments if job.assignment.action == "merge" else ""
+        needed = job.assignment.method.needs.moments if job.assignment.action == "merge" else ""
         if not needed:
             continue
         for spec, file in zip(specs, files, strict=True):

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfmerge.core.call import form_of, of_expert
+from cfmerge.core.several import reported
 from cfmerge.engine.batches import Batch
 from cfmerge.engine.low_rank import CUT, rank_bound
 from cfmerge.engine.plan import Plan
@@ -15,7 +17,6 @@ from cfmerge.engine.steps import Settings, compiled, settings_of
 from cfmerge.engine.survey import Stack, at_places
 from cfmerge.errors import NonFiniteError
 from cfmerge.methods import Found, Method
-from cfmerge.methods._registry import of_expert
 
 # Relative error of a merged delta, measured, times the smallest eigenvalue of the system over the largest (what a
 # method reports as `ridge_ratio`): when all is float32, and when float32 sums are solved in float64. For deltas that
@@ -29,10 +30,10 @@ Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """A batch's result `(jobs, ...)`, what the method reports `{name: (jobs, stacked)}`, how many needed float64."""
+    """A batch's result `(jobs, ...)`, the method's report, its values `(jobs, stacked)`, how many needed float64."""
 
     tensors: np.ndarray
-    reports: dict[str, np.ndarray]
+    reports: Any
     float64: int = 0
 
 
@@ -61,13 +62,15 @@ def merge_batch(plan: Plan, batch: Batch, found: Found | None, progress: Progres
 def _merge_low_rank(plan: Plan, batch: Batch, method: Method, progress: Progress) -> Merged | None:
     """By the form for low-rank deltas, if all deltas turn out to be of low rank."""
     job = batch.jobs[0]
-    if method.of_rank is None or len(batch.jobs) > 1 or sorted(batch.layout) != ["i", "o"]:
+    if form_of(method, 1) is None or len(batch.jobs) > 1 or sorted(batch.layout) != ["i", "o"]:
         return None
     experts = range(len(plan.experts))
     rank = rank_bound(batch.base(plan)[0], (batch.expert(plan, t)[0] for t in experts), len(experts))
     if rank is None:
         return None
-    merged = _merge_in(plan, batch, [method.of_rank(rank)], None, _silent, "float32")
+    formed = form_of(method, rank)
+    assert formed is not None
+    merged = _merge_in(plan, batch, [formed], None, _silent, "float32")
     if merged.reports["factor_error"].max() > CUT:
         return None
     progress(job.name, job.bytes_read * (1 + len(experts)))
@@ -82,7 +85,7 @@ def _merge_in(
     found = at_places(found, batch.places)
     with jax.enable_x64(compute == "float64"):
         settings = settings_by_expert(plan, batch, methods, found)
-        compiled_steps = compiled(of_expert(methods[0], 0), batch.layout, compute)
+        compiled_steps = compiled(batch.layout, compute)
         base = jnp.asarray(batch.base(plan))
         progress(job.name, base.nbytes)
         if methods[0].additive:
@@ -96,7 +99,7 @@ def _merge_in(
             progress(job.name, sum(stack.nbytes for stack in stacks))
     check_experts(plan, batch, base, finite)
     _check_finite(plan, batch, base, np.asarray(fine), None, "")
-    told = {name: np.asarray(value) for name, value in reports.items()}
+    told = jax.tree.map(np.asarray, reports)
     if not methods[0].additive:
         return Merged(np.array(merged), told)
     weak = _weak(plan, batch, told, LOSS_OF_SOLVE if compute == "float32" else 0.0)
@@ -104,7 +107,7 @@ def _merge_in(
         return Merged(np.asarray(merged), told)
     with jax.enable_x64(True):
         double = jax.tree.map(_doubled, statistics)
-        finish = compiled(of_expert(methods[0], 0), batch.layout, "float64").finish
+        finish = compiled(batch.layout, "float64").finish
         again = np.asarray(finish(settings[0], double, base, job.dtype.name)[0])
     tensors = np.array(merged)
     tensors[weak] = again[weak]
@@ -127,7 +130,7 @@ def see_all(
     progress: Progress,
 ) -> tuple[Any, list[np.ndarray]]:
     """The statistics of a batch when all experts were seen, and for each expert which tensors were finite."""
-    compiled_steps = compiled(of_expert(method, 0), batch.layout, compute)
+    compiled_steps = compiled(batch.layout, compute)
     kept = batch.kept(plan, of_expert(method, 0), compute)
     statistics = compiled_steps.start(settings[0], base) if kept is None else kept
     finite = []
@@ -163,12 +166,12 @@ def _doubled(leaf: jax.Array) -> jax.Array:
     return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def _weak(plan: Plan, batch: Batch, reports: dict[str, np.ndarray], loss: float) -> np.ndarray:
+def _weak(plan: Plan, batch: Batch, reports: Any, loss: float) -> np.ndarray:
     """The jobs that would miss the tolerance at this loss, if precision is left to us."""
-    ratios = reports.get("ridge_ratio")
-    if ratios is None or plan.recipe.precision != "auto":
+    ratios = reported(reports, "ridge_ratio")
+    if not ratios or plan.recipe.precision != "auto":
         return np.zeros(0, int)
-    return np.flatnonzero(ratios.min(axis=1) < loss / TOLERANCE[batch.jobs[0].dtype.itemsize])
+    return np.flatnonzero(np.concatenate(ratios, axis=1).min(axis=1) < loss / TOLERANCE[batch.jobs[0].dtype.itemsize])
 
 
 def _silent(name: str, count: int) -> None:

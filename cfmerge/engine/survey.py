@@ -1,18 +1,17 @@
 """Passes over the whole model before the merge, for methods that need to know something of all of it."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from cfmerge.engine.steps import Inputs, steps
+from cfmerge.core.call import call_of, identity, of_expert, structure
+from cfmerge.core.part import Method
+from cfmerge.core.several import gathered, members
+from cfmerge.core.survey import Found, Measure, looked, xp_of
+from cfmerge.engine.steps import Inputs, Views, measured
 from cfmerge.errors import CfmergeError
-from cfmerge.methods import Found, Method, Survey
-from cfmerge.methods._base import measure_jointly, xp_of
-from cfmerge.methods._registry import exact, listed, numbers, of_expert, structure
-from cfmerge.methods._several import gathered, members
 
 TRACED = (
     jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError,
@@ -41,32 +40,40 @@ class Stack(NamedTuple):
     inputs: Callable[[int], Inputs]
 
 
-def survey(method: Method, experts: int, stacks: Callable[[], Iterable[Stack]], compute: str) -> Found | None:
-    """All surveys of a method, one pass over `stacks()` each; None if it has none.
+def survey(
+    method: Method, experts: int, entries: int, stacks: Callable[[], Iterable[Stack]], compute: str
+) -> Found | None:
+    """What a method finds in the model, by one pass over `stacks()` for each measure; None if it has no survey.
+
+    Args:
+        entries: size of the whole model, of which the stacks are.
 
     Raises:
         CfmergeError: the values are not at hand (under `jit`), and the method needs them on the host.
     """
     if method.survey is None:
         return None
-    found: Any = None
-    while (following := method.survey(found)) is not None:
+    look, totals = looked(method, [of_expert(method, t) for t in range(experts)], entries), None
+    while True:
         try:
-            found = _pass(method, following, found, experts, stacks, compute)
+            totals = _pass(look.send(totals), experts, stacks, compute)
+        except StopIteration as done:
+            return done.value
         except TRACED:
             raise CfmergeError(
                 f"{method.name} surveys the whole model before it merges, which cannot be done under jit; "
                 "call it outside"
             ) from None
-    return found if isinstance(found, Found) else Found(found)
 
 
 def kind_of(method: Method) -> Any:
-    """Equal for methods that can be in one batch: those that survey the model must agree in numbers too.
+    """Equal for methods that can be in one batch; those that survey the model must agree in numbers too.
 
     All but the depth, which the engine fills in: what is surveyed is the model, whatever the tensor's depth.
     """
-    return structure(method) if method.survey is None else (structure(method), exact(numbers(method, depth=False)))
+    if method.survey is None:
+        return structure(method)
+    return identity(call_of(method).mapped(lambda call, key, value: 0.0 if key == "depth" else value))
 
 
 def by_member(methods: Sequence[Method]) -> dict[Any, tuple[Method, list[int]]]:
@@ -93,66 +100,47 @@ def at_places(found: Found | None, places: Sequence[Place]) -> Found | None:
     )
 
 
-def _pass(
-    method: Method, following: Survey, found: Any, experts: int, stacks: Callable[[], Iterable[Stack]], compute: str
-) -> Any:
-    measured: dict[Place, Any] = {}
+def _pass(wanted: Measure, experts: int, stacks: Callable[[], Iterable[Stack]], compute: str) -> Any:
+    """The totals of a measure over the whole model."""
+    by_place: dict[Place, Any] = {}
     total: Any = None
-    surveys = [following] * experts
-    if listed(method):
-        surveys = [of_expert(method, t).survey(found) for t in range(experts)]  # type: ignore[misc]
-    compiled, entries = _Compiled(surveys, compute), 0
+    compiled = _Compiled(wanted, compute)
     for stack in stacks():
-        values = compiled.joint(stack) if following.joint else compiled.by_expert(stack)
-        entries += int(np.prod(stack.base.shape))
-        if following.by_tensor:
-            for number, place in enumerate(stack.places):
-                measured[place] = jax.tree.map(lambda leaf, number=number: leaf[number], values)
-        else:
+        values = compiled.joint(stack, experts) if wanted.joint else compiled.by_expert(stack, experts)
+        if not wanted.by_tensor:
             total = values if total is None else jax.tree.map(lambda a, b: a + b, total, values)
-    totals = [dict(sorted(measured.items())) if following.by_tensor else total]
-    totals += [entries] if following.sized else []
-    if not listed(method) or following.joint:
-        return following.combine(*totals)
-    return jax.tree.map(_own_rows, *(own.combine(*totals) for own in surveys))
-
-
-def _own_rows(*leaves: Any) -> Any:
-    """Each expert's row of what its own survey found; what was there before, and is the same for all, as it is."""
-    if all(leaf is leaves[0] for leaf in leaves):
-        return leaves[0]
-    return xp_of(*leaves).stack([leaf[t] for t, leaf in enumerate(leaves)])
+            continue
+        for number, place in enumerate(stack.places):
+            by_place[place] = jax.tree.map(lambda leaf, number=number: leaf[number], values)
+    return dict(sorted(by_place.items())) if wanted.by_tensor else total
 
 
 class _Compiled:
-    """The measures of one survey, compiled for each shape that they meet."""
+    """A measure, compiled for each shape that it meets."""
 
-    def __init__(self, surveys: Sequence[Survey], compute: str) -> None:
-        self.surveys, self.compute = surveys, compute
-        self.jointly = functools.partial(measure_jointly, surveys)
+    def __init__(self, wanted: Measure, compute: str) -> None:
+        self.wanted, self.compute = wanted, compute
         self.made: dict[Any, Any] = {}
 
-    def by_expert(self, stack: Stack) -> Any:
-        """Measures `(stack, experts, ...)`; summed over the stack, but for a survey by tensor."""
+    def by_expert(self, stack: Stack, experts: int) -> Any:
+        """Measures `(stack, experts, ...)`; summed over the stack, but for those by tensor."""
         values = []
-        for t, own in enumerate(self.surveys):
-            function = self._function(own.measure, stack)
+        for t, measure in enumerate(self.wanted.each(experts)):
+            function = self._function(measure, stack)
             values.append(_on_host(function([stack.base, stack.expert(t)], [stack.inputs(t)])))
-        axis = 1 if self.surveys[0].by_tensor else 0
+        axis = 1 if self.wanted.by_tensor else 0
         return jax.tree.map(lambda *leaves: xp_of(*leaves).stack(leaves, axis), *values)
 
-    def joint(self, stack: Stack) -> Any:
-        """Measures `(stack, ...)`; summed over the stack, but for a survey by tensor."""
-        experts = range(len(self.surveys))
-        function = self._function(self.jointly, stack)
-        return _on_host(function([stack.base, *map(stack.expert, experts)], [stack.inputs(t) for t in experts]))
+    def joint(self, stack: Stack, experts: int) -> Any:
+        """Measures `(stack, ...)`; summed over the stack, but for those by tensor."""
+        all_of_them, inputs = [stack.expert(t) for t in range(experts)], [stack.inputs(t) for t in range(experts)]
+        return _on_host(self._function(self.wanted.of, stack)([stack.base, *all_of_them], inputs))
 
     def _function(self, measure: Any, stack: Stack) -> Any:
-        key = (measure, stack.layout, stack.method.scope, stack.method.moments)
+        key = (measure, stack.layout, stack.method.needs)
         if key not in self.made:
-            first = self.surveys[0]
-            plain = steps(stack.method, stack.layout, self.compute)
-            self.made[key] = jax.jit(plain.measured(measure, first.joint, summed=not first.by_tensor))
+            view = Views(stack.layout, self.compute, stack.method.needs)
+            self.made[key] = jax.jit(measured(view, self.wanted, measure))
         return self.made[key]
 
 

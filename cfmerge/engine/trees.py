@@ -81,7 +81,7 @@ def _matching(base: Mapping[str, Any], expert: Mapping[str, Any], who: str) -> M
 
 def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None:
     unknown = [name for name, a in assignments.items() if a.parameter.note and a.rule is None]
-    if unknown and method.scope == "matrix":
+    if unknown and method.needs.scope == "matrix":
         note = assignments[unknown[0]].parameter.note
         warnings.warn(
             f"{len(unknown)} parameters are averaged, not solved, such as {unknown[0]!r}: {note}", stacklevel=3

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cfmerge import linalg
-from cfmerge.methods._registry import Number
+from cfmerge.core.numbers import Number
 
 TINY = 1e-12  # the published code adds it to every trace, energy and denominator
 Scalar = Float[Array, ""]

@@ -14,9 +14,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.methods._base import Report
+from cfmerge.core.checks import as_array
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Report
 from cfmerge.methods._least_squares import Anchor, Grams, Statistic, anchor_of, stacked
-from cfmerge.methods._registry import Number, as_array
 
 CUT = 2.0**-23  # times n: singular to float32, whatever the precision that is computed in
 

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from cfmerge import linalg
-from cfmerge.methods._registry import Number
+from cfmerge.core.numbers import Number
 
 
 class Sphere(NamedTuple):

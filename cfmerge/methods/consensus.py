@@ -11,17 +11,19 @@ and `breadcrumbs` a sparsifier and a weighted sum.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from cfmerge.methods import _stack
-from cfmerge.methods._base import NO_CONTEXT, Context, Method, Seen, Survey, Transform, chain, xp_of
-from cfmerge.methods._registry import Number, PerExpert, register
-from cfmerge.methods._stack import Stack, ratio, total
-from cfmerge.methods._thresholds import model_of
-from cfmerge.methods._turns import in_turn
+from cfmerge.core.chain import chain
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number, PerExpert
+from cfmerge.core.part import Method, Needs, Seen, Transform
+from cfmerge.core.registry import register
+from cfmerge.core.survey import Look, Measure, Survey, xp_of
+from cfmerge.methods._stack import ratio, total, weighted
 from cfmerge.methods.sparsify import Count, Norm, drop, drop_by_rank, outliers, trim
 from cfmerge.methods.sparsify import scale as scaled
 from cfmerge.methods.sums import average, task_arithmetic
@@ -53,7 +55,7 @@ def disjoint_mean(elect: Elect = "mass", combine: Combine = "mean", zero: Zero =
     Source: Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708.
     """
 
-    def votes(deltas: list[Array], items: list[Array], energies: Array | None) -> Array:
+    def votes(deltas: Array, items: list[Array], energies: Array | None) -> Array:
         if elect == "mass":
             return jnp.sign(total(items))
         norms = energies if energies is not None else jnp.stack([jnp.sum(delta**2) for delta in deltas])
@@ -66,9 +68,9 @@ def disjoint_mean(elect: Elect = "mass", combine: Combine = "mean", zero: Zero =
             winner = jnp.maximum(share, winner)
         return sign
 
-    def merged(statistic: Stack, census: Census) -> Array:
-        items = _stack.weighted(statistic)
-        sign = votes(list(statistic.deltas), items, census.energies)
+    def merged(census: Census, deltas: Array, weights: Array) -> Array:
+        items = weighted(deltas, weights)
+        sign = votes(deltas, items, census.energies)
         if zero == "positive":
             sign = jnp.where(sign == 0, 1, sign)
         if zero == "majority":
@@ -80,42 +82,37 @@ def disjoint_mean(elect: Elect = "mass", combine: Combine = "mean", zero: Zero =
         summed = total(jnp.where(a, i, 0) for a, i in zip(agree, items, strict=True))
         if combine == "sum":
             return summed
-        weight = total(jnp.where(a, w, 0) for a, w in zip(agree, statistic.weights, strict=True))
-        size = total(jnp.where(a, jnp.abs(w), 0) for a, w in zip(agree, statistic.weights, strict=True))
+        weight = total(jnp.where(a, w, 0) for a, w in zip(agree, weights, strict=True))
+        size = total(jnp.where(a, jnp.abs(w), 0) for a, w in zip(agree, weights, strict=True))
         cancels = jnp.abs(weight) <= 8 * jnp.finfo(summed.dtype).eps * size
         return summed / jnp.where(cancels, 1, weight)
 
-    def survey(found: Any) -> Survey | None:
-        census = model_of(found) or Census()
-        if elect != "mass" and census.energies is None:
-            return Survey(_energy, lambda energies: census._replace(energies=energies))
-        if zero == "majority" and census.majority is None:
+    def look(entries: int, own: Sequence[Any]) -> Look:
+        census = Census()
+        if elect != "mass":
+            census = Census((yield Measure(lambda delta: jnp.sum(delta**2))))
+        if zero == "majority":
 
             def measure(seen: Seen) -> Array:
-                statistic = Stack(tuple(seen.deltas), tuple(seen.weights))
                 energies = None if census.energies is None else jnp.asarray(census.energies, seen.deltas.dtype)
-                signs = votes(list(seen.deltas), _stack.weighted(statistic), energies)
+                signs = votes(seen.deltas, weighted(seen.deltas, seen.weights), energies)
                 return jnp.sum(signs.astype(jnp.int32), dtype=jnp.int32)
 
-            return Survey(measure, lambda signs: census._replace(majority=xp_of(signs).sign(signs)), joint=True)
-        return None
+            signs = yield Measure(measure, joint=True)
+            census = census._replace(majority=xp_of(signs).sign(signs))
+        return census
 
     def made(census: Census) -> Method:
-        def solve(statistic: Stack) -> Array:
-            dtype = statistic.deltas[0].dtype
-            energies = None if census.energies is None else jnp.asarray(census.energies).astype(dtype)
-            return merged(statistic, census._replace(energies=energies))
+        def known(base: Array, deltas: Array, weights: Array) -> Array:
+            energies = None if census.energies is None else jnp.asarray(census.energies).astype(deltas.dtype)
+            return merged(census._replace(energies=energies), deltas, weights)
 
-        return Method("disjoint_mean", _stack.init, _stack.update, solve, scope="entry", additive=False)
+        return of_deltas(known, Needs("entry"))
 
     plain = made(Census())
     if elect == "mass" and zero != "majority":
         return plain
-    return dataclasses.replace(plain, survey=survey, informed=lambda found: made(found.model))
-
-
-def _energy(delta: Array, context: Context = NO_CONTEXT) -> Array:
-    return jnp.sum(delta**2)
+    return dataclasses.replace(plain, survey=Survey(look, lambda found: made(found.model)))
 
 
 def _maximum(items: list[Array]) -> Array:
@@ -176,7 +173,7 @@ def ties(
     rules = VARIANTS[variant]
     trimmed = trim(density, scope or rules.scope, count or rules.counted, rescale)
     voted = disjoint_mean(elect, combine or rules.combine, zero or rules.zero)
-    return chain(in_turn(trimmed, voted), scaled(rules.scale if scale is None else scale))
+    return chain(trimmed, voted, scaled(rules.scale if scale is None else scale))
 
 
 def _linear(sparse: Transform, scale: Any, normalise: bool) -> Method:

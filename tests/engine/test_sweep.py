@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from cfmerge.methods._several import several
 
 import cfmerge
 from cfmerge import methods
 from cfmerge.engine import batches
 from cfmerge.engine.sweep import directory_name
 from cfmerge.errors import CfmergeError
-from cfmerge.methods._several import several
 from cfmerge.recipe import load as load_recipe
 
 UP = "model.layers.0.mlp.up_proj.weight"

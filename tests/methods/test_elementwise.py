@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cfmerge.methods._random import key_of
 from golden_cases import CASES, check, check_states, load, names
 
 import cfmerge
 from cfmerge import methods
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Context
-from cfmerge.methods._random import key_of
 
 
 def deltas_of(seed=0, experts=3, shape=(6, 8)):

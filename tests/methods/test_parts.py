@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from cfmerge.methods._base import with_context
 
 import cfmerge
 from cfmerge import methods
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Context, Method, Number, PerExpert, Seen, Transform, chain, make, register
 from cfmerge.methods import _registry as parts
-from cfmerge.methods._base import with_context
 
 
 @pytest.fixture(scope="module")
