@@ -6,9 +6,9 @@ import toys
 
 import cfmerge
 from cfmerge import methods
+from cfmerge.core import random as _random
 from cfmerge.engine import batches, steps
 from cfmerge.errors import CfmergeError
-from cfmerge.methods import _random
 
 FLOAT = np.dtype(np.float32)
 METHODS = ["by_chance >> average", "by_chance(scope='tensor') >> task_arithmetic(scale=1)", "drop_by_rank >> middle"]

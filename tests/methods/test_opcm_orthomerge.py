@@ -42,13 +42,13 @@ def surveyed(method, models):
     with jax.enable_x64(True):
         seen = [Seen(jnp.zeros(tensors[0].shape), jnp.stack([jnp.asarray(t) for t in tensors]), jnp.ones(len(models)))
                 for tensors in zip(*models, strict=True)]  # fmt: skip
-        survey = method.survey(None)
-        assert survey.joint
-        measure = jax.jit(survey.measure)
-        totals = jax.tree.map(lambda *leaves: np.asarray(sum(leaves)), *(measure(one) for one in seen))
-        found = survey.combine(totals)
-        assert method.survey(found) is None
-        informed = method.informed(Found(found))
+        look = method.survey.look(0, [None] * len(models))
+        wanted = next(look)
+        assert wanted.joint
+        measure = jax.jit(wanted.of)
+        with pytest.raises(StopIteration) as done:  # after one pass
+            look.send(jax.tree.map(lambda *leaves: np.asarray(sum(leaves)), *(measure(one) for one in seen)))
+        informed = method.survey.informed(Found(done.value.value))
     return [merged(informed, list(one.deltas)) for one in seen]
 
 
