@@ -9,14 +9,14 @@ A look is a generator: it yields a `Measure`, gets the totals over the whole mod
     Survey(look, informed=lambda found: Method(...))                     # the part that knows `found.model`
 """
 
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.core.part import NO_CONTEXT, Context, Method, Part, Seen, with_context
+from cfmerge.core.part import Part
 
 
 class Measure(NamedTuple):
@@ -80,93 +80,3 @@ def looked(part: Part, each: Sequence[Part], entries: int) -> Generator[Measure,
     assert survey is not None
     found = yield from survey.look(entries, [one.survey.own for one in each])  # type: ignore[union-attr]
     return found if isinstance(found, Found) else Found(found)
-
-
-# --- looks of chains ----------------------------------------------------------------------------------------------
-
-Fronts = Sequence[tuple[Any, ...]]  # of every expert the parts that stand before the one that looks
-
-
-def look_in_turn(entries: int, own: Sequence[tuple[Any, ...]]) -> Generator[Measure, Any, Found]:
-    """The looks of a chain's parts, one after the other: each sees what those before it, informed, let through.
-
-    Args:
-        own: of every expert the parts of the chain.
-
-    Returns:
-        `Found({part: its model}, {place: {part: its tensor}})`.
-    """
-    each = _shared(list, own)
-    model: dict[int, Any] = {}
-    tensor: dict[Any, dict[int, Any]] = {}
-    for number, part in enumerate(own[0]):
-        if part.survey is None:
-            continue
-        fronts = _shared(lambda parts, number=number: tuple(parts[:number]), each)
-        found = yield from _through(fronts, looked(part, [parts[number] for parts in own], entries))
-        model[number] = found.model
-        for place, value in (found.tensor or {}).items():
-            tensor.setdefault(place, {})[number] = value
-        for parts in {id(parts): parts for parts in each}.values():
-            parts[number] = parts[number].survey.informed(Found(found.model))  # by tensor: the merge alone knows
-    return Found(model, tensor or None)
-
-
-def informed_of(parts: tuple[Any, ...], found: Found) -> tuple[Any, ...]:
-    """The parts of a chain, those that looked informed by what they found, see `look_in_turn`."""
-    tensor = found.tensor or {}
-    return tuple(
-        part.survey.informed(Found(found.model[number], tensor.get(number))) if part.survey else part
-        for number, part in enumerate(parts)
-    )
-
-
-def _through(fronts: Fronts, look: Generator[Measure, Any, Found]) -> Generator[Measure, Any, Found]:
-    """The look, at what comes through the parts in front."""
-    totals = None
-    while True:
-        try:
-            wanted = look.send(totals)
-        except StopIteration as done:
-            return done.value
-        totals = yield wanted if not fronts[0] else _measured_behind(fronts, wanted)
-
-
-def _measured_behind(fronts: Fronts, wanted: Measure) -> Measure:
-    if wanted.joint:
-        return wanted._replace(of=lambda seen: _jointly(fronts, wanted.of, seen))
-    each = zip(fronts, wanted.each(len(fronts)), strict=True)
-    measures = _shared(lambda pair: _behind(*pair), list(each), lambda pair: (id(pair[0]), id(pair[1])))
-    return wanted._replace(of=tuple(measures))
-
-
-def _behind(front: tuple[Any, ...], measure: Callable[..., Any]) -> Callable[..., Any]:
-    def behind(delta: Any, context: Context = NO_CONTEXT) -> Any:
-        for part in front:
-            if isinstance(part, Method):
-                break
-            delta = part(delta, context)
-        return with_context(measure, (delta,), context)
-
-    return behind
-
-
-def _jointly(fronts: Fronts, measure: Callable[..., Any], seen: Seen) -> Any:
-    """The measure of all experts' deltas behind their fronts, or of the merged delta if a method is among these."""
-    from cfmerge.core.chain import chain
-
-    contexts = seen.contexts or (NO_CONTEXT,) * len(seen.deltas)
-    chains = _shared(lambda front: chain(*front), fronts)
-    experts = zip(chains, seen.deltas, seen.weights, contexts, strict=True)
-    if not isinstance(chains[0], Method):
-        return measure(seen._replace(deltas=jnp.stack([own(delta, context) for own, delta, _, context in experts])))
-    statistic = chains[0].init(seen.base)
-    for own, delta, weight, context in experts:
-        statistic = own.see(statistic, delta, weight, context)
-    return measure(chains[0].solve(statistic)[0], seen)
-
-
-def _shared(function: Callable[[Any], Any], items: Sequence[Any], key: Callable[[Any], Hashable] = id) -> list[Any]:
-    """The function of every item, called once for an item that is there several times: what it makes is compiled."""
-    made: dict[Hashable, Any] = {}
-    return [made[key(item)] if key(item) in made else made.setdefault(key(item), function(item)) for item in items]
