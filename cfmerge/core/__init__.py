@@ -1,4 +1,4 @@
-"""What methods are written in.
+"""The framework that methods are written in.
 
 part         what a method and a transform are
 chain        transforms and one method as one method

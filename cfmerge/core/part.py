@@ -1,4 +1,4 @@
-"""What a method is, and what a transform is.
+"""Methods and transforms.
 
 statistic      = init(base)                          nothing seen yet
 statistic      = update(statistic, delta, weight)    one expert seen
@@ -29,7 +29,7 @@ Note = tuple[Callable[[float], bool], str]  # (condition, message): it is said w
 
 
 class Context(NamedTuple):
-    """What comes with an expert's delta besides its weight. `update` and `apply` may take it as last argument.
+    """All that comes with an expert's delta besides its weight. `update` and `apply` may take it as last argument.
 
     Attributes:
         key: a JAX key of this seed, tensor and expert, for parts whose needs say `random`.
@@ -62,7 +62,7 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a part asks for besides deltas and weights.
+    """All that a part asks for besides deltas and weights.
 
     Attributes:
         scope: the cuts that its mathematics permits. "entry": every entry is taken by itself, so a large tensor may
@@ -93,7 +93,7 @@ class Needs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """What methods and transforms have in common.
+    """A method or a transform: the fields that both have.
 
     Attributes:
         name: what the recipe calls it.

@@ -106,7 +106,7 @@ def _solve_alike(methods: Sequence[Method], statistic: Statistic) -> list[tuple[
 
 
 def gathered(method: Method, found: Sequence[Found | None]) -> Found | None:
-    """What the method must be told, of what surveys found for each of its members."""
+    """The findings to tell the method, gathered from the surveys of its members."""
     if method.survey is None or members(method) == (method,):
         return found[0]
     tensor: dict[Any, Any] = {}

@@ -20,7 +20,7 @@ from cfmerge.core.part import Part
 
 
 class Measure(NamedTuple):
-    """What is wanted of the model: one pass over it.
+    """One pass over the model: a function of its deltas, whose values are summed.
 
     Attributes:
         of: `of(delta)` or `of(delta, context)` of each expert and tensor: a pytree of arrays. If `joint`, `of(seen)` of
@@ -45,7 +45,7 @@ Look = Generator[Measure, Any, Any]
 
 
 class Found(NamedTuple):
-    """What a look found: of the whole model, and of the tensor (or piece of one) that is worked on.
+    """The findings of a look: about the whole model, and about the tensor (or piece of one) at hand.
 
     A look returns a `Found` whose `tensor` is `{place: ...}`, or anything else, which is the `model` of one.
     """

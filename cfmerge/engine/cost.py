@@ -1,4 +1,4 @@
-"""What a method's statistic takes, found out by tracing it."""
+"""The size of a method's statistic, found out by tracing it."""
 
 import functools
 from typing import Any

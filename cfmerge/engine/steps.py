@@ -42,7 +42,7 @@ class Settings(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What comes with an expert's stack: weights `(stack,)`, its number, and what its context needs."""
+    """All that comes with an expert's stack: weights `(stack,)`, its number, and what its context needs."""
 
     weight: Any
     number: Any = 0

@@ -43,7 +43,7 @@ class Stack(NamedTuple):
 def survey(
     method: Method, experts: int, entries: int, stacks: Callable[[], Iterable[Stack]], compute: str
 ) -> Found | None:
-    """What a method finds in the model, by one pass over `stacks()` for each measure; None if it has no survey.
+    """A method's findings in the model, by one pass over `stacks()` for each measure; None if it has no survey.
 
     Args:
         entries: size of the whole model, of which the stacks are.
@@ -87,12 +87,12 @@ def by_member(methods: Sequence[Method]) -> dict[Any, tuple[Method, list[int]]]:
 
 
 def found_for(method: Method, found: Mapping[Any, Found | None]) -> Found | None:
-    """What surveys found for the method, of what was found for each kind of member."""
+    """The findings for the method, out of those for each kind of member."""
     return gathered(method, [found.get(kind_of(member)) for member in members(method)])
 
 
 def at_places(found: Found | None, places: Sequence[Place]) -> Found | None:
-    """What was found for the tensors of a stack: `tensor` stacked, in the stack's order."""
+    """The findings for the tensors of a stack: `tensor` stacked, in the stack's order."""
     if found is None or found.tensor is None:
         return found
     return Found(

@@ -1,4 +1,4 @@
-"""What ACE keeps of the experts, and what its solves share. Symbols and equations: `ace.py`."""
+"""ACE's statistic, and the parts that its solves share. Symbols and equations: `ace.py`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -47,14 +47,14 @@ class Rows(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """What ACE keeps of the experts that it has seen."""
+    """ACE's statistic of the experts that it has seen."""
 
     scalars: Scalars
     sums: GramSums | tuple[Rows, ...]
 
 
 class Solved(NamedTuple):
-    """What either form hands to the refinement and the report."""
+    """The result of either form, for the refinement and the report."""
 
     merged: Array  # X without refinement
     residual: Callable[[], Array]  # E, needed by the heterogeneous branch alone

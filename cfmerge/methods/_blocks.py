@@ -76,7 +76,7 @@ def cover(triplets: Triplets) -> tuple[Bases, Float[Array, " kT"]]:
 
 
 def told(bases: Bases, crowded: bool = False) -> Report:
-    """What there is to tell of bases; `crowded`: there were more experts than the matrix has directions."""
+    """The report on bases; `crowded`: there were more experts than the matrix has directions."""
     return {"dependent": jax.lax.stop_gradient(bases.lost), "crowded": jnp.asarray(crowded)}
 
 

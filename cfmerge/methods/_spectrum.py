@@ -1,4 +1,4 @@
-"""What follows from one eigendecomposition of the Gram: filters, rank rules, grids of ridges, cross-validation.
+"""Consequences of one eigendecomposition of the Gram: filters, rank rules, grids of ridges, cross-validation.
 
 With `G = Q diag(l) Q^T` every member of the family is `X = X_a + (K - X_a G) Q diag(h(l)/l) Q^T` (see
 `_least_squares`). The filters and rank rules are those of SWUDI and ASWUDI (arXiv 2606.07289), whose Gram has trace

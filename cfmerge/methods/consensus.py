@@ -35,7 +35,7 @@ Rescale = Literal["inverse", "none", "l1", "l2", "linf"]
 
 
 class Census(NamedTuple):
-    """Of the whole model: each expert's squared norm, and the sum of all elected signs."""
+    """Each expert's squared norm, and the sign that is elected in more entries, of the whole model."""
 
     energies: Any = None  # (T,)
     majority: Any = None

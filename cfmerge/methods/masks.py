@@ -25,7 +25,7 @@ from cfmerge.methods._thresholds import largest, magnitude_keys, share_of
 
 @register
 def magmax(scale: Number = 0.5, ties: Literal["later", "first"] = "later") -> Method:
-    """Of each entry the delta of largest magnitude, times a scale.
+    """The delta of largest magnitude in each entry, times a scale.
 
     Args:
         scale: of the merged delta.
@@ -130,7 +130,7 @@ def _largest(deltas: list[Array]) -> Array:
 
 @register
 def ram(threshold: Number = 1e-5, relative: bool = False) -> Method:
-    """Of each entry the mean of the deltas that changed it: what only one expert changed is kept whole.
+    """The mean of the deltas that changed an entry, in each entry: a change of one expert alone is kept whole.
 
     Args:
         threshold: an expert has changed an entry if its delta there is larger than this.
@@ -203,7 +203,7 @@ class Drawn(NamedTuple):
 
 @register
 def random_expert() -> Method:
-    """Of each entry the delta of an expert drawn at random, all with the same probability: a control.
+    """The delta of an expert drawn at random for each entry, all with the same probability: a control.
 
     Any rule that chooses one expert for each entry should do better. Every expert draws a number for each entry
     from its own key, and the largest wins, so that the order of the experts makes no difference.

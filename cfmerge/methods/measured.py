@@ -34,7 +34,7 @@ from cfmerge.errors import CfmergeError
 
 
 def _moment(method: str, what: str, context: Context, shape: tuple[int, ...], dtype: Any) -> Array:
-    """What was measured of this expert.
+    """The moment of this expert, checked.
 
     Raises:
         CfmergeError: nothing was, or it has another shape.
@@ -229,7 +229,7 @@ def lot(cutoff: Number | None = None) -> Method:
 
     Args:
         cutoff: eigenvalues of the experts' summed Gram up to this, relative to the largest, count as zero; none: the
-            number of inputs times the machine epsilon. What the Grams do not reach stays at the base.
+            number of inputs times the machine epsilon. Directions that the Grams do not reach stay at the base.
 
     Source: Sun et al., Towards Minimizing Feature Drift in Model Merging, NeurIPS 2025, arXiv 2505.23859.
     """

@@ -59,8 +59,8 @@ def clean(total: Float[Array, "m n"], delta: Float[Array, "m n"], alpha: Array) 
 def opcm(alpha: Number = 0.5) -> Method:
     """Experts in order, each without its overlap with those before; at the mean norm of the experts.
 
-    The order of the experts matters. What is not a matrix is summed, and rescaled like the rest. Without a survey of
-    the whole model (in `update` alone) the norms are those of the tensor.
+    The order of the experts matters. Tensors that are no matrices are summed, and rescaled like the rest. Without a
+    survey of the whole model (in `update` alone) the norms are those of the tensor.
 
     Args:
         alpha: the share of the merged delta's nuclear norm whose directions are closed to the next expert; 0 removes

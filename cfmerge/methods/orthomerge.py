@@ -149,7 +149,7 @@ def _bases(wide: Float[Array, "m n"]) -> tuple[Float[Array, "n m"], Float[Array,
 
 
 def _half(like: Array) -> float:
-    """Of the digits: up to which cosine two directions are orthogonal."""
+    """The cosine up to which two directions count as orthogonal: half the digits."""
     return float(jnp.finfo(like.dtype).eps) ** 0.5
 
 

@@ -267,7 +267,7 @@ def keep_probabilities(delta: Float[Array, "..."], density: Any, epsilon: Any) -
 
 
 def _rescaled(before: Array, after: Array, norm: str) -> Array:
-    """What was kept, brought to the norm that was there before; as it is where nothing was kept."""
+    """The entries that are left, brought to the norm that was there before; as they are where nothing is left."""
     if norm == "none":
         return after
     return after * ratio(_size(before, norm), _size(after, norm), 1.0)

@@ -33,7 +33,7 @@ On = Literal["weights", "deltas"]
 
 
 def _origin(base: Array, on: On) -> Array:
-    """What the deltas are added to: the base, or zero where deltas are interpolated."""
+    """The tensor that deltas are added to: the base, or zero where deltas are interpolated."""
     return base if on == "weights" else jnp.zeros_like(base)
 
 

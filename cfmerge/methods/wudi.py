@@ -4,9 +4,9 @@ WUDI (arXiv 2503.08099) starts Adam at the sum `N = sum_t w_t D_t` and stops it 
 
     L(X) = sum_t w_t ||(X - D_t) D_t^T||^2 / ||D_t||^2,     dL/dX = 2 (X G - K)
 
-with `G = sum_t w_t C_t / ||D_t||^2`, `K = sum_t w_t D_t C_t / ||D_t||^2`, `C_t = D_t^T D_t`. What stopping early does
-is done in closed form by a ridge to `N` (`wudi`), or by a filter on the spectrum of `G` (SWUDI and ASWUDI, arXiv
-2606.07289); all of them read one statistic. OptMerge (arXiv 2505.19892) takes the loss with denoised deltas.
+with `G = sum_t w_t C_t / ||D_t||^2`, `K = sum_t w_t D_t C_t / ||D_t||^2`, `C_t = D_t^T D_t`. The effect of
+stopping early comes in closed form by a ridge to `N` (`wudi`), or by a filter on the spectrum of `G` (SWUDI and ASWUDI,
+arXiv 2606.07289); all of them read one statistic. OptMerge (arXiv 2505.19892) takes the loss with denoised deltas.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from cfmerge.methods import Context
 
 
 def drive(part, experts, models):
-    """What a look finds in models `[(tensor, ...), ...]`, each expert's deltas, and how often each was measured."""
+    """The findings of a look at models `[(tensor, ...), ...]`, of each expert's deltas, and the number of passes."""
     look, totals, passes = part.survey.look(sum(t.size for t in models[0]), [part.survey.own] * experts), None, 0
     while True:
         try:

@@ -62,13 +62,13 @@ def test_in_memory_as_on_disk(family, merge, tmp_path, load, method):
 def test_batches_and_pieces_do_not_matter(merge, monkeypatch, method):
     """Tensors by themselves, in stacks, or in pieces of three blocks of draws: the same bytes."""
     monkeypatch.setattr(_random, "BLOCK", 8)
-    steps._compiled.cache_clear()  # they hold the block's size
+    steps.compiled.cache_clear()  # they hold the block's size
     whole = merge("whole", method)
     monkeypatch.setattr(batches, "ENTRIES", 24)
     monkeypatch.setattr(batches, "STACKED", 1)
     assert merge("cut", method) == whole
     assert merge("little", method, memory=24_000) == whole
-    steps._compiled.cache_clear()
+    steps.compiled.cache_clear()
 
 
 def test_pieces_of_an_odd_end_get_what_the_whole_gets():

@@ -158,7 +158,7 @@ def test_an_expert_given_twice_counts_twice():
 
 
 def ended(look, totals):
-    """What a look returns when it is sent the last totals."""
+    """The findings that a look returns when it is sent the last totals."""
     with pytest.raises(StopIteration) as done:
         look.send(totals)
     return done.value.value

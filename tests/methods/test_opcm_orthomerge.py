@@ -64,7 +64,7 @@ def test_opcm_of_a_tensor_alone_is_the_model_of_that_tensor():
     close(merged(methods.opcm(), DELTAS), expected)
     close(np.linalg.norm(expected), np.mean([np.linalg.norm(delta) for delta in DELTAS]))
     close(merged(methods.opcm(), DELTAS[:1]), DELTAS[0])
-    assert methods.opcm().ordered
+    assert methods.opcm().needs.ordered
     assert np.max(np.abs(merged(methods.opcm(), DELTAS[::-1]) - expected)) > 1e-3
 
 
