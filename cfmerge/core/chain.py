@@ -1,6 +1,7 @@
 """Transforms and a method as one method: `trim(0.2) >> disjoint_mean() >> scale(0.5)`."""
 
 from collections.abc import Callable, Generator, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ def _look_in_turn(entries: int, own: Sequence[tuple[Any, ...]]) -> Generator[Mea
     for number, part in enumerate(own[0]):
         if part.survey is None:
             continue
-        fronts = _shared(lambda parts, number=number: tuple(parts[:number]), each)
+        fronts = _shared(partial(_before, number), each)
         found = yield from _through(fronts, looked(part, [parts[number] for parts in own], entries))
         model[number] = found.model
         for place, value in (found.tensor or {}).items():
@@ -146,6 +147,10 @@ def _look_in_turn(entries: int, own: Sequence[tuple[Any, ...]]) -> Generator[Mea
         for parts in {id(parts): parts for parts in each}.values():
             parts[number] = parts[number].survey.informed(Found(found.model))  # by tensor: the merge alone knows
     return Found(model, tensor or None)
+
+
+def _before(number: int, parts: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(parts[:number])
 
 
 def _informed_of(parts: tuple[Any, ...], found: Found) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cfmerge.core.survey import Survey
 
 Statistic = Any  # a pytree of arrays, private to each method
-Report = Mapping[str, Any]  # {name: scalar}; of a sweep a tuple of them, one for each of its methods
+Report = Mapping[str, Any]  # {name: scalar}; a sweep has a tuple of them, one for each of its methods
 Scope = Literal["entry", "tensor", "matrix"]
 SCOPES: tuple[Scope, ...] = ("entry", "tensor", "matrix")  # from the narrowest to the widest
 Note = tuple[Callable[[float], bool], str]  # (condition, message): it is said where condition(value) holds
@@ -152,7 +152,7 @@ class Method(Part):
 
     init: Callable[[Array], Statistic]
     update: Callable[..., Statistic]
-    solve: Callable[[Statistic], tuple[Array, Report]]
+    solve: Callable[[Statistic], tuple[Array, Any]]
     _: dataclasses.KW_ONLY
     additive: bool = True
     statistic: Hashable = None

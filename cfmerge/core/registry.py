@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from cfmerge.core.call import Call, Formed
 from cfmerge.core.numbers import LISTED, TRACED, marked, plain
-from cfmerge.core.part import Method, Transform
+from cfmerge.core.part import Method, Part, Transform
 from cfmerge.errors import CfmergeError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,22 +73,26 @@ def register(factory: F) -> F:
         bound.apply_defaults()
         given = dict(bound.arguments)
         made = factory(**{k: plain(name, k, v, k in listed) if k in numbers else v for k, v in given.items()})
-        call = Call.of(named, given, numbers)
-        if not isinstance(made, Method) or made.form is None:
-            return dataclasses.replace(made, name=name, call=call)
-
-        def form(rank: int | None) -> Method | None:
-            other = made.form(rank)
-            formed = dataclasses.replace(call, factory=Formed(named, rank))
-            return other and dataclasses.replace(other, name=name, call=formed)
-
-        return dataclasses.replace(made, name=name, call=call, form=form)
+        return _named(made, name, Call.of(named, given, numbers))
 
     if name in _REGISTRY and _REGISTRY[name].factory.__module__ != factory.__module__:
         raise CfmergeError(f"there is a method {name!r} already; give yours another name")
     kind = "transform" if hints.get("return") is Transform else "method"
     _REGISTRY[name] = Entry(name, named, kind)
     return named  # type: ignore[return-value]
+
+
+def _named(made: Part, name: str, call: Call) -> Part:
+    """The part under its name; its other forms have the name and the call's numbers too."""
+    if isinstance(made, Method) and made.form is not None:
+        made = dataclasses.replace(made, form=functools.partial(_form, made.form, name, call))
+    return dataclasses.replace(made, name=name, call=call)
+
+
+def _form(ask: Callable[[int | None], Method | None], name: str, call: Call, rank: int | None) -> Method | None:
+    made = ask(rank)
+    formed = dataclasses.replace(call, factory=Formed(call.factory, rank))
+    return made and dataclasses.replace(made, name=name, call=formed)
 
 
 def registry() -> dict[str, Entry]:

@@ -46,10 +46,13 @@ def only(mapping, *names):
 # --- trees --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["average", "squares(ridge=0.5)", "ace", "times(factor=2.0) >> squares >> scale(0.5)"])
+@pytest.mark.parametrize(
+    "text", ["average", "squares(ridge=0.5)", "ace", "times(factor=2.0) >> squares >> scale(0.5)",
+             "times(factor=2.0) >> ace", "anchored(towards=ace)"]
+)  # fmt: skip
 def test_in_two_halves(family, text):
     base = family.tensors[0]
-    weights = {"m1": 1.0, "m2": 0.5, "m3": 2.0} if text != "ace" else dict.fromkeys(family.trees, 1.0)
+    weights = {"m1": 1.0, "m2": 0.5, "m3": 2.0} if "ace" not in text else dict.fromkeys(family.trees, 1.0)
     whole = cfmerge.accumulate(base, family.trees, text, weights=list(weights.values()))
     expected = cfmerge.merge_params(base, family.trees, methods.make(text), weights=list(weights.values()))
     close(cfmerge.solve(whole, base), expected, 1e-5)

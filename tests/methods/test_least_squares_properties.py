@@ -65,7 +65,7 @@ def test_statistics_are_sums(name):
 def test_forgetting_needs_grams():
     with pytest.raises(CfmergeError, match=r"form=.full."):
         solve(problem(m=4, n=20), wudi(), [1.0, 1.0, -1.0])
-    assert wudi().weights == "positive"
+    assert wudi().needs.weights == "positive"
 
 
 def test_one_pass_serves_many_members():
