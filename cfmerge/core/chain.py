@@ -102,9 +102,17 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
         return made and _chain_of((*before, made, *after))
 
     return Method(
-        name, init, update, solve, needs=inner.needs.but(scope=scope, random=random),
-        additive=inner.additive and not seen, form=form, survey=survey, notes=inner.notes, call=call,
-    )  # fmt: skip
+        name,
+        init,
+        update,
+        solve,
+        needs=inner.needs.but(scope=scope, random=random),
+        additive=inner.additive and not seen,
+        form=form,
+        survey=survey,
+        notes=inner.notes,
+        call=call,
+    )
 
 
 def _check(parts: tuple[Any, ...], before: tuple[Any, ...], after: tuple[Any, ...]) -> None:

@@ -47,9 +47,15 @@ def of_deltas(
         return found if isinstance(found, tuple) else (found, {})
 
     return Method(
-        name or function.__name__, init, update, solve,
-        needs=needs, additive=False, statistic="all deltas", notes=notes or {},
-    )  # fmt: skip
+        name or function.__name__,
+        init,
+        update,
+        solve,
+        needs=needs,
+        additive=False,
+        statistic="all deltas",
+        notes=notes or {},
+    )
 
 
 def from_deltas(

@@ -54,11 +54,16 @@ def several(methods: tuple[Method, ...]) -> Method:
     scope = max((method.needs.scope for method in methods), key=SCOPES.index)
     random = any(method.needs.random for method in methods)
     return Method(
-        "sweep", init, update, solve,
+        "sweep",
+        init,
+        update,
+        solve,
         needs=Needs(scope, moments=next(iter(moments), ""), random=random),
-        additive=all(method.additive for method in methods), form=form, survey=_survey(methods),
+        additive=all(method.additive for method in methods),
+        form=form,
+        survey=_survey(methods),
         call=Call.of(several, {"methods": methods}, frozenset()),
-    )  # fmt: skip
+    )
 
 
 def members(method: Method) -> tuple[Method, ...]:

@@ -186,9 +186,13 @@ def steps(layout: str, compute: str) -> Steps:
 
         view, stored = views(settings[0]), base.shape[1:]
         merged, reports = view.over(
-            one, [s.call for s in settings], settings[0].tensor, view.canonical(base),
-            [view.canonical(expert) for expert in experts], [view.given(i) for i in inputs],
-        )  # fmt: skip
+            one,
+            [s.call for s in settings],
+            settings[0].tensor,
+            view.canonical(base),
+            [view.canonical(expert) for expert in experts],
+            [view.given(i) for i in inputs],
+        )
         result, reports, fine = written(settings[0], merged, reports, base, out)
         return result, reports, jnp.stack([*(finite(expert) for expert in experts), fine])
 

@@ -30,9 +30,9 @@ from cfmerge.methods.consensus import dare_linear as dare_linear
 from cfmerge.methods.consensus import dare_ties as dare_ties
 from cfmerge.methods.consensus import della as della
 from cfmerge.methods.consensus import della_linear as della_linear
-from cfmerge.methods.consensus import disjoint_mean as disjoint_mean
 from cfmerge.methods.consensus import ties as ties
 from cfmerge.methods.dc_merge import dc_merge as dc_merge
+from cfmerge.methods.election import disjoint_mean as disjoint_mean
 from cfmerge.methods.isotropic import iso_c as iso_c
 from cfmerge.methods.isotropic import iso_cts as iso_cts
 from cfmerge.methods.layer_scales import larv as larv

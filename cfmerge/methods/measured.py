@@ -127,9 +127,14 @@ def _fisher(floor: Number, below: str, found: Found | tuple[()] | None, survey: 
         return merged, {"below_floor": jnp.mean(~counts, dtype=mean.dtype)}
 
     return Method(
-        "fisher", init, update, solve,
-        needs=Needs("entry", weights="positive", normalises=True, moments="fisher"), notes=FISHER_NOTES, survey=survey,
-    )  # fmt: skip
+        "fisher",
+        init,
+        update,
+        solve,
+        needs=Needs("entry", weights="positive", normalises=True, moments="fisher"),
+        notes=FISHER_NOTES,
+        survey=survey,
+    )
 
 
 FISHER_NOTES = {
@@ -208,9 +213,13 @@ def regmean(a: Number = 0.9, ridge: Number = 0.0) -> Method:
         }
 
     return Method(
-        "regmean", _init, update, solve,
-        needs=Needs(weights="positive", normalises=True, moments="input_gram"), notes=REGMEAN_NOTES,
-    )  # fmt: skip
+        "regmean",
+        _init,
+        update,
+        solve,
+        needs=Needs(weights="positive", normalises=True, moments="input_gram"),
+        notes=REGMEAN_NOTES,
+    )
 
 
 REGMEAN_NOTES = {

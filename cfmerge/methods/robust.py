@@ -50,10 +50,12 @@ def cauchy_poe(eps: Number = 0.1, jitter: Number = 1e-3, iterations: int = 50, t
         return merged.T, told
 
     notes = {
-        "change": (lambda value: value > 1e-3, "the weights had not settled; the last step changed the merge by "
-                   "{value:.1e}; allow more iterations"),
+        "change": (
+            lambda value: value > 1e-3,
+            "the weights had not settled; the last step changed the merge by {value:.1e}; allow more iterations",
+        ),
         "no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor"),
-    }  # fmt: skip
+    }
     return of_deltas(on_rows, Needs(weights="positive", normalises=True), notes=notes)
 
 
