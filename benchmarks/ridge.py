@@ -51,7 +51,7 @@ def main() -> None:
             statistic = method.init(jnp.asarray(base))
             for delta in deltas:
                 statistic = method.update(statistic, jnp.asarray(delta))
-            merged = np.asarray(method.solve(statistic))
+            merged = np.asarray(method.solve(statistic)[0])
             shrinkage[name].append(SETTINGS[name] / eigenvalue if name in SETTINGS else 0.07)
             distance[name].append(float(np.linalg.norm(merged - mean) / np.linalg.norm(mean)))
     print(f"{args.base}: {len(args.experts)} experts, {len(distance['eps_rel=0.07 (default)'])} matrices")

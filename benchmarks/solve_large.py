@@ -67,7 +67,7 @@ def solve(method: Method, rank: int | None, double: bool) -> tuple[np.ndarray, d
     """
     dtype = jnp.float32
     with jax.enable_x64(False):
-        update, report = jax.jit(method.update), jax.jit(method.solve_with_report)
+        update, report = jax.jit(method.update), jax.jit(method.solve)
         statistic, seconds = jax.jit(method.init)(jnp.zeros((M, N), dtype)), 0.0
         for seed in range(EXPERTS):
             value = jnp.asarray(delta(seed, rank), dtype)

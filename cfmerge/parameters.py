@@ -38,7 +38,6 @@ class Parameter:
     dtype: str
     kind: Kind
     layout: str = ""
-    conv1d: bool = False  # stored as GPT-2's Conv1D: published code takes it for (out, in)
     note: str = ""
 
     @property
@@ -142,8 +141,8 @@ def _classify_one(
     config: Mapping[str, Any],
     stacked: Iterable[str],
 ) -> Parameter:
-    def parameter(kind: Kind, layout: str = "", note: str = "", conv1d: bool = False) -> Parameter:
-        return Parameter(name, shape, dtype, kind, layout, conv1d, note)
+    def parameter(kind: Kind, layout: str = "", note: str = "") -> Parameter:
+        return Parameter(name, shape, dtype, kind, layout, note)
 
     if not is_float(dtype) or _is_running(name, shapes) or is_attention_mask(name, shape):
         return parameter(Kind.OTHER)
@@ -222,7 +221,7 @@ def _conv1d(
             f"tensor {name!r} of shape {shape} does not fit its bias of shape {bias[0]}: "
             "neither (in, out) nor (out, in)"
         )
-    return parameter(Kind.MATRIX, "io", conv1d=True)
+    return parameter(Kind.MATRIX, "io")
 
 
 def _kernel_layout(name: str, shape: Shape, shapes: Mapping[str, tuple[Shape, str]], lead: str) -> str:

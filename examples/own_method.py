@@ -1,4 +1,4 @@
-"""Writes a merging method of one's own: three functions and a decorator.
+"""Writes a merging method of one's own: one decorated function, and the same as three functions that stream.
 
 The spectral average is the mean of the deltas, cut to its largest singular values. What the experts have in common
 adds up in a few directions, what each has by itself (its noise) spreads over all of them and is cut.
@@ -16,19 +16,37 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import cfmerge
-from cfmerge.methods import Method, register
+from cfmerge.methods import Method, from_deltas, register
+
+
+@from_deltas
+def spectral_average(base, deltas, weights, keep: float = 0.1):
+    """The mean of the deltas, cut to its largest singular values.
+
+    Args:
+        keep: share of the singular values that is kept.
+
+    Source: examples/own_method.py.
+    """
+    return cut(jnp.tensordot(weights, deltas, 1) / jnp.sum(weights), keep)
+
+
+def cut(mean, keep):
+    u, s, vt = jnp.linalg.svd(mean, full_matrices=False)
+    k = max(1, round(keep * len(s)))
+    return (u[:, :k] * s[:k]) @ vt[:k]
 
 
 class Sum(NamedTuple):
-    """What the method keeps of the experts it has seen: a sum, so its size does not grow with their number."""
+    """What the streaming form keeps of the experts: a sum, so its size does not grow with their number."""
 
     deltas: jax.Array  # (out, in)
     weight: jax.Array
 
 
 @register
-def spectral_average(keep: float = 0.1) -> Method:
-    """The mean of the deltas, cut to its largest singular values.
+def streaming_spectral_average(keep: float = 0.1) -> Method:
+    """The same, from a sum: experts come one at a time, and `cfmerge.accumulate` works.
 
     Args:
         keep: share of the singular values that is kept.
@@ -43,11 +61,9 @@ def spectral_average(keep: float = 0.1) -> Method:
         return Sum(statistic.deltas + weight * delta, statistic.weight + weight)
 
     def solve(statistic):
-        u, s, vt = jnp.linalg.svd(statistic.deltas / statistic.weight, full_matrices=False)
-        k = max(1, round(keep * len(s)))
-        return (u[:, :k] * s[:k]) @ vt[:k]
+        return cut(statistic.deltas / statistic.weight, keep), {}  # the merged delta, and a report: nothing to tell
 
-    return Method("spectral_average", init, update, solve)
+    return Method("streaming_spectral_average", init, update, solve)
 
 
 def main():
@@ -66,6 +82,9 @@ def main():
     # 1. One canonical weight, (out, in).
     merged = cfmerge.merge_tensor(base.T, [expert.T for expert in experts], spectral_average()).T
     print(f"  merge_tensor      {distance(merged):.3f}")
+
+    merged = cfmerge.merge_tensor(base.T, [expert.T for expert in experts], streaming_spectral_average()).T
+    print(f"  streamed          {distance(merged):.3f}")
 
     # 2. A tree of parameters, jitted. Biases and norms get the mean: the method takes matrices only.
     def tree(kernel):

@@ -28,11 +28,12 @@ def states(arrays, prefix):
     return {k.removeprefix(prefix + "."): v for k, v in arrays.items() if k.startswith(prefix + ".")}
 
 
-def check(case, method, key="expected", transpose=False, jit=True, experts=None, **options):
+def check(case, method, key="expected", transpose=False, jit=True, experts=None, rules=None, **options):
     """`merge_tensor(base, experts, method, **options)` of a single-tensor case, in float32 and in float64.
 
     Args:
         experts: names of the arrays that are the experts; none: `expert_0` to `expert_{T-1}`.
+        rules: the tensor is merged as a GPT-2's `h.0.mlp.c_fc.weight`, by `merge_params` with these rules.
         options: of `merge_tensor`; arrays in `moments` are cast like the weights.
     """
     arrays = load(case)
@@ -46,6 +47,9 @@ def check(case, method, key="expected", transpose=False, jit=True, experts=None,
                 options["moments"] = [moment.astype(precision) for moment in options["moments"]]
 
             def merge(base, rest):
+                if rules is not None:
+                    trees = [{"h.0.mlp.c_fc.weight": array} for array in (base, *rest)]
+                    return cfmerge.merge_params(trees[0], trees[1:], method, rules=rules)["h.0.mlp.c_fc.weight"]
                 return cfmerge.merge_tensor(base, rest, method, **options)
 
             got = np.asarray((jax.jit(merge) if jit else merge)(cast[0], cast[1:]), np.float64)

@@ -21,12 +21,12 @@ def gather(deltas, method, weights=None):
 def solve(deltas, method, weights=None):
     """The merged delta in float64."""
     with jax.enable_x64(True):
-        return np.asarray(method.solve(gather(deltas, method, weights)))
+        return np.asarray(method.solve(gather(deltas, method, weights))[0])
 
 
 def told(deltas, method, weights=None):
     with jax.enable_x64(True):
-        report = method.solve_with_report(gather(deltas, method, weights))[1]
+        report = method.solve(gather(deltas, method, weights))[1]
         return {name: float(value) for name, value in report.items()}
 
 

@@ -19,7 +19,7 @@ def solver(method):
         statistic = method.init(base)
         for delta, weight in zip(deltas, weights, strict=True):
             statistic = method.see(statistic, delta, weight)
-        return method.solve_with_report(statistic)
+        return method.solve(statistic)
 
     return solve
 

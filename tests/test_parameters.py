@@ -231,12 +231,14 @@ def test_families(family):
     assert found == {name: WORDS[row[0]] for name, row in rows.items()}
 
 
-def test_conv1d_is_marked():
-    """Only what is stored as Conv1D; `orientation="as_published"` acts on it."""
-    marked = {name for name, p in classify(headers(gpt2(""))).items() if p.conv1d}
-    assert marked == {name for name, row in gpt2("").items() if row[0] == "kernel"}
-    assert not any(p.conv1d for p in classify(headers(LINEAR_BIG_CODE), {"model_type": "gpt_bigcode"}).values())
-    assert not any(p.conv1d for p in classify(headers(OPENCLIP)).values())
+def test_conv1d_is_in_by_out():
+    """Only what is stored as Conv1D is; a rule `layout: oi` for it gives what published code does."""
+    found = {name for name, p in classify(headers(gpt2(""))).items() if p.layout == "io"}
+    assert found == {name for name, row in gpt2("").items() if row[0] == "kernel"}
+    big_code = classify(headers(LINEAR_BIG_CODE), {"model_type": "gpt_bigcode"})
+    assert not any(p.layout == "io" for p in big_code.values())
+    open_clip = classify(headers(OPENCLIP))
+    assert not any(p.layout == "io" for name, p in open_clip.items() if ".c_fc." in name or ".c_proj." in name)
 
 
 def test_conv1d_bias_decides_where_the_config_is_missing():

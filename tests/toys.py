@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 from cfmerge import linalg
+from cfmerge.core import registry
 from cfmerge.methods import (
     Context,
     Found,
+    Measure,
     Method,
+    Needs,
     Number,
     PerExpert,
     Survey,
     Transform,
-    _registry,
     chain,
     draws,
     register,
@@ -30,7 +32,7 @@ NO = Context()
 def registered(*factories):
     """The factories, registered for as long as the context lasts, by name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registry, "_REGISTRY", dict(_registry._REGISTRY))
+        patch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
         yield SimpleNamespace(**{factory.__name__: register(factory) for factory in factories})
 
 
@@ -84,7 +86,7 @@ def rows(factor: Number = 2.0) -> Transform:
         number = jnp.arange(delta.shape[0], dtype=delta.dtype).reshape(-1, *[1] * (delta.ndim - 1))
         return (jnp.asarray(factor, delta.dtype) + number) * delta
 
-    return Transform("rows", apply, scope="tensor")
+    return Transform("rows", apply, needs=Needs("tensor"))
 
 
 def toward(share: Number = 0.5) -> Transform:
@@ -93,7 +95,7 @@ def toward(share: Number = 0.5) -> Transform:
     def apply(merged, seen):
         return merged + jnp.asarray(share, merged.dtype) * (seen.deltas[0] - merged)
 
-    return Transform("toward", apply, looks_back=True)
+    return Transform("toward", apply, needs=Needs("entry", seen=True))
 
 
 def by_chance(p: PerExpert = 0.5, scope: Literal["entry", "tensor"] = "entry") -> Transform:
@@ -103,15 +105,15 @@ def by_chance(p: PerExpert = 0.5, scope: Literal["entry", "tensor"] = "entry") -
         drawn = draws(context, delta)
         return jnp.where(drawn >= jnp.asarray(p, delta.dtype), delta, 0)
 
-    return Transform("by_chance", apply, scope=scope, random=True)
+    return Transform("by_chance", apply, needs=Needs(scope, random=True))
 
 
 def middle(scale: Number = 1.0) -> Method:
     """The median of the deltas, times a number: not additive."""
     return Method(
         "middle", lambda base: (), lambda statistic, delta, weight: (*statistic, delta),
-        lambda statistic: scale * jnp.median(jnp.stack(statistic), axis=0),
-        scope="entry", additive=False, weights="none",
+        lambda statistic: (scale * jnp.median(jnp.stack(statistic), axis=0), {}),
+        needs=Needs("entry", weights="none"), additive=False,
     )  # fmt: skip
 
 
@@ -136,12 +138,10 @@ def squares(ridge: Number = 0.1, scale: Number = 1.0) -> Method:
     def solve(statistic):
         values, vectors = jnp.linalg.eigh(statistic.gram)
         rotated = linalg.matmul(statistic.cross, vectors)
-        return scale * linalg.matmul(rotated / (values + ridge), vectors.T)
+        merged = scale * linalg.matmul(rotated / (values + ridge), vectors.T)
+        return merged, {"trace": jnp.trace(statistic.gram), "ridge": jnp.asarray(ridge, statistic.gram.dtype)}
 
-    def report(statistic):
-        return solve(statistic), {"trace": jnp.trace(statistic.gram), "ridge": jnp.asarray(ridge, statistic.gram.dtype)}
-
-    return Method("squares", init, update, solve, report, statistic="toy-squares")
+    return Method("squares", init, update, solve, statistic="toy-squares")
 
 
 # --- with a survey of the whole model -----------------------------------------------------------------------------
@@ -149,7 +149,10 @@ def squares(ridge: Number = 0.1, scale: Number = 1.0) -> Method:
 
 def unit(size: PerExpert = 1.0) -> Transform:
     """Each delta over its expert's norm in the whole model, times a size."""
-    measure = Survey(lambda delta, context: jnp.sum(delta**2), lambda total: size / np.sqrt(np.asarray(total)))
+
+    def look(entries, own):
+        total = yield Measure(lambda delta: jnp.sum(delta**2))
+        return np.asarray(own) / np.sqrt(np.asarray(total))
 
     def informed(found: Found) -> Transform:
         def apply(delta, context):
@@ -157,44 +160,29 @@ def unit(size: PerExpert = 1.0) -> Transform:
 
         return Transform("unit", apply)
 
-    return Transform(
-        "unit", lambda delta: delta / jnp.sqrt(jnp.sum(delta**2)),
-        survey=lambda found: measure if found is None else None, informed=informed,
-    )  # fmt: skip
-
-
-class Counted(NamedTuple):
-    mean_square: np.ndarray
-    share: np.ndarray | None = None
+    return Transform("unit", lambda delta: delta / jnp.sqrt(jnp.sum(delta**2)), survey=Survey(look, informed, own=size))
 
 
 def above(power: Number = 1.0) -> Transform:
     """In two passes: each delta times the share of entries in the model that exceed its root mean square."""
 
-    def survey(found):
-        if found is None:
-            first = {"sum": lambda d: jnp.sum(d**2), "size": lambda d: jnp.asarray(d.size)}
-            return Survey(
-                lambda delta, context: {key: f(delta) for key, f in first.items()},
-                lambda total: Counted(total["sum"] / total["size"]),
-            )
-        if found.share is not None:
-            return None
+    def look(entries, own):
+        first = yield Measure(lambda delta: {"sum": jnp.sum(delta**2), "size": jnp.asarray(delta.size)})
+        mean_square = first["sum"] / first["size"]
 
         def measure(delta, context):
-            over = delta**2 > jnp.asarray(found.mean_square, delta.dtype)[context.number]
-            return jnp.stack([jnp.sum(over), delta.size])
+            return jnp.sum(delta**2 > jnp.asarray(mean_square, delta.dtype)[context.number])
 
-        return Survey(measure, lambda total: found._replace(share=total[:, 0] / total[:, 1]))
+        return (yield Measure(measure)) / entries
 
     def informed(found):
         def apply(delta, context):
-            share = jnp.asarray(found.model.share, delta.dtype)[context.number]
+            share = jnp.asarray(found.model, delta.dtype)[context.number]
             return share ** jnp.asarray(power, delta.dtype) * delta
 
         return Transform("above", apply)
 
-    return Transform("above", lambda delta: delta, survey=survey, informed=informed)
+    return Transform("above", lambda delta: delta, survey=Survey(look, informed))
 
 
 def unit_sum(size: Number = 1.0) -> Method:
@@ -204,20 +192,20 @@ def unit_sum(size: Number = 1.0) -> Method:
         return statistic + weight * delta
 
     def measure(seen):
-        total = jnp.tensordot(seen.weights, seen.deltas, 1)
-        return jnp.sum(total**2)
+        return jnp.sum(jnp.tensordot(seen.weights, seen.deltas, 1) ** 2)
 
-    following = Survey(measure, lambda total: {"norm": np.sqrt(np.asarray(total))}, joint=True)
+    def look(entries, own):
+        return {"norm": np.sqrt(np.asarray((yield Measure(measure, joint=True))))}
 
     def informed(found):
         def solve(statistic):
-            return size * statistic / jnp.asarray(found.model["norm"], statistic.dtype)
+            return size * statistic / jnp.asarray(found.model["norm"], statistic.dtype), {}
 
-        return Method("unit_sum", jnp.zeros_like, add, solve, scope="entry")
+        return Method("unit_sum", jnp.zeros_like, add, solve, needs=Needs("entry"))
 
     return Method(
-        "unit_sum", jnp.zeros_like, add, lambda statistic: size * statistic / jnp.sqrt(jnp.sum(statistic**2)),
-        scope="entry", survey=lambda found: following if found is None else None, informed=informed,
+        "unit_sum", jnp.zeros_like, add, lambda statistic: (size * statistic / jnp.sqrt(jnp.sum(statistic**2)), {}),
+        needs=Needs("entry"), survey=Survey(look, informed),
     )  # fmt: skip
 
 
@@ -229,46 +217,37 @@ def unit_sum_of(factor: PerExpert) -> Method:
 def share(by: Literal["name", "place"] = "name", scope: Literal["entry", "tensor"] = "entry") -> Transform:
     """Each delta times its tensor's share of the expert's squared norm; of every piece or layer, `by="place"`."""
 
-    def combine(measures):
+    def look(entries, own):
+        measures = yield Measure(lambda delta: jnp.sum(delta**2), by_tensor=True)
         total = sum(measures.values())
-        own = dict.fromkeys(name for name, _ in measures)
-        for name in own:
-            own[name] = sum(value for (other, _), value in measures.items() if other == name)
-        found = {place: (own[place[0]] if by == "name" else value) / total for place, value in measures.items()}
+        of_name = dict.fromkeys(name for name, _ in measures)
+        for name in of_name:
+            of_name[name] = sum(value for (other, _), value in measures.items() if other == name)
+        found = {place: (of_name[place[0]] if by == "name" else value) / total for place, value in measures.items()}
         return Found(None, found)
-
-    following = Survey(lambda delta, context: jnp.sum(delta**2), combine, by_tensor=True)
 
     def informed(found):
         def apply(delta, context):
             return jnp.asarray(found.tensor, delta.dtype)[context.number] * delta
 
-        return Transform("share", apply, scope=scope)
+        return Transform("share", apply, needs=Needs(scope))
 
-    return Transform(
-        "share", lambda delta: delta, scope=scope, survey=lambda found: following if found is None else None,
-        informed=informed,
-    )  # fmt: skip
+    return Transform("share", lambda delta: delta, needs=Needs(scope), survey=Survey(look, informed))
 
 
 def restore() -> Transform:
     """Behind a method: the merged delta of the whole model gets the mean norm of the experts' deltas."""
+    needs = Needs("entry", seen=True)
 
     def measure(merged, seen):
         axes = tuple(range(1, seen.deltas.ndim))
         return jnp.sum(merged**2), jnp.sum(seen.deltas**2, axis=axes)
 
-    def combine(total):
-        merged, experts = total
+    def look(entries, own):
+        merged, experts = yield Measure(measure, joint=True)
         return np.mean(np.sqrt(np.asarray(experts))) / np.sqrt(np.asarray(merged))
 
-    following = Survey(measure, combine, joint=True)
-
     def informed(found):
-        return Transform("restore", lambda merged, seen: jnp.asarray(found.model, merged.dtype) * merged,
-                         looks_back=True)  # fmt: skip
+        return Transform("restore", lambda merged, seen: jnp.asarray(found.model, merged.dtype) * merged, needs=needs)
 
-    return Transform(
-        "restore", lambda merged, seen: merged, looks_back=True,
-        survey=lambda found: following if found is None else None, informed=informed,
-    )  # fmt: skip
+    return Transform("restore", lambda merged, seen: merged, needs=needs, survey=Survey(look, informed))

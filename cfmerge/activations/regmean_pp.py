@@ -74,7 +74,7 @@ def regmean_pp(
     if len(experts) == 0 or len(experts) != len(batches):
         raise CfmergeError(f"regmean_pp: {len(experts)} experts and {len(batches)} lists of batches")
     method = method or regmean(a=0.95)
-    if method.moments != "input_gram":
+    if method.needs.moments != "input_gram":
         raise CfmergeError(f"regmean_pp: {method.name} takes no input Grams; give regmean or lot, or a chain of one")
     data = [list(own) for own in batches]
     leaves, treedef = flatten(base)
@@ -85,7 +85,7 @@ def regmean_pp(
     solved = {
         name
         for name, assignment in assignments.items()
-        if assignment.action == "merge" and assignment.method.moments == "input_gram"
+        if assignment.action == "merge" and assignment.method.needs.moments == "input_gram"
     }
 
     def merged(wanted: Iterable[str], grams: Sequence[Any]) -> Leaves:

@@ -115,8 +115,8 @@ def _key_values(texts: Sequence[str]) -> dict[str, str]:
 def labelled_methods(texts: Sequence[str], grids: Sequence[str]) -> dict[str, str]:
     """`{label: method}` of a sweep: the methods as given (`LABEL=METHOD` labels one), or a grid of the only one."""
     if grids:
+        from cfmerge.core.expressions import expression
         from cfmerge.engine.sweep import grid
-        from cfmerge.methods._registry import expression
 
         if len(texts) > 1:
             raise CfmergeError(f"--grid is for one method, found {len(texts)}")

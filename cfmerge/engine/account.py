@@ -33,10 +33,11 @@ class Account:
 
     def add(self, unit: Unit, outcome: Outcome) -> None:
         self.float64 += outcome.float64
-        for result, reports in enumerate(outcome.reports):
+        by_result = outcome.reports if isinstance(outcome.reports, tuple) else (outcome.reports,)
+        for result, reports in enumerate(by_result):
             for number, job in enumerate(unit.jobs):
                 told = {key: float(np.max(value[number])) for key, value in reports.items()}
-                if any(outcome.reports):
+                if any(by_result):
                     self.reports.setdefault(result, {})[job.name] = told
                 method = methods_of(job)[result]
                 for key, (condition, message) in method.notes.items():

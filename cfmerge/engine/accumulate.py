@@ -14,6 +14,8 @@ import numpy as np
 from cfmerge import recipe as recipes
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.checkpoints.safetensors import ShardWriter
+from cfmerge.core.expressions import expression
+from cfmerge.core.numbers import plain_number
 from cfmerge.engine import run
 from cfmerge.engine.in_memory import merge_assigned
 from cfmerge.engine.merge import Plan, as_recipe, check_space, clear_errors, merge_recipe, planned
@@ -34,7 +36,6 @@ from cfmerge.engine.units import Unit
 from cfmerge.engine.work import Job, Progress
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._registry import expression, plain_number
 
 
 def accumulate(

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from cfmerge import methods
+from cfmerge.core.chain import is_chain
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
-from cfmerge.methods._base import is_chain
 from cfmerge.parameters import Kind, Parameter, check_layout, is_attention_mask, is_float
 from cfmerge.recipe import Rule
 
@@ -105,10 +105,10 @@ def _default(parameter: Parameter, method: Method, average: Method) -> Assignmen
         return Assignment(parameter, "keep-base", average)
     if parameter.kind is Kind.OTHER:
         return Assignment(parameter, "merge", average)
-    if method.scope != "matrix":
+    if method.needs.scope != "matrix":
         return Assignment(parameter, "merge", method)
     if parameter.kind in {Kind.MATRIX, Kind.CONVOLUTION} and parameter.layout:
-        return Assignment(parameter, "merge", _for_layout(parameter, method))
+        return Assignment(parameter, "merge", method)
     return Assignment(parameter, "merge", average)
 
 
@@ -118,16 +118,12 @@ def _explicit(parameter: Parameter, method: Method, rule: Rule) -> Assignment:
             f"rule {rule.match!r}: tensor {parameter.name!r} is {parameter.dtype}, which is not merged; "
             "use method keep-base"
         )
-    if method.scope == "matrix" and not parameter.layout:
+    if method.needs.scope == "matrix" and not parameter.layout:
         raise CfmergeError(
             f"rule {rule.match!r}: {method.name} needs the layout of {parameter.name!r}, shape {parameter.shape}; "
             "give it in the rule, such as 'layout: oi' for (out, in)"
         )
-    return Assignment(parameter, "merge", _for_layout(parameter, method), rule)
-
-
-def _for_layout(parameter: Parameter, method: Method) -> Method:
-    return method if parameter.conv1d or method.without_conv1d is None else method.without_conv1d
+    return Assignment(parameter, "merge", method, rule)
 
 
 def _check_used(rules: Sequence[Rule], used: Iterable[bool], names: Iterable[str], others: Iterable[str]) -> None:

@@ -1,33 +1,34 @@
-"""What a method's statistic takes, found out by tracing it."""
+"""The size of a method's statistic, found out by tracing it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cfmerge.engine.steps import Like
-from cfmerge.methods import Context, Method
+from cfmerge.core.call import Call, call_of
+from cfmerge.core.part import Context, Method
 
 
 def statistic_size(method: Method, shape: tuple[int, ...], experts: int) -> int:
     """Numbers in the statistic of one tensor of that shape when all experts were seen."""
-    return _size(Like(method), shape, experts)
+    values, structure = jax.tree.flatten(call_of(method))
+    return _size(structure, len(values), shape, experts)
 
 
 @functools.lru_cache(maxsize=4096)
-def _size(like: Like, shape: tuple[int, ...], experts: int) -> int:
-    method = like.method
+def _size(structure: Any, numbers: int, shape: tuple[int, ...], experts: int) -> int:
     array = jax.ShapeDtypeStruct(shape, jnp.float32)
-    moment = array
-    if method.moments == "input_gram":
-        moment = jax.ShapeDtypeStruct((shape[-1], shape[-1]), jnp.float32)
 
-    def all_seen(base: jax.Array, delta: jax.Array, moment: jax.Array) -> object:
+    def all_seen(values: list[jax.Array], base: jax.Array, delta: jax.Array, gram: jax.Array) -> object:
+        call: Call = jax.tree.unflatten(structure, values)
+        method: Method = call.part()
         statistic = method.init(base)
         for number in range(experts):
-            context = Context(jax.random.key(0), number, moment)
+            context = Context(jax.random.key(0), number, gram if method.needs.moments == "input_gram" else delta)
             statistic = method.see(statistic, delta, jnp.ones((), base.dtype), context)
         return statistic
 
-    leaves = jax.tree.leaves(jax.eval_shape(all_seen, array, array, moment))
-    return sum(leaf.size for leaf in leaves)
+    gram = jax.ShapeDtypeStruct((shape[-1],) * 2 if shape else (), jnp.float32)
+    one = [jax.ShapeDtypeStruct((), jnp.float32)] * numbers
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(all_seen, one, array, array, gram)))

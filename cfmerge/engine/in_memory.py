@@ -57,7 +57,7 @@ def merge_tensor(
         if expert.shape != base.shape:
             raise CfmergeError(f"expert {number} has shape {expert.shape}, the base {base.shape}")
     method, matrix = as_method(method), base.ndim == 2
-    if method.scope == "matrix" and not matrix:
+    if method.needs.scope == "matrix" and not matrix:
         method = methods.average()
     kind, layout = (Kind.MATRIX, "oi") if matrix else (Kind.VECTOR, "")
     assignment = Assignment(Parameter("tensor", base.shape, str(base.dtype), kind, layout), "merge", method)

@@ -19,6 +19,7 @@ import numpy as np
 
 from cfmerge import recipe as recipes
 from cfmerge.checkpoints import safetensors
+from cfmerge.core.expressions import expression
 from cfmerge.engine import run
 from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.card import model_card, versions
@@ -31,7 +32,6 @@ from cfmerge.engine.units import check_memory
 from cfmerge.engine.work import Progress
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.methods import Method
-from cfmerge.methods._registry import expression
 from cfmerge.parameters import is_float
 from cfmerge.recipe import Recipe
 
@@ -242,7 +242,7 @@ def as_recipe(
     if isinstance(experts, Mapping):
         experts = [recipes.Expert(path=str(path), name=name) for name, path in experts.items()]
     if isinstance(method, Method):
-        if method.origin is None:
+        if method.call is None:
             raise CfmergeError(
                 f"method {method.name!r} is not registered, and a merge of files must be able to name it: put "
                 "@cfmerge.methods.register on the function that makes it"

@@ -6,20 +6,17 @@ Together     all experts at once, for methods that are not sums
 Measuring    a survey's measure
 """
 
-import functools
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from cfmerge.core.call import of_expert
+from cfmerge.core.survey import Measure, xp_of
 from cfmerge.engine.checks import check_finite
 from cfmerge.engine.precision import Attempt, Outcome
-from cfmerge.engine.steps import Inputs, Settings, Steps, compiled, steps
+from cfmerge.engine.steps import Inputs, Settings, Steps, Views, compiled, measured, steps
 from cfmerge.engine.units import Unit
-from cfmerge.methods import Survey
-from cfmerge.methods._base import measure_jointly, xp_of
-from cfmerge.methods._registry import of_expert
 
 
 class UnitSteps(Protocol):
@@ -39,8 +36,7 @@ class _Merging:
         self.unit, self.attempt = attempt.unit, attempt
         self.traced = attempt.unit.work.traced
         make = steps if self.traced else compiled
-        self.pattern = of_expert(attempt.methods[0], 0)
-        self.by: Steps = make(self.pattern, self.unit.job.layout, attempt.compute)
+        self.by: Steps = make(self.unit.job.layout, attempt.compute)
         self.settings: list[Settings] = self.unit.settings(attempt.methods, attempt.found)
         self.order = {number: place for place, number in enumerate(self.unit.experts, 1)}
 
@@ -50,17 +46,14 @@ class _Merging:
             check_finite(self.unit, base, number, np.asarray(flags))
 
     def outcome(self, merged: Any, reports: Any, statistics: Any = None) -> Outcome:
-        told = reports if isinstance(reports, tuple) else _by_result(reports, self.attempt.methods[0].results)
-        if not self.traced:
-            told = jax.tree.map(np.asarray, told)
-        return Outcome(merged, told, statistics)
+        return Outcome(merged, reports if self.traced else jax.tree.map(np.asarray, reports), statistics)
 
 
 class Additive(_Merging):
     """A statistic of a fixed size, that each expert is added to."""
 
     def start(self, base: jax.Array) -> Any:
-        kept = self.unit.kept(self.pattern, self.attempt.compute)
+        kept = self.unit.kept(of_expert(self.attempt.methods[0], 0), self.attempt.compute)
         return self.by.start(self.settings[0], base) if kept is None else kept
 
     def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
@@ -99,37 +92,26 @@ class Together(_Merging):
         return self.outcome(merged, reports)
 
 
-def _by_result(reports: dict[str, Any], results: int) -> tuple[dict[str, Any], ...]:
-    if results == 1:
-        return (reports,)
-    return tuple(
-        {key.split(":", 1)[1]: value for key, value in reports.items() if key.startswith(f"{number}:")}
-        for number in range(results)
-    )
-
-
 class Measures:
-    """The measures of one survey, one for each expert, compiled for every shape that they meet."""
+    """A survey's measure, compiled for every shape that it meets."""
 
-    def __init__(self, surveys: Sequence[Survey], compute: str) -> None:
-        self.surveys, self.compute = surveys, compute
-        self.jointly = functools.partial(measure_jointly, surveys)
-        self.made: dict[Any, Any] = {}
+    def __init__(self, wanted: Measure, experts: int, compute: str) -> None:
+        self.wanted, self.compute, self.each = wanted, compute, wanted.each(experts)
+        self._made: dict[Any, Any] = {}
 
     def function(self, measure: Any, unit: Unit) -> Any:
-        method, first = unit.job.method, self.surveys[0]
-        key = (measure, unit.job.layout, method.scope, method.moments)
-        if key not in self.made:
-            plain = steps(method, unit.job.layout, self.compute)
-            self.made[key] = jax.jit(plain.measured(measure, first.joint, summed=not first.by_tensor))
-        return self.made[key]
+        key = (measure, unit.job.layout, unit.job.method.needs)
+        if key not in self._made:
+            view = Views(unit.job.layout, self.compute, unit.job.method.needs)
+            self._made[key] = jax.jit(measured(view, self.wanted, measure))
+        return self._made[key]
 
 
 class Measuring:
     """A survey's measure of a unit: `(experts, ...)`, or of all experts at once `(...)`; by tensor `(stack, ...)`."""
 
     def __init__(self, unit: Unit, measures: Measures) -> None:
-        self.unit, self.measures, self.first = unit, measures, measures.surveys[0]
+        self.unit, self.measures, self.wanted = unit, measures, measures.wanted
 
     def start(self, base: jax.Array) -> Any:
         self._check(base, base, None)
@@ -137,18 +119,18 @@ class Measuring:
 
     def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
         self._check(base, expert, number)
-        if self.first.joint:
+        if self.wanted.joint:
             return {**state, number: (expert, inputs)}
-        function = self.measures.function(self.measures.surveys[number].measure, self.unit)
+        function = self.measures.function(self.measures.each[number], self.unit)
         return {**state, number: _on_host(function([base, expert], [inputs]))}
 
     def finish(self, state: Any, base: jax.Array) -> Any:
-        if self.first.joint:
+        if self.wanted.joint:
             experts, inputs = [list(column) for column in zip(*state.values(), strict=True)]
-            return _on_host(self.measures.function(self.measures.jointly, self.unit)([base, *experts], inputs))
+            return _on_host(self.measures.function(self.wanted.of, self.unit)([base, *experts], inputs))
         nothing = jax.tree.map(lambda leaf: 0 * leaf, next(iter(state.values())))  # of an expert that lacks the tensor
-        values = [state.get(number, nothing) for number in range(len(self.measures.surveys))]
-        return jax.tree.map(lambda *leaves: xp_of(*leaves).stack(leaves, 1 if self.first.by_tensor else 0), *values)
+        values = [state.get(number, nothing) for number in range(len(self.measures.each))]
+        return jax.tree.map(lambda *leaves: xp_of(*leaves).stack(leaves, 1 if self.wanted.by_tensor else 0), *values)
 
     def _check(self, base: jax.Array, array: jax.Array, number: int | None) -> None:
         """A NaN would go from a survey into every tensor."""

@@ -13,6 +13,11 @@ import numpy as np
 from cfmerge import methods
 from cfmerge.checkpoints import Checkpoint, open_checkpoint
 from cfmerge.checkpoints.huggingface import side_files
+from cfmerge.core.chain import is_chain
+from cfmerge.core.expressions import expression
+from cfmerge.core.numbers import plain_number
+from cfmerge.core.part import Part
+from cfmerge.core.random import check_seed
 from cfmerge.engine.assign import assign
 from cfmerge.engine.match import match_experts
 from cfmerge.engine.plugins import load_plugins
@@ -20,9 +25,6 @@ from cfmerge.engine.statistics import Statistics, fingerprint
 from cfmerge.engine.work import Job, Participant, Work, check_count, check_moments, methods_of, settled_jobs
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._base import Part, is_chain
-from cfmerge.methods._random import check_seed
-from cfmerge.methods._registry import expression, plain_number
 from cfmerge.parameters import Parameter, classify, is_float
 from cfmerge.recipe import Expert, Recipe, parse_size
 
@@ -167,7 +169,7 @@ def resolve(
     if statistics is not None:
         asked = {label: statistics.recipe(one) for label, one in asked.items()}
         recipe = next(iter(asked.values()))
-    alone = all(method.experts[1] == 1 for method in made)
+    alone = all(method.needs.experts[1] == 1 for method in made)
     specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or alone else 2)
     opened = opened or {}
     base = opened.get(recipe.base) or open_checkpoint(recipe.base)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cfmerge.core.call import form_of
+from cfmerge.core.several import reported
 from cfmerge.engine.low_rank import CUT, rank_bound
 from cfmerge.engine.units import Unit
 from cfmerge.methods import Found, Method
@@ -22,7 +24,7 @@ LOSS_OF_SOLVE = 7e-8
 LOSS_OF_SUMS = 2e-8
 TOLERANCE = {2: 1e-3, 4: 1e-4, 8: 1e-4}  # by the bytes of the output's dtype: bfloat16 rounds far more coarsely
 
-Reports = tuple[dict[str, Any], ...]  # of each result: {name: (segments, matrices)}
+Reports = Any  # {name: (segments, matrices)}; of a sweep a tuple of them
 
 
 class Attempt(NamedTuple):
@@ -58,11 +60,12 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
         return (yield usual._replace(compute="float64"))
     if work.traced:
         return (yield usual)
-    rank = _rank(unit) if work.statistics is None else None
-    if rank is not None:
-        low = yield usual._replace(methods=[methods[0].of_rank(rank)], found=None)  # type: ignore[misc]
-        if max(np.max(report["factor_error"]) for report in low.reports) <= CUT:
-            return (yield from _solved_again(usual._replace(methods=[methods[0].of_rank(rank)], found=None), low))  # type: ignore[misc]
+    low = _low_rank_form(unit) if work.statistics is None else None
+    if low is not None:
+        narrow = usual._replace(methods=[low], found=None)
+        outcome = yield narrow
+        if max(np.max(error) for error in reported(outcome.reports, "factor_error")) <= CUT:
+            return (yield from _solved_again(narrow, outcome))
         usual = usual._replace(silent=True)
     outcome = yield from _solved_again(usual, (yield usual))
     if work.statistics is not None:  # their float32 sums are all there is
@@ -97,17 +100,20 @@ def compute_dtype(unit: Unit) -> str:
     return "float64"
 
 
-def _rank(unit: Unit) -> int | None:
-    """A likely bound on the rank of all deltas, if the method has a form for it."""
-    if unit.methods[0].of_rank is None or len(unit.segments) > 1 or sorted(unit.job.layout) != ["i", "o"]:
+def _low_rank_form(unit: Unit) -> Method | None:
+    """The method in its form for deltas of low rank, if it has one and all deltas look like it."""
+    method = unit.methods[0]
+    if method.form is None or len(unit.segments) > 1 or sorted(unit.job.layout) != ["i", "o"]:
         return None
-    experts = unit.experts
-    return rank_bound(unit.base()[0], (unit.expert(t)[0] for t in experts), len(experts))
+    if form_of(method, 1) is None:
+        return None
+    rank = rank_bound(unit.base()[0], (unit.expert(t)[0] for t in unit.experts), len(unit.experts))
+    return None if rank is None else form_of(method, rank)
 
 
 def _weak(unit: Unit, reports: Reports, loss: float) -> np.ndarray:
     """Numbers of the tensors that would miss the tolerance at this loss, if precision is left to us."""
-    ratios = [report["ridge_ratio"] for report in reports if "ridge_ratio" in report]
+    ratios = reported(reports, "ridge_ratio")
     if not ratios or unit.work.precision != "auto":
         return np.zeros(0, int)
     least = np.min([np.asarray(ratio).min(axis=1) for ratio in ratios], axis=0)

@@ -2,13 +2,13 @@
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from cfmerge.core.call import call_of, identity, settle
+from cfmerge.core.numbers import Place, settle_number
 from cfmerge.engine.assign import Assignment
-from cfmerge.errors import CfmergeError, and_more
-from cfmerge.methods import Method
-from cfmerge.methods._registry import Place, exact, listed, numbers, resolve, settle_number
+from cfmerge.errors import and_more
 
 LAYER = re.compile(r"(?:^|[./]|_)(\d+)(?=[./]|$)")  # h.3.attn, layers/3/..., layers_3/..., encoderblock_3/...
 
@@ -45,11 +45,12 @@ def same_for_stacked_layers(
     weights: Sequence[Any],
     experts: Sequence[str],
 ) -> list[str]:
-    """What has to be said where a tensor stacks layers that would have other numbers if they were tensors."""
+    """A note on tensors that stack layers which would have other numbers if each were a tensor."""
 
-    def numbers_at(assignment: Assignment, depth: float) -> str:
+    def numbers_at(assignment: Assignment, depth: float) -> Hashable:
         where = place(assignment.parameter.name, depth, experts)
-        return exact([numbers(settle(assignment.method, where)), [weight_at(w, where, "") for w in weights]])
+        settled = call_of(settle(assignment.method, where))
+        return identity((settled, [weight_at(weight, where, "") for weight in weights]))
 
     def varies(name: str, assignment: Assignment) -> bool:
         layers = assignment.parameter.canonical[0] if assignment.parameter.layout else 1
@@ -60,19 +61,6 @@ def same_for_stacked_layers(
     told = [name for name, assignment in assignments.items() if varies(name, assignment)]
     said = "layers stacked in one tensor cannot have different numbers; all get those of the first layer"
     return [f"{and_more(told)}: {said}"] if told else []
-
-
-def settle(method: Method, where: Place) -> Method:
-    """The method with the numbers of one tensor; lists hold one for each expert.
-
-    Raises:
-        CfmergeError: a list of another length than there are experts, or a number for an unknown one.
-    """
-    resolved = resolve(method, where)
-    wrong = listed(resolved) - {len(where.experts)}
-    if wrong:
-        raise CfmergeError(f"{method.name}: {wrong.pop()} values for {len(where.experts)} experts in one parameter")
-    return resolved
 
 
 def weight_at(value: Any, where: Place, expert: str) -> Any:

@@ -22,16 +22,17 @@ import jax
 import jax.numpy as jnp
 from threadpoolctl import ThreadpoolController
 
+from cfmerge.core.call import of_expert
+from cfmerge.core.survey import looked
 from cfmerge.engine.account import Account
 from cfmerge.engine.checks import check_ties, kept_tensor
 from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
-from cfmerge.engine.surveys import by_member, found_for, kind_of, own_rows
+from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
 from cfmerge.engine.units import Unit, units_of
 from cfmerge.engine.work import Job, Progress, Work
 from cfmerge.errors import CfmergeError
-from cfmerge.methods import Found, Method, Survey
-from cfmerge.methods._registry import listed, of_expert
+from cfmerge.methods import Found, Method
 
 WORKERS = 2  # units in work at once: one computes while another reads, or factorises on one core
 WRITE_BEHIND = 8  # finished tensors
@@ -235,44 +236,40 @@ class _Loop:
         return {kind: found_for(method, found) for kind, method in surveying.items()}
 
     def _survey(self, method: Method, jobs: Sequence[Job]) -> Found:
+        """The findings of one method: its look at the jobs, a pass for everything that it wants measured."""
         double = self.work.precision == "float64" or any(job.parameter.dtype == "float64" for job in jobs)
         compute = "float64" if double and (not self.work.traced or jax.config.read("jax_enable_x64")) else "float32"
-        found: Any = None
+        experts = len(self.work.experts)
+        entries = sum(job.parameter.size for job in jobs)
+        look, totals = looked(method, [of_expert(method, t) for t in range(experts)], entries), None
         with self._precision(compute):
-            while (following := method.survey(found)) is not None:  # type: ignore[misc]
+            while True:
                 try:
-                    found = self._survey_pass(method, following, found, jobs, compute)
+                    totals = self._measured(Measures(look.send(totals), experts, compute), jobs)
+                except StopIteration as done:
+                    return done.value
                 except TRACED:
                     raise CfmergeError(
                         f"{method.name} surveys the whole model before it merges, which cannot be done under jit; "
                         "call it outside"
                     ) from None
-        return found if isinstance(found, Found) else Found(found)
 
-    def _survey_pass(self, method: Method, following: Survey, found: Any, jobs: Sequence[Job], compute: str) -> Any:
-        own = [following] * len(self.work.experts)
-        if listed(method):
-            own = [of_expert(method, t).survey(found) for t in range(len(own))]  # type: ignore[misc]
-        measures = Measures(own, compute)
-        measured: dict[Any, Any] = {}
+    def _measured(self, measures: Measures, jobs: Sequence[Job]) -> Any:
+        """The totals of a measure over the jobs' tensors."""
+        by_place: dict[Place, Any] = {}
         total: Any = None
-        entries = 0
 
         def take(unit: Unit, values: Any) -> None:
-            nonlocal total, entries
-            entries += sum(segment.count or segment.job.parameter.size for segment in unit.segments)
-            if following.by_tensor:
-                for number, place in enumerate(unit.places):
-                    measured[place] = jax.tree.map(operator.itemgetter(number), values)
-            else:
-                total = values if total is None else jax.tree.map(lambda a, b: a + b, total, values)
+            nonlocal total
+            if not measures.wanted.by_tensor:
+                total = values if total is None else jax.tree.map(operator.add, total, values)
+                return
+            for number, place in enumerate(unit.places):
+                by_place[place] = jax.tree.map(operator.itemgetter(number), values)
 
-        self.over(jobs, lambda unit: self.passed_over(unit, Measuring(unit, measures), compute, _silent), take)
-        totals = [dict(sorted(measured.items())) if following.by_tensor else total]
-        totals += [entries] if following.sized else []
-        if not listed(method) or following.joint:
-            return following.combine(*totals)
-        return jax.tree.map(own_rows, *(survey.combine(*totals) for survey in own))
+        steps_of = functools.partial(Measuring, measures=measures)
+        self.over(jobs, lambda unit: self.passed_over(unit, steps_of(unit), measures.compute, _silent), take)
+        return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
 
 
 @functools.cache

@@ -20,10 +20,11 @@ import numpy as np
 from cfmerge import methods as registered
 from cfmerge.checkpoints import Checkpoint, open_checkpoint
 from cfmerge.checkpoints.safetensors import ShardWriter
+from cfmerge.core.call import call_of, form_of, identity
+from cfmerge.core.expressions import expression
 from cfmerge.engine.output import StagedDirectory
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._registry import expression, numbers, structure, with_argument
 from cfmerge.recipe import Recipe, Rule
 
 KEY = "cfmerge.statistics"  # of the files' metadata
@@ -178,7 +179,7 @@ def statistic_name(method: Method) -> str:
     """What a method's statistic is called: methods of one name can solve it."""
     if method.statistic is not None:
         return repr(method.statistic)
-    return expression(method) if method.origin else repr((structure(method), numbers(method)))
+    return expression(method) if method.call else repr(identity(call_of(method)))
 
 
 def full_form(method: Method) -> Method:
@@ -187,11 +188,10 @@ def full_form(method: Method) -> Method:
     Raises:
         CfmergeError: it keeps all experts' deltas.
     """
-    if method.parameters.get("form") == "auto":
-        method = with_argument(method, "form", "full")
-    if not method.additive:
+    formed = form_of(method)
+    if formed is None:
         raise CfmergeError(f"{method.name} keeps every expert's delta: it has no statistics to accumulate")
-    return method
+    return formed
 
 
 def leaf_names(statistic: Any) -> list[str]:

@@ -6,8 +6,8 @@
     merged, reports, finite = together(settings, base, experts, inputs, dtype)     all of it, for all experts at once
 
 Canonical views are taken inside, deltas are formed in the computing dtype. The stack is walked by `lax.map`, one
-compiled body for all tensors: so a result does not depend on what it is stacked with. A method's numbers are
-arguments of the steps, so that methods which differ in them alone, by tensor or expert, share the compiled code.
+compiled body for all tensors: so a result does not depend on its stack. The method comes with the settings as a
+call, whose numbers are leaves: methods that differ in them alone, by tensor or expert, share the compiled code.
 """
 
 import functools
@@ -20,23 +20,29 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from cfmerge.methods import Context, Found, Method, Seen
-from cfmerge.methods._base import with_context
-from cfmerge.methods._random import key_from
-from cfmerge.methods._registry import numbers, structure, with_numbers
+from cfmerge.core.call import Call, call_of
+from cfmerge.core.part import Context, Method, Needs, Seen, with_context
+from cfmerge.core.random import key_from
+from cfmerge.core.several import members
+from cfmerge.core.survey import Found, Measure
 from cfmerge.parameters import from_canonical, to_canonical
 
 
 class Settings(NamedTuple):
-    """What the method is told of the tensors in the stack: its numbers `(stack,)` each, and what surveys found."""
+    """The method of the stack, a call whose numbers are `(stack,)` each, and what surveys found for it."""
 
-    numbers: list[Any]
+    call: Call
     model: Any = None
     tensor: Any = None  # (stack, ...)
 
+    @property
+    def method(self) -> Method:
+        """The method, with the numbers of the first tensor."""
+        return jax.tree.map(lambda leaf: leaf[0], self.call).part()
+
 
 class Inputs(NamedTuple):
-    """What comes with an expert's stack: weights `(stack,)`, its number, and what its context needs."""
+    """All that comes with an expert's stack: weights `(stack,)`, its number, and what its context needs."""
 
     weight: Any
     number: Any = 0
@@ -49,52 +55,31 @@ class Inputs(NamedTuple):
 class Steps(NamedTuple):
     start: Callable[..., Any]
     step: Callable[..., tuple[Any, Bool[Array, " stack"]]]
-    finish: Callable[..., tuple[Array, dict[str, Array], Bool[Array, " stack"]]]
-    together: Callable[..., tuple[Array, dict[str, Array], Bool[Array, "experts+1 stack"]]]
-    measured: Callable[..., Callable[..., Any]]
+    finish: Callable[..., tuple[Array, Any, Bool[Array, " stack"]]]
+    together: Callable[..., tuple[Array, Any, Bool[Array, "experts+1 stack"]]]
 
 
-class Like:
-    """A method as a key: equal to those that differ in numbers only."""
-
-    def __init__(self, method: Method) -> None:
-        self.method = method
-        self.key = structure(method)
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Like) and self.key == other.key
-
-
-def compiled(method: Method, layout: str, compute: str) -> Steps:
-    """The steps, jitted; compiled once for every shape that they meet. `step` uses up its statistics.
+@functools.lru_cache(maxsize=64)
+def compiled(layout: str, compute: str) -> Steps:
+    """The steps, jitted; compiled once for every method and shape that they meet. `step` uses up its statistics.
 
     Args:
         layout: of the stored tensors, see `cfmerge.parameters`; empty where there is no canonical view.
         compute: `float32` or `float64` (then call under `jax.enable_x64(True)`).
     """
-    return _compiled(Like(method), layout, compute)
-
-
-@functools.lru_cache(maxsize=1024)
-def _compiled(like: Like, layout: str, compute: str) -> Steps:
-    plain = steps(like.method, layout, compute)
+    plain = steps(layout, compute)
     return Steps(
         jax.jit(plain.start),
         jax.jit(plain.step, donate_argnums=1),
         jax.jit(plain.finish, static_argnums=3),
         jax.jit(plain.together, static_argnums=4),
-        plain.measured,
     )
 
 
 def settings_of(methods: Sequence[Method], per_tensor: int = 1, found: Found | None = None) -> Settings:
     """The settings of a stack whose tensors have these methods, of one structure, and `per_tensor` matrices each."""
-    columns = zip(*(numbers(method) for method in methods), strict=True)
-    stacked = [None if column[0] is None else _column(column, per_tensor) for column in columns]
-    return Settings(stacked, found.model if found else None, found.tensor if found else None)
+    call = jax.tree.map(lambda *values: _column(values, per_tensor), *(call_of(method) for method in methods))
+    return Settings(call, found.model if found else None, found.tensor if found else None)
 
 
 def _column(values: Sequence[Any], per_tensor: int) -> Any:
@@ -103,125 +88,140 @@ def _column(values: Sequence[Any], per_tensor: int) -> Any:
     return np.repeat(np.asarray(values, np.float64), per_tensor)
 
 
-def steps(method: Method, layout: str, compute: str) -> Steps:
-    """The steps, not jitted. The method is a pattern: its numbers come with the settings."""
-    entries = method.scope == "entry"
-    dtype = jnp.dtype(compute)
-    over = _vmap if entries else _map
+class Views(NamedTuple):
+    """How stored tensors are looked at by a method with these needs."""
 
-    def canonical(stack: Array) -> Array:
+    layout: str
+    compute: str
+    needs: Needs
+
+    @property
+    def entries(self) -> bool:
+        return self.needs.scope == "entry"
+
+    @property
+    def over(self) -> Callable[..., Any]:
+        """Calls a function for every tensor of stacks."""
+        return _vmap if self.entries else _map
+
+    def canonical(self, stack: Array) -> Array:
         """(stack, *stored) to (stack * batch, out, in), or as stored where there is no such view."""
-        stack = stack.astype(dtype)
-        return stack if entries or not layout else to_canonical(stack, "b" + layout)
+        stack = stack.astype(self.compute)
+        return stack if self.entries or not self.layout else to_canonical(stack, "b" + self.layout)
 
-    def finite(stack: Array) -> Bool[Array, " stack"]:
-        return jnp.isfinite(stack).all(axis=tuple(range(1, stack.ndim)))
+    def stored(self, delta: Array, shape: tuple[int, ...]) -> Array:
+        """The inverse of `canonical`."""
+        return from_canonical(delta, "b" + self.layout, shape) if self.layout and not self.entries else delta
 
-    def made(settings: Settings, own: list[Any], tensor: Any) -> Method:
-        cast = [None if value is None else jnp.asarray(value, dtype) for value in own]
-        informed = with_numbers(method, cast)
-        return informed.informed(Found(settings.model, tensor)) if informed.informed else informed
-
-    def moments(inputs: Inputs) -> Any:
-        if inputs.moment is None:
-            return None
-        if method.moments == "fisher":
-            return canonical(inputs.moment)
-        return inputs.moment.astype(dtype)
-
-    def context(inputs: Inputs, digest: Any, moment: Any, stored: tuple[int, ...]) -> Context:
+    def context(self, inputs: Inputs, digest: Any, moment: Any, stored: tuple[int, ...]) -> Context:
         key = None if digest is None else key_from(inputs.seed, digest)
-        if entries or not layout or "b" in layout:
-            return Context(key, inputs.number, moment, inputs.start)
-        return Context(key, inputs.number, moment, inputs.start, stored, lambda array: to_canonical(array, layout))
+        plain = Context(key, inputs.number, moment, inputs.start)
+        if self.entries or not self.layout or "b" in self.layout:
+            return plain
+        return plain._replace(stored=stored, view=lambda array: to_canonical(array, self.layout))
+
+    def given(self, inputs: Inputs) -> tuple[Any, Any, Any]:
+        """The weights, digests and moments of an expert's stack."""
+        moment = inputs.moment
+        if moment is not None:
+            moment = self.canonical(moment) if self.needs.moments == "fisher" else moment.astype(self.compute)
+        return jnp.asarray(inputs.weight, self.compute), inputs.digest, moment
+
+
+def steps(layout: str, compute: str) -> Steps:
+    """The steps, not jitted."""
+
+    def views(settings: Settings) -> Views:
+        return Views(layout, compute, settings.method.needs)
+
+    def made(settings: Settings, call: Call, tensor: Any) -> Method:
+        method = jax.tree.map(lambda value: jnp.asarray(value, compute), call).part()
+        return method.survey.informed(Found(settings.model, tensor)) if method.survey else method
 
     def start(settings: Settings, base: Array) -> Any:
-        def one(own: list[Any], tensor: Any, base: Array) -> Any:
-            return made(settings, own, tensor).init(base)
+        def one(call: Call, tensor: Any, base: Array) -> Any:
+            return made(settings, call, tensor).init(base)
 
-        return over(one, settings.numbers, settings.tensor, canonical(base))
+        view = views(settings)
+        return view.over(one, settings.call, settings.tensor, view.canonical(base))
 
     def step(settings: Settings, statistics: Any, base: Array, expert: Array, inputs: Inputs) -> tuple[Any, Array]:
-        def one(
-            own: list[Any], tensor: Any, statistic: Any, base: Array, expert: Array, weight: Array, digest: Any,
-            moment: Any,
-        ) -> Any:  # fmt: skip
-            rule = made(settings, own, tensor)
-            return rule.see(statistic, expert - base, weight, context(inputs, digest, moment, stored))
+        def one(call: Call, tensor: Any, statistic: Any, base: Array, expert: Array, given: Any) -> Any:
+            weight, digest, moment = given
+            context = view.context(inputs, digest, moment, stored)
+            return made(settings, call, tensor).see(statistic, expert - base, weight, context)
 
-        stored = base.shape[1:]
-        weight = jnp.asarray(inputs.weight, dtype)
-        seen = over(
-            one, settings.numbers, settings.tensor, statistics, canonical(base), canonical(expert), weight,
-            inputs.digest, moments(inputs),
-        )  # fmt: skip
+        view, stored = views(settings), base.shape[1:]
+        pair = view.canonical(base), view.canonical(expert)
+        seen = view.over(one, settings.call, settings.tensor, statistics, *pair, view.given(inputs))
         return seen, finite(expert)
 
-    def finish(settings: Settings, statistics: Any, base: Array, out: str) -> tuple[Array, dict[str, Array], Array]:
-        def one(own: list[Any], tensor: Any, statistic: Any) -> Any:
-            return made(settings, own, tensor).solve_with_report(statistic)
+    def finish(settings: Settings, statistics: Any, base: Array, out: str) -> tuple[Array, Any, Array]:
+        def one(call: Call, tensor: Any, statistic: Any) -> Any:
+            return made(settings, call, tensor).solve(statistic)
 
-        merged, reports = over(one, settings.numbers, settings.tensor, statistics)
-        return written(merged, reports, base, out)
+        merged, reports = views(settings).over(one, settings.call, settings.tensor, statistics)
+        return written(settings, merged, reports, base, out)
 
-    def written(merged: Array, reports: dict[str, Array], base: Array, out: str) -> tuple[Array, Any, Array]:
+    def written(settings: Settings, merged: Array, reports: Any, base: Array, out: str) -> tuple[Array, Any, Array]:
         """Base plus delta, as stored: `(stack, *stored)`, or `(stack, results, *stored)` of a sweep."""
-        reports = {name: value.reshape(base.shape[0], -1) for name, value in reports.items()}
 
         def stored(delta: Array) -> Array:
-            if layout and not entries:
-                delta = from_canonical(delta, "b" + layout, base.shape)
-            return (base.astype(dtype) + delta).astype(out)
+            return (base.astype(compute) + views(settings).stored(delta, base.shape)).astype(out)
 
-        result = stored(merged) if method.results == 1 else jax.vmap(stored, in_axes=1, out_axes=1)(merged)
-        return result, reports, finite(result)
+        results = len(members(settings.method))
+        result = stored(merged) if results == 1 else jax.vmap(stored, in_axes=1, out_axes=1)(merged)
+        return result, jax.tree.map(lambda value: value.reshape(base.shape[0], -1), reports), finite(result)
 
     def together(
         settings: Sequence[Settings], base: Array, experts: Sequence[Array], inputs: Sequence[Inputs], out: str
-    ) -> tuple[Array, dict[str, Array], Array]:
-        def one(
-            own: list[list[Any]], tensor: Any, base: Array, experts: list[Array], weights: list[Array],
-            digests: list[Any], moments: list[Any],
-        ) -> Any:  # fmt: skip
-            rules = [made(settings[0], values, tensor) for values in own]
+    ) -> tuple[Array, Any, Array]:
+        def one(calls: list[Call], tensor: Any, base: Array, experts: list[Array], given: Any) -> Any:
+            rules = [made(settings[0], call, tensor) for call in calls]
             statistic = rules[0].init(base)
-            for t, rule in enumerate(rules):
-                given = context(inputs[t], digests[t], moments[t], stored)
-                statistic = rule.see(statistic, experts[t] - base, weights[t], given)
-            return rules[0].solve_with_report(statistic)
+            for t, (weight, digest, moment) in enumerate(given):
+                context = view.context(inputs[t], digest, moment, stored)
+                statistic = rules[t].see(statistic, experts[t] - base, weight, context)
+            return rules[0].solve(statistic)
 
-        stored = base.shape[1:]
-        merged, reports = over(
-            one, [s.numbers for s in settings], settings[0].tensor, canonical(base), [canonical(e) for e in experts],
-            [jnp.asarray(i.weight, dtype) for i in inputs], [i.digest for i in inputs], [moments(i) for i in inputs],
-        )  # fmt: skip
-        result, reports, fine = written(merged, reports, base, out)
+        view, stored = views(settings[0]), base.shape[1:]
+        merged, reports = view.over(
+            one,
+            [s.call for s in settings],
+            settings[0].tensor,
+            view.canonical(base),
+            [view.canonical(expert) for expert in experts],
+            [view.given(i) for i in inputs],
+        )
+        result, reports, fine = written(settings[0], merged, reports, base, out)
         return result, reports, jnp.stack([*(finite(expert) for expert in experts), fine])
 
-    def measured(measure: Callable[..., Any], joint: bool, summed: bool) -> Callable[..., Any]:
-        """`f([base, *experts], [inputs])`: a survey's measure of every tensor in the stack, or their sum."""
+    return Steps(start, step, finish, together)
 
-        def one(
-            views: list[Array], weights: list[Array], digests: list[Any], moments: list[Any], inputs: Any, shape: Any
-        ) -> Any:  # fmt: skip
+
+def measured(view: Views, wanted: Measure, measure: Callable[..., Any]) -> Callable[..., Any]:
+    """`f([base, *experts], [inputs])`: a measure of every tensor in the stack, or their sum."""
+
+    def all_of_them(stored: list[Array], inputs: list[Inputs]) -> Any:
+        def one(views: list[Array], given: list[Any]) -> Any:
             base, *experts = views
             deltas = [expert - base for expert in experts]
-            contexts = tuple(context(*given, shape) for given in zip(inputs, digests, moments, strict=True))
-            if joint:
+            weights, digests, moments = zip(*given, strict=True)
+            shape = stored[0].shape[1:]
+            contexts = tuple(view.context(*each, shape) for each in zip(inputs, digests, moments, strict=True))
+            if wanted.joint:
                 return measure(Seen(base, jnp.stack(deltas), jnp.stack(weights), contexts))
             return with_context(measure, (deltas[0],), contexts[0])
 
-        def all_of_them(stored: list[Array], inputs: list[Inputs]) -> Any:
-            function = functools.partial(one, inputs=inputs, shape=stored[0].shape[1:])
-            stacks = (
-                [canonical(view) for view in stored], [jnp.asarray(i.weight, dtype) for i in inputs],
-                [i.digest for i in inputs], [moments(i) for i in inputs],
-            )  # fmt: skip
-            return _sum(function, *stacks) if summed else over(function, *stacks)
+        stacks = [view.canonical(array) for array in stored], [view.given(i) for i in inputs]
+        return view.over(one, *stacks) if wanted.by_tensor else _sum(one, *stacks)
 
-        return all_of_them
+    return all_of_them
 
-    return Steps(start, step, finish, together, measured)
+
+def finite(stack: Array) -> Bool[Array, " stack"]:
+    """Which tensors of a stack hold neither NaN nor infinity."""
+    return jnp.isfinite(stack).all(axis=tuple(range(1, stack.ndim)))
 
 
 def _map(function: Callable[..., Any], *stacks: Any) -> Any:

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from cfmerge.methods import Found, Method
-from cfmerge.methods._base import xp_of
-from cfmerge.methods._registry import exact, numbers, structure
-from cfmerge.methods._several import gathered, members
+from cfmerge.core.call import call_of, identity, structure
+from cfmerge.core.several import gathered, members
+from cfmerge.core.survey import Found, xp_of
+from cfmerge.methods import Method
 
 Place = tuple[str, int]  # a tensor's name; and the first entry of its piece, or which of its stacked layers
 
@@ -18,7 +18,9 @@ def kind_of(method: Method) -> Any:
 
     All but the depth, which planning fills in: the model is surveyed, whatever the tensor's depth.
     """
-    return structure(method) if method.survey is None else (structure(method), exact(numbers(method, depth=False)))
+    if method.survey is None:
+        return structure(method)
+    return identity(call_of(method).mapped(lambda call, key, value: 0.0 if key == "depth" else value))
 
 
 def by_member(methods: Sequence[Method]) -> dict[Any, tuple[Method, list[int]]]:
@@ -43,10 +45,3 @@ def at_places(found: Found | None, places: Sequence[Place]) -> Found | None:
     return Found(
         found.model, jax.tree.map(lambda *leaves: xp_of(*leaves).stack(leaves), *(found.tensor[p] for p in places))
     )
-
-
-def own_rows(*leaves: Any) -> Any:
-    """Each expert's row of the findings of its own survey; a finding that is the same for all, as it is."""
-    if all(leaf is leaves[0] for leaf in leaves):
-        return leaves[0]
-    return xp_of(*leaves).stack([leaf[t] for t, leaf in enumerate(leaves)])

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from cfmerge import methods as registered
+from cfmerge.core.expressions import expression
 from cfmerge.engine.in_memory import merge_params_by
 from cfmerge.engine.merge import MergeResult, as_recipe, planned
 from cfmerge.engine.work import Progress, as_method
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._registry import expression
 from cfmerge.recipe import Recipe
 
 Methods = Mapping[str, Method | str] | Sequence[Method | str]

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.checkpoints.pytree import flatten
+from cfmerge.core.call import call_of
+from cfmerge.core.random import check_seed
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.engine.statistics import Statistics
 from cfmerge.engine.work import Participant, Work, check_moments, settled_jobs
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
-from cfmerge.methods._random import check_seed
-from cfmerge.methods._registry import numbers
 from cfmerge.parameters import Parameter, classify, is_float
 from cfmerge.recipe import Rule, parse_rule
 
@@ -116,7 +116,7 @@ def _matching(base: Mapping[str, Any], expert: Mapping[str, Any], who: str) -> M
 
 def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None:
     unknown = [name for name, a in assignments.items() if a.parameter.note and a.rule is None]
-    if unknown and method.scope == "matrix":
+    if unknown and method.needs.scope == "matrix":
         note = assignments[unknown[0]].parameter.note
         warnings.warn(
             f"{len(unknown)} parameters are averaged, not solved, such as {unknown[0]!r}: {note}", stacklevel=3
@@ -170,7 +170,7 @@ def work_of(
     if len(weights) != len(experts):
         raise CfmergeError(f"{len(weights)} weights for {len(experts)} experts")
     merged = [{name: a for name, a in each.items() if a.action == "merge"} for each in assignments]
-    own = [numbers(a.method) for each in merged for a in each.values()]
+    own = [call_of(a.method) for each in merged for a in each.values()]
     kept = statistics.tensors if statistics is not None and isinstance(statistics.tensors, dict) else {}
     traced = _any_traced((trees, weights, moments, own, kept))
 

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfmerge.core.call import of_expert
+from cfmerge.core.random import digest_of
+from cfmerge.core.several import leaders, members
 from cfmerge.engine.statistics import stacked
 from cfmerge.engine.steps import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places, kind_of
 from cfmerge.engine.work import Job, Readable, Work
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method
-from cfmerge.methods._random import digest_of
-from cfmerge.methods._registry import of_expert
 
 ENTRIES = 1 << 22  # of a unit of an entrywise method
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
@@ -109,13 +110,13 @@ class Unit:
         inputs = Inputs(
             _repeated(weights, self.job.matrices), self.work.before + number, seed=self.work.seed, start=self.first
         )
-        if method.random:
+        if method.needs.random:
             layers = [(name, layer) for name in self.names for layer in range(self.job.matrices)]
             told = [layer_name(name, layer, self.job.matrices) for name, layer in layers]
             inputs = inputs._replace(digest=np.stack([digest_of(layer, expert.name) for layer in told]))
-        if method.moments and expert.moments is not None:
+        if method.needs.moments and expert.moments is not None:
             moment = self.read(expert.moments, self.names)
-            if method.moments == "input_gram":
+            if method.needs.moments == "input_gram":
                 moment = moment.reshape(-1, *moment.shape[-2:])
             inputs = inputs._replace(moment=moment)
         return inputs
@@ -132,7 +133,8 @@ class Unit:
             return None
         piece = None if self.segments[0].count is None else slice(self.first, self.first + self.segments[0].count)
         own = [self.work.statistics.tensors[name] for name in self.names]
-        return stacked(own, method, self.job.seen_shape, compute, piece)
+        each = [stacked(own, one, self.job.seen_shape, compute, piece) for one in leaders(method)]
+        return each[0] if members(method) == (method,) else tuple(each)
 
 
 def _repeated(values: Sequence[Any], times: int) -> Any:
@@ -162,7 +164,7 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
         if job.assignment.action != "merge" or job.parameter.size == 0:
             continue
         size = job.parameter.size
-        if job.method.scope == "entry" and size > ENTRIES and not work.traced:
+        if job.method.needs.scope == "entry" and size > ENTRIES and not work.traced:
             for first in range(0, size, ENTRIES):
                 yield Unit(work, (Segment(job, first, min(ENTRIES, size - first)),))
             continue
@@ -180,7 +182,7 @@ def _whole(work: Work, jobs: Sequence[Job]) -> Unit:
 
 
 def _stack(job: Job, memory: int | None) -> int:
-    by_size = (ENTRIES if job.method.scope == "entry" else STACKED) // job.parameter.size
+    by_size = (ENTRIES if job.method.needs.scope == "entry" else STACKED) // job.parameter.size
     if memory is None:
         return max(1, by_size)
     check_memory(job, memory)

@@ -12,13 +12,14 @@ import ml_dtypes
 import numpy as np
 
 from cfmerge import methods as registered
+from cfmerge.core.call import settle
+from cfmerge.core.several import members, several
 from cfmerge.engine.assign import Assignment
 from cfmerge.engine.cost import statistic_size
-from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settle, weight_at
+from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, weight_at
 from cfmerge.engine.statistics import Statistics, full_form
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.methods._several import members, several
 from cfmerge.parameters import Parameter
 
 Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last call)
@@ -85,7 +86,7 @@ class Job:
     @property
     def layout(self) -> str:
         """The layout that the method sees: none if it takes entries one by one, or where there is no matrix."""
-        return "" if self.method.scope == "entry" else self.parameter.layout
+        return "" if self.method.needs.scope == "entry" else self.parameter.layout
 
     @property
     def matrices(self) -> int:
@@ -103,7 +104,7 @@ class Job:
         if self.assignment.action != "merge":
             return 0
         experts = len(self.experts)
-        if self.method.scope != "matrix":
+        if self.method.needs.scope != "matrix":
             return 3 * experts * self.parameter.size
         b, m, n = self.parameter.canonical
         return b * (experts * (2 * m * n * n + 2 * m * n * min(n, 2 * m)) + n**3 // 3 + 2 * m * n * n)
@@ -115,12 +116,12 @@ class Job:
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
         method = self.method
-        if self.assignment.action != "merge" or method.scope == "entry":
+        if self.assignment.action != "merge" or method.needs.scope == "entry":
             return 0
         m, n = self.parameter.canonical[1:] if self.layout else (1, self.parameter.size)
         shape = (m, n) if self.layout else self.parameter.shape
-        floats = statistic_size(method, shape, len(self.experts)) + (5 + method.results) * m * n
-        if method.scope == "matrix":
+        floats = statistic_size(method, shape, len(self.experts)) + (5 + len(members(method))) * m * n
+        if method.needs.scope == "matrix":
             floats += 3 * n * n
         if not method.additive:
             floats += len(self.experts) * m * n
@@ -217,7 +218,7 @@ def settled_jobs(
 
 def check_count(method: Method, count: int) -> None:
     """Raises `CfmergeError` unless the method takes that many experts."""
-    least, most = method.experts
+    least, most = method.needs.experts
     if count < least or (most is not None and count > most):
         wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
         raise CfmergeError(f"{method.name} takes {wanted} expert{'s' if wanted != '1' else ''}, found {count}")
@@ -228,17 +229,17 @@ def check_weights(method: Method, weights: Mapping[str, Any], tensor: str) -> No
     if any(isinstance(weight, jax.core.Tracer) for weight in weights.values()):
         return
     for name, weight in weights.items():
-        if method.weights == "positive" and weight <= 0:
+        if method.needs.weights == "positive" and weight <= 0:
             raise CfmergeError(
                 f"expert {name!r}: {method.name} needs positive weights, found {weight} for {tensor!r}; "
                 "leave the expert out, or use task_arithmetic"
             )
-        if method.weights == "none" and weight != 1:
+        if method.needs.weights == "none" and weight != 1:
             raise CfmergeError(
                 f"expert {name!r}: {method.name} knows no weights, found {weight}; leave the weight out, or choose "
                 "another method"
             )
-    if method.normalises and weights and abs(sum(weights.values())) <= 1e-9 * sum(map(abs, weights.values())):
+    if method.needs.normalises and weights and abs(sum(weights.values())) <= 1e-9 * sum(map(abs, weights.values())):
         raise CfmergeError(
             f"the experts' weights sum to 0, so that {method.name} of {tensor!r} is not defined: "
             + ", ".join(f"{name}: {weight}" for name, weight in weights.items())
@@ -252,7 +253,7 @@ def check_moments(jobs: Sequence[Job], experts: Sequence[Participant], header: C
         header: `header(moments, name)`: the array of that name or its header, None if there is none.
     """
     for job in jobs:
-        needed = job.method.moments if job.assignment.action == "merge" else ""
+        needed = job.method.needs.moments if job.assignment.action == "merge" else ""
         if needed:
             for number in job.experts:
                 own = experts[number].moments

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cfmerge import linalg
+from cfmerge.core.checks import check
+from cfmerge.core.numbers import Number
 from cfmerge.covariance import centred
 from cfmerge.methods._ace_sums import (
     TINY,
@@ -21,7 +23,6 @@ from cfmerge.methods._ace_sums import (
     ridges,
     weighted_mean,
 )
-from cfmerge.methods._registry import Number, check
 
 
 def factor(delta: Array, rank: int | None, weight: Array, trace: Array) -> Rows:

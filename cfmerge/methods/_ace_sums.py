@@ -1,4 +1,4 @@
-"""What ACE keeps of the experts, and what its solves share. Symbols and equations: `ace.py`."""
+"""ACE's statistic, and the parts that its solves share. Symbols and equations: `ace.py`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cfmerge import linalg
-from cfmerge.methods._registry import Number
+from cfmerge.core.numbers import Number
 
 TINY = 1e-12  # the published code adds it to every trace, energy and denominator
 Scalar = Float[Array, ""]
@@ -47,14 +47,14 @@ class Rows(NamedTuple):
 
 
 class Statistic(NamedTuple):
-    """What ACE keeps of the experts that it has seen."""
+    """ACE's statistic of the experts that it has seen."""
 
     scalars: Scalars
     sums: GramSums | tuple[Rows, ...]
 
 
 class Solved(NamedTuple):
-    """What either form hands to the refinement and the report."""
+    """The result of either form, for the refinement and the report."""
 
     merged: Array  # X without refinement
     residual: Callable[[], Array]  # E, needed by the heterogeneous branch alone

@@ -1,4 +1,4 @@
-"""What TSV-M, Iso-CTS and DC-Merge share: the experts' leading singular vectors, side by side, made orthonormal."""
+"""For TSV-M, Iso-CTS and DC-Merge: the experts' leading singular vectors, side by side, made orthonormal."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import singular
-from cfmerge.methods._base import Report
-from cfmerge.methods._stack import Stack, weighted
+from cfmerge.core.part import Report
 
 
 class Triplets(NamedTuple):
@@ -20,9 +19,9 @@ class Triplets(NamedTuple):
     vt: Float[Array, "T k n"]
 
 
-def stacked(statistic: Stack) -> Float[Array, "T m n"]:
+def scaled(deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> Float[Array, "T m n"]:
     """`w_t D_t`."""
-    return jnp.stack(weighted(statistic))
+    return weights[:, None, None] * deltas
 
 
 def leading(matrices: Float[Array, "T m n"], k: int, largest: Float[Array, " T"] | None = None) -> Triplets:
@@ -77,7 +76,7 @@ def cover(triplets: Triplets) -> tuple[Bases, Float[Array, " kT"]]:
 
 
 def told(bases: Bases, crowded: bool = False) -> Report:
-    """What there is to tell of bases; `crowded`: there were more experts than the matrix has directions."""
+    """The report on bases; `crowded`: there were more experts than the matrix has directions."""
     return {"dependent": jax.lax.stop_gradient(bases.lost), "crowded": jnp.asarray(crowded)}
 
 

@@ -30,9 +30,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.core.checks import as_array, check
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Needs, Report
 from cfmerge.covariance import Estimate, energy, of_delta, of_rank
-from cfmerge.methods._base import Method, Report
-from cfmerge.methods._registry import Number, as_array, check
 from cfmerge.methods._stack import ratio
 
 Normalise = Literal["none", "norm", "energy", "trace"]
@@ -91,7 +92,7 @@ def least_squares(
         form: "full" builds the Gram, "low-rank" stacks rows (fewer than inputs, or an error), "auto" stacks them
             as long as they are fewer than the inputs.
         rank: a bound on the rank of the deltas, for the low-rank form.
-        notes, normalises: see `Method`.
+        notes: see `Method`; normalises: see `Needs`.
     """
     estimated = functools.partial(of_rank, rank=rank) if rank else estimate
 
@@ -120,26 +121,31 @@ def least_squares(
             return Statistic(*sums, grams)
         return Statistic(*sums, experts)
 
-    def report(statistic: Statistic) -> tuple[Array, Report]:
+    def solve(statistic: Statistic) -> tuple[Array, Report]:
         merged, told = solution(statistic)
         experts = statistic.samples / statistic.total.shape[0]
-        return merged, told | _told_of_rows(statistic) | growth(merged, statistic.energy, statistic.weight, experts)
+        return merged, {
+            **told,
+            **_told_of_rows(statistic),
+            **growth(merged, statistic.energy, statistic.weight, experts),
+        }
 
-    @functools.cache
-    def of_rank_(bound: int) -> Method:
+    def formed(bound: int | None) -> Method | None:
+        if bound is None:
+            return least_squares(solution, estimate, key, normalise, "full", None, notes, normalises)
+        if estimate is not of_delta or form != "auto":
+            return None
         return least_squares(solution, estimate, key, normalise, "low-rank", bound, notes, normalises)
 
     return Method(
         "least_squares",
         init,
         update,
-        lambda statistic: solution(statistic)[0],
-        report,
-        weights="any" if form == "full" else "positive",
-        normalises=normalises,
+        solve,
+        needs=Needs(weights="any" if form == "full" else "positive", normalises=normalises),
         statistic=None if key is None else ("least_squares", key, normalise, form, rank),
+        form=None if form == "full" else formed,
         notes=NOTES | dict(notes or {}),
-        of_rank=of_rank_ if estimate is of_delta and form == "auto" else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""What follows from one eigendecomposition of the Gram: filters, rank rules, grids of ridges, cross-validation.
+"""Consequences of one eigendecomposition of the Gram: filters, rank rules, grids of ridges, cross-validation.
 
 With `G = Q diag(l) Q^T` every member of the family is `X = X_a + (K - X_a G) Q diag(h(l)/l) Q^T` (see
 `_least_squares`). The filters and rank rules are those of SWUDI and ASWUDI (arXiv 2606.07289), whose Gram has trace
@@ -14,9 +14,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.methods._base import Report
+from cfmerge.core.checks import as_array
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Report
 from cfmerge.methods._least_squares import Anchor, Grams, Statistic, anchor_of, stacked
-from cfmerge.methods._registry import Number, as_array
 
 CUT = 2.0**-23  # times n: singular to float32, whatever the precision that is computed in
 

@@ -1,7 +1,7 @@
 """Weighted means of tensors on the sphere of their directions, for `spherical`.
 
 With shares `p_t` that sum to 1, directions `u_t`, `q = ||sum_t p_t u_t||` and the mean length `L`, the merged tensor
-is `L sum_t p_t u_t / q`. Of it `X`, what it adds to the base, is formed without subtracting two large numbers:
+is `L sum_t p_t u_t / q`. Its part `X`, the change of the base, is formed without subtracting two large numbers:
 
     X = sum_t p_t (L u_t - W_0) / q + (1/q - 1) W_0
     L u_t - W_0 = D_t + (L - ||W_t||)/||W_t|| W_t
@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from cfmerge import linalg
-from cfmerge.methods._registry import Number
+from cfmerge.core.numbers import Number
 
 
 class Sphere(NamedTuple):

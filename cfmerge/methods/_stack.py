@@ -1,41 +1,16 @@
-"""The statistic of methods that must see all deltas at once: the deltas and weights themselves."""
+"""Arithmetic on the deltas of all experts that several methods share."""
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cfmerge.methods._base import Method, Report
 
-
-class Stack(NamedTuple):
-    """The deltas and their weights, in order."""
-
-    deltas: tuple[Float[Array, "..."], ...]
-    weights: tuple[Float[Array, ""], ...]
-
-
-def init(base: Float[Array, "..."]) -> Stack:
-    return Stack((), ())
-
-
-def update(statistic: Stack, delta: Float[Array, "..."], weight: float | Array = 1.0) -> Stack:
-    return Stack((*statistic.deltas, delta), (*statistic.weights, jnp.asarray(weight, delta.dtype)))
-
-
-def method(name: str, report: Callable[[Stack], tuple[Array, Report]], **fields: Any) -> Method:
-    """The method `report(stack) -> (merged, report)` of all deltas; `fields` are those of `Method`."""
-    return Method(
-        name, init, update, lambda stack: report(stack)[0], report, additive=False, statistic="stack", **fields
-    )
-
-
-def weighted(statistic: Stack) -> list[Float[Array, "..."]]:
+def weighted(deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> list[Float[Array, "..."]]:
     """`w_t D_t` of every expert."""
-    return [weight * delta for weight, delta in zip(statistic.weights, statistic.deltas, strict=True)]
+    return [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
 
 
 def total(items: Iterable[Array]) -> Array:

@@ -7,7 +7,7 @@ is taken in the order of the entries.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -17,7 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from cfmerge.methods._base import NO_CONTEXT, Context, Found, Seen, Survey, xp_of
+from cfmerge.core.part import Context, Seen
+from cfmerge.core.survey import Measure, xp_of
 
 Rounding = Literal["ceil", "floor", "round"]
 Mask = Bool[Array, "..."]
@@ -103,9 +104,9 @@ def reaching(count: int | Int[Array, ""]) -> Callable[[Mask], Bool[Array, ""]]:
 def around(keys: UInt[Array, "..."], enough: Callable[[Mask], Bool[Array, ""]]) -> tuple[Mask, Mask]:
     """Which entries are at or above, and which above, the largest key with enough of them at or above it.
 
-    They are those that `enough` saw: the last where it held, and where it did not. Compared again behind the loop,
-    they could be with keys that were computed again there (XLA drops optimization barriers before it fuses), with
-    other roundings, and the last key would fall below itself.
+    Both masks are those that `enough` was last asked about: the one where it held and the one where it did not. They
+    are not compared anew behind the loop: XLA may compute the keys a second time there (it drops optimization barriers
+    before it fuses), with other roundings, so that an entry would lie below its own key.
     """
 
     def look(key: Array) -> tuple[Array, Array]:
@@ -215,48 +216,52 @@ class Search(NamedTuple):
 
 
 def search(
-    found: Search | None, keys_of: Callable[..., Any], ranks_of: Callable[[int], tuple[Any, ...]], joint: bool = False
-) -> Survey:
-    """The next pass of a search for order statistics, whose `combine` returns a `Search`.
+    keys_of: Callable[..., Any], ranks: Sequence[tuple[Any, ...]], entries: int, joint: bool = False
+) -> Generator[Measure, Any, Search]:
+    """A look for order statistics of the whole model: one pass for each digit of the keys, the leading one first.
 
     Args:
-        keys_of: `keys_of(delta, context)`, or of all experts `keys_of(seen)` if `joint`.
-        ranks_of: `ranks_of(entries)`: the ranks from the largest, from 1 (0: above all), among so many entries.
+        keys_of: `keys_of(delta)`, or of all experts `keys_of(seen)` if `joint`.
+        ranks: of every expert, the ranks from the largest, from 1 (0: above all).
+        entries: of each expert's model.
     """
-    left = int(found.unknown[0]) - 1 if found else None  # digits behind the one that is counted
 
-    def counted(keys: Array, prefixes: Array | None) -> dict[str, Array]:
-        digits = 8 * keys.dtype.itemsize // BITS
-        shift = BITS * (digits - 1 if left is None else left)
-        digit = (keys >> shift).astype(jnp.uint32) & (VALUES - 1)
+    found: Search | None = None
+    while found is None or not found.complete:
+        totals = yield Measure(partial(_of_all if joint else _of_one, keys_of, found), joint)
+        found = _narrow(found or _nothing_known(totals, entries, ranks), totals["histogram"])
+    return found
+
+
+def _of_one(keys_of: Callable[..., Any], found: Search | None, delta: Array, context: Context) -> dict[str, Array]:
+    return _counted(keys_of(delta), found, context.number)
+
+
+def _of_all(keys_of: Callable[..., Any], found: Search | None, seen: Seen) -> dict[str, Array]:
+    each = [_counted(keys, found, number) for number, keys in enumerate(keys_of(seen))]
+    return {name: jnp.stack([one[name] for one in each]) for name in each[0]}
+
+
+def _counted(keys: Array, found: Search | None, number: int | Array) -> dict[str, Array]:
+    """How often each value of the next digit occurs among an expert's keys that share each known prefix."""
+    digits = 8 * keys.dtype.itemsize // BITS
+    left = digits - 1 if found is None else int(found.unknown[0]) - 1  # digits behind the one that is counted
+    digit = (keys >> (BITS * left)).astype(jnp.uint32) & (VALUES - 1)
+    if found is None:
         one = jnp.ones((), jnp.int32)
-        if prefixes is None:
-            histogram = jnp.zeros(VALUES, jnp.int32).at[digit].add(1)
-            return {"histogram": histogram[None], "digits": digits * one, "places": one}
-        place = jnp.full(keys.shape, len(prefixes) * VALUES, jnp.uint32)
-        for row in reversed(range(len(prefixes))):
-            place = jnp.where((keys >> (shift + BITS)) == prefixes[row], row * VALUES + digit, place)
-        histogram = jnp.zeros(len(prefixes) * VALUES, jnp.int32).at[place].add(1, mode="drop").reshape(-1, VALUES)
-        return {"histogram": histogram[jnp.argmax(prefixes[:, None] == prefixes, axis=0)]}  # equal ones share a row
-
-    def measure(delta: Array, context: Context = NO_CONTEXT) -> dict[str, Array]:
-        return counted(keys_of(delta, context), found_keys(found)[context.number] if found else None)
-
-    def measure_all(seen: Seen) -> dict[str, Array]:
-        keys = keys_of(seen)
-        prefixes = found_keys(found) if found else [None] * len(keys)
-        each = [counted(*pair) for pair in zip(keys, prefixes, strict=True)]
-        return {name: jnp.stack([one[name] for one in each]) for name in each[0]}
-
-    def combine(totals: Mapping[str, Any], entries: int) -> Search:
-        return _narrow(found or _nothing_known(totals, entries, ranks_of(entries)), totals["histogram"])
-
-    return Survey(measure_all if joint else measure, combine, joint, sized=True)
+        histogram = jnp.zeros(VALUES, jnp.int32).at[digit].add(1)
+        return {"histogram": histogram[None], "digits": digits * one, "places": one}
+    prefixes = found_keys(found)[number]
+    place = jnp.full(keys.shape, len(prefixes) * VALUES, jnp.uint32)
+    for row in reversed(range(len(prefixes))):
+        place = jnp.where((keys >> (BITS * (left + 1))) == prefixes[row], row * VALUES + digit, place)
+    histogram = jnp.zeros(len(prefixes) * VALUES, jnp.int32).at[place].add(1, mode="drop").reshape(-1, VALUES)
+    return {"histogram": histogram[jnp.argmax(prefixes[:, None] == prefixes, axis=0)]}  # equal ones share a row
 
 
-def _nothing_known(totals: Mapping[str, Any], entries: int, ranks: tuple[Any, ...]) -> Search:
-    xp = xp_of(totals["histogram"], *ranks)
-    asked = xp.tile(xp.stack(ranks), (len(totals["histogram"]), 1))
+def _nothing_known(totals: Mapping[str, Any], entries: int, ranks: Sequence[tuple[Any, ...]]) -> Search:
+    xp = xp_of(totals["histogram"], ranks)
+    asked = xp.stack([xp.stack(own) for own in ranks])
     digits = _wide().itemsize * 8 // BITS if xp is jnp else totals["digits"] // totals["places"]
     keys = xp.zeros(asked.shape, _key_dtype() if xp is jnp else np.uint64)
     wanted = xp.clip(asked, 1, max(entries, 1))
@@ -277,8 +282,3 @@ def _narrow(found: Search, histogram: Counts) -> Search:
 def found_keys(search: Search) -> UInt[Array, "T R"]:
     """The keys that were found, or their leading digits, as the keys of arrays are."""
     return jnp.asarray(search.keys).astype(_key_dtype())
-
-
-def model_of(found: Any) -> Any:
-    """What a survey found of the whole model, whether it came with what it found of a tensor or not."""
-    return found.model if isinstance(found, Found) else found

@@ -21,7 +21,6 @@ When all deltas together have fewer rows (or rank) `q` than inputs, the same is 
 `F` of the `J D_t` without ever building an `n x n` matrix: `Z F (F^T F + lam I)^{-1} = Z (F F^T + lam I)^{-1} F`.
 """
 
-import functools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -29,6 +28,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.core.checks import check, check_number
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Needs, Report
+from cfmerge.core.registry import register
 from cfmerge.covariance import centred, energy
 from cfmerge.methods._ace_rows import factor, gram_of_rows, solve_rows
 from cfmerge.methods._ace_sums import (
@@ -46,10 +49,8 @@ from cfmerge.methods._ace_sums import (
     scalars_of,
     weighted_mean,
 )
-from cfmerge.methods._base import Method, Report
 from cfmerge.methods._least_squares import NOTES as SHARED_NOTES
 from cfmerge.methods._least_squares import growth
-from cfmerge.methods._registry import Number, check, check_number, register
 
 
 @register
@@ -59,7 +60,6 @@ def ace(
     tau: Number = 0.3,
     k_frac: float = 0.3,
     gate: Literal["paper", "log_variance"] = "paper",
-    orientation: Literal["canonical", "as_published"] = "canonical",
     zero_delta: Literal["drop", "keep"] = "drop",
     form: Literal["auto", "full", "low-rank"] = "auto",
     rank: int | None = None,
@@ -74,8 +74,6 @@ def ace(
         tau: gate above which the experts' energies count as heterogeneous.
         k_frac: share of min(out, in) whose singular directions the heterogeneous refinement strengthens.
         gate: "paper", or "log_variance", its numerator alone, which does not depend on the deltas' scale.
-        orientation: "as_published" solves tensors stored as Conv1D (GPT-2) on the transposed weight, as the
-            published code does.
         zero_delta: "drop" leaves experts out that did not change the tensor (or only by the same vector in
             every output); "keep" counts them, as the published code does.
         form: "full" builds the in x in Gram, "low-rank" works on stacked rows (fewer than inputs, or an
@@ -115,7 +113,7 @@ def ace(
             return Statistic(scalars, gram_of_rows(sums, *delta.shape))
         return Statistic(scalars, sums)
 
-    def report(statistic: Statistic) -> tuple[Float[Array, "out in"], Report]:
+    def solve(statistic: Statistic) -> tuple[Float[Array, "out in"], Report]:
         scalars, sums = statistic
         gate_value, heterogeneous = gate_of(scalars, gate, tau)
         s = jnp.where(heterogeneous, 1 / (weighted_mean(scalars.energy, scalars.weight) + TINY), 1)
@@ -144,22 +142,21 @@ def ace(
             **growth(merged, scalars.energy, scalars.weight, scalars.experts),
         }
 
-    @functools.cache
-    def of_rank(bound: int) -> Method:
-        return ace(eps, eps_rel, tau, k_frac, gate, "canonical", zero_delta, "low-rank", bound)
+    def formed(bound: int | None) -> Method | None:
+        if bound is None:
+            return ace(eps, eps_rel, tau, k_frac, gate, zero_delta, "full")
+        return ace(eps, eps_rel, tau, k_frac, gate, zero_delta, "low-rank", bound) if form == "auto" else None
 
-    canonical = Method(
+    return Method(
         "ace",
         init,
         update,
-        lambda statistic: report(statistic)[0],
-        report,
-        weights="positive",
+        solve,
+        needs=Needs(weights="positive"),
         statistic=("ace", zero_delta, form, rank),
+        form=None if form == "full" else formed,
         notes=NOTES,
-        of_rank=of_rank if form == "auto" and rank is None else None,
     )
-    return canonical if orientation == "canonical" else _transposed(canonical)
 
 
 NOTES = {
@@ -209,22 +206,3 @@ def _refine(target: Array, x: Array, k: int, row_space: Array | None) -> tuple[A
     kept = jnp.sum(keep)
     mean = jnp.sum(jnp.where(keep, s, 0)) / jnp.maximum(kept, 1)
     return x + mean * linalg.matmul(u * keep, vt), kept.astype(jnp.int32)
-
-
-def _transposed(canonical: Method) -> Method:
-    """The method on the transposed weight, for tensors stored as Conv1D; `canonical` for all others."""
-
-    def report(statistic: Statistic) -> tuple[Array, Report]:
-        merged, told = canonical.solve_with_report(statistic)
-        return merged.T, told
-
-    return Method(
-        "ace",
-        lambda base: canonical.init(base.T),
-        lambda statistic, delta, weight=1.0: canonical.update(statistic, delta.T, weight),
-        lambda statistic: canonical.solve(statistic).T,
-        report,
-        weights="positive",
-        notes=canonical.notes,
-        without_conv1d=canonical,
-    )

@@ -14,9 +14,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg, singular
-from cfmerge.methods._base import Method
-from cfmerge.methods._registry import Number, as_array, check, check_number, register
-from cfmerge.methods._stack import Stack, init, update
+from cfmerge.core.checks import as_array, check, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Needs
+from cfmerge.core.registry import register
 
 
 def rank_of(fraction: float, shape: tuple[int, ...]) -> int:
@@ -37,15 +39,14 @@ def cart(scale: Number = 1.0, rank_fraction: float = 0.08) -> Method:
     check_number("cart: scale", scale)
     check(0 < rank_fraction <= 1, f"cart: rank_fraction must lie in (0, 1], got {rank_fraction}")
 
-    def solve(statistic: Stack) -> Float[Array, "m n"]:
-        deltas, weights = jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
+    def about_mean(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> Float[Array, "m n"]:
         weight = jnp.sum(weights)
         mean = _sum(weights, deltas) / jnp.where(weight == 0, 1, weight)
         k = rank_of(rank_fraction, mean.shape)
         own = lax.map(lambda delta: singular.truncated(delta - mean, k), deltas)
         return mean + as_array(scale, mean.dtype) * _sum(weights, own)
 
-    return Method("cart", init, update, solve, additive=False, statistic="stack", normalises=True)
+    return of_deltas(about_mean, Needs(normalises=True))
 
 
 def _sum(weights: Float[Array, " T"], matrices: Float[Array, "T m n"]) -> Float[Array, "m n"]:

@@ -13,18 +13,31 @@ of deltas, so the scores' order decides, not their size. `exp(T v^2 - T)` is use
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cfmerge.methods import _thresholds
-from cfmerge.methods._base import Method, Seen, Survey
-from cfmerge.methods._registry import Number, check, check_number, register
-from cfmerge.methods._stack import Stack, init, total, update
+from cfmerge.core.checks import check, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Needs, Seen
+from cfmerge.core.registry import register
+from cfmerge.core.survey import Look, Survey
 from cfmerge.methods._stack import ratio as over
-from cfmerge.methods._thresholds import Search, magnitude_keys, magnitude_of, value_keys, value_of
+from cfmerge.methods._stack import total
+from cfmerge.methods._thresholds import (
+    Search,
+    found_keys,
+    kth_largest,
+    magnitude_keys,
+    magnitude_of,
+    search,
+    value_keys,
+    value_of,
+)
 
 Inter = Literal["deltas", "ranks"]
 
@@ -33,7 +46,7 @@ class Quantiles(NamedTuple):
     """Order statistics of each expert: of its magnitudes (upper and lower clip), and of its scores (largest, q)."""
 
     magnitudes: Search
-    scores: Search | None = None
+    scores: Search
 
 
 @register
@@ -64,46 +77,39 @@ def pcb(ratio: float = 0.1, clip: float = 1e-4, scale: Number = 1.2, inter: Inte
         """Ranks from the largest of the largest score and of q."""
         return 1, size - min(int(size * (1 - ratio)), size - 1)
 
-    def merged(statistic: Stack, quantiles: Quantiles | None) -> Float[Array, "..."]:
-        deltas = statistic.deltas
+    def merged(quantiles: Quantiles | None, base: Array, deltas: Array, weights: Array) -> Float[Array, "..."]:
         if quantiles is None:
             limits = [_limits(magnitude_keys(delta), clips(delta.size), magnitude_of) for delta in deltas]
         else:
             limits = _found(quantiles.magnitudes, magnitude_of)
         scores, clipped = _scores(deltas, limits, inter)
-        if quantiles is None or quantiles.scores is None:
+        if quantiles is None:
             limits = [_limits(value_keys(score), best(score.size), value_of) for score in scores]
         else:
             limits = _found(quantiles.scores, value_of)
         shares = [_share(*each) for each in zip(scores, limits, deltas, strict=True)]
-        summed = total(w * b * c for w, b, c in zip(statistic.weights, shares, clipped, strict=True))
+        summed = total(w * b * c for w, b, c in zip(weights, shares, clipped, strict=True))
         return jnp.asarray(scale, summed.dtype) * summed / jnp.maximum(total(shares), 1e-12)
 
-    def survey(found: Any) -> Survey | None:
-        if found is None or not found.magnitudes.complete:
-            search = found and found.magnitudes
-            first = _thresholds.search(search, lambda delta, _: magnitude_keys(delta), clips)
-            return first._replace(combine=lambda *totals: Quantiles(first.combine(*totals)))
-        if found.scores is not None and found.scores.complete:
-            return None
+    def look(entries: int, own: Sequence[Any]) -> Look:
+        magnitudes = yield from search(magnitude_keys, [clips(entries)] * len(own), entries)
 
         def keys(seen: Seen) -> list[Array]:
-            limits = _found(found.magnitudes, magnitude_of)
-            return [value_keys(score) for score in _scores(list(seen.deltas), limits, inter)[0]]
+            scores, _ = _scores(seen.deltas, _found(magnitudes, magnitude_of), inter)
+            return [value_keys(score) for score in scores]
 
-        then = _thresholds.search(found.scores, keys, best, joint=True)
-        return then._replace(combine=lambda *totals: Quantiles(found.magnitudes, then.combine(*totals)))
+        return Quantiles(magnitudes, (yield from search(keys, [best(entries)] * len(own), entries, joint=True)))
 
     def made(quantiles: Quantiles | None) -> Method:
-        return Method("pcb", init, update, lambda s: merged(s, quantiles), scope="entry", additive=False)
+        return of_deltas(functools.partial(merged, quantiles), Needs("entry"), name="pcb")
 
-    return dataclasses.replace(made(None), survey=survey, informed=lambda found: made(found.model))
+    return dataclasses.replace(made(None), survey=Survey(look, lambda found: made(found.model)))
 
 
 Pair = tuple[Array, Array]  # the larger one first
 
 
-def _scores(deltas: Sequence[Array], limits: Sequence[Pair], inter: Inter) -> tuple[list[Array], list[Array]]:
+def _scores(deltas: Array, limits: Sequence[Pair], inter: Inter) -> tuple[list[Array], list[Array]]:
     """The scores, and the clipped deltas."""
     T = len(deltas)
     limits = [
@@ -127,9 +133,9 @@ def _share(score: Array, limits: Pair, delta: Array) -> Array:
 
 
 def _limits(keys: Array, ranks: tuple[int, int], value: Callable[[Array], Array]) -> Pair:
-    first, second = (value(_thresholds.kth_largest(keys, rank)) for rank in ranks)
+    first, second = (value(kth_largest(keys, rank)) for rank in ranks)
     return first, second
 
 
-def _found(search: Search, value: Callable[[Array], Array]) -> list[Pair]:
-    return [(value(high), value(low)) for high, low in _thresholds.found_keys(search)]
+def _found(known: Search, value: Callable[[Array], Array]) -> list[Pair]:
+    return [(value(high), value(low)) for high, low in found_keys(known)]

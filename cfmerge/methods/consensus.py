@@ -1,128 +1,21 @@
-"""Sign consensus: of each entry, only the deltas of the elected sign are merged; and the chains that end in it.
+"""Sign consensus: chains that end in an election of signs, and their linear kin.
 
-P. Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708. For one entry, with `d_t = w_t D_t` after trimming:
-
-    s = sgn(sum_t d_t)                       the sign of larger total mass is elected
-    A = {t: sgn(d_t) = s}                    zeros never agree
-    X = sum_{t in A} d_t / sum_{t in A} w_t  the mean of those that agree (w_t = 1 in the paper); 0 without any
-
-`ties`, `dare_ties`, `della`, `breadcrumbs_ties` are a sparsifier, this, and a scale; `dare_linear`, `della_linear`
-and `breadcrumbs` a sparsifier and a weighted sum.
+`ties`, `dare_ties`, `della` and `breadcrumbs_ties` are a sparsifier, the `disjoint_mean` of the deltas that have the
+elected sign, and a scale; `dare_linear`, `della_linear` and `breadcrumbs` a sparsifier and a weighted sum.
 """
 
-import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
-from jaxtyping import Array
-
-from cfmerge.methods import _stack
-from cfmerge.methods._base import NO_CONTEXT, Context, Method, Seen, Survey, Transform, chain, xp_of
-from cfmerge.methods._registry import Number, PerExpert, register
-from cfmerge.methods._stack import Stack, ratio, total
-from cfmerge.methods._thresholds import model_of
-from cfmerge.methods._turns import in_turn
+from cfmerge.core.chain import chain
+from cfmerge.core.numbers import Number, PerExpert
+from cfmerge.core.part import Method, Transform
+from cfmerge.core.registry import register
+from cfmerge.methods.election import Combine, Elect, Zero, disjoint_mean
 from cfmerge.methods.sparsify import Count, Norm, drop, drop_by_rank, outliers, trim
 from cfmerge.methods.sparsify import scale as scaled
 from cfmerge.methods.sums import average, task_arithmetic
 
-Elect = Literal["mass", "norm_fraction", "norm_mass"]
-Combine = Literal["mean", "sum", "max"]
-Zero = Literal["drop", "positive", "majority"]
 Rescale = Literal["inverse", "none", "l1", "l2", "linf"]
-
-
-class Census(NamedTuple):
-    """Of the whole model: each expert's squared norm, and the sum of all elected signs."""
-
-    energies: Any = None  # (T,)
-    majority: Any = None
-
-
-@register
-def disjoint_mean(elect: Elect = "mass", combine: Combine = "mean", zero: Zero = "drop") -> Method:
-    """The mean of the deltas that have the elected sign, entry by entry.
-
-    Args:
-        elect: whose sign: "mass", that of the sum; "norm_fraction", that of the delta that is largest relative to
-            its expert's norm over the model; "norm_mass", that of the sum of signed squares over squared norms.
-        combine: of those that agree: "mean", their weighted mean; "sum"; or "max", the largest magnitude.
-        zero: what is elected where the votes cancel: "drop", nothing; "positive"; or "majority", the sign that is
-            elected in more entries of the model, and the negative one if there is none.
-
-    Source: Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708.
-    """
-
-    def votes(deltas: list[Array], items: list[Array], energies: Array | None) -> Array:
-        if elect == "mass":
-            return jnp.sign(total(items))
-        norms = energies if energies is not None else jnp.stack([jnp.sum(delta**2) for delta in deltas])
-        shares = [ratio(delta, jnp.sqrt(norm)) ** 2 for delta, norm in zip(deltas, norms, strict=True)]
-        if elect == "norm_mass":
-            return jnp.sign(total(share * jnp.sign(item) for share, item in zip(shares, items, strict=True)))
-        winner, sign = shares[0], jnp.sign(items[0])
-        for share, item in zip(shares[1:], items[1:], strict=True):
-            sign = jnp.where(share > winner, jnp.sign(item), sign)
-            winner = jnp.maximum(share, winner)
-        return sign
-
-    def merged(statistic: Stack, census: Census) -> Array:
-        items = _stack.weighted(statistic)
-        sign = votes(list(statistic.deltas), items, census.energies)
-        if zero == "positive":
-            sign = jnp.where(sign == 0, 1, sign)
-        if zero == "majority":
-            majority = jnp.sum(sign) if census.majority is None else census.majority
-            sign = jnp.where(sign == 0, jnp.where(majority > 0, 1, -1).astype(sign.dtype), sign)
-        agree = [(jnp.sign(item) == sign) & (item != 0) for item in items]
-        if combine == "max":
-            return sign * _maximum([jnp.where(a, jnp.abs(i), 0) for a, i in zip(agree, items, strict=True)])
-        summed = total(jnp.where(a, i, 0) for a, i in zip(agree, items, strict=True))
-        if combine == "sum":
-            return summed
-        weight = total(jnp.where(a, w, 0) for a, w in zip(agree, statistic.weights, strict=True))
-        size = total(jnp.where(a, jnp.abs(w), 0) for a, w in zip(agree, statistic.weights, strict=True))
-        cancels = jnp.abs(weight) <= 8 * jnp.finfo(summed.dtype).eps * size
-        return summed / jnp.where(cancels, 1, weight)
-
-    def survey(found: Any) -> Survey | None:
-        census = model_of(found) or Census()
-        if elect != "mass" and census.energies is None:
-            return Survey(_energy, lambda energies: census._replace(energies=energies))
-        if zero == "majority" and census.majority is None:
-
-            def measure(seen: Seen) -> Array:
-                statistic = Stack(tuple(seen.deltas), tuple(seen.weights))
-                energies = None if census.energies is None else jnp.asarray(census.energies, seen.deltas.dtype)
-                signs = votes(list(seen.deltas), _stack.weighted(statistic), energies)
-                return jnp.sum(signs.astype(jnp.int32), dtype=jnp.int32)
-
-            return Survey(measure, lambda signs: census._replace(majority=xp_of(signs).sign(signs)), joint=True)
-        return None
-
-    def made(census: Census) -> Method:
-        def solve(statistic: Stack) -> Array:
-            dtype = statistic.deltas[0].dtype
-            energies = None if census.energies is None else jnp.asarray(census.energies).astype(dtype)
-            return merged(statistic, census._replace(energies=energies))
-
-        return Method("disjoint_mean", _stack.init, _stack.update, solve, scope="entry", additive=False)
-
-    plain = made(Census())
-    if elect == "mass" and zero != "majority":
-        return plain
-    return dataclasses.replace(plain, survey=survey, informed=lambda found: made(found.model))
-
-
-def _energy(delta: Array, context: Context = NO_CONTEXT) -> Array:
-    return jnp.sum(delta**2)
-
-
-def _maximum(items: list[Array]) -> Array:
-    largest = items[0]
-    for item in items[1:]:
-        largest = jnp.maximum(largest, item)
-    return largest
 
 
 class Variant(NamedTuple):
@@ -176,7 +69,7 @@ def ties(
     rules = VARIANTS[variant]
     trimmed = trim(density, scope or rules.scope, count or rules.counted, rescale)
     voted = disjoint_mean(elect, combine or rules.combine, zero or rules.zero)
-    return chain(in_turn(trimmed, voted), scaled(rules.scale if scale is None else scale))
+    return chain(trimmed, voted, scaled(rules.scale if scale is None else scale))
 
 
 def _linear(sparse: Transform, scale: Any, normalise: bool) -> Method:

@@ -16,11 +16,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.methods import _stack
-from cfmerge.methods._base import Method, Report
-from cfmerge.methods._blocks import NOTES, cover, leading, stacked, told
-from cfmerge.methods._registry import Number, as_array, check, check_number, register
-from cfmerge.methods._stack import Stack, ratio
+from cfmerge.core.checks import as_array, check, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Report
+from cfmerge.core.registry import register
+from cfmerge.methods._blocks import NOTES, cover, leading, scaled, told
+from cfmerge.methods._stack import ratio
 from cfmerge.methods.tsv import share
 
 
@@ -49,8 +51,8 @@ def dc_merge(
     check(rank is None or rank >= 1, f"dc_merge: rank must be at least 1, got {rank}")
     check(0 < density <= 1, f"dc_merge: density must lie in (0, 1], got {density}")
 
-    def report(statistic: Stack) -> tuple[Array, Report]:
-        deltas = stacked(statistic)
+    def in_one_basis(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+        deltas = scaled(deltas, weights)
         experts, m, n = deltas.shape
         k = min(rank or share((m, n), experts), m, n)
         triplets = leading(deltas, k)
@@ -70,7 +72,7 @@ def dc_merge(
         scale = as_array(alpha, deltas.dtype)
         return scale * linalg.matmul(linalg.matmul(bases.u, merged), bases.vt), told(bases, experts * k > min(m, n))
 
-    return _stack.method("dc_merge", report, notes=NOTES)
+    return of_deltas(in_one_basis, notes=NOTES)
 
 
 def smoothed(s: Float[Array, " k"], smoothing: str, rho: Array) -> Float[Array, " k"]:

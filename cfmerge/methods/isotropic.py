@@ -21,11 +21,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg, singular
-from cfmerge.methods import _stack
-from cfmerge.methods._base import Method, Report
-from cfmerge.methods._blocks import NOTES, leading, orthonormal, side_by_side, stacked, told
-from cfmerge.methods._registry import Number, as_array, check, check_number, register
-from cfmerge.methods._stack import Stack
+from cfmerge.core.checks import as_array, check, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Report
+from cfmerge.core.registry import register
+from cfmerge.methods._blocks import NOTES, leading, orthonormal, scaled, side_by_side, told
 from cfmerge.methods.sums import Sum, init, update
 
 
@@ -53,7 +54,7 @@ def iso_c(alpha: Number = 1.0, target: Literal["mean", "rms", "largest", "one"] 
             return singular.leading(total, 1)[1][0]
         return jnp.ones((), total.dtype)
 
-    def report(statistic: Sum) -> tuple[Array, Report]:
+    def solve(statistic: Sum) -> tuple[Array, Report]:
         total = statistic.total
         polar = singular.polar(total)
         merged = as_array(alpha, total.dtype) * value(total, polar.factor) * polar.factor
@@ -66,9 +67,7 @@ def iso_c(alpha: Number = 1.0, target: Literal["mean", "rms", "largest", "one"] 
             "not zero, on a level that counts all of min(out, in)",
         )
     }
-    return Method(
-        "iso_c", init, update, lambda statistic: report(statistic)[0], report, statistic="sum", notes=notes
-    )  # fmt: skip
+    return Method("iso_c", init, update, solve, statistic="sum", notes=notes)
 
 
 def dimensions(shape: tuple[int, ...], experts: int, common: float) -> tuple[int, int]:
@@ -92,8 +91,8 @@ def iso_cts(alpha: Number = 1.0, common: float = 0.8) -> Method:
     check_number("iso_cts: alpha", alpha)
     check(0 <= common <= 1, f"iso_cts: common must lie in [0, 1], got {common}")
 
-    def report(statistic: Stack) -> tuple[Array, Report]:
-        deltas = stacked(statistic)
+    def flattened(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+        deltas = scaled(deltas, weights)
         total = jnp.sum(deltas, axis=0)
         kc, nt = dimensions(total.shape, len(deltas), common)
         u_c, s_c, vt_c = (part[0] for part in leading(total[None], kc))
@@ -108,4 +107,4 @@ def iso_cts(alpha: Number = 1.0, common: float = 0.8) -> Method:
         level = as_array(alpha, values.dtype) * jnp.mean(values)
         return level * linalg.matmul(bases.u, bases.vt), told(bases)
 
-    return _stack.method("iso_cts", report, notes=NOTES)
+    return of_deltas(flattened, notes=NOTES)

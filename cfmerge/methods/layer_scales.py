@@ -4,6 +4,7 @@ lines   alpha + beta depth,  depth from 0 (first layer) to 1 (last)             
 larv    a tier for each matrix: less where the merge has little to say, more elsewhere    LARV, arXiv 2602.09413
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.core.checks import check_number
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Needs, Seen, Transform
+from cfmerge.core.registry import register
+from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
 from cfmerge.covariance import energy
-from cfmerge.methods._base import Found, Seen, Survey, Transform, xp_of
-from cfmerge.methods._registry import Number, check_number, register
 from cfmerge.methods._stack import ratio, total
 
 
@@ -51,12 +55,14 @@ def lines(alpha: Number | None = None, beta: Number = 0.5, depth: Number = 0.0) 
         factor = (found["total"] / (found["merged"] + nothing)) ** 0.5 / (weight + (weight == 0))
         return factor * (1 - nothing) + nothing
 
+    def look(entries: int, own: Sequence[Any]) -> Look:
+        return rule((yield Measure(measure, joint=True)))
+
     return Transform(
         "lines",
         lambda merged, seen: scaled(merged, rule(measure(merged, seen))),
-        looks_back=True,
-        survey=lambda found: Survey(measure, rule, joint=True) if found is None else None,
-        informed=lambda found: Transform("lines", lambda merged: scaled(merged, found.model)),
+        needs=Needs("entry", seen=True),
+        survey=Survey(look, lambda found: Transform("lines", lambda merged: scaled(merged, found.model))),
     )
 
 
@@ -88,11 +94,12 @@ def larv(low: Number = 0.8, high: Number = 1.2, tiers: Literal[2, 3] = 3) -> Tra
         together, apart = linalg.norm(total(items)), total(linalg.norm(item) for item in items)
         return {"score": contrast * ratio(together, apart).reshape(()), "matrix": jnp.ones((), jnp.int32)}
 
-    def combine(measured: Any) -> Found:
+    def look(entries: int, own: Sequence[Any]) -> Look:
+        measured = yield Measure(measure, joint=True, by_tensor=True)
         xp = xp_of(measured)
         score, matrix = (xp.stack([one[name] for one in measured.values()]) for name in ("score", "matrix"))
         count = xp.sum(matrix)
-        order = xp.argsort(xp.where(matrix > 0, score, np.inf), stable=True)  # what is no matrix comes last
+        order = xp.argsort(xp.where(matrix > 0, score, np.inf), stable=True)  # tensors that are no matrix come last
         third = xp.argsort(order) * tiers // xp.maximum(count, 1)  # 0 .. tiers - 1
         tier = xp.where(third == 0, -1, third - tiers + 2)
         tier = xp.where((matrix > 0) & (count > 1), tier, 0).astype(np.int32)
@@ -104,15 +111,9 @@ def larv(low: Number = 0.8, high: Number = 1.2, tiers: Literal[2, 3] = 3) -> Tra
             factor = jnp.where(tier < 0, low, jnp.where(tier > 0, high, 1))
             return jnp.asarray(factor, merged.dtype) * merged
 
-        return Transform("larv", apply, scope="tensor")
+        return Transform("larv", apply, needs=Needs("tensor"))
 
-    return Transform(
-        "larv",
-        lambda merged: merged,
-        scope="tensor",
-        survey=lambda found: Survey(measure, combine, joint=True, by_tensor=True) if found is None else None,
-        informed=informed,
-    )
+    return Transform("larv", lambda merged: merged, needs=Needs("tensor"), survey=Survey(look, informed))
 
 
 def effective_rank(matrix: Float[Array, "m n"]) -> Float[Array, ""]:

@@ -10,16 +10,21 @@ plus a ridge to an anchor; see `_least_squares` for the equations of the solve. 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.core.call import form_of
+from cfmerge.core.checks import check, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import NO_CONTEXT, Context, Method, Needs, Report
+from cfmerge.core.registry import register
 from cfmerge.covariance import energy, of_largest, of_power
-from cfmerge.methods import _stack
-from cfmerge.methods._base import NO_CONTEXT, Context, Method, Report
 from cfmerge.methods._least_squares import (
     NOTES,
     Anchor,
@@ -30,9 +35,7 @@ from cfmerge.methods._least_squares import (
     least_squares,
     solve_ridge,
 )
-from cfmerge.methods._registry import Number, check, check_number, register
 from cfmerge.methods._spectrum import gcv, inverse, ridge_filter, spectrum
-from cfmerge.methods._stack import Stack
 
 GRID = tuple(10 ** (k / 4) for k in range(-16, 9))  # of relative ridges, 1e-4 to 100
 
@@ -89,21 +92,20 @@ def _softmax_bias(normalise: Normalise) -> Method:
     """`S_t = a_t C_t + (1 - a_t) I`; the Gram is at least the identity, if the weights are 1."""
     check(normalise == "none", "actmat: the softmax bias is for normalise='none'")
 
-    def report(statistic: Stack) -> tuple[Array, Report]:
-        deltas, weights = jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
+    def biased(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
         size = jax.vmap(energy)(deltas)
         norms = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, 1)), 0)
         bias = jax.nn.softmax(norms)
         gram = jnp.sum(weights * bias) * jnp.eye(deltas.shape[2], dtype=deltas.dtype)
         cross = jnp.tensordot(weights * bias, deltas, 1, precision=linalg.HIGHEST)
-        for delta, scale in zip(statistic.deltas, weights * (1 - bias), strict=True):
+        for delta, scale in zip(deltas, weights * (1 - bias), strict=True):
             own = linalg.gram(delta)
             gram, cross = gram + scale * own, cross + scale * linalg.times_gram(delta, delta, own)
         merged, held = linalg.solve_right(cross, gram)
         largest = jnp.maximum(linalg.largest_eigenvalue(gram), jnp.finfo(gram.dtype).tiny)
         return merged, {"ridge_ratio": jnp.sum(weights * bias) / largest, "no_cholesky": ~held}
 
-    return _stack.method("actmat", report, weights="positive", notes={"no_cholesky": NOTES["no_cholesky"]})
+    return of_deltas(biased, Needs(weights="positive"), notes={"no_cholesky": NOTES["no_cholesky"]})
 
 
 @register
@@ -174,7 +176,7 @@ def _to_anchor(ridge: Number | None, anchor: Anchor | Array) -> Solution:
         chosen = jnp.asarray(GRID, found.values.dtype)[best]
         phi = ridge_filter(found.values, found.ridge(chosen))
         at_end = ((best == 0) | (best == len(GRID) - 1)) & (jnp.max(found.values) > 0)
-        return found.filtered(phi), found.told(phi) | {"ridge": chosen, "ridge_at_end": at_end}
+        return found.filtered(phi), {**found.told(phi), "ridge": chosen, "ridge_at_end": at_end}
 
     return by_gcv if ridge is None else lambda statistic: solve_ridge(statistic, ridge, anchor)
 
@@ -186,33 +188,31 @@ class Beside(NamedTuple):
     anchor: Any
 
 
-def _towards(anchor: Method, plain: Method, around: Any) -> Method:
+def _towards(anchor: Method, plain: Method, around: Callable[[Array], Method]) -> Method:
     """The least squares `around(merge)` of the other method's merge; `plain` has the same statistic."""
 
     def update(statistic: Beside, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT) -> Beside:
         return Beside(plain.update(statistic.own, delta, weight), anchor.see(statistic.anchor, delta, weight, context))
 
-    def report(statistic: Beside) -> tuple[Array, Report]:
-        merge, told = anchor.solve_with_report(statistic.anchor)
-        merged, own = around(merge).solve_with_report(statistic.own)
-        return merged, {f"anchor_{name}": value for name, value in told.items()} | own
+    def solve(statistic: Beside) -> tuple[Array, Report]:
+        merge, told = anchor.solve(statistic.anchor)
+        merged, own = around(merge).solve(statistic.own)
+        return merged, {**{f"anchor_{name}": value for name, value in told.items()}, **own}
 
-    weights = sorted({anchor.weights, plain.weights}, key=("none", "positive", "any").index)
-    notes = {f"anchor_{name}": note for name, note in anchor.notes.items()}
+    def form(rank: int | None) -> Method | None:
+        summed = form_of(anchor) if rank is None else None
+        return summed and _towards(summed, form_of(plain), around)  # type: ignore[arg-type]
+
+    either = {anchor.needs.weights, plain.needs.weights}
     return Method(
         "anchored",
         lambda base: Beside(plain.init(base), anchor.init(base)),
         update,
-        lambda statistic: report(statistic)[0],
-        report,
-        random=anchor.random,
+        solve,
+        needs=anchor.needs.but(scope="matrix", weights="any" if either == {"any"} else "positive"),
         additive=anchor.additive,
-        ordered=anchor.ordered,
-        experts=anchor.experts,
-        weights="positive" if weights[0] == "none" else weights[0],
-        normalises=anchor.normalises,
-        moments=anchor.moments,
-        notes=notes | dict(plain.notes),
+        form=form,
+        notes={f"anchor_{name}": note for name, note in anchor.notes.items()} | dict(plain.notes),
     )
 
 

@@ -13,17 +13,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.methods import _stack
-from cfmerge.methods._base import Context, Method
-from cfmerge.methods._random import draws
-from cfmerge.methods._registry import Number, check_number, register
-from cfmerge.methods._stack import Stack, ratio, total
+from cfmerge.core.checks import check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Context, Method, Needs
+from cfmerge.core.random import draws
+from cfmerge.core.registry import register
+from cfmerge.methods._stack import ratio, total, weighted
 from cfmerge.methods._thresholds import largest, magnitude_keys, share_of
 
 
 @register
 def magmax(scale: Number = 0.5, ties: Literal["later", "first"] = "later") -> Method:
-    """Of each entry the delta of largest magnitude, times a scale.
+    """The delta of largest magnitude in each entry, times a scale.
 
     Args:
         scale: of the merged delta.
@@ -39,9 +41,13 @@ def magmax(scale: Number = 0.5, ties: Literal["later", "first"] = "later") -> Me
         return jnp.where(size >= held if ties == "later" else size > held, item, statistic)
 
     return Method(
-        "magmax", jnp.zeros_like, update, lambda statistic: scale * statistic, scope="entry", additive=False,
-        ordered=True,
-    )  # fmt: skip
+        "magmax",
+        jnp.zeros_like,
+        update,
+        lambda statistic: (scale * statistic, {}),
+        needs=Needs("entry", ordered=True),
+        additive=False,
+    )
 
 
 @register
@@ -61,13 +67,13 @@ def consensus(threshold: Number = 0.4, agree: int = 2, scale: Number = 0.3) -> M
     check_number("consensus: agree", agree, 0)
     check_number("consensus: scale", scale)
 
-    def solve(statistic: Stack) -> Float[Array, "..."]:
-        items = _stack.weighted(statistic)
+    def agreed(base: Array, deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> Float[Array, "..."]:
+        items = weighted(deltas, weights)
         summed = total(items)
         votes = _counts(tall_masks(items, summed, threshold))
         return jnp.asarray(scale, summed.dtype) * jnp.where(votes >= min(agree, len(items)), summed, 0)
 
-    return Method("consensus", _stack.init, _stack.update, solve, scope="entry", additive=False)
+    return of_deltas(agreed, Needs("entry"))
 
 
 def tall_masks(deltas: list[Array], summed: Array, threshold: Any) -> list[Array]:
@@ -92,20 +98,19 @@ def sce(density: Number = 1.0, uniform_below: Number = 0.0) -> Method:
     check_number("sce: density", density, 0, 1)
     check_number("sce: uniform_below", uniform_below, 0)
 
-    def solve(statistic: Stack) -> Float[Array, "..."]:
-        deltas = list(statistic.deltas)
-        selected = _selected(deltas, density)
-        deltas = [jnp.where(selected, delta, 0) for delta in deltas]
+    def chosen(base: Array, stack: Float[Array, "T ..."], weights: Array) -> Float[Array, "..."]:
+        selected = _selected(list(stack), density)
+        deltas = [jnp.where(selected, delta, 0) for delta in stack]
         size = _largest(deltas)
         squares = [jnp.mean(ratio(delta, size) ** 2) for delta in deltas]
         even = total(squares) * size**2 < jnp.asarray(uniform_below, size.dtype)
-        weights = [jnp.where(even, 1 / len(deltas), ratio(square, total(squares))) for square in squares]
+        shares = [jnp.where(even, 1 / len(deltas), ratio(square, total(squares))) for square in squares]
         sign = jnp.where(total(deltas) >= 0, 1, -1)
         agree = [jnp.sign(delta) == sign for delta in deltas]
-        summed = total(jnp.where(a, w * d, 0) for a, w, d in zip(agree, weights, deltas, strict=True))
-        return ratio(summed, total(jnp.where(a, w, 0) for a, w in zip(agree, weights, strict=True)))
+        summed = total(jnp.where(a, w * d, 0) for a, w, d in zip(agree, shares, deltas, strict=True))
+        return ratio(summed, total(jnp.where(a, w, 0) for a, w in zip(agree, shares, strict=True)))
 
-    return Method("sce", _stack.init, _stack.update, solve, scope="tensor", additive=False, weights="none")
+    return of_deltas(chosen, Needs("tensor", weights="none"))
 
 
 def _selected(deltas: list[Array], density: Any) -> Array:
@@ -125,7 +130,7 @@ def _largest(deltas: list[Array]) -> Array:
 
 @register
 def ram(threshold: Number = 1e-5, relative: bool = False) -> Method:
-    """Of each entry the mean of the deltas that changed it: what only one expert changed is kept whole.
+    """The mean of the deltas that changed an entry, in each entry: a change of one expert alone is kept whole.
 
     Args:
         threshold: an expert has changed an entry if its delta there is larger than this.
@@ -135,12 +140,12 @@ def ram(threshold: Number = 1e-5, relative: bool = False) -> Method:
     """
     check_number("ram: threshold", threshold, 0)
 
-    def solve(statistic: Stack) -> Float[Array, "..."]:
-        active = _active(statistic, threshold, relative)
-        summed = total(jnp.where(a, d, 0) for a, d in zip(active, statistic.deltas, strict=True))
+    def of_changed(base: Array, deltas: Float[Array, "T ..."], weights: Array) -> Float[Array, "..."]:
+        active = _active(deltas, threshold, relative)
+        summed = total(jnp.where(a, d, 0) for a, d in zip(active, deltas, strict=True))
         return summed / jnp.maximum(_counts(active), 1).astype(summed.dtype)
 
-    return _ram("ram", solve, relative)
+    return of_deltas(of_changed, Needs("tensor" if relative else "entry", weights="none"))
 
 
 @register
@@ -162,32 +167,27 @@ def ram_plus(threshold: Number = 1e-5, r: Number = 0.1, alpha: Number = 0.2, rel
     check_number("ram_plus: r", r)
     check_number("ram_plus: alpha", alpha, 0)
 
-    def solve(statistic: Stack) -> Float[Array, "..."]:
-        active = _active(statistic, threshold, relative)
+    def amplified(base: Array, deltas: Float[Array, "T ..."], weights: Array) -> Float[Array, "..."]:
+        active = _active(deltas, threshold, relative)
         counts = _counts(active)
-        dtype = statistic.deltas[0].dtype
-        summed = jnp.zeros_like(statistic.deltas[0])
-        for mask, delta in zip(active, statistic.deltas, strict=True):
+        dtype = deltas.dtype
+        summed = jnp.zeros_like(deltas[0])
+        for mask, delta in zip(active, deltas, strict=True):
             own, shared = mask & (counts == 1), mask & (counts > 1)
             rho = jnp.sum(shared, dtype=dtype) / jnp.maximum(jnp.sum(own, dtype=dtype), 1)
             factor = 1 + jnp.asarray(r, dtype) * jnp.minimum(rho, jnp.asarray(alpha, dtype))
             summed = summed + jnp.where(own, factor * delta, jnp.where(shared, delta, 0))
         return summed / jnp.maximum(counts, 1).astype(dtype)
 
-    return _ram("ram_plus", solve, True)
+    return of_deltas(amplified, Needs("tensor", weights="none"))
 
 
-def _ram(name: str, solve: Any, whole: bool) -> Method:
-    scope: Literal["tensor", "entry"] = "tensor" if whole else "entry"
-    return Method(name, _stack.init, _stack.update, solve, scope=scope, additive=False, weights="none")
-
-
-def _active(statistic: Stack, threshold: Any, relative: bool) -> list[Array]:
+def _active(deltas: Float[Array, "T ..."], threshold: Any, relative: bool) -> list[Array]:
     def least(delta: Array) -> Array:
         absolute = jnp.asarray(threshold, delta.dtype)
         return absolute * linalg.norm(delta) / max(delta.size, 1) ** 0.5 if relative else absolute
 
-    return [jnp.abs(delta) > least(delta) for delta in statistic.deltas]
+    return [jnp.abs(delta) > least(delta) for delta in deltas]
 
 
 def _counts(active: list[Array]) -> Array:
@@ -203,7 +203,7 @@ class Drawn(NamedTuple):
 
 @register
 def random_expert() -> Method:
-    """Of each entry the delta of an expert drawn at random, all with the same probability: a control.
+    """The delta of an expert drawn at random for each entry, all with the same probability: a control.
 
     Any rule that chooses one expert for each entry should do better. Every expert draws a number for each entry
     from its own key, and the largest wins, so that the order of the experts makes no difference.
@@ -221,6 +221,10 @@ def random_expert() -> Method:
         return Drawn(jnp.where(wins, delta, statistic.delta), jnp.where(wins, draw, statistic.draw))
 
     return Method(
-        "random_expert", init, update, lambda statistic: statistic.delta, scope="entry", additive=False,
-        weights="none", random=True,
-    )  # fmt: skip
+        "random_expert",
+        init,
+        update,
+        lambda statistic: (statistic.delta, {}),
+        needs=Needs("entry", weights="none", random=True),
+        additive=False,
+    )

@@ -16,6 +16,7 @@ with a unit diagonal: whatever the inputs' scales, its smallest eigenvalue is th
 LOT (Sun et al., arXiv 2505.23859): `S_t = Sigma_t` and `X = K pinv(G)`, on deltas.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -23,14 +24,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.core.checks import as_array, check_number
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Context, Method, Needs, Report
+from cfmerge.core.registry import register
+from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
 from cfmerge.covariance import boosted_diagonal
 from cfmerge.errors import CfmergeError
-from cfmerge.methods._base import Context, Found, Method, Report, Survey, xp_of
-from cfmerge.methods._registry import Number, as_array, check_number, register
 
 
 def _moment(method: str, what: str, context: Context, shape: tuple[int, ...], dtype: Any) -> Array:
-    """What was measured of this expert.
+    """The moment of this expert, checked.
 
     Raises:
         CfmergeError: nothing was, or it has another shape.
@@ -74,20 +78,18 @@ def fisher(
     def measure(delta: Float[Array, "..."], context: Context) -> Float[Array, ""]:
         return jnp.sum(_moment("fisher", "diagonal Fisher", context, delta.shape, delta.dtype) ** 2)
 
-    def combine(squares: Any) -> Any:
+    def look(entries: int, own: Sequence[Any]) -> Look:
         """Each expert's factor, `(1 / ||F_t||) / sum_s (1 / ||F_s||)`; 0 where its Fisher is zero."""
+        squares = yield Measure(measure)
         xp = xp_of(squares, floor)
         norms = xp.sqrt(squares) + (floor if below == "add" else 0)
         inverse = xp.where(norms > 0, 1 / xp.where(norms > 0, norms, 1), 0)
         return inverse / xp.maximum(inverse.sum(), np.finfo(np.float32).tiny)
 
-    def survey(found: Any) -> Survey | None:
-        return Survey(measure, combine) if found is None else None
-
-    return _fisher(floor, below, (), survey=survey, informed=lambda found: _fisher(floor, below, found))
+    return _fisher(floor, below, (), Survey(look, lambda found: _fisher(floor, below, found)))
 
 
-def _fisher(floor: Number, below: str, found: Found | tuple[()] | None, **surveys: Any) -> Method:
+def _fisher(floor: Number, below: str, found: Found | tuple[()] | None, survey: Survey | None = None) -> Method:
     """Fisher merging with the factors that were found: None if there are none, () if they are yet to be."""
 
     def init(base: Float[Array, "..."]) -> FisherSums:
@@ -113,7 +115,7 @@ def _fisher(floor: Number, below: str, found: Found | tuple[()] | None, **survey
             statistic.weight + weight,
         )
 
-    def report(statistic: FisherSums) -> tuple[Float[Array, "..."], Report]:
+    def solve(statistic: FisherSums) -> tuple[Float[Array, "..."], Report]:
         weighted, information, total, weight = statistic
         weight = jnp.where(weight == 0, 1, weight)
         mean = information / weight
@@ -125,9 +127,14 @@ def _fisher(floor: Number, below: str, found: Found | tuple[()] | None, **survey
         return merged, {"below_floor": jnp.mean(~counts, dtype=mean.dtype)}
 
     return Method(
-        "fisher", init, update, lambda statistic: report(statistic)[0], report,
-        scope="entry", weights="positive", normalises=True, moments="fisher", notes=FISHER_NOTES, **surveys,
-    )  # fmt: skip
+        "fisher",
+        init,
+        update,
+        solve,
+        needs=Needs("entry", weights="positive", normalises=True, moments="fisher"),
+        notes=FISHER_NOTES,
+        survey=survey,
+    )
 
 
 FISHER_NOTES = {
@@ -185,7 +192,7 @@ def regmean(a: Number = 0.9, ridge: Number = 0.0) -> Method:
         covariance = _moment("regmean", "input Gram", context, (n, n), delta.dtype)
         return _add(statistic, delta, boosted_diagonal(covariance, as_array(a, delta.dtype)), weight)
 
-    def report(statistic: Normal) -> tuple[Float[Array, "out in"], Report]:
+    def solve(statistic: Normal) -> tuple[Float[Array, "out in"], Report]:
         gram, cross, total, weight = statistic
         n = gram.shape[0]
         rho = as_array(ridge, gram.dtype) * jnp.trace(gram) / n
@@ -206,9 +213,13 @@ def regmean(a: Number = 0.9, ridge: Number = 0.0) -> Method:
         }
 
     return Method(
-        "regmean", _init, update, lambda statistic: report(statistic)[0], report,
-        weights="positive", normalises=True, moments="input_gram", notes=REGMEAN_NOTES,
-    )  # fmt: skip
+        "regmean",
+        _init,
+        update,
+        solve,
+        needs=Needs(weights="positive", normalises=True, moments="input_gram"),
+        notes=REGMEAN_NOTES,
+    )
 
 
 REGMEAN_NOTES = {
@@ -227,7 +238,7 @@ def lot(cutoff: Number | None = None) -> Method:
 
     Args:
         cutoff: eigenvalues of the experts' summed Gram up to this, relative to the largest, count as zero; none: the
-            number of inputs times the machine epsilon. What the Grams do not reach stays at the base.
+            number of inputs times the machine epsilon. Directions that the Grams do not reach stay at the base.
 
     Source: Sun et al., Towards Minimizing Feature Drift in Model Merging, NeurIPS 2025, arXiv 2505.23859.
     """
@@ -237,16 +248,14 @@ def lot(cutoff: Number | None = None) -> Method:
         n = delta.shape[1]
         return _add(statistic, delta, _moment("lot", "input Gram", context, (n, n), delta.dtype), weight)
 
-    def report(statistic: Normal) -> tuple[Float[Array, "out in"], Report]:
+    def solve(statistic: Normal) -> tuple[Float[Array, "out in"], Report]:
         n = statistic.gram.shape[0]
         floor = None if cutoff is None else as_array(cutoff, statistic.gram.dtype)
         inverse, kept, least = linalg.pseudo_inverse(statistic.gram, floor)
         return linalg.matmul(statistic.cross, inverse), {"rank": kept, "cut": n - kept, "ridge_ratio": least}
 
-    return Method(
-        "lot", _init, update, lambda statistic: report(statistic)[0], report,
-        weights="positive", moments="input_gram", notes=LOT_NOTES,
-    )  # fmt: skip
+    needs = Needs(weights="positive", moments="input_gram")
+    return Method("lot", _init, update, solve, needs=needs, notes=LOT_NOTES)
 
 
 LOT_NOTES = {

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.methods._base import Method, Report
-from cfmerge.methods._registry import register
+from cfmerge.core.part import Method, Needs, Report
+from cfmerge.core.registry import register
 
 
 class Units(NamedTuple):
@@ -62,7 +62,7 @@ def model_stock(
         total, units, count, before = statistic
         return Units(total + weight * delta, units + weight * u, count + weight, before + weight * changed)
 
-    def report(statistic: Any) -> tuple[Array, Report]:
+    def solve(statistic: Any) -> tuple[Array, Report]:
         if angle == "degrees":
             count = jnp.asarray(len(statistic), statistic[0].dtype)
             total = sum(statistic)
@@ -88,13 +88,10 @@ def model_stock(
         "model_stock",
         init,
         update,
-        lambda statistic: report(statistic)[0],
-        report,
-        scope="tensor",
+        solve,
+        needs=Needs("tensor", experts=(2, None), weights="none"),
         additive=angle == "cosine",
         statistic=("model_stock", filter_wise) if angle == "cosine" else None,
-        experts=(2, None),
-        weights="none",
         notes=NOTES,
     )
 

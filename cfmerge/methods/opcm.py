@@ -15,6 +15,7 @@ never set to zero, `clean_t = D_t - U (what is set to zero) V^T` needs the thin 
 numerically zero have no vectors of their own: nothing is removed from them.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,8 +23,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg, singular
-from cfmerge.methods._base import Found, Method, Seen, Survey, xp_of
-from cfmerge.methods._registry import Number, as_array, check_number, register
+from cfmerge.core.checks import as_array, check_number
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Needs, Report, Seen
+from cfmerge.core.registry import register
+from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
 from cfmerge.methods._stack import ratio
 
 
@@ -55,8 +59,8 @@ def clean(total: Float[Array, "m n"], delta: Float[Array, "m n"], alpha: Array) 
 def opcm(alpha: Number = 0.5) -> Method:
     """Experts in order, each without its overlap with those before; at the mean norm of the experts.
 
-    The order of the experts matters. What is not a matrix is summed, and rescaled like the rest. Without a survey of
-    the whole model (in `update` alone) the norms are those of the tensor.
+    The order of the experts matters. Tensors that are no matrices are summed, and rescaled like the rest. Without a
+    survey of the whole model (in `update` alone) the norms are those of the tensor.
 
     Args:
         alpha: the share of the merged delta's nuclear norm whose directions are closed to the next expert; 0 removes
@@ -77,11 +81,11 @@ def _opcm(alpha: Any, found: Found | None) -> Method:
             new = lax.cond(count > 0, clean, lambda *_: delta, total, delta, as_array(alpha, delta.dtype))
         return Running(total + new, norms + linalg.norm(delta).reshape(()), count + 1)
 
-    def solve(statistic: Running) -> Float[Array, "..."]:
+    def solve(statistic: Running) -> tuple[Float[Array, "..."], Report]:
         total, norms, count = statistic
         if found is not None:
-            return as_array(found.model, total.dtype) * total
-        return ratio(norms, count) * linalg.unit(total)
+            return as_array(found.model, total.dtype) * total, {}
+        return ratio(norms, count) * linalg.unit(total), {}
 
     def measure(seen: Seen) -> dict[str, Array]:
         statistic = init(seen.base)
@@ -90,21 +94,13 @@ def _opcm(alpha: Any, found: Found | None) -> Method:
         axes = tuple(range(1, seen.deltas.ndim))
         return {"experts": jnp.sum(seen.deltas**2, axis=axes), "merged": jnp.sum(statistic.total**2)}
 
-    def combine(energies: dict[str, Any]) -> Any:
+    def look(entries: int, own: Sequence[Any]) -> Look:
         """`n_T / ||S||`; 1 where nothing was merged."""
+        energies = yield Measure(measure, joint=True)
         xp = xp_of(energies)
         merged = xp.sqrt(energies["merged"])
         return xp.where(merged > 0, xp.mean(xp.sqrt(energies["experts"])) / xp.where(merged > 0, merged, 1), 1.0)
 
-    return Method(
-        "opcm",
-        init,
-        update,
-        solve,
-        scope="tensor",
-        additive=False,
-        ordered=True,
-        weights="none",
-        survey=None if found else lambda known: Survey(measure, combine, joint=True) if known is None else None,
-        informed=None if found else lambda known: _opcm(alpha, known),
-    )
+    needs = Needs("tensor", ordered=True, weights="none")
+    survey = None if found else Survey(look, lambda known: _opcm(alpha, known))
+    return Method("opcm", init, update, solve, needs=needs, additive=False, survey=survey)

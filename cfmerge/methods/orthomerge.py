@@ -24,15 +24,16 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg, singular
-from cfmerge.methods._base import NO_CONTEXT, Context, Method, Part, Report
-from cfmerge.methods._registry import check, register
+from cfmerge.core.checks import check
+from cfmerge.core.part import NO_CONTEXT, Context, Method, Part, Report
+from cfmerge.core.registry import register
 from cfmerge.methods._stack import ratio
 from cfmerge.methods.sums import task_arithmetic
 
 REFLECTED = 2.5e-4  # (1 + cos angle) / 2, up to which a direction counts as turned round
 
 
-class Seen(NamedTuple):
+class Experts(NamedTuple):
     """The base, and what the residuals' method is to be given."""
 
     base: Float[Array, "m n"]
@@ -56,24 +57,24 @@ def orthomerge(residual: Part | None = None) -> Method:
     check(isinstance(inner, Method), f"orthomerge: residual must be a method, got the transform {inner.name}")
     check(inner.survey is None, f"orthomerge: {inner.name} surveys the whole model, and cannot merge residuals")
 
-    def init(base: Float[Array, "m n"]) -> Seen:
-        return Seen(base, (), (), ())
+    def init(base: Float[Array, "m n"]) -> Experts:
+        return Experts(base, (), (), ())
 
     def update(
-        statistic: Seen, delta: Float[Array, "m n"], weight: float | Array = 1.0, context: Context = NO_CONTEXT
-    ) -> Seen:
+        statistic: Experts, delta: Float[Array, "m n"], weight: float | Array = 1.0, context: Context = NO_CONTEXT
+    ) -> Experts:
         base, deltas, weights, contexts = statistic
         weight = jnp.asarray(weight, delta.dtype)
-        return Seen(base, (*deltas, delta), (*weights, weight), (*contexts, context))
+        return Experts(base, (*deltas, delta), (*weights, weight), (*contexts, context))
 
-    def report(statistic: Seen) -> tuple[Array, Report]:
+    def solve(statistic: Experts) -> tuple[Array, Report]:
         base, deltas, weights = statistic.base, jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
         skews, reflected = lax.map(lambda delta: skew_of(base, delta), deltas)
         residuals = lax.map(lambda pair: pair[1] - turned(base, pair[0]), (skews, deltas))
         known = inner.init(base)
         for rest, weight, context in zip(residuals, statistic.weights, statistic.contexts, strict=True):
             known = inner.see(known, rest, weight, context)
-        merged, told = inner.solve_with_report(known)
+        merged, told = inner.solve(known)
         merged = merged + turned(base, merged_skew(skews, weights))
         return jnp.where(jnp.any(deltas != 0), merged, 0), {**told, "reflected": jnp.sum(reflected)}
 
@@ -81,15 +82,9 @@ def orthomerge(residual: Part | None = None) -> Method:
         "orthomerge",
         init,
         update,
-        lambda statistic: report(statistic)[0],
-        report,
-        random=inner.random,
+        solve,
+        needs=inner.needs.but(scope="matrix", weights="positive", normalises=True),
         additive=False,
-        ordered=inner.ordered,
-        experts=inner.experts,
-        weights="positive",
-        normalises=True,
-        moments=inner.moments,
         notes={
             **inner.notes,
             "reflected": (
@@ -154,7 +149,7 @@ def _bases(wide: Float[Array, "m n"]) -> tuple[Float[Array, "n m"], Float[Array,
 
 
 def _half(like: Array) -> float:
-    """Of the digits: up to which cosine two directions are orthogonal."""
+    """The cosine up to which two directions count as orthogonal: half the digits."""
     return float(jnp.finfo(like.dtype).eps) ** 0.5
 
 

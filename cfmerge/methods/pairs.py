@@ -12,14 +12,15 @@ With `p = softmax(W_1 row)` and `y = D - p.D` the divergence is `log(sum p exp(-
 `log(1 + sum p (exp(-y) - 1 + y))`: all terms are positive, so small deltas lose nothing to cancellation.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cfmerge.methods._base import Method, Report
-from cfmerge.methods._registry import Number, as_array, check_number, register
+from cfmerge.core.checks import as_array, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Needs, Report
+from cfmerge.core.registry import register
 
 
 @register
@@ -41,16 +42,9 @@ def nearswap(t: Number = 1e-4) -> Method:
         "nearswap",
         jnp.zeros_like,
         update,
-        lambda statistic: statistic,
-        scope="entry",
-        experts=(1, 1),
-        weights="none",
+        lambda statistic: (statistic, {}),
+        needs=Needs("entry", experts=(1, 1), weights="none"),
     )
-
-
-class Pair(NamedTuple):
-    base: Float[Array, "..."]
-    delta: Float[Array, "..."]
 
 
 @register
@@ -64,25 +58,15 @@ def arcee_fusion(iqr: Number = 1.5) -> Method:
     """
     check_number("arcee_fusion: iqr", iqr)
 
-    def report(statistic: Pair) -> tuple[Array, Report]:
-        base, delta = statistic
+    def fused(base: Float[Array, "..."], deltas: Float[Array, "1 ..."], weights: Array) -> tuple[Array, Report]:
+        (delta,) = deltas
         score = jnp.abs(delta) * row_divergence(base, delta)
         ranked = jnp.sort(score.reshape(-1))
         low, median, high = (ranked[int(q * (ranked.size - 1))] for q in (0.25, 0.5, 0.75))
         keep = score >= median + as_array(iqr, delta.dtype) * (high - low)
         return jnp.where(keep, delta, 0), {"kept": jnp.mean(keep, dtype=delta.dtype)}
 
-    return Method(
-        "arcee_fusion",
-        lambda base: Pair(base, jnp.zeros_like(base)),
-        lambda statistic, delta, weight=1.0: Pair(statistic.base, delta),
-        lambda statistic: report(statistic)[0],
-        report,
-        scope="tensor",
-        additive=False,
-        experts=(1, 1),
-        weights="none",
-    )
+    return of_deltas(fused, Needs("tensor", experts=(1, 1), weights="none"))
 
 
 def row_divergence(base: Float[Array, "... n"], delta: Float[Array, "... n"]) -> Float[Array, "... 1"]:

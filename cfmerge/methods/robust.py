@@ -20,11 +20,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.core.checks import as_array, check, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Needs, Report
+from cfmerge.core.registry import register
 from cfmerge.covariance import energy
-from cfmerge.methods import _stack
-from cfmerge.methods._base import Method, Report
-from cfmerge.methods._registry import Number, as_array, check, check_number, register
-from cfmerge.methods._stack import Stack
 
 
 @register
@@ -44,18 +45,18 @@ def cauchy_poe(eps: Number = 0.1, jitter: Number = 1e-3, iterations: int = 50, t
     check_number("cauchy_poe: tolerance", tolerance, 0)
     check(iterations >= 1, f"cauchy_poe: iterations must be at least 1, got {iterations}")
 
-    def report(statistic: Stack) -> tuple[Array, Report]:
-        rows = jnp.swapaxes(jnp.stack(statistic.deltas), 1, 2)
-        weights = jnp.stack(statistic.weights)
-        merged, told = _reweighted(rows, weights, eps, jitter, iterations, tolerance)
+    def on_rows(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+        merged, told = _reweighted(jnp.swapaxes(deltas, 1, 2), weights, eps, jitter, iterations, tolerance)
         return merged.T, told
 
     notes = {
-        "change": (lambda value: value > 1e-3, "the weights had not settled; the last step changed the merge by "
-                   "{value:.1e}; allow more iterations"),
+        "change": (
+            lambda value: value > 1e-3,
+            "the weights had not settled; the last step changed the merge by {value:.1e}; allow more iterations",
+        ),
         "no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor"),
-    }  # fmt: skip
-    return _stack.method("cauchy_poe", report, weights="positive", normalises=True, notes=notes)
+    }
+    return of_deltas(on_rows, Needs(weights="positive", normalises=True), notes=notes)
 
 
 class Settling(NamedTuple):
@@ -132,8 +133,7 @@ def two_sided(
     check_number("two_sided: scale", scale)
     check(iterations >= 0, f"two_sided: iterations must not be negative, got {iterations}")
 
-    def report(statistic: Stack) -> tuple[Array, Report]:
-        deltas, weights = jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
+    def matched(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
         mean = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST)
         mean = mean / jnp.maximum(jnp.sum(weights), jnp.finfo(deltas.dtype).tiny)
         sides = lax.map(lambda delta: _sides(delta, output_power, input_power), deltas)
@@ -158,7 +158,7 @@ def two_sided(
         merged, residual = linalg.conjugate_gradients(times, goal, mean, iterations)
         return as_array(scale, mean.dtype) * merged, {"residual": residual}
 
-    return _stack.method("two_sided", report, weights="positive", normalises=True)
+    return of_deltas(matched, Needs(weights="positive", normalises=True))
 
 
 class Sides(NamedTuple):

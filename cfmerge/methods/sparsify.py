@@ -11,6 +11,7 @@
 `drop` and `drop_by_rank` leave the mean over draws what it was: `E[D m / q] = D` for a mask `m` of mean `q`.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cfmerge import linalg
+from cfmerge.core.checks import check, check_number
+from cfmerge.core.numbers import Number, PerExpert
+from cfmerge.core.part import NO_CONTEXT, Context, Needs, Transform
+from cfmerge.core.random import draws
+from cfmerge.core.registry import register
+from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
 from cfmerge.methods import _thresholds
-from cfmerge.methods._base import NO_CONTEXT, Context, Found, Scope, Survey, Transform, xp_of
-from cfmerge.methods._random import draws
-from cfmerge.methods._registry import Number, PerExpert, check, check_number, register
 from cfmerge.methods._stack import ratio
 from cfmerge.methods._thresholds import Search, magnitude_keys, share_of
 
@@ -76,16 +80,15 @@ def trim(
         return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
 
     if scope == "tensor":
-        return Transform("trim", apply, scope="tensor")
-    part: Scope = "entry" if rescale == "none" else "tensor"
+        return Transform("trim", apply, needs=Needs("tensor"))
+    needs = Needs("entry" if rescale == "none" else "tensor")
 
-    def survey(found: Any) -> Survey | None:
-        search = _thresholds.model_of(found)
-        if search is None or not search.complete:
-            return _thresholds.search(search, lambda delta, _: magnitude_keys(delta), lambda size: (wanted(size),))
-        if count == "official" or not search.tied or isinstance(found, Found):
-            return None
-        return _ties(search)
+    def look(entries: int, own: Sequence[Any]) -> Look:
+        asked = [(_count(density, entries, count),) for density in own]
+        search = yield from _thresholds.search(magnitude_keys, asked, entries)
+        if count == "official" or not search.tied:
+            return search
+        return (yield from _quotas(search))
 
     def informed(found: Found) -> Transform:
         def applied(delta: Float[Array, "..."], context: Context = NO_CONTEXT) -> Float[Array, "..."]:
@@ -97,9 +100,9 @@ def trim(
             kept &= jnp.asarray(found.model.asked)[number, 0] > 0
             return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
 
-        return Transform("trim", applied, scope=part)
+        return Transform("trim", applied, needs=needs)
 
-    return Transform("trim", apply, scope=part, survey=survey, informed=informed)
+    return Transform("trim", apply, needs=needs, survey=Survey(look, informed, own=density))
 
 
 def _count(density: Any, size: Any, count: Count) -> Any:
@@ -109,22 +112,19 @@ def _count(density: Any, size: Any, count: Count) -> Any:
     return min(many, int(size)) if isinstance(many, int) else jnp.minimum(many, size)
 
 
-def _ties(search: Search) -> Survey:
-    """The pass that counts, place by place, what ties with the threshold; the first of them are kept."""
+def _quotas(search: Search) -> Look:
+    """A look that counts, place by place, the entries that tie with the threshold; the first of them are kept."""
 
-    def measure(delta: Float[Array, "..."], context: Context = NO_CONTEXT) -> Int[Array, ""]:
-        keys = magnitude_keys(delta)
+    def measure(delta: Float[Array, "..."], context: Context) -> Int[Array, ""]:
         key = _thresholds.found_keys(search)[context.number, 0]
-        return jnp.sum(keys == key, dtype=jnp.int32)
+        return jnp.sum(magnitude_keys(delta) == key, dtype=jnp.int32)
 
-    def combine(counts: Any) -> Found:
-        left, quotas = search.ranks[:, 0], {}
-        for place, count in counts.items():
-            quotas[place] = xp_of(left, count).minimum(left, count).astype(np.int32)
-            left = left - quotas[place]
-        return Found(search, quotas)
-
-    return Survey(measure, combine, by_tensor=True)
+    counts = yield Measure(measure, by_tensor=True)
+    left, quotas = search.ranks[:, 0], {}
+    for place, count in counts.items():
+        quotas[place] = xp_of(left, count).minimum(left, count).astype(np.int32)
+        left = left - quotas[place]
+    return Found(search, quotas)
 
 
 @register
@@ -145,7 +145,7 @@ def trim_deviation(factor: PerExpert = 1.0) -> Transform:
         variance = jnp.sum(far**2) / max(delta.size - 1, 1)
         return jnp.where(far**2 > jnp.asarray(factor, delta.dtype) ** 2 * variance, delta, 0)
 
-    return Transform("trim_deviation", apply, scope="tensor")
+    return Transform("trim_deviation", apply, needs=Needs("tensor"))
 
 
 @register
@@ -170,7 +170,7 @@ def trim_energy(share: PerExpert = 0.9, keep_last: bool = False) -> Transform:
             kept |= (jnp.arange(delta.size) == delta.size - 1).reshape(delta.shape)
         return jnp.where(kept, delta, 0)
 
-    return Transform("trim_energy", apply, scope="tensor")
+    return Transform("trim_energy", apply, needs=Needs("tensor"))
 
 
 @register
@@ -195,7 +195,7 @@ def outliers(density: PerExpert = 0.9, gamma: PerExpert = 0.01, rescale: Norm = 
         inside = _thresholds.largest(keys, top + kept) & ~_thresholds.largest(keys, top)
         return _rescaled(delta, jnp.where(inside, delta, 0), rescale)
 
-    return Transform("outliers", apply, scope="tensor")
+    return Transform("outliers", apply, needs=Needs("tensor"))
 
 
 @register
@@ -218,8 +218,7 @@ def drop(p: PerExpert = 0.9, rescale: Literal["inverse", "none", "l1", "l2", "li
             return ratio(kept, 1 - jnp.asarray(p, delta.dtype))
         return _rescaled(delta, kept, rescale)
 
-    part: Scope = "entry" if rescale in {"inverse", "none"} else "tensor"
-    return Transform("drop", apply, scope=part, random=True)
+    return Transform("drop", apply, needs=Needs("entry" if rescale in {"inverse", "none"} else "tensor", random=True))
 
 
 @register
@@ -255,7 +254,7 @@ def drop_by_rank(
         kept = jnp.where(draws(context, delta) < keep, delta, 0)
         return ratio(kept, keep) if rescale == "inverse" else _rescaled(delta, kept, rescale)
 
-    return Transform("drop_by_rank", apply, scope="tensor", random=True)
+    return Transform("drop_by_rank", apply, needs=Needs("tensor", random=True))
 
 
 def keep_probabilities(delta: Float[Array, "..."], density: Any, epsilon: Any) -> Float[Array, "..."]:
@@ -268,7 +267,7 @@ def keep_probabilities(delta: Float[Array, "..."], density: Any, epsilon: Any) -
 
 
 def _rescaled(before: Array, after: Array, norm: str) -> Array:
-    """What was kept, brought to the norm that was there before; as it is where nothing was kept."""
+    """The entries that are left, brought to the norm that was there before; as they are where nothing is left."""
     if norm == "none":
         return after
     return after * ratio(_size(before, norm), _size(after, norm), 1.0)

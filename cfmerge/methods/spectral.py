@@ -16,8 +16,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg, singular
-from cfmerge.methods._base import Seen, Transform
-from cfmerge.methods._registry import Number, as_array, check, check_number, register
+from cfmerge.core.checks import as_array, check, check_number
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Needs, Seen, Transform
+from cfmerge.core.registry import register
 from cfmerge.methods._stack import ratio
 from cfmerge.methods.cart import rank_of
 
@@ -39,7 +41,7 @@ def low_rank(rank: int | None = None, fraction: float = 0.1) -> Transform:
         k = rank_of(fraction, delta.shape) if rank is None else min(rank, *delta.shape)
         return delta if k == min(delta.shape) else singular.truncated(delta, k)
 
-    return Transform("low_rank", apply, scope="matrix")
+    return Transform("low_rank", apply, needs=Needs("matrix"))
 
 
 @register
@@ -59,7 +61,7 @@ def star(eta: Number = 0.4) -> Transform:
         kept = jnp.where((before < as_array(eta, s.dtype) * jnp.sum(s)) | (jnp.arange(len(s)) == 0), s, 0)
         return linalg.matmul(u * kept * ratio(jnp.sum(s), jnp.sum(kept)), vt)
 
-    return Transform("star", apply, scope="matrix")
+    return Transform("star", apply, needs=Needs("matrix"))
 
 
 @register
@@ -82,7 +84,7 @@ def subspace_boosting(beta: Number = 0.01, energy: Literal["values", "squares"] 
         level = s[jnp.minimum(at, last)]
         return linalg.matmul(u * jnp.where(kept, jnp.maximum(s, level), 0), vt)
 
-    return Transform("subspace_boosting", apply, scope="matrix")
+    return Transform("subspace_boosting", apply, needs=Needs("matrix"))
 
 
 @register
@@ -102,7 +104,7 @@ def half_flatten(q: Number = 0.5) -> Transform:
         powers = jnp.where(kept, relative ** as_array(q, s.dtype), 0)
         return linalg.matmul(u * powers * ratio(jnp.sum(s), jnp.sum(powers)), vt)
 
-    return Transform("half_flatten", apply, scope="matrix")
+    return Transform("half_flatten", apply, needs=Needs("matrix"))
 
 
 @register
@@ -137,7 +139,7 @@ def svc(alpha: Number = 0.1) -> Transform:
         gamma = ratio(jnp.sum(counts), jnp.sum(counts[:, None] * lax.map(shares, seen.deltas), axis=0), 1.0)
         return linalg.matmul(u * gamma, rows)
 
-    return Transform("svc", apply, scope="matrix", looks_back=True)
+    return Transform("svc", apply, needs=Needs("matrix", seen=True))
 
 
 def _parts(delta: Float[Array, "m n"]) -> tuple[Array, Array, Array, Array]:

@@ -16,34 +16,25 @@ for slerp, and as `_sphere` says for the means.
 A tensor that is zero has no direction: it is left out of `m`, and slerp is linear where one of the two is zero.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.methods._base import Method, Report
-from cfmerge.methods._registry import Number, check, check_number, register
+from cfmerge.core.checks import check, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Needs, Report
+from cfmerge.core.registry import register
 from cfmerge.methods._sphere import intrinsic_mean, normalised, shares_of, sphere_of
 
 On = Literal["weights", "deltas"]
 
 
-class Experts(NamedTuple):
-    """All that was seen; the base is zero where deltas are interpolated."""
-
-    base: Float[Array, "..."]
-    deltas: tuple[Float[Array, "..."], ...]
-    weights: tuple[float | Array, ...]
-
-
-def _init(on: On) -> Callable[[Array], Experts]:
-    return lambda base: Experts(base if on == "weights" else jnp.zeros_like(base), (), ())
-
-
-def _update(statistic: Experts, delta: Array, weight: float | Array = 1.0) -> Experts:
-    return Experts(statistic.base, (*statistic.deltas, delta), (*statistic.weights, weight))
+def _origin(base: Array, on: On) -> Array:
+    """The tensor that deltas are added to: the base, or zero where deltas are interpolated."""
+    return base if on == "weights" else jnp.zeros_like(base)
 
 
 # --- between two --------------------------------------------------------------------------------------------------
@@ -64,24 +55,12 @@ def slerp(t: Number = 0.5, on: On = "weights", threshold: Number = 0.9995) -> Me
     check_number("slerp: t", t)
     check_number("slerp: threshold", threshold, 0, 1)
 
-    def report(statistic: Experts) -> tuple[Array, Report]:
-        base, deltas, _ = statistic
+    def between(base: Array, deltas: Float[Array, "T ..."], weights: Array) -> tuple[Array, Report]:
         first = deltas[0] if len(deltas) > 1 else jnp.zeros_like(base)
-        return _slerp(base, first, deltas[-1], t, None, threshold)
+        return _slerp(_origin(base, on), first, deltas[-1], t, None, threshold)
 
-    return Method(
-        "slerp",
-        _init(on),
-        _update,
-        lambda statistic: report(statistic)[0],
-        report,
-        scope="tensor",
-        additive=False,
-        ordered=True,
-        experts=(1, 2),
-        weights="none",
-        notes={"opposite": OPPOSITE},
-    )
+    needs = Needs("tensor", ordered=True, experts=(1, 2), weights="none")
+    return of_deltas(between, needs, notes={"opposite": OPPOSITE})
 
 
 @register
@@ -97,30 +76,20 @@ def nuslerp(flatten: bool = True, row_wise: bool = False, on: On = "deltas") -> 
     Source: mergekit 0.1.4, nuslerp; Shoemake, SIGGRAPH 1985.
     """
 
-    def report(statistic: Experts) -> tuple[Array, Report]:
-        base, (first, second), weights = statistic
-        w_0, w_1 = (jnp.asarray(weight, base.dtype) for weight in weights)
+    def between(base: Array, deltas: Float[Array, "2 ..."], weights: Float[Array, "2"]) -> tuple[Array, Report]:
+        (first, second), (w_0, w_1) = deltas, weights
         total = w_0 + w_1
         none = jnp.abs(total) <= 1e-6 * (jnp.abs(w_0) + jnp.abs(w_1))
         t = jnp.where(none, 0.5, w_1 / jnp.where(none, 1, total))
         axis = None if flatten or not base.ndim else 0 if row_wise else -1
-        merged, told = _slerp(base, first, second, t, axis, 1)
+        merged, told = _slerp(_origin(base, on), first, second, t, axis, 1)
         return merged, {**told, "weightless": none}
 
-    return Method(
-        "nuslerp",
-        _init(on),
-        _update,
-        lambda statistic: report(statistic)[0],
-        report,
-        scope="tensor",
-        additive=False,
-        experts=(2, 2),
-        notes={
-            "opposite": OPPOSITE,
-            "weightless": (bool, "the two weights sum to 0: taken as equal, half way between the experts"),
-        },
-    )
+    notes = {
+        "opposite": OPPOSITE,
+        "weightless": (bool, "the two weights sum to 0: taken as equal, half way between the experts"),
+    }
+    return of_deltas(between, Needs("tensor", experts=(2, 2)), notes=notes)
 
 
 OPPOSITE = (
@@ -170,29 +139,17 @@ def multislerp(normalise_weights: bool = True, on: On = "deltas", eps: Number = 
     """
     check_number("multislerp: eps", eps, 0)
 
-    def report(statistic: Experts) -> tuple[Array, Report]:
-        base, deltas, weights = statistic
-        given = jnp.stack([jnp.asarray(weight, base.dtype) for weight in weights])
-        total = jnp.sum(given)
-        sphere = sphere_of(base, jnp.stack(deltas))
-        directions, lengths = shares_of(given, sphere)
+    def mean(base: Array, deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+        total, base = jnp.sum(weights), _origin(base, on)
+        sphere = sphere_of(base, deltas)
+        directions, lengths = shares_of(weights, sphere)
         directions = normalised(directions * sphere.lengths / (sphere.lengths + eps + ~sphere.directed))
         merged, opposed = sphere.merged(directions, lengths)
         if not normalise_weights:  # as many times as long, in the same direction
             merged = jnp.abs(total) * merged + (jnp.abs(total) - 1) * base
         return merged, {"opposed": opposed}
 
-    return Method(
-        "multislerp",
-        _init(on),
-        _update,
-        lambda statistic: report(statistic)[0],
-        report,
-        scope="tensor",
-        additive=False,
-        normalises=True,
-        notes={"opposed": OPPOSED},
-    )
+    return of_deltas(mean, Needs("tensor", normalises=True), notes={"opposed": OPPOSED})
 
 
 @register
@@ -210,36 +167,24 @@ def karcher(max_iter: int = 10, tol: Number = 1e-5, on: On = "weights", with_bas
     check(max_iter >= 0, f"karcher: max_iter must not be negative, got {max_iter}")
     check_number("karcher: tol", tol, 0)
 
-    def init(base: Array) -> Experts:
-        start = _init(on)(base)
-        return _update(start, jnp.zeros_like(base)) if with_base else start
-
-    def report(statistic: Experts) -> tuple[Array, Report]:
-        base, deltas, weights = statistic
-        given = jnp.stack([jnp.asarray(weight, base.dtype) for weight in weights])
-        sphere = sphere_of(base, jnp.stack(deltas))
-        directions, lengths = shares_of(given, sphere)
+    def mean(base: Array, deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+        if with_base:
+            deltas = jnp.concatenate([jnp.zeros_like(base)[None], deltas])
+            weights = jnp.concatenate([jnp.ones_like(weights[:1]), weights])
+        base = _origin(base, on)
+        sphere = sphere_of(base, deltas)
+        directions, lengths = shares_of(weights, sphere)
         place, residual = intrinsic_mean(directions, sphere.chords, max_iter, tol)
         _, opposed = sphere.direction(directions)
         merged, opposed = sphere.merged(place, lengths, opposed)
         least = jnp.maximum(jnp.asarray(tol, base.dtype), 32 * jnp.finfo(base.dtype).eps)
         return merged, {"opposed": opposed, "residual": residual, "unfinished": ~opposed & (residual > least)}
 
-    return Method(
-        "karcher",
-        init,
-        _update,
-        lambda statistic: report(statistic)[0],
-        report,
-        scope="tensor",
-        additive=False,
-        weights="positive",
-        normalises=True,
-        notes={
-            "opposed": OPPOSED,
-            "unfinished": (bool, "the mean was not reached within tol: use a larger max_iter"),
-        },
-    )
+    notes = {
+        "opposed": OPPOSED,
+        "unfinished": (bool, "the mean was not reached within tol: use a larger max_iter"),
+    }
+    return of_deltas(mean, Needs("tensor", weights="positive", normalises=True), notes=notes)
 
 
 OPPOSED = (

@@ -11,14 +11,18 @@ With `N = sum_t w_t D_t` and `w = sum_t w_t`
 All are entrywise and take tensors of any shape.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cfmerge.core.checks import as_array, check_number
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Context, Method, Needs, Report
+from cfmerge.core.registry import register
+from cfmerge.core.survey import Found, Look, Measure, Survey
 from cfmerge.covariance import energy
-from cfmerge.methods._base import Context, Found, Method, Survey
-from cfmerge.methods._registry import Number, as_array, check_number, register
 
 
 class Sum(NamedTuple):
@@ -47,7 +51,12 @@ def average() -> Method:
 
     Source: Wortsman et al., Model Soups, ICML 2022, arXiv 2203.05482.
     """
-    return Method("average", init, update, mean, scope="entry", statistic="sum", normalises=True)
+    return _sum("average", mean, normalises=True)
+
+
+def _sum(name: str, merged: Callable[[Sum], Array], **needs: Any) -> Method:
+    """The method of a merged delta that follows from the sum."""
+    return Method(name, init, update, lambda sums: (merged(sums), {}), needs=Needs("entry", **needs), statistic="sum")
 
 
 @register
@@ -62,10 +71,10 @@ def task_arithmetic(scale: Number = 0.3, normalise: bool = False) -> Method:
     """
     check_number("task_arithmetic: scale", scale)
 
-    def solve(statistic: Sum) -> Array:
+    def merged(statistic: Sum) -> Array:
         return as_array(scale, statistic.total.dtype) * (mean(statistic) if normalise else statistic.total)
 
-    return Method("task_arithmetic", init, update, solve, scope="entry", statistic="sum", normalises=normalise)
+    return _sum("task_arithmetic", merged, normalises=normalise)
 
 
 class SumWithBase(NamedTuple):
@@ -84,18 +93,18 @@ def linear(normalise: bool = True) -> Method:
     Source: Wortsman et al., Model Soups, ICML 2022, arXiv 2203.05482.
     """
     if normalise:
-        return Method("linear", init, update, mean, scope="entry", statistic="sum", normalises=True)
+        return _sum("linear", mean, normalises=True)
 
-    def solve(statistic: SumWithBase) -> Array:
+    def solve(statistic: SumWithBase) -> tuple[Array, Report]:
         base, (total, weight) = statistic
-        return total + (weight - 1) * base
+        return total + (weight - 1) * base, {}
 
     return Method(
         "linear",
         lambda base: SumWithBase(base, init(base)),
         lambda statistic, delta, weight=1.0: SumWithBase(statistic.base, update(statistic.sum, delta, weight)),
         solve,
-        scope="entry",
+        needs=Needs("entry"),
         additive=False,  # the base is not a sum over experts
     )
 
@@ -109,27 +118,24 @@ def metagpt() -> Method:
     Source: Zhou et al., MetaGPT: Merging Large Language Models Using Model Exclusive Task Arithmetic, EMNLP 2024,
         arXiv 2406.11385.
     """
-    measure = Survey(lambda delta, context: energy(delta), lambda energies: energies / _nonzero(energies.sum()))
+
+    def look(entries: int, own: Sequence[Any]) -> Look:
+        energies = yield Measure(energy)
+        return energies / _nonzero(energies.sum())
+
+    def informed(found: Found) -> Method:
+        def update_by_share(statistic: Sum, delta: Array, weight: float | Array, context: Context) -> Sum:
+            return update(statistic, delta, jnp.asarray(found.model, delta.dtype)[context.number])
+
+        return Method("metagpt", init, update_by_share, lambda sums: (sums.total, {}), needs=needs)
+
+    def update_alone(statistic: Sum, delta: Array, weight: float | Array = 1.0) -> Sum:
+        return update(statistic, delta, energy(delta))
+
+    needs = Needs("entry", weights="none")
     return Method(
-        "metagpt",
-        init,
-        lambda statistic, delta, weight=1.0: update(statistic, delta, energy(delta)),
-        mean,
-        scope="entry",
-        weights="none",
-        survey=lambda found: measure if found is None else None,
-        informed=_metagpt_of,
+        "metagpt", init, update_alone, lambda sums: (mean(sums), {}), needs=needs, survey=Survey(look, informed)
     )
-
-
-def _metagpt_of(found: Found) -> Method:
-    """`metagpt`, given the experts' shares."""
-
-    def update_by_share(statistic: Sum, delta: Array, weight: float | Array, context: Context) -> Sum:
-        share = jnp.asarray(found.model, delta.dtype)[context.number]
-        return update(statistic, delta, share)
-
-    return Method("metagpt", init, update_by_share, lambda sums: sums.total, scope="entry", weights="none")
 
 
 def _nonzero(value: Any) -> Any:
@@ -150,8 +156,6 @@ def expo(alpha: Number = 0.1) -> Method:
         "expo",
         init,
         lambda statistic, delta, weight=1.0: update(statistic, delta),
-        lambda statistic: (1 + as_array(alpha, statistic.total.dtype)) * statistic.total,
-        scope="entry",
-        experts=(1, 1),
-        weights="none",
+        lambda statistic: ((1 + as_array(alpha, statistic.total.dtype)) * statistic.total, {}),
+        needs=Needs("entry", experts=(1, 1), weights="none"),
     )

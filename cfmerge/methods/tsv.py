@@ -12,14 +12,15 @@ the tensor takes no part. T identical experts of rank k return the expert.
 
 from typing import Literal
 
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.methods import _stack
-from cfmerge.methods._base import Method, Report
-from cfmerge.methods._blocks import NOTES, cover, leading, side_by_side, stacked, told
-from cfmerge.methods._registry import Number, as_array, check_number, register
-from cfmerge.methods._stack import Stack
+from cfmerge.core.checks import as_array, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Report
+from cfmerge.core.registry import register
+from cfmerge.methods._blocks import NOTES, cover, leading, scaled, side_by_side, told
 
 
 def share(shape: tuple[int, ...], experts: int) -> int:
@@ -41,8 +42,8 @@ def tsv_m(alpha: Number = 1.0, variant: Literal["merge", "lossless", "low_rank"]
     """
     check_number("tsv_m: alpha", alpha)
 
-    def report(statistic: Stack) -> tuple[Array, Report]:
-        deltas = stacked(statistic)
+    def joined(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+        deltas = scaled(deltas, weights)
         experts, *shape = deltas.shape
         scale = as_array(alpha, deltas.dtype)
         k = min(shape) if variant == "lossless" else share(tuple(shape), experts)
@@ -53,4 +54,4 @@ def tsv_m(alpha: Number = 1.0, variant: Literal["merge", "lossless", "low_rank"]
         bases, s = cover(triplets)
         return scale * linalg.matmul(bases.u * s, bases.vt), told(bases, experts > min(shape))
 
-    return _stack.method("tsv_m", report, notes=NOTES)
+    return of_deltas(joined, notes=NOTES)

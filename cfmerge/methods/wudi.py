@@ -4,9 +4,9 @@ WUDI (arXiv 2503.08099) starts Adam at the sum `N = sum_t w_t D_t` and stops it 
 
     L(X) = sum_t w_t ||(X - D_t) D_t^T||^2 / ||D_t||^2,     dL/dX = 2 (X G - K)
 
-with `G = sum_t w_t C_t / ||D_t||^2`, `K = sum_t w_t D_t C_t / ||D_t||^2`, `C_t = D_t^T D_t`. What stopping early does
-is done in closed form by a ridge to `N` (`wudi`), or by a filter on the spectrum of `G` (SWUDI and ASWUDI, arXiv
-2606.07289); all of them read one statistic. OptMerge (arXiv 2505.19892) takes the loss with denoised deltas.
+with `G = sum_t w_t C_t / ||D_t||^2`, `K = sum_t w_t D_t C_t / ||D_t||^2`, `C_t = D_t^T D_t`. The effect of
+stopping early comes in closed form by a ridge to `N` (`wudi`), or by a filter on the spectrum of `G` (SWUDI and ASWUDI,
+arXiv 2606.07289); all of them read one statistic. OptMerge (arXiv 2505.19892) takes the loss with denoised deltas.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.core.checks import as_array, check, check_number
+from cfmerge.core.deltas import of_deltas
+from cfmerge.core.numbers import Number
+from cfmerge.core.part import Method, Needs, Report
+from cfmerge.core.registry import register
 from cfmerge.covariance import energy
-from cfmerge.methods import _stack
-from cfmerge.methods._base import Method, Report
 from cfmerge.methods._least_squares import NOTES, Anchor, Form, Grams, Statistic, least_squares, solve_ridge, stacked
-from cfmerge.methods._registry import Number, as_array, check, check_number, register
 from cfmerge.methods._spectrum import CUT, Rule, rank_of, spectrum
-from cfmerge.methods._stack import Stack
 
 FLOOR = 1e-8  # of the eigenvalues of G, whose sum is the number of experts
 
@@ -192,7 +193,7 @@ def _filtered(
         if response is jnp.ones_like:
             phi = jnp.where(known, phi, 0)
         capped = (kept > jnp.sum(known)) & (jnp.max(found.values) > 0)
-        return found.filtered(phi), found.told(phi) | {"kept": kept, "capped": capped}
+        return found.filtered(phi), {**found.told(phi), "kept": kept, "capped": capped}
 
     return solution
 
@@ -211,8 +212,7 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
     check(rank is None or rank >= 1, f"optmerge: rank must be at least 1, got {rank}")
     check_number("optmerge: ridge", ridge, 0)
 
-    def report(statistic: Stack) -> tuple[Array, Report]:
-        deltas, weights = jnp.stack(statistic.deltas), jnp.stack(statistic.weights)
+    def denoised(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
         experts, m, n = deltas.shape
         k = min(rank or max(1, min(m, n) // experts), min(m, n))
         mean = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST) / jnp.maximum(jnp.sum(weights), 1e-30)
@@ -234,6 +234,5 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
         zero = jnp.zeros_like(size[0])
         return solve_ridge(Statistic(total, jnp.sum(weights), zero, zero, grams), ridge, anchor)
 
-    return _stack.method(
-        "optmerge", report, weights="positive", normalises=True, notes={"no_cholesky": NOTES["no_cholesky"]}
-    )
+    needs = Needs(weights="positive", normalises=True)
+    return of_deltas(denoised, needs, notes={"no_cholesky": NOTES["no_cholesky"]})

@@ -243,11 +243,15 @@ def test_tensors_with_different_numbers_share_a_batch(family, tmp_path, load, mo
 
 
 def test_steps_are_compiled_once_for_all_numbers(own):
-    one, other = own.squares(ridge=0.25), own.squares(ridge=0.5)
-    assert steps.compiled(one, "oi", "float32") is steps.compiled(other, "oi", "float32")
-    assert steps.compiled(one, "oi", "float32") is not steps.compiled(
-        own.squares(0.25) >> methods.scale(), "oi", "float32"
-    )
+    start = steps.compiled("oi", "float32").start
+
+    def compiled_with(method):
+        start(steps.settings_of([method]), np.zeros((1, 4, 3), np.float32))
+        return start._cache_size()
+
+    first = compiled_with(own.squares(ridge=0.25))
+    assert compiled_with(own.squares(ridge=0.5)) == first
+    assert compiled_with(own.squares(ridge=0.25) >> methods.scale()) == first + 1
 
 
 def test_traced_numbers_by_tensor(own):

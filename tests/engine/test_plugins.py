@@ -9,9 +9,9 @@ import pytest
 import toys
 
 import cfmerge
+from cfmerge.core import registry
 from cfmerge.engine import plugins
 from cfmerge.errors import CfmergeError
-from cfmerge.methods import _registry
 from cfmerge.recipe import load as load_recipe
 
 PLUGIN = '''
@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from cfmerge.methods import Method, Number, Transform, register
+from cfmerge.methods import Method, Needs, Number, Transform, register
 
 
 @register
 def plain_sum(factor: Number = 1.0) -> Method:
     """The sum of the deltas, times a number."""
-    return Method("plain_sum", jnp.zeros_like, lambda s, delta, weight: s + weight * delta, lambda s: factor * s,
-                  scope="entry")
+    return Method("plain_sum", jnp.zeros_like, lambda s, delta, weight: s + weight * delta, lambda s: (factor * s, {}),
+                  needs=Needs("entry"))
 
 
 @register
@@ -105,7 +105,7 @@ def test_in_sweeps_and_statistics(family, plugin, tmp_path, load):
 def test_accumulating_loads_it_too(family, plugin, tmp_path, load):
     kept = cfmerge.accumulate(family.base, family.experts, "plain_sum", output=tmp_path / "kept", plugins=[str(plugin)])
     for name in ("plain_sum", "opposite"):  # as in another process
-        _registry._REGISTRY.pop(name)
+        registry._REGISTRY.pop(name)
     plugins._load_file.cache_clear()
     result = cfmerge.solve(kept, family.base, output=tmp_path / "out", plugins=[str(plugin)])
     close(load(result.output), expected(family, 1))

@@ -6,9 +6,9 @@ import toys
 
 import cfmerge
 from cfmerge import methods
+from cfmerge.core import random as _random
 from cfmerge.engine import steps, units
 from cfmerge.errors import CfmergeError
-from cfmerge.methods import _random
 
 FLOAT = np.dtype(np.float32)
 METHODS = ["by_chance >> average", "by_chance(scope='tensor') >> task_arithmetic(scale=1)", "drop_by_rank >> middle"]
@@ -62,13 +62,13 @@ def test_in_memory_as_on_disk(family, merge, tmp_path, load, method):
 def test_batches_and_pieces_do_not_matter(merge, monkeypatch, method):
     """Tensors by themselves, in stacks, or in pieces of three blocks of draws: the same bytes."""
     monkeypatch.setattr(_random, "BLOCK", 8)
-    steps._compiled.cache_clear()  # they hold the block's size
+    steps.compiled.cache_clear()  # they hold the block's size
     whole = merge("whole", method)
     monkeypatch.setattr(units, "ENTRIES", 24)
     monkeypatch.setattr(units, "STACKED", 1)
     assert merge("cut", method) == whole
     assert merge("little", method, memory=24_000) == whole
-    steps._compiled.cache_clear()
+    steps.compiled.cache_clear()
 
 
 def test_pieces_of_an_odd_end_get_what_the_whole_gets():

@@ -46,10 +46,13 @@ def only(mapping, *names):
 # --- trees --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["average", "squares(ridge=0.5)", "ace", "times(factor=2.0) >> squares >> scale(0.5)"])
+@pytest.mark.parametrize(
+    "text", ["average", "squares(ridge=0.5)", "ace", "times(factor=2.0) >> squares >> scale(0.5)",
+             "times(factor=2.0) >> ace", "anchored(towards=ace)"]
+)  # fmt: skip
 def test_in_two_halves(family, text):
     base = family.tensors[0]
-    weights = {"m1": 1.0, "m2": 0.5, "m3": 2.0} if text != "ace" else dict.fromkeys(family.trees, 1.0)
+    weights = {"m1": 1.0, "m2": 0.5, "m3": 2.0} if "ace" not in text else dict.fromkeys(family.trees, 1.0)
     whole = cfmerge.accumulate(base, family.trees, text, weights=list(weights.values()))
     expected = cfmerge.merge_params(base, family.trees, methods.make(text), weights=list(weights.values()))
     close(cfmerge.solve(whole, base), expected, 1e-5)
@@ -350,3 +353,20 @@ def test_an_expert_that_is_not_finite_can_be_left_out_of_statistics(family, make
         cfmerge.accumulate(family.base, experts, "average", output=tmp_path / "sums")
     kept = cfmerge.accumulate(family.base, experts, "average", output=tmp_path / "sums", on_nonfinite="skip-expert")
     assert list(kept.experts) == ["m1", "m3"]
+
+
+def test_a_sweep_over_statistics_is_its_methods_one_by_one(family, tmp_path, load):
+    cfmerge.accumulate(family.base, family.experts, "squares(ridge=1)", output=tmp_path / "sums")
+    texts = ["squares(ridge=0.5)", "squares(ridge=2)"]
+    found = cfmerge.sweep(family.base, [], texts, output=tmp_path / "swept", statistics=str(tmp_path / "sums"))
+    for number, text in enumerate(texts):
+        cfmerge.solve(tmp_path / "sums", family.base, text, output=tmp_path / str(number))
+        close(load(found[text].output), load(tmp_path / str(number)))
+
+
+@pytest.mark.parametrize("text", ["trim(density=0.5, scope='tensor') >> ace", "anchored(towards=ace)"])
+def test_chains_and_anchors_of_ace_accumulate(family, tmp_path, load, text):
+    cfmerge.accumulate(family.base, family.experts, text, output=tmp_path / "sums")
+    cfmerge.solve(tmp_path / "sums", family.base, output=tmp_path / "solved")
+    cfmerge.merge(family.base, family.experts, text, output=tmp_path / "merged")
+    close(load(tmp_path / "solved"), load(tmp_path / "merged"), 1e-4)

@@ -70,6 +70,13 @@ def restored(deltas, factors):
     return {name: value * np.mean(np.sqrt(squares_of(deltas))) / size for name, value in merged.items()}
 
 
+def twice(deltas, sizes):
+    """Two parts of a chain look at the model: the second at what the first one lets through, merged."""
+    merged = {name: np.median(stack, axis=0) for name, stack in unit(deltas, np.array(sizes)).items()}
+    size = np.sqrt(sum((value**2).sum() for value in merged.values()))
+    return {name: value * np.mean(np.sqrt(squares_of(deltas))) / size for name, value in merged.items()}
+
+
 SURVEYED = {
     "unit >> average": lambda d: of_sum(unit(d), norm=3),
     "unit(size=[1.0, 2.0, 4.0]) >> average": lambda d: of_sum(unit(d, [1, 2, 4]), norm=3),
@@ -82,6 +89,7 @@ SURVEYED = {
     "unit_sum_of(factor=[1.0, 0.5, -2.0])": lambda d: of_sum(times(d, [1, 0.5, -2]), 2),
     "share >> average": lambda d: of_sum(share(d), norm=3),
     "times(factor=[1.0, 0.5, 2.0]) >> middle >> restore": lambda d: restored(d, [1, 0.5, 2]),
+    "unit(size=[1.0, 2.0, 4.0]) >> middle >> restore": lambda d: twice(d, [1, 2, 4]),
     "metagpt": lambda d: of_sum(times(d, squares_of(d) / squares_of(d).sum()), norm=1),
 }
 
@@ -217,10 +225,11 @@ def test_under_jit(family, text):
 @pytest.mark.parametrize("combine", [lambda total: float(total[0]), lambda total: 1.0 if total[0] > 0 else 0.0,
                                      lambda total: [1.0, 2.0][int(total[0])]])  # fmt: skip
 def test_under_jit_whatever_the_host_does(own, combine):
-    part = methods.Transform(
-        "odd", lambda delta: delta, informed=lambda found: methods.scale(2.0),
-        survey=lambda found: methods.Survey(lambda delta, context: delta.sum(), combine) if found is None else None,
-    )  # fmt: skip
+    def look(entries, own):
+        return combine((yield methods.Measure(lambda delta: delta.sum())))
+
+    survey = methods.Survey(look, lambda found: methods.scale(2.0))
+    part = methods.Transform("odd", lambda delta: delta, survey=survey)
     with pytest.raises(CfmergeError, match="odd >> average surveys the whole model"):
         jax.jit(lambda base: cfmerge.merge_tensor(base, [base + 1.0], part >> methods.average()))(np.zeros((2, 2)))
 

@@ -10,10 +10,10 @@ import toys
 
 import cfmerge
 from cfmerge import methods
+from cfmerge.core.several import several
 from cfmerge.engine import units
 from cfmerge.engine.merge import directory_name
 from cfmerge.errors import CfmergeError
-from cfmerge.methods._several import several
 from cfmerge.recipe import load as load_recipe
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -149,9 +149,9 @@ def test_one_decomposition_for_many_ridges(own):
     statistic = many.update(many.init(base), delta, 1.0)
     assert len(statistic) == 1
     assert decompositions(many.solve, statistic) == [(3, 3)]
-    for result, ridge, scale in zip(many.solve(statistic), (0.1, 0.2, 0.3), (1.0, 1.0, 0.5), strict=True):
+    for result, ridge, scale in zip(many.solve(statistic)[0], (0.1, 0.2, 0.3), (1.0, 1.0, 0.5), strict=True):
         alone = own.squares(ridge=ridge, scale=scale)
-        np.testing.assert_allclose(result, alone.solve(statistic[0]), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(result, alone.solve(statistic[0])[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def text_of(part):
 
 
 def count(method: Method) -> int:
-    least, most = method.experts
+    least, most = method.needs.experts
     return min(max(3, least), most or 3)
 
 
@@ -113,9 +113,9 @@ def moments_of(method, problem):
     """One for each expert, which goes with its delta and not with the delta's size."""
     base, deltas = problem
     unit = deltas / np.maximum(np.sqrt(np.sum(deltas**2, axis=(1, 2), keepdims=True)), 1e-300)
-    if method.moments == "fisher":
+    if method.needs.moments == "fisher":
         return np.abs(unit) + 0.1
-    return np.einsum("tki,tkj->tij", unit, unit) + 0.1 * np.eye(base.shape[1]) if method.moments else None
+    return np.einsum("tki,tkj->tij", unit, unit) + 0.1 * np.eye(base.shape[1]) if method.needs.moments else None
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def merged(part, m=6, n=5, precision="float32", experts=None):
     dtype = jnp.dtype(precision)
     bases = np.stack([base for base, _ in cases.values()])
     stacks = [bases.astype(dtype), np.stack([base + deltas for base, deltas in cases.values()]).astype(dtype)]
-    if method.moments:
+    if method.needs.moments:
         stacks.append(np.stack([moments_of(method, case) for case in cases.values()]).astype(np.float32))
 
     with jax.enable_x64(precision == "float64"), warnings.catch_warnings():
@@ -157,7 +157,7 @@ def test_finite_whatever_comes(part):
 def test_under_vmap_decompositions_are_not_batched(part):
     """Two batches at once can wait for each other, see `linalg.one_by_one`."""
     method = methods.make(text_of(part))
-    moments = {"": [], "fisher": [(11, count(method), 6, 5)]}.get(method.moments, [(11, count(method), 5, 5)])
+    moments = {"": [], "fisher": [(11, count(method), 6, 5)]}.get(method.needs.moments, [(11, count(method), 5, 5)])
     shapes = [(11, 6, 5), (11, count(method), 6, 5), *moments]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     _, batched = lapack_calls(functools.partial(merge, method), arrays)
@@ -174,7 +174,7 @@ def test_no_change_gives_the_base_exactly(part):
 @pytest.mark.parametrize("part", PARTS)
 def test_wide_with_more_experts_than_the_rank(part):
     method = methods.make(text_of(part))
-    if method.experts[1] is not None:
+    if method.needs.experts[1] is not None:
         pytest.skip("takes a fixed number of experts")
     results = merged(part, 2, 5, experts=3)
     for name, result in results.items():
@@ -186,7 +186,7 @@ def test_wide_with_more_experts_than_the_rank(part):
 @pytest.mark.parametrize("part", PARTS)
 def test_order_does_not_matter(part):
     method = methods.make(text_of(part))
-    if method.ordered or method.random:
+    if method.needs.ordered or method.needs.random:
         pytest.skip("ordered, or random by the experts' names")
     results = merged(part)
     np.testing.assert_allclose(results["reversed"], results["plain"], atol=2e-5 * size(results["plain"]), rtol=0)
@@ -194,7 +194,7 @@ def test_order_does_not_matter(part):
 
 @pytest.mark.parametrize("part", [part for part in PARTS if part not in NOT_IDEMPOTENT])
 def test_one_expert_and_identical_experts_give_the_expert(part):
-    least, most = methods.make(text_of(part)).experts
+    least, most = methods.make(text_of(part)).needs.experts
     (_, deltas) = problems(6, 5, count(methods.make(text_of(part))))["identical"]
     np.testing.assert_allclose(merged(part)["identical"], deltas[0], atol=1e-5, rtol=0)
     if least == 1 and most is None:

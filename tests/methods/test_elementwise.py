@@ -8,9 +8,10 @@ from golden_cases import CASES, check, check_states, load, names
 
 import cfmerge
 from cfmerge import methods
+from cfmerge.core.call import of_expert
+from cfmerge.core.random import key_of
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Context
-from cfmerge.methods._random import key_of
 
 
 def deltas_of(seed=0, experts=3, shape=(6, 8)):
@@ -91,14 +92,14 @@ def draws_of(name, method, count):
     deltas = [arrays[f"expert_{t}"].astype(np.float32) - arrays["base"].astype(np.float32)
               for t in range(case["num_experts"])]  # fmt: skip
     weights = case["params"].get("weight", [1.0] * len(deltas))
-    parts = [methods._registry.of_expert(method, t) for t in range(len(deltas))]
+    parts = [of_expert(method, t) for t in range(len(deltas))]
 
     def one(key):
         statistic = parts[0].init(jnp.zeros_like(deltas[0]))
         for t, (part, delta, weight) in enumerate(zip(parts, deltas, weights, strict=True)):
             context = Context(jax.random.fold_in(key, t), t)
             statistic = part.see(statistic, jnp.asarray(delta), weight, context)
-        return parts[0].solve(statistic)
+        return parts[0].solve(statistic)[0]
 
     drawn = np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), count)), np.float64)
     return arrays, drawn.mean(0), drawn.std(0, ddof=1) / np.sqrt(count)
@@ -393,13 +394,13 @@ SMOOTH = [
 @pytest.mark.parametrize("method", SMOOTH, ids=lambda method: method.name)
 def test_jit_vmap_and_grad(method):
     deltas = jnp.asarray(deltas_of(shape=(4, 5)))
-    part = methods._registry.of_expert(method, 0)
+    part = of_expert(method, 0)
 
     def merged(deltas):
         statistic = part.init(deltas[0])
         for t, delta in enumerate(deltas):
             statistic = part.see(statistic, delta, 1.0, Context(key_of(0, "w", str(t)), t))
-        return part.solve(statistic)
+        return part.solve(statistic)[0]
 
     both = jax.jit(jax.vmap(merged))(jnp.stack([deltas, 2 * deltas]))
     np.testing.assert_allclose(both[0], merged(deltas), atol=1e-5)

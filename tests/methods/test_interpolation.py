@@ -82,7 +82,7 @@ def solve(method, deltas, base=None, weights=None, dtype="float64"):
         statistic = method.init(base)
         for number, (delta, weight) in enumerate(zip(deltas, weights or [1.0] * len(deltas), strict=True)):
             statistic = method.see(statistic, delta, jnp.asarray(weight, dtype), Context(number=number))
-        merged, told = method.solve_with_report(statistic)
+        merged, told = method.solve(statistic)
         return np.asarray(merged), {name: float(value) for name, value in told.items()}
 
 
@@ -157,6 +157,13 @@ def test_an_expert_given_twice_counts_twice():
     np.testing.assert_allclose(merged, 0.8, rtol=1e-6)
 
 
+def ended(look, totals):
+    """The findings that a look returns when it is sent the last totals."""
+    with pytest.raises(StopIteration) as done:
+        look.send(totals)
+    return done.value.value
+
+
 def test_metagpt_weighs_by_the_energy_of_the_whole_model():
     rng = np.random.default_rng(0)
     base = {name: rng.standard_normal(shape) for name, shape in {"a/kernel": (4, 3), "b/bias": (5,)}.items()}
@@ -166,12 +173,11 @@ def test_metagpt_weighs_by_the_energy_of_the_whole_model():
     expected = {name: sum(s * d[name] for s, d in zip(shares, deltas, strict=True)) for name in base}
 
     method = methods.metagpt()
-    survey = method.survey(None)
-    measured = sum(np.array([survey.measure(jnp.asarray(d[name]), Context()) for d in deltas]) for name in base)
-    found = survey.combine(measured)
+    look = method.survey.look(0, [None] * 3)
+    measure = next(look).of
+    found = ended(look, sum(np.array([measure(jnp.asarray(d[name])) for d in deltas]) for name in base))
     np.testing.assert_allclose(found, shares, rtol=1e-6)
-    assert method.survey(found) is None
-    informed = method.informed(Found(found))
+    informed = method.survey.informed(Found(found))
     for name in base:
         close(solve(informed, [d[name] for d in deltas])[0], expected[name], 1e-6)
     with jax.enable_x64(True):
@@ -186,7 +192,9 @@ def test_metagpt_alone_weighs_by_the_energy_of_the_tensor():
     close(
         solve(methods.metagpt(), deltas)[0], sum(e * d for e, d in zip(energies, deltas, strict=True)) / sum(energies)
     )
-    assert np.all(np.asarray(methods.metagpt().survey(None).combine(np.zeros(3))) == 0)
+    look = methods.metagpt().survey.look(0, [None] * 3)
+    next(look)
+    assert np.all(np.asarray(ended(look, np.zeros(3))) == 0)
 
 
 # --- Model Stock --------------------------------------------------------------------------------------------------
@@ -248,11 +256,11 @@ def test_model_stock_is_a_sum_over_experts():
             statistic = method.update(statistic, jnp.asarray(delta, jnp.float32), weight)
         return statistic
 
-    whole = method.solve(seen(deltas))
+    whole = method.solve(seen(deltas))[0]
     halves = jax.tree.map(jnp.add, seen(deltas[:2]), seen(deltas[2:]))
-    np.testing.assert_allclose(method.solve(halves), whole, atol=1e-6)
+    np.testing.assert_allclose(method.solve(halves)[0], whole, atol=1e-6)
     forgotten = seen(deltas[3:], -1.0, seen(deltas))
-    np.testing.assert_allclose(method.solve(forgotten), method.solve(seen(deltas[:3])), atol=1e-6)
+    np.testing.assert_allclose(method.solve(forgotten)[0], method.solve(seen(deltas[:3]))[0], atol=1e-6)
 
 
 # --- on the sphere ------------------------------------------------------------------------------------------------
@@ -415,7 +423,7 @@ def test_derivatives_of_interpolations(method):
             statistic = method.init(jnp.asarray(base))
             for delta in deltas:
                 statistic = method.update(statistic, delta, 1.0)
-            return jnp.sum(method.solve(statistic) ** 2)
+            return jnp.sum(method.solve(statistic)[0] ** 2)
 
         here, up, down = ([jnp.asarray(x + h * d) for x, d in zip(deltas, direction, strict=True)]
                           for h in (0, 1e-5, -1e-5))  # fmt: skip

@@ -59,13 +59,13 @@ def test_statistics_are_sums(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), forgot,
                      gather(deltas[:3], method))  # fmt: skip
     assert method.additive
-    assert method.weights == "any"
+    assert method.needs.weights == "any"
 
 
 def test_forgetting_needs_grams():
     with pytest.raises(CfmergeError, match=r"form=.full."):
         solve(problem(m=4, n=20), wudi(), [1.0, 1.0, -1.0])
-    assert wudi().weights == "positive"
+    assert wudi().needs.weights == "positive"
 
 
 def test_one_pass_serves_many_members():
@@ -76,7 +76,7 @@ def test_one_pass_serves_many_members():
     with jax.enable_x64(True):
         statistic = gather(problem(), wudi())
         for method in shared[1:]:
-            close(np.asarray(method.solve(statistic)), solve(problem(), method))
+            close(np.asarray(method.solve(statistic)[0]), solve(problem(), method))
 
 
 @pytest.mark.parametrize("name", ["wudi", "aswudi", "actmat"])
@@ -84,12 +84,12 @@ def test_deltas_of_low_rank(name):
     rng = np.random.default_rng(0)
     deltas = [rng.standard_normal((10, 2)) @ rng.standard_normal((2, 12)) for _ in range(3)]
     method = ADDITIVE[name]("auto")
-    narrow = method.of_rank(3)
+    narrow = method.form(3)
     close(solve(deltas, narrow), solve(deltas, ADDITIVE[name]("full")), 1e-7)
     assert told(deltas, narrow)["factor_error"] < 1e-12
     assert told(problem(m=10, n=12), narrow)["factor_error"] > 1e-2
     with pytest.raises(CfmergeError, match="form='auto'"):
-        solve(deltas, method.of_rank(4))
+        solve(deltas, method.form(4))
 
 
 UNSHRUNK = [actmat(), actmat("norm"), actmat("energy"), anchored(0.5), power(1.0, 2.0), cauchy_poe(jitter=1e-9)]
@@ -189,7 +189,7 @@ def test_derivatives(method):
 
         def merge(step):
             moved = [jnp.asarray(d) + step * jnp.asarray(e) for d, e in zip(deltas, direction, strict=True)]
-            return jnp.sum(jnp.sin(jnp.arange(42.0).reshape(3, 14)) * method.solve(gather(moved, method)))
+            return jnp.sum(jnp.sin(jnp.arange(42.0).reshape(3, 14)) * method.solve(gather(moved, method))[0])
 
         quotient = (merge(1e-5) - merge(-1e-5)) / 2e-5
         np.testing.assert_allclose(jax.jit(jax.grad(merge))(0.0), quotient, rtol=1e-4)
@@ -200,10 +200,10 @@ def test_derivatives(method):
 def test_experts_that_did_not_change_a_tensor(method):
     """Nothing is divided by their norm, in the merge or in its derivative; all of them together give zero."""
     rows = [jnp.asarray(d, jnp.float32) for d in problem()]
-    slope = jax.jit(jax.grad(lambda ds: jnp.sum(method.solve(gather(ds, method)))))
+    slope = jax.jit(jax.grad(lambda ds: jnp.sum(method.solve(gather(ds, method))[0])))
     for deltas in ([rows[0], 0 * rows[0], rows[1]], [0 * rows[0]] * 3):
         assert all(np.isfinite(g).all() for g in slope(deltas))
-        merged, report = method.solve_with_report(gather(deltas, method))
+        merged, report = method.solve(gather(deltas, method))
         assert np.isfinite(merged).all()
         assert all(np.isfinite(value).all() for value in report.values())
     assert not np.any(merged)
@@ -216,7 +216,7 @@ def test_numbers_may_be_traced():
     def merge(a, b):
         made = [tact(a, rtol=b), actmat(ridge=b), wudi(b), swudi(time=a, alpha=b), aswudi(share=a),
                 anchored(b), power(a, b), cauchy_poe(a, b), two_sided(a, b, 3), optmerge(ridge=b)]  # fmt: skip
-        return [method.solve(gather(deltas, method)) for method in made]
+        return [method.solve(gather(deltas, method))[0] for method in made]
 
     merged = merge(0.5, 0.1)
     assert all(np.isfinite(x).all() for x in merged)

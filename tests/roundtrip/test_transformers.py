@@ -565,10 +565,10 @@ def test_float64_agrees_to_rounding(round_of: Callable[[str], Round], tmp_path: 
 def test_gpt2_as_published_solves_the_stored_matrix(round_of: Callable[[str], Round], tmp_path: Path) -> None:
     r = round_of("gpt2")
     base, *experts = r.models.paths
+    rules = [{"match": f"*.{name}.weight", "layout": "oi"} for name in ("c_attn", "c_proj", "c_fc")]
     cfmerge.merge(
-        base, experts, method="ace", parameters={"orientation": "as_published"}, output=tmp_path / "out",
-        precision="float64", memory=2 * ONE_BY_ONE,
-    )  # fmt: skip
+        base, experts, method="ace", rules=rules, output=tmp_path / "out", precision="float64", memory=2 * ONE_BY_ONE
+    )
     as_stored = {name: LINEAR if kind == CONV1D else kind for name, kind in r.kinds.items()}
     want = reference.merge_state(r.models.states[0], r.models.states[1:], as_stored)
     loaded = load(r.family.auto, tmp_path / "out")

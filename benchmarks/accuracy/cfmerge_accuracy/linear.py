@@ -172,7 +172,7 @@ def merge(bed: Bed, method: Method) -> jax.Array:
         "fisher": [jnp.broadcast_to(jnp.diagonal(sigma), bed.deltas.shape[1:]) for sigma in bed.sigmas],
     }
     base = jnp.zeros_like(bed.deltas[0])
-    return cfmerge.merge_tensor(base, list(bed.deltas), method, moments=moments.get(method.moments or ""))
+    return cfmerge.merge_tensor(base, list(bed.deltas), method, moments=moments.get(method.needs.moments or ""))
 
 
 def oracle() -> Method:

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from cfmerge.core.part import Context
 from cfmerge.errors import CfmergeError
-from cfmerge.methods._base import Context
 
 BLOCK = 1 << 16  # entries that one folded key serves; pieces of a large tensor begin at a multiple of it
-
-
 SEEDS = 1 << 31  # JAX gives larger ones other keys where float64 is switched on
 
 
@@ -42,7 +40,7 @@ def draws(context: Context, delta: Float[Array, "..."]) -> Float[Array, "..."]:
     """A number in [0, 1) for every entry of the delta: the same for an entry of the file, however it is looked at.
 
     Raises:
-        CfmergeError: the context has no key, since the method does not say that it is `random`.
+        CfmergeError: the context has no key, since the method's needs do not say that it is `random`.
     """
     if context.key is None:
         raise CfmergeError("this method is random, and needs a key in the context")

@@ -1,0 +1,89 @@
+"""Methods that are one function of all deltas: the simplest method of one's own is one decorated function.
+
+    @from_deltas(scope="entry")
+    def middle(base, deltas, weights, scale: Number = 1.0):
+        \"\"\"The median of the deltas, times a number.\"\"\"
+        return scale * jnp.median(deltas, axis=0)
+
+registers `middle(scale=1.0)`. It gets the base, deltas `(T, ...)` and weights `(T,)` of one tensor, and returns the
+merged delta, or that and `{name: scalar}`.
+"""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from cfmerge.core.part import Method, Needs, Note, Report, Seen
+from cfmerge.core.registry import register
+from cfmerge.errors import CfmergeError
+
+MATRICES = Needs()
+
+
+def of_deltas(
+    function: Callable[..., Any], needs: Needs = MATRICES, *, name: str = "", notes: Mapping[str, Note] | None = None
+) -> Method:
+    """The method whose merged delta is `function(base, deltas, weights)`.
+
+    Args:
+        function: it may return `(merged, report)` too.
+        needs, notes: see `Method`.
+    """
+
+    def init(base: Array) -> Seen:
+        return Seen(base, (), ())  # type: ignore[arg-type]
+
+    def update(statistic: Seen, delta: Array, weight: float | Array = 1.0) -> Seen:
+        weight = jnp.asarray(weight, delta.dtype)
+        return Seen(statistic.base, (*statistic.deltas, delta), (*statistic.weights, weight))  # type: ignore[arg-type]
+
+    def solve(statistic: Seen) -> tuple[Array, Report]:
+        found = function(statistic.base, jnp.stack(statistic.deltas), jnp.stack(statistic.weights))  # type: ignore[arg-type]
+        return found if isinstance(found, tuple) else (found, {})
+
+    return Method(
+        name or function.__name__,
+        init,
+        update,
+        solve,
+        needs=needs,
+        additive=False,
+        statistic="all deltas",
+        notes=notes or {},
+    )
+
+
+def from_deltas(
+    function: Callable[..., Any] | None = None, /, *, notes: Mapping[str, Note] | None = None, **needs: Any
+) -> Any:
+    """Decorator: registers the method whose merged delta is `function(base, deltas, weights, **parameters)`.
+
+    Args:
+        notes: see `Method`.
+        **needs: fields of `Needs`, such as `scope="entry"`.
+
+    Returns:
+        The factory of the method: its parameters are those of the function behind the third.
+    """
+    if function is None:
+        return functools.partial(from_deltas, notes=notes, **needs)
+    signature = inspect.signature(function)
+    if len(signature.parameters) < 3:
+        raise CfmergeError(f"{function.__name__}: a function of all deltas takes (base, deltas, weights, ...)")
+    parameters = list(signature.parameters.values())[3:]
+
+    def factory(*args: Any, **kwargs: Any) -> Method:
+        given = factory.__signature__.bind(*args, **kwargs).arguments  # type: ignore[attr-defined]
+        return of_deltas(functools.partial(function, **given), Needs(**needs), name=function.__name__, notes=notes)
+
+    functools.update_wrapper(factory, function, ("__module__", "__name__", "__qualname__", "__doc__"), updated=())
+    del factory.__wrapped__  # type: ignore[attr-defined]
+    factory.__signature__ = signature.replace(parameters=parameters, return_annotation=Method)  # type: ignore[attr-defined]
+    hints = typing.get_type_hints(function, include_extras=True)
+    factory.__annotations__ = {p.name: hints[p.name] for p in parameters if p.name in hints} | {"return": Method}
+    return register(factory)

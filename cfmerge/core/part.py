@@ -1,0 +1,179 @@
+"""Methods and transforms.
+
+statistic      = init(base)                          nothing seen yet
+statistic      = update(statistic, delta, weight)    one expert seen
+merged, report = solve(statistic)                    the merged delta, and what there is to tell of it
+
+The result is base + merged.
+
+transform: delta -> delta                            in front of a method, or behind it on the merged delta
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from jaxtyping import Array
+
+if TYPE_CHECKING:
+    from cfmerge.core.call import Call
+    from cfmerge.core.survey import Survey
+
+Statistic = Any  # a pytree of arrays, private to each method
+Report = Mapping[str, Any]  # {name: scalar}; a sweep has a tuple of them, one for each of its methods
+Scope = Literal["entry", "tensor", "matrix"]
+SCOPES: tuple[Scope, ...] = ("entry", "tensor", "matrix")  # from the narrowest to the widest
+Note = tuple[Callable[[float], bool], str]  # (condition, message): it is said where condition(value) holds
+
+
+class Context(NamedTuple):
+    """All that comes with an expert's delta besides its weight. `update` and `apply` may take it as last argument.
+
+    Attributes:
+        key: a JAX key of this seed, tensor and expert, for parts whose needs say `random`.
+        number: the expert's place in the recipe, from 0.
+        moment: what was measured of this expert for this tensor, for methods whose needs name `moments`.
+        start: index of the delta's first entry, where a large tensor is merged in pieces (0 otherwise).
+        stored, view: the shape in which the tensor lies in its file and what turns that into the delta's, where they
+            differ: a number that is drawn belongs to an entry of the file.
+    """
+
+    key: Array | None = None
+    number: int | Array = 0
+    moment: Array | None = None
+    start: int | Array = 0
+    stored: tuple[int, ...] | None = None
+    view: Callable[[Array], Array] | None = None
+
+
+NO_CONTEXT = Context()
+
+
+class Seen(NamedTuple):
+    """All experts of one tensor at once: the base, deltas `(T, ...)`, weights `(T,)`, and their contexts."""
+
+    base: Array
+    deltas: Array
+    weights: Array
+    contexts: tuple[Context, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """All that a part asks for besides deltas and weights.
+
+    Attributes:
+        scope: the cuts that its mathematics permits. "entry": every entry is taken by itself, so a large tensor may
+            come in pieces; "tensor": whole tensors of any shape, as `(out, in)` where they have such a view;
+            "matrix": canonical matrices only, the remaining tensors get the mean of the deltas.
+        experts: the least and the largest number of experts (None: any).
+        weights: which weights have a meaning: "any", "positive", or "none" (the method ignores them).
+        normalises: it divides by the sum of the weights, which must not be 0.
+        moments: what every expert must bring, in the context: "input_gram" or "fisher".
+        ordered: the result depends on the order of the experts.
+        random: a key in the context.
+        seen: a transform behind a method is called as `apply(merged, Seen)`.
+    """
+
+    scope: Scope = "matrix"
+    experts: tuple[int, int | None] = (1, None)
+    weights: Literal["any", "positive", "none"] = "any"
+    normalises: bool = False
+    moments: Literal["", "input_gram", "fisher"] = ""
+    ordered: bool = False
+    random: bool = False
+    seen: bool = False
+
+    def but(self, **changes: Any) -> "Needs":
+        """The needs, some of them changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A method or a transform: the fields that both have.
+
+    Attributes:
+        name: what the recipe calls it.
+        needs: see `Needs`.
+        survey: the look at the whole model before the merge, if it needs one.
+        call: the registered call that made it, from which it can be made again with other numbers.
+    """
+
+    name: str
+    _: dataclasses.KW_ONLY
+    needs: Needs = Needs()
+    survey: "Survey | None" = None
+    call: "Call | None" = None
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The arguments of the call that made it."""
+        shown = self.call.arguments if self.call else {}
+        return {key: value for key, value in shown.items() if key != "depth"}
+
+    def __rshift__(self, other: "Part") -> Any:
+        from cfmerge.core.chain import chain
+
+        return chain(self, other) if isinstance(other, Part) else NotImplemented
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Transform(Part):
+    """A delta -> delta rule, `apply(delta)` or `apply(delta, context)`; see `Needs.seen` for a third."""
+
+    apply: Callable[..., Array]
+    _: dataclasses.KW_ONLY
+    needs: Needs = Needs("entry")
+
+    def __call__(self, delta: Array, context: Context = NO_CONTEXT) -> Array:
+        """The transformed delta."""
+        return with_context(self.apply, (delta,), context)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method(Part):
+    """A rule that turns the experts' deltas of one tensor into the merged delta: three pure functions.
+
+    `base` and `delta` are canonical, `(out, in)`, for scope "matrix"; see `Needs.scope`. All three functions can be
+    jitted, vmapped and, where the mathematics is, differentiated.
+
+    Attributes:
+        init, update, solve: `solve(statistic)` returns the merged delta and `{name: scalar}`, what there is to tell.
+        additive: the statistic is a sum over experts; without it all deltas of a tensor come at once.
+        statistic: a name of the statistic; methods that give the same one share it (None: no other method has it).
+        form: `form(None)` is the same method with a statistic that is a sum of fixed size, `form(r)` the same for
+            deltas of rank at most `r`, which reports `factor_error`, the relative error of taking them so; None where
+            there is no such form. Ask by `form_of`. A method without `form` has one form only.
+        notes: `{report name: (condition, message)}`: what is said to the user when `condition(value)` holds.
+    """
+
+    init: Callable[[Array], Statistic]
+    update: Callable[..., Statistic]
+    solve: Callable[[Statistic], tuple[Array, Any]]
+    _: dataclasses.KW_ONLY
+    additive: bool = True
+    statistic: Hashable = None
+    form: Callable[[int | None], "Method | None"] | None = None
+    notes: Mapping[str, Note] = dataclasses.field(default_factory=dict)
+
+    def see(
+        self, statistic: Statistic, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT
+    ) -> Statistic:
+        """`update`, given the context if it takes one."""
+        return with_context(self.update, (statistic, delta, weight), context)
+
+
+def with_context(function: Callable[..., Any], arguments: tuple[Any, ...], context: Context) -> Any:
+    """The function called, with the context as a last argument if it takes one."""
+    return function(*arguments, context) if _takes(function, len(arguments) + 1) else function(*arguments)
+
+
+@functools.lru_cache(maxsize=4096)
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether the function has at least `count` positional parameters."""
+    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return sum(kind in positional for kind in kinds) >= count

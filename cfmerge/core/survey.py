@@ -1,0 +1,82 @@
+"""Looks at the whole model before the merge.
+
+A look is a generator: it yields a `Measure`, gets the totals over the whole model back, and returns what was found.
+
+    def look(entries, own):
+        energies = yield Measure(lambda delta: jnp.sum(delta**2))        # (experts,)
+        return energies / energies.sum()
+
+    Survey(look, informed=lambda found: Method(...))                     # the part that knows `found.model`
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfmerge.core.part import Part
+
+
+class Measure(NamedTuple):
+    """One pass over the model: a function of its deltas, whose values are summed.
+
+    Attributes:
+        of: `of(delta)` or `of(delta, context)` of each expert and tensor: a pytree of arrays. If `joint`, `of(seen)` of
+            each tensor; for a transform behind a method `of(merged, seen)`. A tuple holds one for each expert.
+        joint: it takes all experts at once.
+        by_tensor: the measures are not summed over the model.
+
+    The totals that come back are sums over all tensors, of measures that are not joint stacked over the experts; if
+    `by_tensor` `{place: measures}`, places in order. On the host they have 64 bits; under `jit` they are traced.
+    """
+
+    of: Any
+    joint: bool = False
+    by_tensor: bool = False
+
+    def each(self, experts: int) -> tuple[Callable[..., Any], ...]:
+        """The measure of every expert."""
+        return self.of if isinstance(self.of, tuple) else (self.of,) * experts
+
+
+Look = Generator[Measure, Any, Any]
+
+
+class Found(NamedTuple):
+    """The findings of a look: about the whole model, and about the tensor (or piece of one) at hand.
+
+    A look returns a `Found` whose `tensor` is `{place: ...}`, or anything else, which is the `model` of one.
+    """
+
+    model: Any
+    tensor: Any = None
+
+
+class Survey(NamedTuple):
+    """How a part learns what it must know of the whole model.
+
+    Attributes:
+        look: `look(entries, own)` is the generator; `entries` is the size of each expert's whole model, `own` is a
+            list with each expert's `own`.
+        informed: `informed(found)` is the part that knows what was found.
+        own: numbers of the part that may differ by expert, for `look`.
+    """
+
+    look: Callable[[int, Sequence[Any]], Look]
+    informed: Callable[[Found], Any]
+    own: Any = None
+
+
+def xp_of(*values: Any) -> Any:
+    """`jax.numpy` if some are traced, else `numpy`, which counts in 64 bits."""
+    return jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)) else np
+
+
+def looked(part: Part, each: Sequence[Part], entries: int) -> Generator[Measure, Any, Found]:
+    """The look of a part, given the part with every expert's own numbers."""
+    survey = part.survey
+    assert survey is not None
+    found = yield from survey.look(entries, [one.survey.own for one in each])  # type: ignore[union-attr]
+    return found if isinstance(found, Found) else Found(found)
