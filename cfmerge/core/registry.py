@@ -92,7 +92,7 @@ def _named(made: Part, name: str, call: Call) -> Part:
 def _form(ask: Callable[[int | None], Method | None], name: str, call: Call, rank: int | None) -> Method | None:
     made = ask(rank)
     formed = dataclasses.replace(call, factory=Formed(call.factory, rank))
-    return made and dataclasses.replace(made, name=name, call=formed)
+    return made and dataclasses.replace(made, name=name, call=formed, form=None)
 
 
 def registry() -> dict[str, Entry]:

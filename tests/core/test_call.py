@@ -136,6 +136,7 @@ def test_the_form_with_a_sum_keeps_the_numbers_of_a_chain():
     start = formed.init(BASE)
     for known in (start, formed.update(start, BASE + 1.0, 1.0)):
         assert [leaf.shape for leaf in jax.tree.leaves(known)] == [leaf.shape for leaf in jax.tree.leaves(start)]
+    assert structure(form_of(formed)) == structure(formed)
     again = jax.tree.map(lambda value: value, formed.call).part()
     assert structure(again) == structure(formed)
 
@@ -153,6 +154,7 @@ def test_forms_that_are_not_there(own):
 
 def test_an_anchor_in_the_form_with_a_sum(deltas):
     method = methods.anchored(towards=methods.ace())
+    assert structure(form_of(form_of(method))) == structure(form_of(method))
     close(merged(form_of(method), deltas), merged(method, deltas), 1e-5)
 
 
