@@ -151,6 +151,27 @@ def test_the_command_line_goes_over_the_recipe(cli, tmp_path):
     assert json.loads(done.out)["parameters"] == {}
 
 
+def test_a_rule_on_the_command_line(cli, models, tmp_path, load):
+    """It wins over the file's, and the card repeats it."""
+    recipe = {"base": "base", "experts": ["e1", "e2"], "method": "average"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "rules": [{"match": "*", "method": "average"}]}))
+    rule = f"match={Q}, method=keep-base"
+    assert cli("merge", tmp_path / "recipe.yaml", "--rule", rule, "-q", "-o", tmp_path / "out").code == 0
+    assert np.array_equal(load(tmp_path / "out")[Q], load(models / "base")[Q])
+    assert cli("merge", tmp_path / "out/README.md", "-q", "-o", tmp_path / "again").code == 0
+    assert np.array_equal(load(tmp_path / "again")[Q], load(models / "base")[Q])
+    told = json.loads(cli("plan", tmp_path / "recipe.yaml", "--rule", rule, "--json").out)
+    assert {row["what"] for row in told["tensors"] if row["name"] == Q} == {"keep-base"}
+    methods = ("-m", "average", "-m", "task_arithmetic", "-p", "scale=0.5", "-r", rule)
+    assert (
+        cli("sweep", tmp_path / "recipe.yaml", *methods, "-q", "-o", tmp_path / "runs").code == 1
+    )  # average: no scale
+    assert cli("sweep", tmp_path / "recipe.yaml", *methods[2:], "-q", "-o", tmp_path / "runs").code == 0
+    assert np.array_equal(load(tmp_path / "runs/task_arithmetic")[Q], load(models / "base")[Q])
+    assert cli("accumulate", tmp_path / "recipe.yaml", "--rule", rule, "-q", "-o", tmp_path / "stats").code == 0
+    assert Q not in cfmerge.Statistics.load(tmp_path / "stats").kinds
+
+
 def test_json_of_a_merge(cli, models, tmp_path, contents):
     done = cli("merge", "--base", "base", *EXPERTS, "-m", "average", "--json", "-o", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
@@ -254,6 +275,9 @@ def test_methods(cli):
 
 
 WRONG = {
+    "unknown key of a rule": (["plan", "--base", "base", *EXPERTS, "-r", "match=*, metod=average"], 1, "'method'"),
+    "rule without a key": (["plan", "--base", "base", *EXPERTS, "-r", "*.q_proj.*"], 1, "is not KEY=VALUE"),
+    "rule for nothing": (["plan", "--base", "base", *EXPERTS, "-r", "match=x, method=average"], 1, "is never used"),
     "no base": (["merge", "-e", "e1", "-e", "e2", "-o", "out"], 1, "--base"),
     "no experts": (["merge", "--base", "base", "-o", "out"], 1, "--expert"),
     "no output": (["merge", "--base", "base", *EXPERTS], 2, "--output"),
