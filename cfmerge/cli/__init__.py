@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 import cfmerge
-from cfmerge.cli import bench, show
+from cfmerge.cli import bench, messages, show, tables
 from cfmerge.cli import options as o
 from cfmerge.cli.texts import key_values, swept
 from cfmerge.errors import CfmergeError, nearest
@@ -84,7 +84,7 @@ def sweep(
         list[str] | None,
         o.option("--grid", "-g", metavar="KEY=V1,V2", panel=o.HOW, help="Values for the one method; repeat."),
     ] = None,
-    parameters: o.RECIPE["parameters"] = None,  # type: ignore[valid-type]
+    parameters: o.Parameters = None,
     output: o.Output,
     overwrite: o.Overwrite = False,
     memory: o.Memory = None,
@@ -164,7 +164,7 @@ def plan(
     json: o.Json = False,
 ) -> None:
     """Show what a merge would do and need, from headers alone."""
-    show.plan(cfmerge.make_plan(asked), None if memory is None else parse_size(memory), tensors, json)
+    tables.plan(cfmerge.make_plan(asked), None if memory is None else parse_size(memory), tensors, json)
 
 
 @app.command(cls=o.Command)
@@ -173,7 +173,7 @@ def inspect(
     json: o.Json = False,
 ) -> None:
     """Show a checkpoint's tensors: kinds, layouts, dtypes, ties."""
-    show.checkpoint(cfmerge.open_checkpoint(checkpoint), json)
+    tables.checkpoint(cfmerge.open_checkpoint(checkpoint), json)
 
 
 @app.command(cls=o.Command)
@@ -189,7 +189,7 @@ def methods(
     registry = cfmerge.methods.registry()
     if name is not None and name not in registry:
         raise CfmergeError(f"unknown method {name!r}{nearest(name, registry)}")
-    show.methods([entry for entry in registry.values() if name in {None, entry.name}], json, full=name is not None)
+    tables.methods([entry for entry in registry.values() if name in {None, entry.name}], json, full=name is not None)
 
 
 @app.command(cls=o.Command)
@@ -231,9 +231,9 @@ def main() -> None:
     except CfmergeError as error:
         if json:
             typer.echo(json_module.dumps({"event": "error", "message": str(error)}))
-        show.error(str(error))
+        messages.error(str(error))
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns KeyboardInterrupt into this
-            show.error("interrupted; nothing was written")
+            messages.error("interrupted; nothing was written")
         raise

@@ -30,6 +30,10 @@ def examples(*commands: str) -> str:
     return "\b\n" + "\n".join(("[bold]Examples[/]", *(f"  {escape(command)}" for command in commands)))
 
 
+Parameters = Annotated[
+    list[str] | None, option("--param", "-p", metavar="KEY=VALUE", panel=HOW, help="A parameter of the method; repeat.")
+]
+
 # The option of each key of a recipe, on every command that takes a recipe and does not leave the key out.
 RECIPE: dict[str, Any] = {
     "base": Annotated[
@@ -51,10 +55,7 @@ RECIPE: dict[str, Any] = {
         str | None,
         option("--method", "-m", metavar="METHOD", panel=HOW, help="A method or chain A >> B. Default: ace."),
     ],
-    "parameters": Annotated[
-        list[str] | None,
-        option("--param", "-p", metavar="KEY=VALUE", panel=HOW, help="A parameter of the method; repeat."),
-    ],
+    "parameters": Parameters,
     "rules": Annotated[
         list[str] | None,
         option("--rule", "-r", metavar="RULE", panel=HOW, help="'match=GLOB, method=NAME'; repeat."),

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -326,3 +327,42 @@ def test_a_name_that_looks_like_markup(cli, make_model, tmp_path, llama):
     assert done.code == 0
     assert "w[bold].weight" in done.out
     assert "[/red]" in done.out
+
+
+def in_a_terminal(folder, *arguments) -> list[str]:
+    """The lines that a terminal of 80 columns shows, without colours."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "cfmerge", *map(str, arguments)]
+    with subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", 0) as terminal:
+            while block := terminal.read(4096):
+                shown += block
+        process.wait()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "").splitlines()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("inspect", "base"), ("plan", "--base", "base", *EXPERTS, "--tensors"), ("methods",), ("methods", "ace")],
+    ids=["inspect", "plan", "methods", "one method"],
+)
+def test_nothing_is_cut_at_80_columns(models, command):
+    """Names of tensors are broken behind dots, and no cell ends in an ellipsis."""
+    lines = in_a_terminal(models, *command)
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    if command[0] == "plan":
+        start = next(n for n, line in enumerate(lines) if line.startswith("model.layers.0.self_attn."))
+        assert (lines[start].split()[0] + lines[start + 1].split()[0]).startswith(Q) or Q in lines[start]
+
+
+def test_reasons_are_told_once(cli):
+    """Tensors refer to a rule, or to what is not known of them, by a number."""
+    lines = cli(
+        "plan", "--base", "base", *EXPERTS, "--tensors", "-r", "match=*.q_proj.*, method=average"
+    ).out.splitlines()
+    assert sum(line.endswith("average (1)") for line in lines) == 2
+    assert "(1) by the rule for *.q_proj.*" in lines
