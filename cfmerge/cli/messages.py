@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 WHOLE = re.compile(r"\s|- |--|cfmerge |\{")  # how a line begins that is an item of a list, a command or a rule
-QUOTED = re.compile(r"(?<!\w)(['\"`])(?=\S)[^\n]*?\S\1(?!\w)")
+QUOTED = re.compile(r"(?<!\w)(?:--?[\w-]+ )?(['\"`])(?=\S)[^\n]*?\S\1(?!\w)")  # an option's name goes with its text
 HELD = "\ue000"  # stands for a space at which no line ends
 
 

@@ -35,6 +35,10 @@ def test_quoted_texts_and_long_words_stay_whole():
     shown = folded(f"the base's vocabulary differs from the expert's, so add a rule {rule} or train {name} anew", 40)
     assert rule in shown.split("\n")
     assert name in shown.split("\n")
+    option = '--rule "match=model.layers.*.weight, method=keep-base"'
+    assert any(
+        option in line for line in folded(f"a tensor of the base is missing: {option} leaves it", 40).split("\n")
+    )
     assert folded("it's the base's, and the expert's own", 20) == "it's the base's, and\nthe expert's own"
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -25,6 +26,14 @@ def test_every_key_of_a_recipe_has_an_option(command):
         longest = options[name][0].removeprefix("--").replace("-", "_")
         assert key in {longest, longest + "s", longest + "eters"}, (key, options[name])
     assert not WITHOUT.get(command, set()) & set(options)
+
+
+def test_every_key_of_a_recipe_is_in_the_docs():
+    """With its option, in the table of docs/recipe.md."""
+    page = (Path(__file__).parents[2] / "docs/recipe.md").read_text()
+    options = {parameter.name: parameter.opts[0] for parameter in COMMANDS["merge"].params}
+    for key in Recipe.__struct_fields__:
+        assert f"\n| `{key}` | `{options[key]}`" in page
 
 
 def test_no_option_of_a_recipe_is_idle():

@@ -6,7 +6,6 @@ import yaml
 
 from cfmerge.cli.texts import make_recipe, rename, rule, split, swept
 from cfmerge.errors import CfmergeError
-from cfmerge.parameters import Kind
 from cfmerge.recipe import Expert, Recipe, Rule
 
 GIVEN = {"base": "base", "experts": ["a", "b"]}
@@ -80,7 +79,7 @@ def test_rules_of_the_command_line_stand_in_front(tmp_path):
     file.write_text(yaml.safe_dump({**GIVEN, "rules": [{"match": "*", "method": "average"}]}))
     made = make_recipe(file, {"rules": ["match=*.w, method=skip", "kinds=vector, method=keep-base"]})
     assert [(one.match, one.method) for one in made.rules] == [("*.w", "skip"), ("", "keep-base"), ("*", "average")]
-    assert made.rules[1].kinds == [Kind.VECTOR]
+    assert made.rules[1].kinds == ["vector"]
 
 
 def test_an_expert_as_a_mapping(tmp_path):
