@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from os.path import exists  # says no to texts that are too long for a path
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ def _as_it_is(value: Any) -> Any:
 
 def expert(text: str) -> dict[str, Any]:
     """An expert from `PATH`, `NAME=PATH`, `NAME=PATH@WEIGHT` or a mapping; a path that exists is taken as it is."""
-    if Path(text).exists():
+    if exists(text):
         return {"path": text}
     if text.lstrip().startswith("{"):
         return mapping(text, "--expert", "{path: PATH, name: NAME, weight: 0.5}")
     name, separator, path = text.partition("=")
     name, path = (name, path) if separator else ("", text)
     bare, at, weight = path.rpartition("@")
-    if at and not Path(path).exists():
+    if at and not exists(path):
         try:
             return {"path": bare, "name": name, "weight": float(weight)}
         except ValueError:
@@ -140,7 +141,7 @@ def split(text: str) -> list[str]:
     """
     parts, closers = [""], ""
     for character in text:
-        if closers[-1:] in QUOTES and closers:
+        if closers and closers[-1] in QUOTES:
             closers = closers[:-1] if character == closers[-1] else closers
         elif character in QUOTES and parts[-1].rstrip()[-1:] in {"=", *OPENING, ","}:
             closers += character

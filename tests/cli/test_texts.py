@@ -90,6 +90,11 @@ def test_an_expert_as_a_mapping(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_mapping_longer_than_any_path():
+    text = "{path: a, weight: [" + ", ".join(f"{{match: '*.{n}.*', value: {n}}}" for n in range(400)) + "]}"
+    assert len(make_recipe(None, {"base": "base", "experts": [text, "b"]}).experts[0].weight) == 400
+
+
 def test_every_field_of_an_expert_has_a_spelling():
     """A mapping takes the keys that a file takes."""
     made = make_recipe(None, {"base": "base", "experts": ["{path: a, name: x, weight: 2, moments: m}"]})
