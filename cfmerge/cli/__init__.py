@@ -7,11 +7,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
+import msgspec
 import typer
 
 import cfmerge
-from cfmerge.cli import bench, show
+from cfmerge.cli import bench, messages, show, tables
 from cfmerge.cli import options as o
+from cfmerge.cli.texts import key_values, swept
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.recipe import Recipe, parse_size
 
@@ -41,135 +43,105 @@ def _main(
     pass
 
 
-@app.command()
+@app.command(cls=o.Command, epilog=o.examples(
+    "cfmerge merge --base BASE -e EXPERT -e code=PATH@0.5 -o OUT",
+    "cfmerge merge --base BASE -e A -e B -m ties -p density=0.3 -o OUT",
+    "cfmerge merge recipe.yaml -r 'match=*.embed*, method=keep-base' -o OUT",
+    "cfmerge merge OUT/README.md -o AGAIN",
+))  # fmt: skip
+@o.takes_recipe()
 def merge(
-    recipe: o.RecipeFile = None,
+    asked: Recipe,
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make.")],
-    base: o.Base = None,
-    expert: o.Experts = None,
-    method: o.MethodName = None,
-    param: o.Parameters = None,
-    heads: o.HeadsChoice = None,
-    on_nonfinite: o.OnNonFinite = None,
-    allow: o.Allow = None,
-    dtype: o.Dtype = None,
-    precision: o.Precision = None,
-    shard_size: o.ShardSize = None,
-    side_files: o.SideFiles = None,
-    statistics: o.Statistics = None,
-    seed: o.Seed = None,
-    plugin: o.Plugins = None,
-    memory: o.Memory = None,
+    output: o.Output,
     overwrite: o.Overwrite = False,
+    memory: o.Memory = None,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
     """Merge a base and its experts into one model."""
-    asked = o.make_recipe(
-        recipe, base, expert, method, param, heads=heads, on_nonfinite=on_nonfinite, allow=allow, dtype=dtype,
-        precision=precision, shard_size=shard_size, side_files=side_files, statistics=statistics, seed=seed,
-        plugins=plugin,
-    )  # fmt: skip
-    limit = None if memory is None else parse_size(memory)
     planned = cfmerge.plan(asked)
     with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
-        result = planned.run(output, overwrite=overwrite, memory=limit, progress=progress)
+        result = planned.run(output, overwrite=overwrite, memory=memory, progress=progress)
     if json:
-        show.event("done", **result.summary())
+        show.event("done", **show.summary(result))
     elif not quiet:
         show.merge_result(result)
 
 
-@app.command()
+@app.command(cls=o.Command, epilog=o.examples(
+    "cfmerge sweep --base BASE -e A -e B --grid eps_rel=0.01,0.1,1 -o RUNS",
+    "cfmerge sweep recipe.yaml -m average -m light='ties(density=0.1)' -o RUNS",
+))  # fmt: skip
+@o.takes_recipe()
 def sweep(
-    recipe: o.RecipeFile = None,
+    asked: Recipe,
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory for the merged models.")],
-    base: o.Base = None,
-    expert: o.Experts = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="A method, such as 'ace(eps_rel=0.1)' or LABEL='...'; once for each."),
+        o.option("--method", "-m", metavar="METHOD", panel=o.HOW, help="METHOD or LABEL=METHOD; repeat for each."),
     ] = None,
     grid: Annotated[
         list[str] | None,
-        typer.Option("--grid", "-g", help="KEY=V1,V2,...: values of a parameter of the one method; once for each."),
+        o.option("--grid", "-g", metavar="KEY=V1,V2", panel=o.HOW, help="Values for the one method; repeat."),
     ] = None,
-    heads: o.HeadsChoice = None,
-    on_nonfinite: o.OnNonFinite = None,
-    allow: o.Allow = None,
-    dtype: o.Dtype = None,
-    precision: o.Precision = None,
-    seed: o.Seed = None,
-    plugin: o.Plugins = None,
-    memory: o.Memory = None,
+    parameters: o.Parameters = None,
+    output: o.Output,
     overwrite: o.Overwrite = False,
+    memory: o.Memory = None,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """Merge by several methods, or a grid of parameters, in one pass: one model for each."""
+    """Merge by several methods, or a grid of numbers, in one pass."""
     from cfmerge.engine.plugins import load_plugins
-    from cfmerge.engine.sweep import sweep_recipes
 
-    load_plugins(plugin or [])
-    asked = {
-        label: o.make_recipe(
-            recipe, base, expert, text, None, heads=heads, on_nonfinite=on_nonfinite, allow=allow, dtype=dtype,
-            precision=precision, seed=seed, plugins=plugin,
-        )
-        for label, text in o.labelled_methods(method or [], grid or []).items()
-    }  # fmt: skip
-    limit = None if memory is None else parse_size(memory)
-    with show.progress(_total_bytes(next(iter(asked.values()))), json=json, quiet=quiet) as progress:
-        results = sweep_recipes(asked, output, overwrite, limit, progress)
+    load_plugins(asked.plugins)
+    planned = cfmerge.plan(swept(asked, method or [], grid or [], key_values(parameters or [])))
+    with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
+        results = planned.run(output, overwrite=overwrite, memory=memory, progress=progress)
     for label, result in results.items():
         if json:
-            show.event("done", label=label, **result.summary())
+            show.event("done", label=label, **show.summary(result))
         elif not quiet:
             show.line(f"{label}: {result.output}")
+            show.warnings(result)
 
 
-@app.command()
+@app.command(cls=o.Command, epilog=o.examples(
+    "cfmerge accumulate --base BASE -e A -e B -o STATS",
+    "cfmerge combine STATS OTHERS -o ALL",
+    "cfmerge merge --base BASE --statistics ALL -o OUT",
+))  # fmt: skip
+@o.takes_recipe("dtype", "shard_size", "side_files")
 def accumulate(
-    recipe: o.RecipeFile = None,
+    asked: Recipe,
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory of statistics to make.")],
-    base: o.Base = None,
-    expert: o.Experts = None,
-    method: o.MethodName = None,
-    param: o.Parameters = None,
-    heads: o.HeadsChoice = None,
-    precision: o.Precision = None,
-    seed: o.Seed = None,
-    plugin: o.Plugins = None,
-    memory: o.Memory = None,
+    output: o.Output,
     overwrite: o.Overwrite = False,
+    memory: o.Memory = None,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
-    """What an additive method keeps of experts: to be added, forgotten, shipped, and solved by `merge --statistics`."""
-    from cfmerge.engine.accumulate import accumulate_recipe
+    """Make statistics of experts, to add, forget and merge later."""
+    from cfmerge.engine.accumulate import accumulate_plan
 
-    asked = o.make_recipe(
-        recipe, base, expert, method, param, heads=heads, precision=precision, seed=seed, plugins=plugin,
-        allow=["one-expert"],
-    )  # fmt: skip
-    limit = None if memory is None else parse_size(memory)
-    with show.progress(_total_bytes(asked), json=json, quiet=quiet) as progress:
-        kept = accumulate_recipe(asked, output, overwrite, limit, progress)
+    planned = cfmerge.make_plan(msgspec.structs.replace(asked, allow=[*asked.allow, "one-expert"]), sums=True)
+    with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
+        kept = accumulate_plan(planned, output, overwrite, memory, progress)
     if json:
         show.event("done", output=str(output), experts=dict(kept.experts), tensors=len(kept.kinds))
     elif not quiet:
         show.line(f"{output}: statistics of {', '.join(kept.experts)} for {kept.method}")
 
 
-@app.command()
+@app.command(cls=o.Command)
 def combine(
-    statistics: Annotated[list[Path], typer.Argument(help="Directories of statistics to add.")],
+    statistics: Annotated[list[Path], o.argument("STATISTICS", "Directories of statistics to add.")],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory of statistics to make.")],
-    forget: Annotated[list[Path] | None, typer.Option(help="Statistics to subtract; once for each.")] = None,
+    forget: Annotated[
+        list[Path] | None, o.option("--forget", metavar="PATH", panel=o.WHAT, help="Statistics to subtract; repeat.")
+    ] = None,
+    output: o.Output,
     overwrite: o.Overwrite = False,
 ) -> None:
     """Add statistics of experts, and forget others."""
@@ -182,67 +154,55 @@ def combine(
     show.line(f"{output}: statistics of {', '.join(kept.experts) or 'no expert'} for {kept.method}")
 
 
-@app.command()
+@app.command(cls=o.Command)
+@o.takes_recipe()
 def plan(
-    recipe: o.RecipeFile = None,
+    asked: Recipe,
     *,
-    base: o.Base = None,
-    expert: o.Experts = None,
-    method: o.MethodName = None,
-    param: o.Parameters = None,
-    heads: o.HeadsChoice = None,
-    allow: o.Allow = None,
-    dtype: o.Dtype = None,
-    shard_size: o.ShardSize = None,
-    side_files: o.SideFiles = None,
-    statistics: o.Statistics = None,
-    plugin: o.Plugins = None,
     memory: o.Memory = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="Every tensor, not only the counts.")] = False,
+    tensors: Annotated[bool, o.option("--tensors", help="List every tensor, not only the counts.")] = False,
     json: o.Json = False,
 ) -> None:
-    """What a merge would do and what it needs. Reads headers only."""
-    asked = o.make_recipe(
-        recipe, base, expert, method, param, heads=heads, allow=allow, dtype=dtype, shard_size=shard_size,
-        side_files=side_files, statistics=statistics, plugins=plugin,
-    )  # fmt: skip
-    show.plan(cfmerge.make_plan(asked), None if memory is None else parse_size(memory), tensors, json)
+    """Show what a merge would do and need, from headers alone."""
+    tables.plan(cfmerge.make_plan(asked), None if memory is None else parse_size(memory), tensors, json)
 
 
-@app.command()
+@app.command(cls=o.Command)
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A model directory or a .safetensors file.")],
+    checkpoint: Annotated[Path, o.argument("CHECKPOINT", "A model directory or a .safetensors file.")],
     json: o.Json = False,
 ) -> None:
-    """A checkpoint's tensors: kinds, layouts, dtypes, shards, ties."""
-    show.checkpoint(cfmerge.open_checkpoint(checkpoint), json)
+    """Show a checkpoint's tensors: kinds, layouts, dtypes, ties."""
+    tables.checkpoint(cfmerge.open_checkpoint(checkpoint), json)
 
 
-@app.command()
+@app.command(cls=o.Command)
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, in full.", show_default=False)] = None,
+    name: Annotated[str | None, o.argument("NAME", "A method or transform, to show all of it.")] = None,
     plugin: o.Plugins = None,
     json: o.Json = False,
 ) -> None:
-    """The methods and transforms; of one of them its parameters and source."""
+    """List the methods and transforms, or show one in full."""
     from cfmerge.engine.plugins import load_plugins
 
     load_plugins(plugin or [])
     registry = cfmerge.methods.registry()
     if name is not None and name not in registry:
         raise CfmergeError(f"unknown method {name!r}{nearest(name, registry)}")
-    show.methods([entry for entry in registry.values() if name in {None, entry.name}], json, full=name is not None)
+    tables.methods([entry for entry in registry.values() if name in {None, entry.name}], json, full=name is not None)
 
 
-@app.command()
+@app.command(cls=o.Command)
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where everything is left.")] = Path("cfmerge-demo"),
-    seed: Annotated[int, typer.Option(help="Of data splits, initial weights and training.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Less training: a smoke test.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier demo.")] = False,
+    output: Annotated[
+        Path, o.option("--output", "-o", metavar="PATH", panel=o.WHERE, help="Default: cfmerge-demo.")
+    ] = Path("cfmerge-demo"),
+    seed: Annotated[int, o.option("--seed", metavar="N", help="For data, weights and training. Default: 0.")] = 0,
+    quick: Annotated[bool, o.option("--quick", help="Train less: a smoke test.")] = False,
+    overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
-    """Train a small base and experts on real data, merge them, and compare."""
+    """Train a small base and experts, merge them, and compare."""
     from rich.console import Console
 
     from cfmerge import demo as demo_package
@@ -251,10 +211,6 @@ def demo(
     result = demo_package.run(output, seed=seed, quick=quick, overwrite=overwrite, console=console)
     if json:
         typer.echo(result.to_json())
-
-
-def _total_bytes(recipe: Recipe) -> int:
-    return cfmerge.make_plan(recipe).bytes_to_read
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -270,9 +226,9 @@ def main() -> None:
     except CfmergeError as error:
         if json:
             typer.echo(json_module.dumps({"event": "error", "message": str(error)}))
-        show.error(str(error))
+        messages.error(str(error))
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns KeyboardInterrupt into this
-            show.error("interrupted; nothing was written")
+            messages.error("interrupted; nothing was written")
         raise

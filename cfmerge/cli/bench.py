@@ -18,40 +18,41 @@ def _bench() -> None:
     pass
 
 
-@app.command()
+@app.command(cls=o.Command)
 def accuracy(
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Of the report; numbers that are there are kept.")],
+    output: Annotated[
+        Path, o.option("--output", "-o", metavar="PATH", panel=o.WHERE, help="The report; numbers there are kept.")
+    ],
     zoo: Annotated[
         list[str] | None,
-        typer.Option(help="One of the zoos; may be repeated. Default: all, or with --quick one of each kind."),
+        o.option("--zoo", metavar="ZOO", panel=o.WHAT, help="Default: all; --quick: one of each kind. Repeat."),
     ] = None,
     seed: Annotated[
-        list[int] | None, typer.Option(help="May be repeated. Default: 0, 1 and 2, or with --quick 0.")
+        list[int] | None, o.option("--seed", metavar="N", panel=o.WHAT, help="Default: 0, 1, 2; --quick: 0. Repeat.")
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="One row of the tables; may be repeated. Default: all but variants."),
+        o.option("--method", "-m", metavar="ROW", panel=o.WHAT, help="A row of the tables. Default: all; repeat."),
     ] = None,
-    variants: Annotated[
-        bool, typer.Option("--variants", help="All rows: with other settings than the published defaults.")
-    ] = False,
-    quick: Annotated[
-        bool, typer.Option(help="Small networks, little training, few tasks and methods: does it run?")
-    ] = False,
+    variants: Annotated[bool, o.option("--variants", panel=o.WHAT, help="Rows with unpublished settings too.")] = False,
+    quick: Annotated[bool, o.option("--quick", panel=o.WHAT, help="Small and short: does it run?")] = False,
     scale: Annotated[
-        str, typer.Option(help='"small", or "large": a ViT of the shape of CLIP-B/32, for a GPU.')
+        str, o.option("--scale", metavar="SCALE", panel=o.WHAT, help="small (default), or large: a ViT for a GPU.")
     ] = "small",
-    engine: Annotated[str, typer.Option(help='What evaluates text models: "flax", "torch", "auto".')] = "auto",
+    engine: Annotated[
+        str, o.option("--engine", metavar="ENGINE", help="For text models: auto (default), flax, torch.")
+    ] = "auto",
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", help="Processes. Default: one for each core, at most 4; 1 on a GPU.")
+        int | None, o.option("--jobs", "-j", metavar="N", help="Processes. Default: the cores, at most 4; GPU: 1.")
     ] = None,
     quiet: o.Quiet = False,
 ) -> None:
-    """Train experts on real data (once, then from the cache), merge them by every method, and compare.
+    """Train experts on real data, merge them by every method, and compare.
 
-    Needs the extra `bench`, where text models are trained. Data come from package registries. Writes tables,
-    plots and every number to the output folder.
+    Experts are trained once, then come from the cache. Text models need the extra `bench`.
+
+    Writes tables, plots and every number to the output folder.
     """
     from cfmerge_accuracy import cache, report, suite, workers
 

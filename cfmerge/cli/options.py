@@ -1,132 +1,149 @@
-"""The options that commands share, and the recipe that they make."""
+"""The options of the commands. Those that say a part of a recipe stand in one table, by the recipe's keys."""
 
-import re
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 import typer
+import typer.core
+from rich.markup import escape
 
-from cfmerge.errors import CfmergeError
-from cfmerge.recipe import Expert, Recipe, load, parse
+from cfmerge.cli.texts import make_recipe
+from cfmerge.recipe import Recipe
 
-RecipeFile = Annotated[
-    Path | None, typer.Argument(help="A recipe (YAML), or a model card that cfmerge wrote.", show_default=False)
-]
-Base = Annotated[str | None, typer.Option(help="The base: a model directory or a .safetensors file.")]
-Experts = Annotated[
-    list[str] | None,
-    typer.Option("--expert", "-e", help="An expert: PATH, NAME=PATH or NAME=PATH@WEIGHT; once for each."),
-]
-MethodName = Annotated[
-    str | None, typer.Option("--method", "-m", help="See `cfmerge methods`; A >> B chains transforms. Default: ace.")
-]
+WHAT, HOW, WHERE, RUN = "What is merged", "How it is merged", "Where it goes", "How it runs"  # panels of --help
+
+
+def option(*names: str, help: str, metavar: str = "", panel: str = RUN) -> Any:
+    """An option as `--help` shows it at 80 columns: one line, its type a short word."""
+    return typer.Option(*names, rich_help_panel=panel, metavar=metavar, help=help, show_default=False)
+
+
+def argument(metavar: str, help: str) -> Any:
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
+def examples(*commands: str) -> str:
+    """Commands as the end of a `--help`, a line each."""
+    return "\b\n" + "\n".join(("[bold]Examples[/]", *(f"  {escape(command)}" for command in commands)))
+
+
 Parameters = Annotated[
-    list[str] | None, typer.Option("--param", "-p", help="A parameter of the method, KEY=VALUE; once for each.")
+    list[str] | None, option("--param", "-p", metavar="KEY=VALUE", panel=HOW, help="A parameter of the method; repeat.")
 ]
-HeadsChoice = Annotated[
-    Literal["keep-base", "drop", "export"] | None,
-    typer.Option(help="What happens to heads that the models do not share."),
-]
-OnNonFinite = Annotated[
-    Literal["error", "skip-expert"] | None, typer.Option(help="When an expert holds NaN or infinity.")
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option(help="duplicate-experts, one-expert or base-as-expert; once for each."),
-]
-Dtype = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Of the output. Default: the base's.")
-]
-Precision = Annotated[
-    Literal["auto", "float32", "float64"] | None, typer.Option(help="Of the computation. Default: auto.")
-]
-ShardSize = Annotated[str | None, typer.Option(help="Largest output file, such as 5GB (the default) or 500MB.")]
-SideFiles = Annotated[
-    str | None, typer.Option(help="Where config, tokenizer and the like come from. Default: the base.")
-]
+
+# The option of each key of a recipe, on every command that takes a recipe and does not leave the key out.
+RECIPE: dict[str, Any] = {
+    "base": Annotated[
+        str | None, option("--base", metavar="PATH", panel=WHAT, help="A directory or .safetensors file.")
+    ],
+    "experts": Annotated[
+        list[str] | None,
+        option("--expert", "-e", metavar="EXPERT", panel=WHAT, help="PATH or NAME=PATH@WEIGHT; repeat for each."),
+    ],
+    "rename": Annotated[
+        list[str] | None,
+        option("--rename", metavar="RENAME", panel=WHAT, help="'REGEX => TEXT' for experts' names; repeat."),
+    ],
+    "statistics": Annotated[
+        str | None,
+        option("--statistics", metavar="PATH", panel=WHAT, help="Experts accumulated before, to begin from."),
+    ],
+    "method": Annotated[
+        str | None,
+        option("--method", "-m", metavar="METHOD", panel=HOW, help="A method or chain A >> B. Default: ace."),
+    ],
+    "parameters": Parameters,
+    "rules": Annotated[
+        list[str] | None,
+        option("--rule", "-r", metavar="RULE", panel=HOW, help="'match=GLOB, method=NAME'; repeat."),
+    ],
+    "heads": Annotated[
+        Literal["keep-base", "drop", "export"] | None,
+        option("--heads", metavar="CHOICE", panel=HOW, help="Unshared ones: keep-base, drop, export."),
+    ],
+    "allow": Annotated[
+        list[str] | None,
+        option("--allow", metavar="CASE", panel=HOW, help="one-expert, duplicate-experts, ..."),
+    ],
+    "on_nonfinite": Annotated[
+        Literal["error", "skip-expert"] | None,
+        option("--on-nonfinite", metavar="CHOICE", panel=HOW, help="At NaN: error (default), skip-expert."),
+    ],
+    "precision": Annotated[
+        Literal["auto", "float32", "float64"] | None,
+        option("--precision", metavar="CHOICE", panel=HOW, help="auto (default), float32, float64."),
+    ],
+    "seed": Annotated[int | None, option("--seed", metavar="N", panel=HOW, help="For random methods. Default: 0.")],
+    "plugins": Annotated[
+        list[str] | None,
+        option("--plugin", metavar="FILE", panel=HOW, help="Python code with methods; repeat."),
+    ],
+    "dtype": Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        option("--dtype", metavar="DTYPE", panel=WHERE, help="float32, float16, bfloat16 (else base's)."),
+    ],
+    "shard_size": Annotated[
+        str | None, option("--shard-size", metavar="SIZE", panel=WHERE, help="Largest file. Default: 5GB.")
+    ],
+    "side_files": Annotated[
+        str | None, option("--side-files", metavar="PATH", panel=WHERE, help="Config, tokenizer. Default: base's.")
+    ],
+}
+
+RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML), or a model card that cfmerge wrote.")]
+Output = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="The directory to make.")]
+Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the output if it is there.")]
 Memory = Annotated[
-    str | None, typer.Option(help="Bound of the working set, such as 4GB. Default: a quarter of what is free.")
+    str | None, option("--memory", metavar="SIZE", help="Bound such as 4GB. Default: 1/4 of free memory.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Statistics = Annotated[str | None, typer.Option(help="A directory of statistics to begin from (see `accumulate`).")]
-Seed = Annotated[int | None, typer.Option(help="Of random methods. Default: 0.")]
-Plugins = Annotated[
-    list[str] | None, typer.Option("--plugin", help="A Python file that registers methods; once for each.")
-]
-Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+Quiet = Annotated[bool, option("--quiet", "-q", help="No progress, no summary.")]
+Json = Annotated[bool, option("--json", help="JSON on stdout.")]
+Plugins = Annotated[list[str] | None, option("--plugin", metavar="FILE", help="Python code with methods; repeat.")]
 
 
-def make_recipe(
-    file: Path | None,
-    base: str | None,
-    experts: list[str] | None,
-    method: str | None,
-    parameters: list[str] | None,
-    **options: Any,
-) -> Recipe:
-    """The recipe of a file, with what the command line says put over it."""
-    content: dict[str, Any] = {}
-    if file is not None:
-        content = msgspec.to_builtins(load(file))
-    if base is not None:
-        content["base"] = base
-    if experts:
-        content["experts"] = [_expert(text) for text in experts]
-    if method is not None and method != content.get("method"):
-        content |= {"method": method, "parameters": {}}
-    if parameters:
-        content["parameters"] = {**content.get("parameters", {}), **_key_values(parameters)}
-    content |= {key: value for key, value in options.items() if value is not None}
-    needed = ("base",) if content.get("statistics") else ("base", "experts")
-    missing = [key for key in needed if not content.get(key)]
-    if missing:
-        raise CfmergeError(f"no {' and no '.join(missing)}: give --base and --expert, or a recipe file")
-    return parse(msgspec.to_builtins(content), str(file or "command line"))
+class Command(typer.core.TyperCommand):
+    """A command that shows `--help` among the options about running, in the last panel."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        found = super().get_help_option(ctx)
+        if found is not None:
+            found.rich_help_panel = RUN  # type: ignore[attr-defined]
+            found.metavar = ""
+        return found
 
 
-def _expert(text: str) -> Expert:
-    """`PATH`, `NAME=PATH` or `NAME=PATH@WEIGHT`; a path that exists as written is taken as it is."""
-    if Path(text).exists():
-        return Expert(text)
-    name, separator, path = text.partition("=")
-    name, path = (name, path) if separator else ("", text)
-    bare, at, weight = path.rpartition("@")
-    if at and not Path(path).exists():
-        try:
-            return Expert(bare, name, float(weight))
-        except ValueError:
-            pass
-    return Expert(path, name)
+def takes_recipe(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command's first argument is the recipe that its file and its options make.
+
+    The command gets an option for every key of a recipe, but for `without` and for those that it has itself.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command).parameters.values())[1:]
+        left_out = {*without, *(parameter.name for parameter in own)}
+        keys = [key for key in RECIPE if key in Recipe.__struct_fields__ and key not in left_out]
+
+        @functools.wraps(command)
+        def run(recipe: Path | None = None, **given: Any) -> None:
+            asked = make_recipe(recipe, {key: given.pop(key) for key in keys})
+            command(asked, **given)
+
+        file = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=RecipeFile)
+        shared = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RECIPE[key]) for key in keys
+        ]
+        parameters = [file, *sorted([*own, *shared], key=_panel)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        del run.__wrapped__
+        return run
+
+    return decorate
 
 
-def _key_values(texts: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise CfmergeError(f"--param {text!r}: write KEY=VALUE")
-        pairs[key.strip()] = value.strip()
-    return pairs
-
-
-def labelled_methods(texts: Sequence[str], grids: Sequence[str]) -> dict[str, str]:
-    """`{label: method}` of a sweep: the methods as given (`LABEL=METHOD` labels one), or a grid of the only one."""
-    if grids:
-        from cfmerge.core.expressions import expression
-        from cfmerge.engine.sweep import grid
-
-        if len(texts) > 1:
-            raise CfmergeError(f"--grid is for one method, found {len(texts)}")
-        values = {key: value.split(",") for key, value in _key_values(grids).items()}
-        return {label: expression(method) for label, method in grid((texts or ["ace"])[0], **values).items()}
-    labelled = {}
-    for text in texts:
-        label, separator, method = text.partition("=")
-        named = bool(separator) and re.fullmatch(r"[\w.-]+", label) is not None
-        labelled[label if named else text] = method if named else text
-    if len(labelled) < max(len(texts), 1):
-        raise CfmergeError("a sweep needs different methods: -m METHOD once for each, or --grid KEY=V1,V2")
-    return labelled
+def _panel(parameter: inspect.Parameter) -> int:
+    """The place of an option's panel in `--help`."""
+    return (WHAT, HOW, WHERE, RUN).index(parameter.annotation.__metadata__[0].rich_help_panel)

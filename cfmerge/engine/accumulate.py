@@ -18,7 +18,7 @@ from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
 from cfmerge.engine import run
 from cfmerge.engine.in_memory import merge_assigned
-from cfmerge.engine.merge import Plan, as_recipe, check_space, clear_errors, merge_recipe, planned
+from cfmerge.engine.merge import Plan, as_recipe, check_space, clear_errors, make_plan, merge_recipe
 from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.statistics import (
@@ -91,9 +91,19 @@ def accumulate_recipe(
     progress: Progress | None = None,
 ) -> Statistics:
     """The statistics of a recipe's experts, streamed into a directory; see `accumulate`."""
-    return planned({"": recipe}, sums=True).attempted(
-        memory, lambda plan, limit, _: _streamed(plan, Path(output), overwrite, limit, progress or (lambda *_: None))
-    )
+    return accumulate_plan(make_plan(recipe, sums=True), output, overwrite, memory, progress)
+
+
+def accumulate_plan(
+    plan: Plan,
+    output: str | Path,
+    overwrite: bool = False,
+    memory: str | int | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """The statistics of a plan's experts, streamed into a directory; see `accumulate`."""
+    tell = progress or (lambda *_: None)
+    return plan.attempted(memory, lambda plan, limit, _: _streamed(plan, Path(output), overwrite, limit, tell))
 
 
 def _streamed(plan: Plan, output: Path, overwrite: bool, memory: int, progress: Progress) -> Statistics:

@@ -153,17 +153,17 @@ def planned(asked: Mapping[str, Recipe], statistics: Statistics | None = None, *
     return Plan(**{field.name: getattr(resolved, field.name) for field in dataclasses.fields(resolved)})
 
 
-def make_plan(recipe: Recipe, statistics: Statistics | None = None) -> Plan:
-    """The plan of a recipe: checkpoints opened, headers checked, no tensor read.
+def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: bool = False) -> Plan:
+    """The plan of a recipe: checkpoints opened, headers checked, no tensor read; `sums` to accumulate statistics.
 
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
     """
-    return planned({"": recipe}, statistics)
+    return planned({"": recipe}, statistics, sums=sums)
 
 
 def plan(
-    base: str | Path | Recipe,
+    base: str | Path | Recipe | Mapping[str, Recipe],
     experts: Experts = (),
     method: str | Method = "ace",
     *,
@@ -173,13 +173,16 @@ def plan(
     """What `merge` with these arguments would do; `.run(output)` does it. Headers are read, tensors are not.
 
     Args:
-        base: as in `merge`; or a `Recipe`, which says everything.
+        base: as in `merge`; or a `Recipe`, which says everything; or `{label: Recipe}` of several that differ in
+            method and parameters alone, which are merged in one pass.
         experts, method, parameters: as in `merge`.
         **options: the other fields of `Recipe`.
 
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
     """
+    if isinstance(base, Mapping):
+        return planned(base)
     return make_plan(base if isinstance(base, Recipe) else as_recipe(base, experts, method, parameters, options))
 
 

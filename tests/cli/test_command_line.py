@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -151,6 +152,27 @@ def test_the_command_line_goes_over_the_recipe(cli, tmp_path):
     assert json.loads(done.out)["parameters"] == {}
 
 
+def test_a_rule_on_the_command_line(cli, models, tmp_path, load):
+    """It wins over the file's, and the card repeats it."""
+    recipe = {"base": "base", "experts": ["e1", "e2"], "method": "average"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "rules": [{"match": "*", "method": "average"}]}))
+    rule = f"match={Q}, method=keep-base"
+    assert cli("merge", tmp_path / "recipe.yaml", "--rule", rule, "-q", "-o", tmp_path / "out").code == 0
+    assert np.array_equal(load(tmp_path / "out")[Q], load(models / "base")[Q])
+    assert cli("merge", tmp_path / "out/README.md", "-q", "-o", tmp_path / "again").code == 0
+    assert np.array_equal(load(tmp_path / "again")[Q], load(models / "base")[Q])
+    told = json.loads(cli("plan", tmp_path / "recipe.yaml", "--rule", rule, "--json").out)
+    assert {row["what"] for row in told["tensors"] if row["name"] == Q} == {"keep-base"}
+    methods = ("-m", "average", "-m", "task_arithmetic", "-p", "scale=0.5", "-r", rule)
+    assert (
+        cli("sweep", tmp_path / "recipe.yaml", *methods, "-q", "-o", tmp_path / "runs").code == 1
+    )  # average: no scale
+    assert cli("sweep", tmp_path / "recipe.yaml", *methods[2:], "-q", "-o", tmp_path / "runs").code == 0
+    assert np.array_equal(load(tmp_path / "runs/task_arithmetic")[Q], load(models / "base")[Q])
+    assert cli("accumulate", tmp_path / "recipe.yaml", "--rule", rule, "-q", "-o", tmp_path / "stats").code == 0
+    assert Q not in cfmerge.Statistics.load(tmp_path / "stats").kinds
+
+
 def test_json_of_a_merge(cli, models, tmp_path, contents):
     done = cli("merge", "--base", "base", *EXPERTS, "-m", "average", "--json", "-o", tmp_path / "out")
     assert (done.code, done.err) == (0, "")
@@ -254,6 +276,9 @@ def test_methods(cli):
 
 
 WRONG = {
+    "unknown key of a rule": (["plan", "--base", "base", *EXPERTS, "-r", "match=*, metod=average"], 1, "'method'"),
+    "rule without a key": (["plan", "--base", "base", *EXPERTS, "-r", "*.q_proj.*"], 1, "is not KEY=VALUE"),
+    "rule for nothing": (["plan", "--base", "base", *EXPERTS, "-r", "match=x, method=average"], 1, "is never used"),
     "no base": (["merge", "-e", "e1", "-e", "e2", "-o", "out"], 1, "--base"),
     "no experts": (["merge", "--base", "base", "-o", "out"], 1, "--expert"),
     "no output": (["merge", "--base", "base", *EXPERTS], 2, "--output"),
@@ -302,3 +327,42 @@ def test_a_name_that_looks_like_markup(cli, make_model, tmp_path, llama):
     assert done.code == 0
     assert "w[bold].weight" in done.out
     assert "[/red]" in done.out
+
+
+def in_a_terminal(folder, *arguments) -> list[str]:
+    """The lines that a terminal of 80 columns shows, without colours."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "cfmerge", *map(str, arguments)]
+    with subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", 0) as terminal:
+            while block := terminal.read(4096):
+                shown += block
+        process.wait()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "").splitlines()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("inspect", "base"), ("plan", "--base", "base", *EXPERTS, "--tensors"), ("methods",), ("methods", "ace")],
+    ids=["inspect", "plan", "methods", "one method"],
+)
+def test_nothing_is_cut_at_80_columns(models, command):
+    """Names of tensors are broken behind dots, and no cell ends in an ellipsis."""
+    lines = in_a_terminal(models, *command)
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+    if command[0] == "plan":
+        start = next(n for n, line in enumerate(lines) if line.startswith("model.layers.0.self_attn."))
+        assert (lines[start].split()[0] + lines[start + 1].split()[0]).startswith(Q) or Q in lines[start]
+
+
+def test_reasons_are_told_once(cli):
+    """Tensors refer to a rule, or to what is not known of them, by a number."""
+    lines = cli(
+        "plan", "--base", "base", *EXPERTS, "--tensors", "-r", "match=*.q_proj.*, method=average"
+    ).out.splitlines()
+    assert sum(line.endswith("average (1)") for line in lines) == 2
+    assert "(1) by the rule for *.q_proj.*" in lines
