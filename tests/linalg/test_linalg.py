@@ -7,7 +7,7 @@ import pytest
 from jaxtyping import TypeCheckError
 from lowered import lapack_calls
 
-from cfmerge import covariance, linalg, singular
+from cfmerge import covariance, linalg
 from cfmerge.methods.orthomerge import rotation
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -86,9 +86,9 @@ def test_solve_right_under_vmap_and_its_derivatives():
         lambda x: linalg.top_singular(x, 2, x[:3]),
         lambda x: linalg.low_rank_factors(x, 2),
         linalg.complete_qr,
-        lambda x: singular.leading(x, 2),
-        singular.svd,
-        singular.polar,
+        lambda x: linalg.leading(x, 2),
+        linalg.svd,
+        linalg.polar,
     ],
     ids=["solve", "eigen", "pseudo_inverse", "svd", "top", "low_rank", "qr", "leading", "svd_or_grams", "polar"],
 )
