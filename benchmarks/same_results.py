@@ -82,8 +82,7 @@ DISK = {
         f"model.layers.{layer}.{name}": shape
         for layer in range(2)
         for name, shape in {
-            "self_attn.q_proj.weight": (8, 8), "mlp.up_proj.weight": (12, 8), "mlp.down_proj.weight": (8, 12),
-            "input_layernorm.weight": (8,),
+            "mlp.up_proj.weight": (12, 8), "mlp.down_proj.weight": (8, 12), "input_layernorm.weight": (8,),
         }.items()
     },
     "model.norm.weight": (8,),
@@ -215,6 +214,7 @@ def work(directory: Path, only: list[str] | None) -> None:
                 arrays |= {f"{case}: {name}": value for name, value in merged.items()}
             except Exception as error:
                 told[case] = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        jax.clear_caches()  # thousands of small compilations would fill the memory
     about = {"cfmerge": str(Path(cfmerge.__file__).parent), "jax": jax.__version__, "cases": told}
     np.savez(directory / "arrays.npz", **arrays)
     (directory / "told.json").write_text(json.dumps(about))

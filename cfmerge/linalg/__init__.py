@@ -9,7 +9,7 @@ after the other (`one_by_one`). All functions work under `jit` and `vmap`, and u
     spectra.py         LAPACK's decompositions
     low_rank.py        leading singular triplets, low-rank factors
     polar_factors.py   polar factors
-    selection.py       the k-th largest
+    selection.py       the k-th largest entry, the k largest entries
     batching.py        decompositions under `vmap`
 """
 
@@ -19,7 +19,6 @@ from cfmerge.linalg.low_rank import low_rank_factors as low_rank_factors
 from cfmerge.linalg.low_rank import nonzero as nonzero
 from cfmerge.linalg.low_rank import rank_cutoff as rank_cutoff
 from cfmerge.linalg.low_rank import svd as svd
-from cfmerge.linalg.low_rank import top_singular as top_singular
 from cfmerge.linalg.low_rank import truncated as truncated
 from cfmerge.linalg.polar_factors import Polar as Polar
 from cfmerge.linalg.polar_factors import polar as polar
@@ -31,6 +30,8 @@ from cfmerge.linalg.products import root as root
 from cfmerge.linalg.products import times_gram as times_gram
 from cfmerge.linalg.products import unit as unit
 from cfmerge.linalg.selection import kth_largest as kth_largest
+from cfmerge.linalg.selection import largest as largest
+from cfmerge.linalg.selection import magnitude_keys as magnitude_keys
 from cfmerge.linalg.solves import conjugate_gradients as conjugate_gradients
 from cfmerge.linalg.solves import pseudo_inverse as pseudo_inverse
 from cfmerge.linalg.solves import solve_right as solve_right

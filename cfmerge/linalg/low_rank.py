@@ -37,38 +37,34 @@ def svd(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, 
     return leading(matrix, min(matrix.shape))
 
 
-def top_singular(
+def leading(
     matrix: Float[Array, "m n"], k: int, row_space: Float[Array, "q n"] | None = None
 ) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
-    """The `k` largest singular triplets of a matrix, largest first.
-
-    `row_space`, if given, is any set of rows that spans the matrix's row space; when it is narrower than the
-    matrix, the decomposition is done inside it (no `min(m, n)`-sized problem), and at most `q` triplets are
-    returned.
-    """
-    if row_space is not None and row_space.shape[0] < min(matrix.shape):
-        basis = orthonormal(row_space.T)
-        u, s, vt = thin_svd(matmul(matrix, basis))
-        vt = matmul(vt, basis.T)
-    else:
-        u, s, vt = thin_svd(matrix)
-    return u[:, :k], s[:k], vt[:k]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def leading(matrix: Float[Array, "m n"], k: int) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
     """The `k` largest singular triplets, largest first: by the smaller Gram if it resolves them, else by the SVD.
 
     Two Grams, for one sees `s_k / s_1` squared (`_by_grams`); trusted while `s_k / s_1 > eps^0.6` (7e-5 in float32). In
     derivatives the vectors of equal singular values do not turn into one another.
+
+    Args:
+        row_space: any rows that span the matrix's row space. When they are fewer than its sides the decomposition is
+            done inside their span, and at most `q` triplets are returned.
     """
-    return one_by_one(functools.partial(_leading, k=k))(matrix)
+    if row_space is None or row_space.shape[0] >= min(matrix.shape):
+        return _leading(matrix, k)
+    basis = orthonormal(row_space.T)
+    u, s, vt = _leading(matmul(matrix, basis), min(k, basis.shape[1]))
+    return u, s, matmul(vt, basis.T)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _leading(matrix: Array, k: int) -> tuple[Array, Array, Array]:
+    return one_by_one(functools.partial(_triplets, k=k))(matrix)
+
+
+def _triplets(matrix: Array, k: int) -> tuple[Array, Array, Array]:
     m, n = matrix.shape
     if m > n:
-        v, s, ut = _leading(matrix.T, k)
+        v, s, ut = _triplets(matrix.T, k)
         return ut.T, s, v.T
     if k == 0 or (2 * k > m and n < 2 * m):  # nothing to gain
         return svd_wide(matrix, k)
@@ -123,7 +119,7 @@ def _orthonormal(columns: Float[Array, "m k"]) -> Float[Array, "m k"]:
     return columns
 
 
-@leading.defjvp
+@_leading.defjvp
 def _leading_jvp(k: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     (matrix,), (change,) = primals, tangents
     u, s, vt = thin_svd(matrix)

@@ -204,7 +204,7 @@ def _refine(target: Array, x: Array, k: int, row_space: Array | None) -> tuple[A
     """`x + mean(s_1..s_k) U_k V_k^T` of `target`, with `k` cut at its numerical rank; `k = 0` adds nothing."""
     if k == 0:
         return x, jnp.zeros((), jnp.int32)
-    u, s, vt = linalg.top_singular(target, k, row_space)
+    u, s, vt = linalg.leading(target, k, row_space)
     keep = s > max(target.shape) * jnp.finfo(s.dtype).eps * s[0]
     kept = jnp.sum(keep)
     mean = jnp.sum(jnp.where(keep, s, 0)) / jnp.maximum(kept, 1)
