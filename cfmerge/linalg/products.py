@@ -35,6 +35,11 @@ def unit(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), 0)
 
 
+def weighted_mean(total: Float[Array, "..."], weight: float | Float[Array, ""]) -> Float[Array, "..."]:
+    """`total / weight` of a weighted sum, and the sum itself where the weights sum to 0."""
+    return total / jnp.where(weight == 0, 1, weight)
+
+
 def gram(rows: Float[Array, "r n"]) -> Float[Array, "n n"]:
     """`rows^T rows`. A large one is formed in blocks, those below the diagonal by symmetry: 5/8 of the work."""
     n = rows.shape[1]

@@ -66,7 +66,7 @@ def _top_bit(dtype: Any) -> Array:
 # --- selection ---------------------------------------------------------------------------------------------------
 
 
-def kth_largest(values: Shaped[Array, "..."], k: int | Int[Array, ""]) -> Shaped[Array, ""]:
+def kth_largest(values: Shaped[Array, "..."], k: int | Shaped[Array, ""]) -> Shaped[Array, ""]:
     """The `k`-th largest of keys, or of floats that are not negative; exact, by bisection on their bits.
 
     One pass over the numbers for every bit, which beats sorting them; `k` may be traced. Of keys, `k = 0` gives one
@@ -76,7 +76,7 @@ def kth_largest(values: Shaped[Array, "..."], k: int | Int[Array, ""]) -> Shaped
         unsigned = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
         bits = lax.bitcast_convert_type(lax.stop_gradient(values), unsigned)
         return lax.bitcast_convert_type(kth_largest(bits, k), values.dtype)
-    enough = reaching(k)
+    enough = reaching(jnp.asarray(k, jnp.int32))
     return highest(values.dtype, lambda key: enough(values >= key))
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from cfmerge import linalg
+from cfmerge.linalg import weighted_mean as weighted_mean
 from cfmerge.methods._registry import Number
 
 TINY = 1e-12  # the published code adds it to every trace, energy and denominator
@@ -74,11 +75,6 @@ def scalars_of(n_t: Array, trace: Array, weight: Array) -> Scalars:
 
 def add_scalars(a: Scalars, b: Scalars) -> Scalars:
     return Scalars(*(x + y for x, y in zip(a, b, strict=True)))
-
-
-def weighted_mean(total: Array, weight: Array) -> Array:
-    """`total / weight`, and `total` where there was nothing."""
-    return total / jnp.where(weight == 0, 1, weight)
 
 
 def gate_of(scalars: Scalars, kind: str, tau: Number) -> tuple[Scalar, Bool[Array, ""]]:
