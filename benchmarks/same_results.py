@@ -6,8 +6,8 @@
 All registered methods and some chains merge (a) a small pytree in float64, and methods and transforms (chained with
 `average`) merge (b) a tiny model on disk, computed in float64 and written in float32; some of them with a convolution,
 stacked layers and embeddings too. Once with this checkout, once with the other cfmerge, each in a process of its own.
-For every method the largest difference of a tensor is told, relative to the norm of its merged delta; more than 1e-6 anywhere
-fails. A method that is new here is told, one that is gone fails.
+For every method the largest difference of a tensor is told, relative to the norm of its merged delta; more than 1e-6
+anywhere fails. A method that is new here is told, one that is gone fails.
 """
 
 import argparse

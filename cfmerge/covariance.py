@@ -123,9 +123,8 @@ def scaled(estimate: Estimate, factor: float | Float[Array, ""]) -> Estimate:
     """`factor S`; the factor is not negative.
 
     Example:
-        >>> delta = jnp.array([[3.0, 4.0]])
-        >>> covariance.scaled(covariance.of_delta(delta), 1 / 25).rows.round(5).tolist()
-        [[0.6000000238418579, 0.800000011920929]]
+        >>> covariance.scaled(covariance.of_delta(jnp.array([[3.0, 4.0]])), 4.0).rows.tolist()
+        [[6.0, 8.0]]
     """
     size = linalg.root(jnp.asarray(factor, estimate.rows.dtype))
     return Estimate(size * estimate.rows, None if estimate.left is None else size * estimate.left, estimate.error)

@@ -14,5 +14,10 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     threads, such as a decomposition's and its fall-back's on two cores, can wait for ever.
 
     The function may hold numbers, but no arrays: inside a batched `cond` these would be batched and are refused.
+
+    Example:
+        >>> determinant = linalg.one_by_one(jnp.linalg.det)
+        >>> jax.vmap(determinant)(jnp.stack([jnp.eye(2), 3 * jnp.eye(2)])).tolist()
+        [1.0, 9.0]
     """
     return jax.custom_batching.sequential_vmap(function)

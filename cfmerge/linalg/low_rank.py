@@ -23,17 +23,33 @@ def rank_cutoff(shape: tuple[int, ...], dtype: Any) -> float:
 
     Rounding is a matrix of independent entries, whose largest singular value grows as the root of its sides, not (as
     the usual `max(shape) eps` has it) as the sides: four times that, 1.3e-5 for 768 x 768 in float32.
+
+    Example:
+        >>> f"{linalg.rank_cutoff((768, 768), jnp.float32):.1e}"
+        '1.3e-05'
     """
     return 4 * float(np.sqrt(max(shape)) * jnp.finfo(dtype).eps)
 
 
 def nonzero(s: Float[Array, " k"], largest: Array, cutoff: float) -> Bool[Array, " k"]:
-    """Which singular values are above `cutoff` times the largest, and not denormal."""
+    """Which singular values are above `cutoff` times the largest, and not denormal.
+
+    Example:
+        >>> s = jnp.array([10.0, 1.0, 1e-7])
+        >>> linalg.nonzero(s, s[0], 1e-6).tolist()
+        [True, True, False]
+    """
     return (s > cutoff * largest) & (s >= jnp.finfo(s.dtype).tiny)
 
 
 def svd(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
-    """`U, s, V^T`, largest first; differentiable as `leading` is."""
+    """`U, s, V^T`, largest first; differentiable as `leading` is.
+
+    Example:
+        >>> u, s, vt = linalg.svd(jnp.array([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
+        >>> s.round(5).tolist(), u.shape, vt.shape
+        ([2.0, 1.0], (2, 2), (2, 3))
+    """
     return leading(matrix, min(matrix.shape))
 
 
@@ -48,6 +64,11 @@ def leading(
     Args:
         row_space: any rows that span the matrix's row space. When they are fewer than its sides the decomposition is
             done inside their span, and at most `q` triplets are returned.
+
+    Example:
+        >>> u, s, vt = linalg.leading(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2)
+        >>> s.round(5).tolist(), u.shape, vt.shape
+        ([3.0, 2.0], (3, 2), (2, 3))
     """
     if row_space is None or row_space.shape[0] >= min(matrix.shape):
         return _leading(matrix, k)
@@ -149,7 +170,12 @@ def scale_of(matrix: Array) -> Array:
 
 
 def truncated(matrix: Float[Array, "m n"], k: int) -> Float[Array, "m n"]:
-    """The best approximation of rank `k`."""
+    """The best approximation of rank `k`.
+
+    Example:
+        >>> linalg.truncated(jnp.diag(jnp.array([1.0, 3.0])), 1).round(5).tolist()
+        [[0.0, 0.0], [0.0, 3.0]]
+    """
     u, s, vt = leading(matrix, k)
     return matmul(u * s, vt)
 
@@ -161,6 +187,12 @@ def low_rank_factors(
 
     Randomised range finder with one power step (Halko, Martinsson, Tropp 2011, algorithm 4.4), with a fixed
     key: the same matrix gives the same factors. Exact to rounding when the matrix has rank at most `rank`.
+
+    Example:
+        >>> matrix = jnp.outer(jnp.arange(4.0), jnp.arange(5.0))
+        >>> left, right, error = linalg.low_rank_factors(matrix, 1)
+        >>> left.shape, right.shape, bool(error < 1e-5)
+        ((4, 1), (1, 5), True)
     """
     sketch = jax.random.normal(jax.random.key(0), (matrix.shape[1], rank), matrix.dtype)
     left = orthonormal(matmul(matrix, sketch))

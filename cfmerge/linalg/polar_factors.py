@@ -41,6 +41,11 @@ class Polar(NamedTuple):
         factor: `sum_i u_i v_i^T` over the singular values above the cutoff.
         rank: their number, as a float.
         by_svd: 1 if it took an SVD, 0 if products (or the Gram) were enough.
+
+    Example:
+        >>> found = linalg.polar(jnp.eye(2))
+        >>> float(found.rank)
+        2.0
     """
 
     factor: Float[Array, "m n"]
@@ -53,6 +58,10 @@ def polar(matrix: Float[Array, "m n"], cutoff: float | None = None) -> Polar:
 
     Args:
         cutoff: singular values up to this share of the largest count as zero (none: `rank_cutoff`).
+
+    Example:
+        >>> linalg.polar(jnp.array([[0.0, 5.0, 0.0], [2.0, 0.0, 0.0]])).factor.round(5).tolist()
+        [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     """
     return _polar(matrix, rank_cutoff(matrix.shape, matrix.dtype) if cutoff is None else cutoff)
 

@@ -21,7 +21,13 @@ T = TypeVar("T")
 
 
 def magnitude_keys(x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Integers in the order of `|x|`."""
+    """Integers in the order of `|x|`.
+
+    Example:
+        >>> keys = linalg.magnitude_keys(jnp.array([-2.0, 1.0]))
+        >>> bool(keys[0] > keys[1])
+        True
+    """
     unsigned = _unsigned(x)
     return unsigned & ~_top_bit(unsigned.dtype)
 
@@ -71,6 +77,10 @@ def kth_largest(values: Shaped[Array, "..."], k: int | Shaped[Array, ""]) -> Sha
 
     One pass over the numbers for every bit, which beats sorting them; `k` may be traced. Of keys, `k = 0` gives one
     above all of them.
+
+    Example:
+        >>> float(linalg.kth_largest(jnp.array([3.0, 0.5, 2.0, 2.0]), 2))
+        2.0
     """
     if jnp.issubdtype(values.dtype, jnp.floating):
         unsigned = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
@@ -86,7 +96,12 @@ def highest(dtype: Any, holds: Callable[[Array], Array]) -> Array:
 
 
 def largest(keys: UInt[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
-    """Which entries are the `count` largest: exactly so many, of equal ones those of lower index."""
+    """Which entries are the `count` largest: exactly so many, of equal ones those of lower index.
+
+    Example:
+        >>> linalg.largest(linalg.magnitude_keys(jnp.array([3.0, -4.0, 0.5, 3.0])), 2).tolist()
+        [True, True, False, False]
+    """
     upto, above = around(keys, reaching(count))
     return lax.cond(
         jnp.sum(upto, dtype=jnp.int32) > count,

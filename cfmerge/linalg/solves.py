@@ -20,6 +20,11 @@ def solve_right(rhs: Float[Array, "m n"], matrix: Float[Array, "n n"]) -> tuple[
     Returns the solution and whether the Cholesky factorisation held. Where it did not (the matrix is not
     positive definite to working precision) the solution comes from the eigenvalues, raised to at least
     `n * machine epsilon * largest`; the caller reports that. The derivative is that of the equation.
+
+    Example:
+        >>> solution, held = linalg.solve_right(jnp.array([[2.0, 8.0]]), jnp.diag(jnp.array([1.0, 4.0])))
+        >>> solution.tolist(), bool(held)
+        ([[2.0, 2.0]], True)
     """
     return lax.custom_linear_solve(
         lambda x: matmul(x, matrix), rhs, lambda _, b: _solve_right(b, matrix), symmetric=True, has_aux=True
@@ -51,6 +56,11 @@ def pseudo_inverse(
 
     Eigenvalues up to `cutoff` times the largest count as zero (none: `n * machine epsilon`). Returns also how many
     do not, and the least of these over the largest.
+
+    Example:
+        >>> inverse, rank, least = linalg.pseudo_inverse(jnp.diag(jnp.array([4.0, 2.0, 0.0])))
+        >>> jnp.diagonal(inverse).tolist(), int(rank), float(least)
+        ([0.25, 0.5, 0.0], 2, 0.5)
     """
     floor = matrix.shape[0] * jnp.finfo(matrix.dtype).eps if cutoff is None else cutoff
     return _pseudo_inverse(matrix, jnp.asarray(floor, matrix.dtype))
@@ -85,6 +95,12 @@ def conjugate_gradients(
     `times` is linear, symmetric and positive semi-definite for the sum of entrywise products. Stops where the
     residual is at rounding level, or where the direction is one that `times` takes to zero but for rounding. Returns
     the solution and the residual's norm over the target's.
+
+    Example:
+        >>> matrix, target = jnp.array([[2.0, 1.0], [1.0, 3.0]]), jnp.array([3.0, 4.0])
+        >>> x, left = linalg.conjugate_gradients(lambda x: matrix @ x, target, jnp.zeros(2), steps=2)
+        >>> x.round(5).tolist(), bool(left < 1e-5)
+        ([1.0, 1.0], True)
     """
     tiny, eps = jnp.finfo(target.dtype).tiny, jnp.finfo(target.dtype).eps
     largest = jnp.max(jnp.abs(target))  # the residuals are scaled by it: their squares would leave the range

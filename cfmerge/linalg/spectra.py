@@ -18,6 +18,11 @@ def symmetric_eigen(matrix: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Fl
 
     Differentiable; eigenvectors whose eigenvalues are the same to working precision do not turn into each other,
     which is right for functions of the matrix that are constant there, and never infinite.
+
+    Example:
+        >>> values, vectors = linalg.symmetric_eigen(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> values.round(5).tolist(), vectors.shape
+        ([1.0, 3.0], (2, 2))
     """
     values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors
@@ -42,6 +47,11 @@ def thin_svd(
 
     On a CPU by divide and conquer, and by QR iteration where that fails on a finite matrix: LAPACK's divide and conquer
     does not always converge on many equal singular values; what it gives then is NaN.
+
+    Example:
+        >>> u, s, vt = linalg.thin_svd(jnp.array([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]))
+        >>> s.round(5).tolist(), u.shape, vt.shape
+        ([2.0, 1.0], (3, 2), (2, 2))
     """
     found = tuple(jnp.linalg.svd(matrix, full_matrices=False))
     failed = jnp.isfinite(matrix).all() & ~jnp.isfinite(found[1]).all()
@@ -75,7 +85,13 @@ def _thin_svd_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, A
 @jax.custom_jvp
 @one_by_one
 def orthonormal(columns: Float[Array, "m k"]) -> Float[Array, "m k"]:
-    """Orthonormal columns that span the same (`k <= m`), by QR: the first j span what the first j of `columns` do."""
+    """Orthonormal columns that span the same (`k <= m`), by QR: the first j span what the first j of `columns` do.
+
+    Example:
+        >>> q = linalg.orthonormal(jnp.array([[3.0, 1.0], [4.0, 2.0], [0.0, 1.0]]))
+        >>> bool(jnp.allclose(q.T @ q, jnp.eye(2), atol=1e-6))
+        True
+    """
     return jnp.linalg.qr(columns)[0]
 
 
@@ -87,13 +103,24 @@ def _orthonormal_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any
 
 @one_by_one
 def complete_qr(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m m"], Float[Array, "m n"]]:
-    """`Q R` with a square `Q`: beyond column `n` a basis of what is orthogonal to the matrix. It has no derivative."""
+    """`Q R` with a square `Q`: beyond column `n` a basis of what is orthogonal to the matrix. It has no derivative.
+
+    Example:
+        >>> q, r = linalg.complete_qr(jnp.array([[3.0], [4.0], [0.0]]))
+        >>> q.shape, bool(jnp.allclose(q @ r, jnp.array([[3.0], [4.0], [0.0]]), atol=1e-6))
+        ((3, 3), True)
+    """
     q, r = jnp.linalg.qr(matrix, mode="complete")
     return q, r
 
 
 def largest_eigenvalue(matrix: Float[Array, "n n"], steps: int = 16) -> Float[Array, ""]:
-    """The largest eigenvalue of a symmetric positive semi-definite matrix, from below, by power iteration."""
+    """The largest eigenvalue of a symmetric positive semi-definite matrix, from below, by power iteration.
+
+    Example:
+        >>> round(float(linalg.largest_eigenvalue(jnp.diag(jnp.array([1.0, 2.0, 10.0])))), 3)
+        10.0
+    """
     tiny = jnp.finfo(matrix.dtype).tiny
 
     def step(_: int | Array, vector: Array) -> Array:
