@@ -18,7 +18,7 @@ OUT, IN, EXPERTS = 24, 32, 2
 def layer(seed):
     """`(base, deltas, inputs)` of one layer: each delta is a sum of gradients `e x^T` over the expert's own inputs."""
     rng = np.random.default_rng(seed)
-    scales = [np.geomspace(3, 0.03, IN), np.geomspace(0.03, 3, IN)]
+    scales = [np.geomspace(2, 0.2, IN), np.geomspace(0.2, 2, IN)]
     rotation = np.linalg.qr(rng.standard_normal((IN, IN)))[0]
     inputs = np.stack([(rng.standard_normal((400, IN)) * scale) @ rotation for scale in scales]).astype(np.float32)
     errors = rng.standard_normal((EXPERTS, 400, OUT)).astype(np.float32)
@@ -52,9 +52,9 @@ def main():
     measured, _ = merged_delta(deltas, [covariance.from_activations(x) for x in inputs])
 
     print("loss on the experts' own inputs")
-    print(f"  average               {loss(average, deltas, inputs):.3f}")
-    print(f"  estimated             {loss(estimated, deltas, inputs):.3f}")
-    print(f"  measured              {loss(measured, deltas, inputs):.3f}")
+    print(f"  average               {loss(average, deltas, inputs):.4f}")
+    print(f"  estimated             {loss(estimated, deltas, inputs):.4f}")
+    print(f"  measured              {loss(measured, deltas, inputs):.4f}")
     print(f"ridge over the largest eigenvalue: {report['ridge_ratio']:.1e}")
 
     # 3. A batch of layers under vmap, compiled once.
@@ -69,19 +69,17 @@ def main():
     print("difference of a layer in the batch from the same layer alone")
     print(f"  batch                 {float(jnp.max(jnp.abs(batch[0] - estimated)) / jnp.max(jnp.abs(estimated))):.4f}")
 
-    # 4. The ridge by its gradient, on a few inputs: the solve is differentiable.
-    few = inputs[:, :20]
+    # 4. The ridge by its gradient, on a few inputs, from one that is too large: the solve is differentiable.
+    def ridged(log_ridge):
+        return merged_delta(deltas, [covariance.of_centred(delta) for delta in deltas], ridge=jnp.exp(log_ridge))[0]
 
-    def of_ridge(log_ridge):
-        merged, _ = merged_delta(deltas, [covariance.of_centred(delta) for delta in deltas], ridge=jnp.exp(log_ridge))
-        return loss(merged, deltas, few)
-
-    log_ridge, step = jnp.log(0.05), jax.jit(jax.grad(of_ridge))
-    for _ in range(30):
-        log_ridge = log_ridge - 5.0 * step(log_ridge)
-    tuned, _ = merged_delta(deltas, [covariance.of_centred(delta) for delta in deltas], ridge=jnp.exp(log_ridge))
-    print("loss with the ridge that gradient descent found")
-    print(f"  tuned                 {loss(tuned, deltas, inputs):.3f}")
+    step = jax.jit(jax.grad(lambda log_ridge: loss(ridged(log_ridge), deltas, inputs[:, :20])))
+    log_ridge = jnp.log(3.0)
+    print("loss with a large ridge, and with the one that gradient descent found from there")
+    print(f"  large                 {loss(ridged(log_ridge), deltas, inputs):.4f}")
+    for _ in range(40):
+        log_ridge = log_ridge - 10.0 * step(log_ridge)
+    print(f"  tuned                 {loss(ridged(log_ridge), deltas, inputs):.4f}")
 
     # 5. Experts are forgotten: what remains is the sums of the others.
     sums = least_squares.init(deltas[0])

