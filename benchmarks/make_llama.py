@@ -1,6 +1,6 @@
 """Makes a LLaMA-architecture base of 374M parameters and experts of it, in bfloat16, for the benchmarks.
 
-    python benchmarks/make_llama.py DIR [--experts 8] [--layers 24]
+    python benchmarks/make_llama.py DIR [--experts 8] [--layers 24] [--hidden 1024] [--vocabulary 32000]
 
 Weights are random; an expert's delta is 1 % of the base's norm: a low-rank part whose spectrum decays, and noise,
 as fine-tuning leaves it. DIR/base and DIR/expert_0 .. are Hugging Face directories.
@@ -9,6 +9,7 @@ as fine-tuning leaves it. DIR/base and DIR/expert_0 .. are Hugging Face director
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,20 +19,32 @@ from cfmerge.checkpoints.safetensors import ShardWriter
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def config(layers: int) -> dict:
+class Size(NamedTuple):
+    """How large the model is; the default is 374M parameters."""
+
+    layers: int = 24
+    hidden: int = 1024
+    vocabulary: int = 32000
+
+    @property
+    def intermediate(self) -> int:
+        return self.hidden * 11 // 4
+
+
+def config(size: Size) -> dict:
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024,
-        "intermediate_size": 2816, "num_hidden_layers": layers, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "vocab_size": 32000, "max_position_embeddings": 2048,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate, "num_hidden_layers": size.layers, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "vocab_size": size.vocabulary, "max_position_embeddings": 2048,
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    d, f, v = 1024, 2816, 32000
+def shapes(size: Size) -> dict[str, tuple[int, ...]]:
+    d, f, v = size.hidden, size.intermediate, size.vocabulary
     result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d)}
-    for n in range(layers):
+    for n in range(size.layers):
         prefix = f"model.layers.{n}."
         result |= {prefix + f"self_attn.{p}_proj.weight": (d, d) for p in "qkvo"}
         result |= {prefix + f"mlp.{p}_proj.weight": (f, d) for p in ("gate", "up")}
@@ -57,12 +70,12 @@ def delta(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return low + rng.standard_normal(shape, np.float32) * np.float32(1e-4)
 
 
-def write(directory: Path, layers: int, expert: int | None) -> None:
+def write(directory: Path, size: Size, expert: int | None) -> None:
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(config(layers), indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(config(size), indent=2) + "\n")
     generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False}
     (directory / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    tensors = shapes(layers)
+    tensors = shapes(size)
     writer = ShardWriter(directory, {n: (s, BF16) for n, s in tensors.items()}, 1 << 40, {"format": "pt"})
     for number, (name, shape) in enumerate(tensors.items()):
         value = base_tensor(np.random.default_rng([0, number]), shape).astype(BF16)
@@ -77,9 +90,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=Size().layers)
+    parser.add_argument("--hidden", type=int, default=Size().hidden, help="a multiple of 32")
+    parser.add_argument("--vocabulary", type=int, default=Size().vocabulary)
     args = parser.parse_args()
-    write(args.directory / "base", args.layers, None)
+    size = Size(args.layers, args.hidden, args.vocabulary)
+    write(args.directory / "base", size, None)
     for number in range(args.experts):
-        write(args.directory / f"expert_{number}", args.layers, number)
+        write(args.directory / f"expert_{number}", size, number)
     print(f"{args.directory}: base and {args.experts} experts")

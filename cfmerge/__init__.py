@@ -4,6 +4,7 @@
     cfmerge.merge(base, experts, method="ace", output=...)                   checkpoints on disk, streaming
     cfmerge.merge_params(base_tree, expert_trees, cfmerge.methods.ace())     JAX pytrees, under jit, vmap, grad
     cfmerge.merge_tensor(W0, [W1, W2], cfmerge.methods.ace())                one canonical (out, in) weight
+    cfmerge.least_squares, covariance, linalg                                what methods of one's own are made of
 
 Importing it is light: JAX is imported when one of these is first used.
 """
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cfmerge import covariance as covariance
+    from cfmerge import least_squares as least_squares
+    from cfmerge import linalg as linalg
     from cfmerge import methods as methods
     from cfmerge.checkpoints import open_checkpoint as open_checkpoint
     from cfmerge.engine.accumulate import accumulate as accumulate
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
     from cfmerge.recipe import Rule as Rule
 
 _PUBLIC = {
+    "covariance": "cfmerge.covariance",
+    "least_squares": "cfmerge.least_squares",
+    "linalg": "cfmerge.linalg",
     "methods": "cfmerge.methods",
     "open_checkpoint": "cfmerge.checkpoints",
     "merge_params": "cfmerge.engine.in_memory",
@@ -62,7 +69,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'cfmerge' has no attribute {name!r}")
     module = importlib.import_module(_PUBLIC[name])
-    return module if name == "methods" else getattr(module, name)
+    return module if module.__name__ == f"cfmerge.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -56,6 +56,16 @@ def test_own_method():
         assert distances[way] == pytest.approx(distances["merge_tensor"], abs=0.002)
 
 
+def test_one_layer():
+    """Covariances say where each expert's inputs lie, estimated and measured ones; and the ridge's gradient helps."""
+    found = {name: numbers[0] for name, numbers in rows(run("one_layer.py")).items()}
+    assert found["estimated"] < 0.5 * found["average"]
+    assert found["measured"] < 0.5 * found["average"]
+    assert found["tuned"] < 0.7 * found["large"]
+    assert found["batch"] < 1e-3
+    assert found["forgotten"] < 1e-2
+
+
 def check_huggingface(printed: str) -> None:
     assert "14 tensors  matrix: ace" in printed
     assert "5 tensors  vector: keep-base" in printed

@@ -21,7 +21,6 @@ from cfmerge.methods._ace_sums import (
     gram_zeros,
     positive,
     ridges,
-    weighted_mean,
 )
 
 
@@ -87,7 +86,7 @@ def solve_rows(
         for expert, delta, block in zip(experts, deltas, f_blocks, strict=True):
             total = total + expert.weight * delta
             cross = cross + linalg.matmul(linalg.matmul(delta, block.T), block)
-        return cross - weighted_mean(linalg.matmul(linalg.matmul(total, f.T), f) + lam * total, scalars.weight)
+        return cross - linalg.weighted_mean(linalg.matmul(linalg.matmul(total, f.T), f) + lam * total, scalars.weight)
 
     row_space = jnp.concatenate([expert.right for expert in experts])
     error = jnp.max(jnp.stack([expert.error for expert in experts]))

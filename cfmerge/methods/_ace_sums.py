@@ -76,15 +76,10 @@ def add_scalars(a: Scalars, b: Scalars) -> Scalars:
     return Scalars(*(x + y for x, y in zip(a, b, strict=True)))
 
 
-def weighted_mean(total: Array, weight: Array) -> Array:
-    """`total / weight`, and `total` where there was nothing."""
-    return total / jnp.where(weight == 0, 1, weight)
-
-
 def gate_of(scalars: Scalars, kind: str, tau: Number) -> tuple[Scalar, Bool[Array, ""]]:
     """`Var[ln n] / (Mean[ln n]^2 + 1e-12)` with the unbiased variance; one expert is homogeneous."""
     count = scalars.experts
-    mean = weighted_mean(scalars.log_energy, count)
+    mean = linalg.weighted_mean(scalars.log_energy, count)
     variance = (scalars.log_energy_squared - count * mean**2) / jnp.maximum(count - 1, 1)
     value = jnp.maximum(variance, 0) / ((mean**2 + TINY) if kind == "paper" else 1)
     value = jnp.where(count > 1, value, 0)
@@ -94,7 +89,7 @@ def gate_of(scalars: Scalars, kind: str, tau: Number) -> tuple[Scalar, Bool[Arra
 def ridges(scalars: Scalars, heterogeneous: Array, eps: Number | None, eps_rel: Number, n: int) -> tuple[Array, Array]:
     """`e_t = absolute + relative / tr_t` for every expert: the two numbers `(absolute, relative)`."""
     if eps is None:
-        scale = weighted_mean(scalars.trace, scalars.weight) / n
+        scale = linalg.weighted_mean(scalars.trace, scalars.weight) / n
         return jnp.where(heterogeneous, eps_rel / n, eps_rel * scale), jnp.zeros_like(scale)
     eps_array = jnp.asarray(eps, scalars.weight.dtype)
     return jnp.where(heterogeneous, 0, eps_array), jnp.where(heterogeneous, eps_array, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cfmerge import singular
+from cfmerge import linalg
 from cfmerge.core.part import Report
 
 
@@ -30,12 +30,12 @@ def leading(matrices: Float[Array, "T m n"], k: int, largest: Float[Array, " T"]
     Args:
         largest: what a singular value must be measured against to count as zero; none: the matrix's own largest.
     """
-    cutoff = singular.rank_cutoff(matrices.shape[1:], matrices.dtype)
+    cutoff = linalg.rank_cutoff(matrices.shape[1:], matrices.dtype)
 
     def one(arguments: tuple[Array, Array | None]) -> Triplets:
         matrix, reference = arguments
-        u, s, vt = singular.leading(matrix, k)
-        kept = singular.nonzero(s, jnp.max(s, initial=0) if reference is None else reference, cutoff)
+        u, s, vt = linalg.leading(matrix, k)
+        kept = linalg.nonzero(s, jnp.max(s, initial=0) if reference is None else reference, cutoff)
         return Triplets(u * kept, s * kept, vt * kept[:, None])
 
     return lax.map(one, (matrices, largest))
@@ -58,7 +58,7 @@ def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Floa
     Args:
         columns: how many of the `q` are not zero.
     """
-    left, right = singular.polar(us), singular.polar(vts)
+    left, right = linalg.polar(us), linalg.polar(vts)
     possible = jnp.minimum(columns, min(us.shape[0], vts.shape[1]))
     return Bases(left.factor, right.factor, possible - jnp.minimum(left.rank, right.rank))
 

@@ -236,7 +236,7 @@ def anchor_of(statistic: Statistic, anchor: Anchor | Array) -> Array | None:
     if not isinstance(anchor, str):
         return anchor
     if anchor == "mean":
-        return statistic.total / jnp.where(statistic.weight == 0, 1, statistic.weight)
+        return linalg.weighted_mean(statistic.total, statistic.weight)
     return statistic.total if anchor == "sum" else None
 
 

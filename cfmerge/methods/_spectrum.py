@@ -105,6 +105,12 @@ def ridge_path(
         statistic: of any method of this family.
         ridges: relative to the mean eigenvalue of the Gram.
         anchor: "zero", "mean", "sum", or a merged delta.
+
+    Example:
+        >>> method, delta = methods.anchored(), jnp.arange(6.0).reshape(2, 3)
+        >>> statistic = method.update(method.init(delta), delta)
+        >>> methods.ridge_path(statistic, [0.01, 0.1, 1.0], anchor="mean").shape
+        (3, 2, 3)
     """
     found = spectrum(statistic, anchor)
     return lax.map(lambda r: found.filtered(ridge_filter(found.values, found.ridge(r))), jnp.asarray(ridges))
@@ -124,6 +130,13 @@ def gcv(
         statistic: of any method of this family, or its `spectrum`.
         ridges: relative to the mean eigenvalue of the Gram.
         anchor: "zero", "mean", "sum", or a merged delta (a spectrum has its own).
+
+    Example:
+        >>> method, delta = methods.anchored(), jnp.arange(6.0).reshape(2, 3)
+        >>> statistic = method.update(method.update(method.init(delta), delta), delta[::-1])
+        >>> ridges = [0.01, 0.1, 1.0]
+        >>> ridges[int(jnp.argmin(methods.gcv(statistic, ridges)))] in ridges
+        True
     """
     found = statistic if isinstance(statistic, Spectrum) else spectrum(statistic, anchor)
     known = found.values > found.basis.shape[1] * CUT * jnp.max(found.values)

@@ -47,7 +47,6 @@ from cfmerge.methods._ace_sums import (
     positive,
     ridges,
     scalars_of,
-    weighted_mean,
 )
 from cfmerge.methods._least_squares import NOTES as SHARED_NOTES
 from cfmerge.methods._least_squares import growth
@@ -116,7 +115,7 @@ def ace(
     def solve(statistic: Statistic) -> tuple[Float[Array, "out in"], Report]:
         scalars, sums = statistic
         gate_value, heterogeneous = gate_of(scalars, gate, tau)
-        s = jnp.where(heterogeneous, 1 / (weighted_mean(scalars.energy, scalars.weight) + TINY), 1)
+        s = jnp.where(heterogeneous, 1 / (linalg.weighted_mean(scalars.energy, scalars.weight) + TINY), 1)
         if isinstance(sums, GramSums):
             solved = _solve_full(scalars, sums, heterogeneous, s, eps, eps_rel)
         else:
@@ -191,7 +190,7 @@ def _solve_full(
     merged = x_0 - jnp.outer(jnp.sum(x_0, axis=1), row) / (1 + jnp.sum(row))
 
     def residual() -> Array:
-        return cross - weighted_mean(linalg.matmul(sums.total, system), scalars.weight)
+        return cross - linalg.weighted_mean(linalg.matmul(sums.total, system), scalars.weight)
 
     largest = linalg.largest_eigenvalue(system)
     return Solved(merged, residual, lam, largest, held, None, jnp.zeros_like(lam))
@@ -201,7 +200,7 @@ def _refine(target: Array, x: Array, k: int, row_space: Array | None) -> tuple[A
     """`x + mean(s_1..s_k) U_k V_k^T` of `target`, with `k` cut at its numerical rank; `k = 0` adds nothing."""
     if k == 0:
         return x, jnp.zeros((), jnp.int32)
-    u, s, vt = linalg.top_singular(target, k, row_space)
+    u, s, vt = linalg.leading(target, k, row_space)
     keep = s > max(target.shape) * jnp.finfo(s.dtype).eps * s[0]
     kept = jnp.sum(keep)
     mean = jnp.sum(jnp.where(keep, s, 0)) / jnp.maximum(kept, 1)

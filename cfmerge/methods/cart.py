@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cfmerge import linalg, singular
+from cfmerge import linalg
 from cfmerge.core.checks import as_array, check, check_number
 from cfmerge.core.deltas import of_deltas
 from cfmerge.core.numbers import Number
@@ -43,7 +43,7 @@ def cart(scale: Number = 1.0, rank_fraction: float = 0.08) -> Method:
         weight = jnp.sum(weights)
         mean = _sum(weights, deltas) / jnp.where(weight == 0, 1, weight)
         k = rank_of(rank_fraction, mean.shape)
-        own = lax.map(lambda delta: singular.truncated(delta - mean, k), deltas)
+        own = lax.map(lambda delta: linalg.truncated(delta - mean, k), deltas)
         return mean + as_array(scale, mean.dtype) * _sum(weights, own)
 
     return of_deltas(about_mean, Needs(normalises=True))

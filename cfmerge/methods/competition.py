@@ -26,18 +26,10 @@ from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Seen
 from cfmerge.core.registry import register
 from cfmerge.core.survey import Look, Survey
+from cfmerge.linalg.selection import kth_largest, magnitude_keys, magnitude_of, value_keys, value_of
 from cfmerge.methods._stack import ratio as over
 from cfmerge.methods._stack import total
-from cfmerge.methods._thresholds import (
-    Search,
-    found_keys,
-    kth_largest,
-    magnitude_keys,
-    magnitude_of,
-    search,
-    value_keys,
-    value_of,
-)
+from cfmerge.methods._thresholds import Search, found_keys, search
 
 Inter = Literal["deltas", "ranks"]
 

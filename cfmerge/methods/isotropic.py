@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cfmerge import linalg, singular
+from cfmerge import linalg
 from cfmerge.core.checks import as_array, check, check_number
 from cfmerge.core.deltas import of_deltas
 from cfmerge.core.numbers import Number
@@ -51,12 +51,12 @@ def iso_c(alpha: Number = 1.0, target: Literal["mean", "rms", "largest", "one"] 
         if target == "rms":
             return linalg.norm(total).reshape(()) / r**0.5
         if target == "largest":
-            return singular.leading(total, 1)[1][0]
+            return linalg.leading(total, 1)[1][0]
         return jnp.ones((), total.dtype)
 
     def solve(statistic: Sum) -> tuple[Array, Report]:
         total = statistic.total
-        polar = singular.polar(total)
+        polar = linalg.polar(total)
         merged = as_array(alpha, total.dtype) * value(total, polar.factor) * polar.factor
         return merged, {"null_space": lax.stop_gradient(min(total.shape) - polar.rank)}
 

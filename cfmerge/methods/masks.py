@@ -19,8 +19,9 @@ from cfmerge.core.numbers import Number
 from cfmerge.core.part import Context, Method, Needs
 from cfmerge.core.random import draws
 from cfmerge.core.registry import register
+from cfmerge.linalg.selection import largest, magnitude_keys
 from cfmerge.methods._stack import ratio, total, weighted
-from cfmerge.methods._thresholds import largest, magnitude_keys, share_of
+from cfmerge.methods._thresholds import share_of
 
 
 @register

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cfmerge import linalg, singular
+from cfmerge import linalg
 from cfmerge.core.checks import as_array, check_number
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Report, Seen
@@ -46,9 +46,9 @@ def init(base: Float[Array, "..."]) -> Running:
 
 def clean(total: Float[Array, "m n"], delta: Float[Array, "m n"], alpha: Array) -> Float[Array, "m n"]:
     """The delta without its part along, and among the leading, singular directions of the total."""
-    u, s, vt = singular.svd(total)
+    u, s, vt = linalg.svd(total)
     shares = jnp.cumsum(s) * ratio(jnp.ones((), s.dtype), jnp.sum(s))
-    kept = singular.nonzero(s, s[0], singular.rank_cutoff(total.shape, total.dtype))
+    kept = linalg.nonzero(s, s[0], linalg.rank_cutoff(total.shape, total.dtype))
     leading = (shares <= alpha) & kept
     overlap = linalg.matmul(linalg.matmul(u.T, delta), vt.T)
     removed = (leading[:, None] & leading[None]) | jnp.diag(kept)

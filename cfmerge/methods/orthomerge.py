@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cfmerge import linalg, singular
+from cfmerge import linalg
 from cfmerge.core.checks import check
 from cfmerge.core.part import NO_CONTEXT, Context, Method, Part, Report
 from cfmerge.core.registry import register
@@ -110,10 +110,10 @@ def rotation(base: Float[Array, "m n"], expert: Float[Array, "m n"]) -> Float[Ar
 
     # base^T = [Q_1 N_1] [L_1; 0] and so expert: polar(Q_1 L_1 L_2^T Q_2^T) = Q_1 polar(L_1 L_2^T) Q_2^T, of m x m
     (q1, n1, l1), (q2, n2, l2) = _bases(base), _bases(expert)
-    core = singular.polar(linalg.matmul(l1, l2.T))
+    core = linalg.polar(linalg.matmul(l1, l2.T))
 
     def beside(factor: Array) -> Array:
-        rest = singular.polar(linalg.matmul(n1.T, n2), _half(base)).factor
+        rest = linalg.polar(linalg.matmul(n1.T, n2), _half(base)).factor
         return linalg.matmul(linalg.matmul(q1, factor), q2.T) + linalg.matmul(linalg.matmul(n1, rest), n2.T)
 
     def apart(factor: Array) -> Array:  # some of the m directions are none
@@ -128,16 +128,16 @@ def _rotation_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -
 
 
 def _of_inputs(base: Float[Array, "m n"], expert: Float[Array, "m n"]) -> Float[Array, "n n"]:
-    return _completed(singular.polar(linalg.matmul(base.T, expert)))
+    return _completed(linalg.polar(linalg.matmul(base.T, expert)))
 
 
-def _completed(found: singular.Polar) -> Float[Array, "n n"]:
+def _completed(found: linalg.Polar) -> Float[Array, "n n"]:
     """A polar factor, and where it is zero on either side the rotation between both that changes least."""
     eye = jnp.eye(len(found.factor), dtype=found.factor.dtype)
 
     def completed(part: Array) -> Array:
         outside = linalg.matmul(eye - linalg.matmul(part, part.T), eye - linalg.matmul(part.T, part))
-        return part + singular.polar(outside, _half(part)).factor
+        return part + linalg.polar(outside, _half(part)).factor
 
     return lax.cond(found.rank == len(eye), lambda part: part, completed, found.factor)
 

@@ -26,9 +26,11 @@ from cfmerge.core.part import NO_CONTEXT, Context, Needs, Transform
 from cfmerge.core.random import draws
 from cfmerge.core.registry import register
 from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
+from cfmerge.linalg import selection
+from cfmerge.linalg.selection import magnitude_keys
 from cfmerge.methods import _thresholds
 from cfmerge.methods._stack import ratio
-from cfmerge.methods._thresholds import Search, magnitude_keys, share_of
+from cfmerge.methods._thresholds import Search, share_of
 
 Norm = Literal["none", "l1", "l2", "linf"]
 Count = Literal["ceil", "floor", "round", "official"]
@@ -74,9 +76,9 @@ def trim(
     def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
         keys = magnitude_keys(delta)
         if count == "official":
-            kept, _ = _thresholds.around(keys, _thresholds.reaching(wanted(delta.size)))
+            kept, _ = selection.around(keys, selection.reaching(wanted(delta.size)))
         else:
-            kept = _thresholds.largest(keys, wanted(delta.size))
+            kept = selection.largest(keys, wanted(delta.size))
         return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
 
     if scope == "tensor":
@@ -96,7 +98,7 @@ def trim(
             key = _thresholds.found_keys(found.model)[number, 0]
             kept = keys >= key
             if found.tensor is not None:
-                kept = (keys > key) | _thresholds.first(keys == key, jnp.asarray(found.tensor)[number])
+                kept = (keys > key) | selection.first(keys == key, jnp.asarray(found.tensor)[number])
             kept &= jnp.asarray(found.model.asked)[number, 0] > 0
             return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
 
@@ -164,7 +166,7 @@ def trim_energy(share: PerExpert = 0.9, keep_last: bool = False) -> Transform:
         keys = magnitude_keys(delta)
         energies = lax.stop_gradient(ratio(delta, jnp.max(jnp.abs(delta)))) ** 2
         least = jnp.asarray(share, delta.dtype) * jnp.sum(energies)
-        kept, _ = _thresholds.around(keys, lambda mask: jnp.sum(jnp.where(mask, energies, 0)) >= least)
+        kept, _ = selection.around(keys, lambda mask: jnp.sum(jnp.where(mask, energies, 0)) >= least)
         kept &= least > 0
         if keep_last:
             kept |= (jnp.arange(delta.size) == delta.size - 1).reshape(delta.shape)
@@ -192,7 +194,7 @@ def outliers(density: PerExpert = 0.9, gamma: PerExpert = 0.01, rescale: Norm = 
         keys = magnitude_keys(delta)
         kept, top = share_of(density, delta.size, "floor"), share_of(gamma, delta.size, "floor")
         top = jnp.minimum(top, delta.size - kept)
-        inside = _thresholds.largest(keys, top + kept) & ~_thresholds.largest(keys, top)
+        inside = selection.largest(keys, top + kept) & ~selection.largest(keys, top)
         return _rescaled(delta, jnp.where(inside, delta, 0), rescale)
 
     return Transform("outliers", apply, needs=Needs("tensor"))
@@ -262,7 +264,7 @@ def keep_probabilities(delta: Float[Array, "..."], density: Any, epsilon: Any) -
     rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
     low, spread = jnp.asarray(density - epsilon, delta.dtype), jnp.asarray(2 * epsilon, delta.dtype)
     n = rows.shape[1]
-    share = _thresholds.middle_ranks(magnitude_keys(rows)) / (n - 1) if n > 1 else jnp.full(rows.shape, 0.5)
+    share = selection.middle_ranks(magnitude_keys(rows)) / (n - 1) if n > 1 else jnp.full(rows.shape, 0.5)
     return jnp.clip(low + spread * share.astype(delta.dtype), 0, 1).reshape(delta.shape)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cfmerge import linalg, singular
+from cfmerge import linalg
 from cfmerge.core.checks import as_array, check, check_number
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Needs, Seen, Transform
@@ -39,7 +39,7 @@ def low_rank(rank: int | None = None, fraction: float = 0.1) -> Transform:
 
     def apply(delta: Float[Array, "m n"]) -> Float[Array, "m n"]:
         k = rank_of(fraction, delta.shape) if rank is None else min(rank, *delta.shape)
-        return delta if k == min(delta.shape) else singular.truncated(delta, k)
+        return delta if k == min(delta.shape) else linalg.truncated(delta, k)
 
     return Transform("low_rank", apply, needs=Needs("matrix"))
 
@@ -125,7 +125,7 @@ def svc(alpha: Number = 0.1) -> Transform:
     check_number("svc: alpha", alpha, above=0)
 
     def apply(merged: Float[Array, "m n"], seen: Seen) -> Float[Array, "m n"]:
-        u, _, _ = singular.svd(merged)
+        u, _, _ = linalg.svd(merged)
         rows = linalg.matmul(u.T, merged)
         floor = as_array(alpha, merged.dtype)
 
@@ -144,6 +144,6 @@ def svc(alpha: Number = 0.1) -> Transform:
 
 def _parts(delta: Float[Array, "m n"]) -> tuple[Array, Array, Array, Array]:
     """`U, s, V^T` and which of s are not zero to working precision; the others are set to zero."""
-    u, s, vt = singular.svd(delta)
-    kept = singular.nonzero(s, s[0], singular.rank_cutoff(delta.shape, delta.dtype))
+    u, s, vt = linalg.svd(delta)
+    kept = linalg.nonzero(s, s[0], linalg.rank_cutoff(delta.shape, delta.dtype))
     return u, jnp.where(kept, s, 0), vt, kept

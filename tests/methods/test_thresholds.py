@@ -8,6 +8,7 @@ import pytest
 import cfmerge
 from cfmerge import methods
 from cfmerge.engine import units
+from cfmerge.linalg import selection
 from cfmerge.methods import _thresholds
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 3.4e38, -3.4e38, 1.0, -1.0]
@@ -32,11 +33,11 @@ def largest(x, count):
 def test_keys_are_in_the_order_of_the_floats(dtype):
     with jax.enable_x64(dtype == "float64"):
         x = values(dtype)
-        order = np.argsort(np.asarray(_thresholds.value_keys(jnp.asarray(x))), kind="stable")
+        order = np.argsort(np.asarray(selection.value_keys(jnp.asarray(x))), kind="stable")
         assert np.all(np.diff(x[order]) >= 0)
-        order = np.argsort(np.asarray(_thresholds.magnitude_keys(jnp.asarray(x))), kind="stable")
+        order = np.argsort(np.asarray(selection.magnitude_keys(jnp.asarray(x))), kind="stable")
         assert np.all(np.diff(np.abs(x)[order]) >= 0)
-        back = _thresholds.value_of(_thresholds.value_keys(jnp.asarray(x)))
+        back = selection.value_of(selection.value_keys(jnp.asarray(x)))
         assert np.asarray(back).astype(dtype).tobytes() == x.tobytes()
 
 
@@ -44,7 +45,7 @@ def test_keys_are_in_the_order_of_the_floats(dtype):
 def test_largest_is_exactly_so_many(dtype):
     with jax.enable_x64(dtype == "float64"):
         x = values(dtype)
-        find = jax.jit(lambda x, count: _thresholds.largest(_thresholds.magnitude_keys(x), count))
+        find = jax.jit(lambda x, count: selection.largest(selection.magnitude_keys(x), count))
         for count in (0, 1, 2, 17, 100, 200, len(x) - 1, len(x)):
             np.testing.assert_array_equal(find(x, count), largest(x, count))
         many = jax.vmap(find)(jnp.stack([x, x]), jnp.array([17, 200]))
@@ -57,7 +58,7 @@ def test_largest_is_exactly_so_many_of_computed_numbers(level):
 
     def of_variance(x):
         mean = sum(x) / len(x)
-        return _thresholds.largest(_thresholds.magnitude_keys(sum((each - mean) ** 2 for each in x)), 54)
+        return selection.largest(selection.magnitude_keys(sum((each - mean) ** 2 for each in x)), 54)
 
     x = jnp.asarray(np.random.default_rng(0).standard_normal((40, 3, 13, 7)), jnp.float32)
     find = jax.jit(jax.vmap(of_variance), compiler_options={"xla_backend_optimization_level": level})
@@ -66,7 +67,7 @@ def test_largest_is_exactly_so_many_of_computed_numbers(level):
 
 def test_middle_ranks():
     x = jnp.array([[3.0, -1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    ranks = _thresholds.middle_ranks(_thresholds.magnitude_keys(x))
+    ranks = selection.middle_ranks(selection.magnitude_keys(x))
     np.testing.assert_array_equal(ranks, [[3, 1.5, 1.5, 0], [1.5, 1.5, 1.5, 1.5]])
 
 

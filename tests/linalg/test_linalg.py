@@ -7,7 +7,7 @@ import pytest
 from jaxtyping import TypeCheckError
 from lowered import lapack_calls
 
-from cfmerge import covariance, linalg, singular
+from cfmerge import covariance, linalg
 from cfmerge.methods.orthomerge import rotation
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -83,12 +83,12 @@ def test_solve_right_under_vmap_and_its_derivatives():
         lambda x: linalg.symmetric_eigen(x.T @ x),
         lambda x: linalg.pseudo_inverse(x.T @ x),
         linalg.thin_svd,
-        lambda x: linalg.top_singular(x, 2, x[:3]),
+        lambda x: linalg.leading(x, 2, x[:3]),
         lambda x: linalg.low_rank_factors(x, 2),
         linalg.complete_qr,
-        lambda x: singular.leading(x, 2),
-        singular.svd,
-        singular.polar,
+        lambda x: linalg.leading(x, 2),
+        linalg.svd,
+        linalg.polar,
     ],
     ids=["solve", "eigen", "pseudo_inverse", "svd", "top", "low_rank", "qr", "leading", "svd_or_grams", "polar"],
 )
@@ -121,12 +121,12 @@ def test_low_rank_factors():
     assert float(linalg.low_rank_factors(jnp.asarray(matrix, jnp.float32), 2)[2]) > 1e-2
 
 
-def test_top_singular_inside_a_row_space():
+def test_leading_triplets_inside_a_row_space():
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((4, 30))
     matrix = rng.standard_normal((20, 4)) @ rows
     with jax.enable_x64(True):
-        u, s, vt = map(np.asarray, linalg.top_singular(jnp.asarray(matrix), 3, jnp.asarray(rows)))
+        u, s, vt = map(np.asarray, linalg.leading(jnp.asarray(matrix), 3, jnp.asarray(rows)))
     exact = np.linalg.svd(matrix, full_matrices=False)
     np.testing.assert_allclose(s, exact[1][:3], rtol=1e-10)
     np.testing.assert_allclose(u @ vt, exact[0][:, :3] @ exact[2][:3], atol=1e-9)
