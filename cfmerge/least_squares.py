@@ -81,10 +81,14 @@ def init(base: Float[Numbers, "out in"], *, rows: bool = False) -> Sums:
         >>> sums.experts.gram.shape, sums.experts.cross.shape
         ((4, 4), (3, 4))
     """
-    base = jnp.asarray(base)
-    zero, flat = jnp.zeros((), base.dtype), jnp.zeros(base.shape, base.dtype)
-    gram = jnp.zeros((base.shape[1], base.shape[1]), base.dtype)
-    return Sums(flat, zero, zero, zero, () if rows else Grams(gram, flat, zero))
+    total = jnp.zeros_like(jnp.asarray(base))
+    zero = jnp.zeros((), total.dtype)
+    return Sums(total, zero, zero, zero, () if rows else _no_grams(total))
+
+
+def _no_grams(like: Float[Array, "m n"]) -> Grams:
+    n = like.shape[1]
+    return Grams(jnp.zeros((n, n), like.dtype), jnp.zeros_like(like), jnp.zeros((), like.dtype))
 
 
 def add(
@@ -113,7 +117,7 @@ def add(
     """
     m, n = sums.total.shape
     estimate = covariance if isinstance(covariance, Estimate) else None
-    shape = jnp.shape(covariance if estimate is None else estimate.rows)
+    shape = covariance.rows.shape if isinstance(covariance, Estimate) else jnp.shape(covariance)
     if jnp.shape(delta) != (m, n):
         raise CfmergeError(f"least_squares.add: the delta has shape {jnp.shape(delta)}, the sums are of {(m, n)}")
     if len(shape) != 2 or shape[1] != n or (estimate is None and shape[0] != n):
@@ -121,6 +125,7 @@ def add(
         raise CfmergeError(f"least_squares.add: the covariance has shape {shape}, expected {wanted}")
     dtype = sums.total.dtype
     delta, w = jnp.asarray(delta, dtype), jnp.asarray(weight, dtype)
+    experts: Grams | tuple[Rows, ...]
     if isinstance(sums.experts, Grams):
         experts, size = _with_gram(sums.experts, delta, covariance, w)
     else:
@@ -143,7 +148,7 @@ def _with_gram(grams: Grams, delta: Array, covariance: Estimate | Numbers, w: Ar
 
 
 def _with_rows(
-    experts: tuple[Rows, ...], delta: Array, estimate: Estimate | None, weight: float | Array
+    experts: tuple[Rows, ...], delta: Array, estimate: Estimate | None, weight: float | Numbers
 ) -> tuple[tuple[Rows, ...], Array]:
     """The experts' rows with one more, and the trace of its covariance."""
     if estimate is None:
@@ -165,7 +170,7 @@ def full(sums: Sums) -> Sums:
     """
     if isinstance(sums.experts, Grams):
         return sums
-    grams = init(sums.total).experts
+    grams = _no_grams(sums.total)
     for rows, left, w in sums.experts:
         gram, cross, kappa = linalg.gram(rows), linalg.matmul(left, rows), jnp.sum(left * left)
         grams = Grams(grams.gram + w * gram, grams.cross + w * cross, grams.kappa + w * kappa)
@@ -182,7 +187,8 @@ def join(a: Sums, b: Sums) -> Sums:
         2.0
     """
     if not isinstance(a.experts, Grams) and not isinstance(b.experts, Grams):
-        return Sums(*(x + y for x, y in zip(a[:4], b[:4], strict=True)), (*a.experts, *b.experts))
+        scalars = (a.weight + b.weight, a.energy + b.energy, a.samples + b.samples)
+        return Sums(a.total + b.total, *scalars, (*a.experts, *b.experts))
     return jax.tree.map(jnp.add, full(a), full(b))
 
 
