@@ -13,7 +13,7 @@ import msgspec
 import yaml
 
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.parameters import Kind
+from cfmerge.models import Kind
 
 Heads = Literal["keep-base", "drop", "export"]
 Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert"]

@@ -159,7 +159,7 @@ def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
 
 
 def checkpoint(checkpoint: "Checkpoint", json: bool) -> None:
-    from cfmerge.parameters import classify
+    from cfmerge.models import classify
 
     headers = {name: (info.shape, info.dtype.name) for name, info in checkpoint.tensors.items()}
     parameters = classify(headers, checkpoint.config)

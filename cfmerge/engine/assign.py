@@ -9,7 +9,7 @@ from cfmerge import methods
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
 from cfmerge.methods._base import is_chain
-from cfmerge.parameters import Kind, Parameter, check_layout, is_attention_mask, is_float
+from cfmerge.models import Kind, Parameter, check_layout, is_attention_mask, is_float
 from cfmerge.recipe import Rule
 
 Action = Literal["merge", "keep-base", "skip"]

@@ -25,7 +25,7 @@ from cfmerge.methods import Found, Method
 from cfmerge.methods._random import check_seed
 from cfmerge.methods._registry import of_expert
 from cfmerge.methods._several import members, several
-from cfmerge.parameters import Kind, Parameter
+from cfmerge.models import Kind, Parameter
 from cfmerge.recipe import Rule
 
 NO_EXPERTS = "no experts: a merge needs at least one"
@@ -91,7 +91,7 @@ def merge_params(
     """Merges pytrees of parameters: dicts, FrozenDicts, `nnx.State`, any registered pytree.
 
     Kinds and layouts are read off names and shapes (`.../kernel` is `(in, out)`, `...weight` is `(out, in)`, see
-    `cfmerge.parameters`); tensors of one shape are solved together. Differentiable in base, experts and weights.
+    `cfmerge.models`); tensors of one shape are solved together. Differentiable in base, experts and weights.
 
     Args:
         base: the base's parameters.

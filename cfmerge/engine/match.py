@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from cfmerge.checkpoints import Checkpoint, TensorInfo
 from cfmerge.engine.assign import Action, Assignment
 from cfmerge.errors import nearest
-from cfmerge.parameters import HEAD, Kind, is_attention_mask, is_float
+from cfmerge.models import HEAD, Kind, is_attention_mask, is_float
 from cfmerge.recipe import Expert, Recipe, Rule
 
 UNSHARED_HEAD = re.compile(r"(^|[./])(pooler|lm_head)([./]|$)")  # part of the trunk where all models have it

@@ -25,7 +25,7 @@ from cfmerge.engine.pipeline import Progress, execute, same_content
 from cfmerge.engine.plan import Plan, make_plan
 from cfmerge.engine.statistics import Statistics
 from cfmerge.errors import CfmergeError, NonFiniteError
-from cfmerge.parameters import is_float
+from cfmerge.models import is_float
 from cfmerge.recipe import Recipe
 
 HEADS = "heads"  # directory of exported heads in the output

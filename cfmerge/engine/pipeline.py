@@ -23,7 +23,7 @@ from cfmerge.engine.solve import Merged, Progress, check_stack, merge_batch
 from cfmerge.engine.survey import Stack, by_member, found_for, kind_of, survey
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.methods import Found
-from cfmerge.parameters import Kind, is_float
+from cfmerge.models import Kind, is_float
 
 WORKERS = 2  # batches in work at once: one computes while another reads, or factorises on one core
 WRITE_BEHIND = 8  # finished tensors

@@ -25,7 +25,7 @@ from cfmerge.methods import Method
 from cfmerge.methods._base import Part, is_chain
 from cfmerge.methods._random import check_seed
 from cfmerge.methods._registry import expression, plain_number
-from cfmerge.parameters import Parameter, classify, is_float
+from cfmerge.models import Parameter, classify, is_float
 from cfmerge.recipe import Expert, Recipe, parse_size
 
 OUTPUT_DTYPES = {

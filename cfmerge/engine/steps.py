@@ -24,7 +24,7 @@ from cfmerge.methods import Context, Found, Method, Seen
 from cfmerge.methods._base import with_context
 from cfmerge.methods._random import key_from
 from cfmerge.methods._registry import numbers, structure, with_numbers
-from cfmerge.parameters import from_canonical, to_canonical
+from cfmerge.models import from_canonical, to_canonical
 
 
 class Settings(NamedTuple):
@@ -72,7 +72,7 @@ def compiled(method: Method, layout: str, compute: str) -> Steps:
     """The steps, jitted; compiled once for every shape that they meet. `step` uses up its statistics.
 
     Args:
-        layout: of the stored tensors, see `cfmerge.parameters`; empty where there is no canonical view.
+        layout: of the stored tensors, see `cfmerge.models`; empty where there is no canonical view.
         compute: `float32` or `float64` (then call under `jax.enable_x64(True)`).
     """
     return _compiled(Like(method), layout, compute)

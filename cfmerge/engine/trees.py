@@ -12,7 +12,7 @@ from cfmerge.checkpoints.pytree import flatten
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
-from cfmerge.parameters import classify, is_float
+from cfmerge.models import classify, is_float
 from cfmerge.recipe import Rule, parse_rule
 
 

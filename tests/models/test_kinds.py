@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfmerge.errors import CfmergeError
-from cfmerge.parameters import (
+from cfmerge.models import (
     Kind,
     Parameter,
     check_layout,
