@@ -146,9 +146,6 @@ def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
     console.print(table)
     for expert, heads in plan.exported.items():
         console.print(f"heads/{escape(expert)}.safetensors: {escape(', '.join(heads))}", soft_wrap=True)
-    averaged = [row for row in rows if row["note"] and not row["rule"]]
-    if averaged and not tensors and plan.method.scope == "matrix":
-        console.print(f"[yellow]note:[/] {escape(str(averaged[0]['name']))}: {averaged[0]['note']}", soft_wrap=True)
     _notes(console, plan.notes)
     console.print(
         f"reads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, about {plan.flops / 1e12:.2f} TFLOP; "

@@ -38,6 +38,11 @@ class Batch:
             return ((job.name, self.first),)
         return tuple((job.name, number) for job in self.jobs for number in range(job.matrices))
 
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The numbers of the experts that have its tensors: a partial one lacks some."""
+        return tuple(number for number, source in enumerate(self.jobs[0].sources) if source is not None)
+
     def read(self, checkpoint: Checkpoint, names: tuple[str, ...]) -> np.ndarray:
         """`(jobs, *stored shape)`, or `(1, count)` for a piece."""
         arrays = [checkpoint.read(name) for name in names]
@@ -52,6 +57,8 @@ class Batch:
         return self.read(plan.base, tuple(job.name for job in self.jobs))
 
     def expert(self, plan: Plan, number: int) -> np.ndarray:
+        if number not in self.experts:  # for surveys, which sum over experts: no delta
+            return self.base(plan)
         return self.read(plan.experts[number], tuple(str(job.sources[number]) for job in self.jobs))
 
     def inputs(self, plan: Plan, number: int) -> Inputs:
@@ -112,7 +119,8 @@ def make_batches(jobs: tuple[Job, ...], memory: int) -> Iterator[Batch]:
                 yield Batch((job,), first, min(ENTRIES, job.parameter.size - first))
             continue
         p = job.parameter
-        key = (p.shape, p.dtype, str(job.dtype), job.layout, kind_of(job.assignment.method))
+        having = tuple(source is not None for source in job.sources)
+        key = (p.shape, p.dtype, str(job.dtype), job.layout, kind_of(job.assignment.method), having)
         bucket = waiting.setdefault(key, [])
         bucket.append(job)
         if len(bucket) >= _stack(job, memory):

@@ -21,6 +21,7 @@ from cfmerge.engine.batches import Batch, make_batches
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.solve import Merged, Progress, check_stack, merge_batch
 from cfmerge.engine.survey import Stack, by_member, found_for, kind_of, survey
+from cfmerge.engine.ties import same_bits
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.methods import Found
 from cfmerge.models import Kind, is_float
@@ -82,7 +83,7 @@ def execute(
 
     Raises:
         NonFiniteError: a NaN or infinity in a model, or a result that does not fit its dtype.
-        CfmergeError: integers that do not agree, or tensors said to be tied that are not.
+        CfmergeError: integers that do not agree.
     """
     account = Account()
     lock = threading.Lock()
@@ -118,7 +119,6 @@ def execute(
     try:
         for job in plan.jobs:
             _check_stop(stop)
-            _check_ties(plan, job)
             if job.assignment.action == "keep-base":
                 kept = _kept(plan, job)
                 for writer in writers:
@@ -177,7 +177,7 @@ def _kept(plan: Plan, job: Job) -> np.ndarray:
     if is_float(base.dtype.name):
         pieces = max(1, base.size >> 22)
         for stored, cast in zip(*(np.array_split(a.reshape(-1), pieces) for a in (base, kept)), strict=True):
-            if job.parameter.kind is not Kind.OTHER and not np.isfinite(stored).all():
+            if job.parameter.kind not in {Kind.OTHER, Kind.VECTOR} and not np.isfinite(stored).all():
                 raise NonFiniteError(
                     f"base ({plan.base.path}): tensor {job.name!r} holds NaN or infinity",
                     source="", tensor=job.name,
@@ -198,33 +198,6 @@ def _kept(plan: Plan, job: Job) -> np.ndarray:
     return kept
 
 
-def _check_ties(plan: Plan, job: Job) -> None:
-    """Tensors that the config ties must be the same where they are stored twice."""
-    models = [("base", plan.base, job.name)]
-    models += [
-        (f"expert {spec.name!r}", expert, source)
-        for spec, expert, source in zip(plan.expert_specs, plan.experts, job.sources, strict=True)
-        if source is not None
-    ]
-    for who, checkpoint, name in models:
-        for alias, target in checkpoint.ties.items():
-            stored = alias in checkpoint.tensors and target == name
-            if stored and not _same_bits(checkpoint.read(alias), checkpoint.read(name)):
-                raise CfmergeError(
-                    f"{who} ({checkpoint.path}): {alias!r} and {name!r} are tied by its config.json, but differ; "
-                    "set tie_word_embeddings to false there, in the base and all experts alike"
-                )
-
-
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Piece by piece: a comparison makes an array of booleans."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    a, b = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
-    piece = 1 << 22
-    return all(np.array_equal(a[i : i + piece], b[i : i + piece]) for i in range(0, a.size, piece))
-
-
 def _check_stop(stop: threading.Event) -> None:
     if stop.is_set():
         raise KeyboardInterrupt
@@ -236,6 +209,4 @@ def same_content(a: Checkpoint, b: Checkpoint, names: dict[str, str]) -> bool:
     Args:
         names: `{name in a: name in b}`.
     """
-    return all(
-        _same_bits(a.read(name), b.read(names[name])) for name in sorted(names, key=lambda name: "embed" in name)
-    )
+    return all(same_bits(a.read(name), b.read(names[name])) for name in sorted(names, key=lambda name: "embed" in name))

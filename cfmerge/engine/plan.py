@@ -1,6 +1,7 @@
-"""The plan: a recipe resolved against the checkpoints' headers. No tensor is read."""
+"""The plan: a recipe resolved against the checkpoints' headers. No tensor is read, but to see which are copies."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,19 +15,22 @@ import numpy as np
 from cfmerge import methods
 from cfmerge.checkpoints import Checkpoint, open_checkpoint
 from cfmerge.checkpoints.huggingface import side_files
-from cfmerge.engine.assign import Assignment, assign
+from cfmerge.engine.assign import Assignment, assign, treated_apart
 from cfmerge.engine.cost import statistic_size
 from cfmerge.engine.match import match_experts
+from cfmerge.engine.pair import pair_experts
 from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settle, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form
+from cfmerge.engine.ties import settle_ties
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._base import Part, is_chain
 from cfmerge.methods._random import check_seed
 from cfmerge.methods._registry import expression, plain_number
 from cfmerge.models import Parameter, classify, is_float
-from cfmerge.recipe import Expert, Recipe, parse_size
+from cfmerge.models.patterns import escape, patterns, tell
+from cfmerge.recipe import Expert, Recipe, parse_size, rule_option
 
 OUTPUT_DTYPES = {
     "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -208,17 +212,18 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
     notes = _check_same_files(recipe, base, specs, experts)
 
     parameters = _parameters(base)
-    tied = {alias: name for alias, name in base.ties.items() if alias in parameters and alias != name}
-    own = {name: parameter for name, parameter in parameters.items() if name not in tied}
-    assignments = assign(own, method, recipe.rules, {name for expert in experts for name in expert.tensors})
-    matched = match_experts(recipe, base, experts, specs, assignments)
+    paired = pair_experts(recipe, base, experts, specs)
+    ties = settle_ties(base, paired.experts, specs, paired.sources, functools.partial(treated_apart, recipe.rules))
+    own = {name: parameter for name, parameter in parameters.items() if name not in ties.aliases}
+    assignments = assign(own, method, recipe.rules, {name for expert in paired.experts for name in expert.tensors})
+    matched = match_experts(recipe, base, specs, paired, ties, assignments)
     if matched.problems:
         shown = matched.problems[:20]
         more = len(matched.problems) - len(shown)
         raise CfmergeError("\n".join([*shown, *([f"... and {more} more problems"] if more else [])]))
 
     aliases: dict[str, list[str]] = {}
-    for alias, name in tied.items():
+    for alias, name in ties.aliases.items():
         aliases.setdefault(name, []).append(alias)
     depth_of = depths(matched.assignments)
     experts_named = [*earlier, *(spec.name for spec in specs)]
@@ -235,14 +240,17 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
             settled = settle(assignment.method, where)
             assignment = dataclasses.replace(assignment, method=full_form(settled) if sums else settled)
             weights = tuple(float(weight_at(spec.weight, where, spec.name)) for spec in specs)
-            check_weights(assignment.method, dict(zip([spec.name for spec in specs], weights, strict=True)), name)
+            taking = {s.name: w for s, w, source in zip(specs, weights, sources, strict=True) if source is not None}
+            check_weights(assignment.method, taking, name)
+            if len(taking) < len(specs):
+                _check_partial(assignment.method, len(earlier) + len(taking), name)
             if statistics:
                 statistics.check(assignment.method, name)
         jobs.append(Job(name, assignment, (name, *aliases.get(name, ())), sources, dtype, weights))
     moments = _moments(specs, jobs)
     plan = Plan(
-        recipe, method, base, tuple(experts), tuple(specs), tuple(jobs), matched.exported,
-        tuple(notes + matched.notes), shard_bytes, _side_files(recipe, base), moments, statistics,
+        recipe, method, base, tuple(paired.experts), tuple(specs), tuple(jobs), matched.exported,
+        (*notes, *matched.notes, *unsolved(jobs, method)), shard_bytes, _side_files(recipe, base), moments, statistics,
     )  # fmt: skip
     merged = [job.name for job in jobs if job.assignment.action == "merge"]
     if statistics and fingerprint(base, list(statistics.kinds)) != statistics.base:
@@ -250,6 +258,36 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
     if not merged:
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
     return plan
+
+
+def _check_partial(method: Method, count: int, name: str) -> None:
+    try:
+        check_count(method, count)
+    except CfmergeError as error:
+        raise CfmergeError(
+            f"tensor {name!r}: {error} that have it (the others are partial); give it another method: "
+            f"{rule_option(escape(name), 'average')}"
+        ) from None
+
+
+def unsolved(jobs: Sequence[Job], method: Method) -> list[str]:
+    """What a matrix method does not solve, and why: all but embeddings, heads, buffers and what a rule says."""
+    if method.scope != "matrix":
+        return []
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for job in jobs:
+        parameter = job.parameter
+        if job.assignment.rule is None and job.assignment.action == "merge" and parameter.note:
+            reasons.setdefault((parameter.note, "boi"[3 - len(parameter.shape) :]), []).append(job.name)
+    others = [job.name for job in jobs if not job.parameter.note]
+    notes = []
+    for (why, layout), names in reasons.items():
+        way_out = ""
+        if "layout" in why and 2 <= len(layout) <= 3:
+            glob = patterns(names, others)[0].glob
+            way_out = f", such as {rule_option(glob, '', layout)}"
+        notes.append(f"{tell(names, others)}: averaged, not solved by {method.name}: {why}{way_out}")
+    return notes
 
 
 def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:

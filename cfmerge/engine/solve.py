@@ -63,7 +63,7 @@ def _merge_low_rank(plan: Plan, batch: Batch, method: Method, progress: Progress
     job = batch.jobs[0]
     if method.of_rank is None or len(batch.jobs) > 1 or sorted(batch.layout) != ["i", "o"]:
         return None
-    experts = range(len(plan.experts))
+    experts = batch.experts
     rank = rank_bound(batch.base(plan)[0], (batch.expert(plan, t)[0] for t in experts), len(experts))
     if rank is None:
         return None
@@ -78,7 +78,7 @@ def _merge_in(
     plan: Plan, batch: Batch, methods: Sequence[Method], found: Found | None, progress: Progress, compute: str
 ) -> Merged:
     """In one precision; the solve of a float32 statistic in float64 where that is enough."""
-    job, experts = batch.jobs[0], range(len(plan.experts))
+    job, experts = batch.jobs[0], batch.experts
     found = at_places(found, batch.places)
     with jax.enable_x64(compute == "float64"):
         settings = settings_by_expert(plan, batch, methods, found)
@@ -91,7 +91,9 @@ def _merge_in(
         else:
             stacks = [jnp.asarray(batch.expert(plan, t)) for t in experts]
             inputs = [batch.inputs(plan, t) for t in experts]
-            merged, reports, flags = compiled_steps.together(settings[1:], base, stacks, inputs, job.dtype.name)
+            merged, reports, flags = compiled_steps.together(
+                [settings[t + 1] for t in experts], base, stacks, inputs, job.dtype.name
+            )
             finite, fine = list(np.asarray(flags[:-1])), jnp.asarray(flags[-1])
             progress(job.name, sum(stack.nbytes for stack in stacks))
     check_experts(plan, batch, base, finite)
@@ -131,7 +133,7 @@ def see_all(
     kept = batch.kept(plan, of_expert(method, 0), compute)
     statistics = compiled_steps.start(settings[0], base) if kept is None else kept
     finite = []
-    for t in range(len(plan.experts)):
+    for t in batch.experts:
         expert = jnp.asarray(batch.expert(plan, t))
         statistics, fine = compiled_steps.step(settings[t + 1], statistics, base, expert, batch.inputs(plan, t))
         finite.append(np.asarray(fine))  # waits: steps that are only queued would hold all experts' buffers
@@ -140,7 +142,7 @@ def see_all(
 
 
 def check_experts(plan: Plan, batch: Batch, base: jax.Array, finite: Sequence[np.ndarray]) -> None:
-    for spec, flags in zip(plan.expert_specs, finite, strict=True):
+    for spec, flags in zip([plan.expert_specs[t] for t in batch.experts], finite, strict=True):
         _check_finite(plan, batch, base, flags, f"expert {spec.name!r} ({spec.path})", spec.name)
 
 

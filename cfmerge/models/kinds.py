@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cfmerge.errors import CfmergeError
+from cfmerge.models.buffers import is_buffer
+from cfmerge.models.families import PACKED, is_embedding, packed_layout
+from cfmerge.models.heads import is_head
 from cfmerge.models.layouts import Shape, check_layout
 
 
@@ -59,23 +62,13 @@ class Parameter:
 
 # --- what a name says -------------------------------------------------------------------------------------------
 
-EMBEDDING = re.compile(
-    r"(embed|(^|[./])(wte|wpe|shared|lm_head|tok_embeddings|pos_emb\w*|cls_token|mask_token|dist_token"
-    r"|class_token|position_ids_table|relative_attention_bias|distance_embedding|embed_out|patch_embed\w*)([./]|$)"
-    r"|predictions\.decoder|text_projection|conv_proj|position_bias)"
-)
-PATCH = re.compile(r"(patch_embed\w*|conv_proj|visual[./]conv1|(^|[./])embedding)[./]")
-HEAD = re.compile(
-    r"(^|[./])(classifier\w*|score|qa_outputs|(seq|multi)_relationship|cls|head|heads|out_proj_head"
-    r"|fc_head|logits|summary|classification_head|span_predictor|regressor|lm_classifier)([./]|$)"
-)
 RUNNING = re.compile(r"(running_mean|running_var|num_batches_tracked|batch_stats[./].*)$")
 CONV1D = re.compile(r"(^|[./])(attn|crossattention|mlp)[./](c_attn|c_proj|c_fc|q_attn)[./]weight$")
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt2-moe"}
 TORCH_MATRIX = re.compile(r"(weight|_weight)$")
 FLAX_KERNEL = re.compile(r"(^|[./])kernel$")
 DEPTHWISE = "one input channel per filter (depthwise, or images of one channel): no common input matrix"
-BIAS = re.compile(r"(^|[./])(bias|scale)$")  # of whatever shape, not a matrix
+BIAS = re.compile(r"(^|[./_])(bias|scale)$")  # of whatever shape, not a matrix
 
 
 def classify(shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any] | None = None) -> dict[str, Parameter]:
@@ -106,14 +99,15 @@ def _classify_one(
     def parameter(kind: Kind, layout: str = "", note: str = "", conv1d: bool = False) -> Parameter:
         return Parameter(name, shape, dtype, kind, layout, conv1d, note)
 
-    if not is_float(dtype) or _is_running(name, shapes) or is_attention_mask(name, shape):
+    if not is_float(dtype) or _is_running(name, shapes) or is_buffer(name, shape):
         return parameter(Kind.OTHER)
     lead = "b" if any(name.startswith(prefix) for prefix in stacked) else ""
     inner = shape[len(lead) :]
-    head = bool(HEAD.search(name))
+    head = is_head(name, shapes)
     if len(inner) < 2:
         return parameter(Kind.HEAD if head else Kind.VECTOR)
-    if not head and (PATCH if len(inner) > 3 else EMBEDDING).search(name):
+    with_bias = name.rpartition(".")[0] + ".bias" in shapes
+    if not head and is_embedding(name, len(inner), with_bias):
         transposed = FLAX_KERNEL.search(name) or name.endswith("text_projection")  # OpenCLIP: x @ projection
         layout = {2: "io" if transposed else "oi"}.get(len(shape), "")
         return parameter(Kind.EMBEDDING, layout)
@@ -123,6 +117,8 @@ def _classify_one(
         return _conv1d(parameter, name, shape, shapes, config)
     elif name.endswith("visual.proj"):  # OpenCLIP: x @ proj
         layout = "io"
+    elif PACKED.match(name) and len(shape) == 3:
+        layout = packed_layout(name, shapes, config)
     elif TORCH_MATRIX.search(name):
         layout = {2: "oi", 3: "oii", 4: "oiii", 5: "oiiii"}.get(len(shape), "")
         if len(shape) == 3 and "conv" not in name.lower():
@@ -143,12 +139,6 @@ def _classify_one(
 def is_float(dtype: str) -> bool:
     """Whether a dtype name (`float32`, `bfloat16`, `float8_e4m3fn`, ...) is a floating-point one."""
     return "float" in dtype
-
-
-def is_attention_mask(name: str, shape: Shape) -> bool:
-    """GPT-2's causal mask, stored by some versions as `attn.bias` of shape (1, 1, positions, positions)."""
-    is_mask = shape == () or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
-    return is_mask and bool(re.search(r"attn(ention)?[./](bias|masked_bias)$", name))
 
 
 def _is_running(name: str, shapes: Iterable[str]) -> bool:
