@@ -153,10 +153,9 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
     if not unknown:
         return message
     key, place = unknown.groups()
-    if struct is None:
-        inside = {"rename": Rename, "experts": Expert, "rules": Rule}
-        struct = next((kind for key, kind in inside.items() if place and key in place), Recipe)
-    known = [field.encode_name for field in msgspec.structs.fields(struct)]
+    inside: dict[str, type[msgspec.Struct]] = {"rename": Rename, "experts": Expert, "rules": Rule}
+    found = struct or next((kind for part, kind in inside.items() if place and part in place), Recipe)
+    known = [field.encode_name for field in msgspec.structs.fields(found)]
     return f"unknown key {key!r}{f' at {place}' if place else ''}{nearest(key, known)}"
 
 

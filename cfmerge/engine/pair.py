@@ -109,14 +109,14 @@ def _architecture(base: Checkpoint, spec: Expert, expert: Checkpoint, result: Pa
     ours, theirs = base.config.get("model_type"), expert.config.get("model_type")
     if ours and theirs and ours != theirs:
         result.architectures.append(
-            f"expert {spec.name!r} ({spec.path}) says that it is another architecture ({theirs!r} in its config.json, {ours!r} in "
-            "the base's); it is merged as far as its tensors match the base's"
+            f"expert {spec.name!r} ({spec.path}) says that it is another architecture: {theirs!r} in its config.json, "
+            f"{ours!r} in the base's; it is merged where its tensors match the base's"
         )
 
 
 def _pair_one(base: Checkpoint, spec: Expert, expert: Checkpoint, result: Paired) -> None:
     headers, theirs = _headers(base), _headers(expert)
-    views = other_form(headers, theirs, base.config, expert.config)
+    views = {} if headers.keys() == theirs.keys() else other_form(headers, theirs, base.config, expert.config)
     if views:
         first = next(iter(views.values())).sources[0]
         result.notes.append(
@@ -126,7 +126,7 @@ def _pair_one(base: Checkpoint, spec: Expert, expert: Checkpoint, result: Paired
         expert = Viewed(expert, views)
     pairs = pair(_shapes(base), _shapes(expert))
     theirs = _headers(expert)
-    turned = {}
+    turned: dict[str, View] = {}
     for name, source in pairs.sources.items():
         if name in headers and source in theirs:
             view = transposed(name, source, headers, theirs, base.config, expert.config)

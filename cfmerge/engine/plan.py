@@ -28,7 +28,7 @@ from cfmerge.methods import Method
 from cfmerge.methods._base import Part, is_chain
 from cfmerge.methods._random import check_seed
 from cfmerge.methods._registry import expression, plain_number
-from cfmerge.models import Parameter, classify, is_float
+from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.models.patterns import escape, patterns, tell
 from cfmerge.recipe import Expert, Recipe, parse_size, rule_option
 
@@ -231,7 +231,8 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
     jobs = []
     for name, assignment in matched.assignments.items():
         stored = base.tensors[name].dtype
-        floating = is_float(assignment.parameter.dtype)
+        kept_buffer = is_buffer(name, assignment.parameter.shape) and assignment.rule is None  # exact, in any dtype
+        floating = is_float(assignment.parameter.dtype) and not kept_buffer
         dtype = OUTPUT_DTYPES[recipe.dtype] if recipe.dtype and floating else stored
         sources = tuple(names.get(name) for names in matched.sources)
         weights: tuple[float, ...] = ()

@@ -1,17 +1,20 @@
 """Which tensors are one in every model: bytes decide, and what libraries tie says where to look."""
 
 import dataclasses
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from cfmerge.checkpoints import Checkpoint
+from cfmerge.models.heads import may_be_head
 from cfmerge.models.patterns import tell
 from cfmerge.models.ties import stated
 from cfmerge.recipe import Expert
 
 SAMPLE = 64  # entries at the start, in the middle and at the end of a tensor
+LAYERS = 12  # names that differ in numbers alone, up to which they are looked at
 
 
 @dataclasses.dataclass
@@ -70,22 +73,27 @@ def _candidates(base: Checkpoint) -> list[tuple[str, str]]:
     """`(alias, name)` pairs of stored tensors that may be one, those that libraries tie first."""
     claimed = [(a, n) for a, n in base.ties.items() if a in base.tensors and n in base.tensors and a != n]
     groups: dict[bytes, list[str]] = defaultdict(list)
-    for name, print_ in fingerprints(base, list(base.tensors)).items():
-        groups[print_].append(name)
+    for name, sample in fingerprints(base, list(base.tensors)).items():
+        groups[sample].append(name)
     targets = {name for _, name in claimed}
     pairs = []
     for names in groups.values():
-        first = next((name for name in names if name in targets), names[0])
+        first = min(names, key=lambda name: (name not in targets, may_be_head(name)))
         pairs += [(name, first) for name in names if name != first]
     return [*claimed, *(pair for pair in pairs if pair not in claimed)]
 
 
 def fingerprints(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, bytes]:
-    """Shape, dtype and a sample of those of the tensors that share all three with another; constants have none."""
+    """Shape, dtype and a sample of those of the tensors that share all three with another.
+
+    Constants have none; neither have the layers of a deep model, or the experts of a mixture, which no library ties
+    and which are too many to look at.
+    """
     shapes: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    alike = Counter((re.sub(r"\d+", "#", name), checkpoint.tensors[name].shape) for name in names)
     for name in names:
         info = checkpoint.tensors[name]
-        if len(info.shape) > 1 and info.nbytes:
+        if len(info.shape) > 1 and info.nbytes and alike[re.sub(r"\d+", "#", name), info.shape] <= LAYERS:
             shapes[info.shape, info.dtype.name].append(name)
     found: dict[bytes, list[str]] = defaultdict(list)
     for key, same in shapes.items():
@@ -93,7 +101,7 @@ def fingerprints(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, byte
             sample = _sample(checkpoint.read(name))
             if sample is not None:
                 found[repr(key).encode() + sample].append(name)
-    return {name: print_ for print_, same in found.items() if len(same) > 1 for name in same}
+    return {name: sample for sample, same in found.items() if len(same) > 1 for name in same}
 
 
 def _sample(array: np.ndarray) -> bytes | None:

@@ -7,7 +7,7 @@ from cfmerge.models.layouts import Shape
 # The last parts of names. A buffer is known by its name whatever its dtype: other tools write integers as halves.
 BUFFERS = re.compile(
     r"(^|[./_])("
-    r"(original_)?inv_freq|(cos|sin)_cached|freqs_(cos|sin|cis)|rope[./]freqs|rotary_emb[./]freqs|rotary_pos_emb"
+    r"(original_)?inv_freq|(cos|sin)_cached|freqs_(cos|sin|cis)|rope[./]freqs|rotary\w*[./](freqs|cos|sin)"
     r"|position_ids|token_type_ids|relative_position_index|relative_coords_table|relative_position_bucket"
     r"|\w*pos\w*enc\w*[./]pe|embed_positions[./](weights|_float_tensor)"  # sinusoids
     r"|mask|masked_bias|tril|alibi|alibi_slopes|num_batches_tracked"

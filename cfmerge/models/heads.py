@@ -11,9 +11,7 @@ HEAD = re.compile(
     r"|last_linear|head_dist|classif|AuxLogits|aux_?logits|aux\d*|aux_classifier)([./]|$)"
 )
 # ResNet's `fc`, at the top of the model or below wrappers alone; deeper ones belong to a block.
-TOP_FC = re.compile(
-    r"^((module|model|net|network|backbone|encoder|base_model|timm_model|\w*net\w*)[./])*_?fc[./](\w+)$"
-)
+TOP_FC = re.compile(r"^((module|model|net|network|backbone|base_model|timm_model|\w*net\w*)[./])*_?fc[./](\w+)$")
 NUMBERED = re.compile(r"^(.*?(?:^|[./])classifier[./])(\d+)[./]")
 # Part of the trunk where all models have them in one shape.
 UNSHARED = re.compile(
@@ -50,6 +48,7 @@ def is_output_layer(name: str, ours: Shape, theirs: Shape) -> bool:
     Vocabularies differ so too, and are none.
     """
     in_layers = any(part.isdigit() for part in re.split(r"[./]", name)[:-2])
-    outputs = len(ours) == len(theirs) and len(ours) in {1, 2} and ours[1:] == theirs[1:] and ours[0] != theirs[0]
+    leaf = {1: "bias", 2: "weight"}.get(len(ours))
+    outputs = len(ours) == len(theirs) and ours[1:] == theirs[1:] and ours[:1] != theirs[:1]
     table = re.search(r"embed|token", name) or VOCABULARY.search(name)
-    return outputs and not in_layers and not table and re.split(r"[./]", name)[-1] in {"weight", "bias"}
+    return outputs and not in_layers and not table and re.split(r"[./]", name)[-1] == leaf

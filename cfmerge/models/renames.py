@@ -4,6 +4,7 @@ A name is brought to a canonical spelling; base and expert are paired where thei
 left is paired through a prefix that all names of a part have in one of the two models.
 """
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -67,6 +68,7 @@ class Pairs(NamedTuple):
     ambiguous: list[str]
 
 
+@functools.lru_cache(1 << 16)
 def canonical(name: str) -> str:
     """The spelling that all known names of a tensor are brought to."""
     name = WRAPPERS.sub("", name)
@@ -83,6 +85,8 @@ def pair(base: Mapping[str, Shape], expert: Mapping[str, Shape]) -> Pairs:
     """
     sources = {name: name for name in base if name in expert}
     told: list[str] = []
+    if len(sources) == len(base) == len(expert):
+        return Pairs(sources, told, [])
     ours, theirs = _canonical_names(base, sources), _canonical_names(expert, sources.values())
     renamed = {ours[key]: theirs[key] for key in ours if key in theirs}
     if renamed:
