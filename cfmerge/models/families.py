@@ -15,6 +15,7 @@ TABLE = re.compile(
 )
 DENSE = re.compile(r"embedder$|^patch_|proj|linear|dense|mapping|mlp|merger|^fc")
 TABLES_IN_A_LIST = re.compile(r"^(embed_tokens|token_embed\w*|embeddings|word_embeddings)$")
+POSITIONS = re.compile(r"pos(ition|itional)?_embed\w*$")
 PATCH = re.compile(r"(patch_embed\w*|conv_proj|visual[./]conv1|(^|[./])embedding)[./]")
 
 
@@ -27,7 +28,7 @@ def is_embedding(name: str, axes: int, with_bias: bool) -> bool:
         with_bias: whether a bias lies beside it: a table has none, a dense layer called `x_embedder` does.
     """
     if axes > 3:
-        return bool(PATCH.search(name))
+        return bool(PATCH.search(name) or POSITIONS.search(name))
     parts = re.split(r"[./]", name)
     leaf = parts.pop() if parts[-1] in LEAVES and len(parts) > 1 else ""
     module = parts[-1]
@@ -50,12 +51,12 @@ def is_embedding(name: str, axes: int, with_bias: bool) -> bool:
 # --- the experts of a mixture, packed in one array ------------------------------------------------------------------
 
 PACKED = re.compile(
-    r"^(?P<at>.*[./](?:experts|block_sparse_moe|moe|feed_forward)[./])"
-    r"(?P<what>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13|w13_weight|w2_weight|input_linear|output_linear)"
+    r"^(?P<at>.*[./](?:experts|block_sparse_moe|moe|feed_forward|mlp)[./])"
+    r"(?P<what>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13|w13_weight|w2_weight|input_linear|output_linear|fc1|fc2)"
     r"(?P<leaf>[./]weight)?$"
 )
-BOTH = {"gate_up_proj", "w13", "w13_weight", "input_linear"}  # gate and up, one after the other
-DOWN = {"down_proj", "w2", "w2_weight", "output_linear"}
+BOTH = {"gate_up_proj", "w13", "w13_weight", "input_linear", "fc1"}  # gate and up, one after the other
+DOWN = {"down_proj", "w2", "w2_weight", "output_linear", "fc2"}
 INPUT_FIRST = {"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}  # (experts, in, out)
 
 

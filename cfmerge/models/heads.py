@@ -10,6 +10,7 @@ HEAD = re.compile(
     r"|fc_head|logits|summary|classification_head|span_predictor|regressor|lm_classifier"
     r"|last_linear|head_dist|classif|AuxLogits|aux_?logits|aux\d*|aux_classifier)([./]|$)"
 )
+IN_A_TOWER = re.compile(r"(^|[./])(vision_tower|vision_model|visual)[./]head[./]")  # SigLIP's pooling
 # ResNet's `fc`, at the top of the model or below wrappers alone; deeper ones belong to a block.
 TOP_FC = re.compile(r"^((module|model|net|network|backbone|base_model|timm_model|\w*net\w*)[./])*_?fc[./](\w+)$")
 NUMBERED = re.compile(r"^(.*?(?:^|[./])classifier[./])(\d+)[./]")
@@ -34,12 +35,12 @@ def is_head(name: str, names: Iterable[str] | Mapping[str, object] = ()) -> bool
     if numbered:
         beside = [int(m[2]) for other in names if (m := NUMBERED.search(other)) and m[1] == numbered[1]]
         return int(numbered[2]) >= max(beside, default=0)
-    return bool(HEAD.search(name) or TOP_FC.search(name))
+    return bool(HEAD.search(name) or TOP_FC.search(name)) and not IN_A_TOWER.search(name)
 
 
 def may_be_head(name: str) -> bool:
     """Whether a tensor that not all models have, or not in one shape, is a head's."""
-    return bool(HEAD.search(name) or TOP_FC.search(name) or UNSHARED.search(name))
+    return is_head(name) or bool(UNSHARED.search(name))
 
 
 def is_output_layer(name: str, ours: Shape, theirs: Shape) -> bool:

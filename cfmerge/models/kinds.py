@@ -68,7 +68,7 @@ CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp
 TORCH_MATRIX = re.compile(r"(weight|_weight)$")
 FLAX_KERNEL = re.compile(r"(^|[./])kernel$")
 DEPTHWISE = "one input channel per filter (depthwise, or images of one channel): no common input matrix"
-BIAS = re.compile(r"(^|[./_])(bias|scale)$")  # of whatever shape, not a matrix
+BIAS = re.compile(r"(^|[./_])(bias|scale|A_log)$")  # of whatever shape, not a matrix
 
 
 def classify(shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any] | None = None) -> dict[str, Parameter]:

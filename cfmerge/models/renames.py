@@ -49,13 +49,31 @@ RENAMES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...
         (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
         (r"\.mlp\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
         (r"\.mlp\.output_linear\.weight$", ".mlp.experts.down_proj"),
-        (r"\.mlp\.router\.layer\.weight$", ".mlp.router.weight"),
-        # vision transformers: ViT, DeiT, BEiT, AST, DINOv2
-        (r"\.attention\.attention\.(query|key|value)\.", lambda found: f".attention.{found[1][0]}_proj."),
+        (r"\.mlp\.router(\.layer)?\.weight$", ".mlp.gate.weight"),
+        (r"\.experts\.fc1\.weight$", ".experts.gate_up_proj"),  # Aria
+        (r"\.experts\.fc2\.weight$", ".experts.down_proj"),
+        (r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),  # ERNIE
+        # GPT-NeoX
+        (r"^embed_out\.", "lm_head."),
+        # vision transformers: ViT, DeiT, BEiT, AST, DINOv2, Swin, SegFormer
+        (r"\.attention\.attention\.([qv])_bias$", r".attention.\1_proj.bias"),
+        (
+            r"\.attention\.self\.relative_position_bias_table$",
+            r".attention.relative_position_bias.relative_position_bias_table",
+        ),
+        (r"(^|\.)encoder\.patch_embeddings\.(\d+)\.", r"\1stages.\2.patch_embeddings."),
+        (r"(^|\.)encoder\.block\.(\d+)\.", r"\1stages.\2.blocks."),
+        (r"(^|\.)encoder\.layer_norm\.(\d+)\.", r"\1stages.\2.layer_norm."),
+        (r"\.attention\.self\.sr\.", ".attention.sequence_reduction.sequence_reduction."),
+        (r"\.attention\.self\.layer_norm\.", ".attention.sequence_reduction.layer_norm."),
+        (r"(stages\.\d+\.blocks\.\d+\.mlp\.)dense(\d)\.", r"\1fc\2."),
+        (r"(stages\.\d+\.blocks\.\d+\.)layer_norm_1\.", r"\1layernorm_before."),
+        (r"(stages\.\d+\.blocks\.\d+\.)layer_norm_2\.", r"\1layernorm_after."),
+        (r"\.attention\.(attention|self)\.(query|key|value)\.", lambda found: f".attention.{found[2][0]}_proj."),
         (r"\.attention\.output\.dense\.", ".attention.o_proj."),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"(?<!attention)\.output\.dense\.", ".mlp.fc2."),
-        (r"(^|\.)encoder\.layer\.(\d+)\.", r"\1layers.\2."),
+        (r"(^|\.)encoder\.layers?\.(\d+)\.", r"\1layers.\2."),
     )
 )
 

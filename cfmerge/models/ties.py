@@ -22,15 +22,13 @@ OUTPUTS = (
     ("generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
     ("predictions.decoder.weight", "albert.embeddings.word_embeddings.weight"),
 )
-# Tied whatever the config says.
+# Tied whatever the config says, and whatever is in front of both names.
 ALWAYS = (
     ("lm_head.decoder.bias", "lm_head.bias"),
     ("cls.predictions.decoder.bias", "cls.predictions.bias"),
     ("predictions.decoder.bias", "predictions.bias"),
     ("encoder.embed_tokens.weight", "shared.weight"),
     ("decoder.embed_tokens.weight", "shared.weight"),
-    ("model.encoder.embed_tokens.weight", "model.shared.weight"),
-    ("model.decoder.embed_tokens.weight", "model.shared.weight"),
 )
 UNTIED_BY_DEFAULT = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox"}
 
@@ -41,9 +39,13 @@ def likely_ties(stored: Collection[str], config: Mapping[str, Any], metadata: Ma
     if tied is None:
         tied = bool(config) and config.get("model_type") not in UNTIED_BY_DEFAULT
     ties = {alias: name for alias, name in metadata.items() if name in stored and alias != name}
-    for alias, name in (*(OUTPUTS if tied else ()), *ALWAYS):
+    for alias, name in OUTPUTS if tied else ():
         if name in stored:
             ties.setdefault(alias, name)
+    for alias, end in ALWAYS:
+        for name in stored:
+            if name == end or name.endswith("." + end):
+                ties.setdefault(name.removesuffix(end) + alias, name)
     return ties
 
 

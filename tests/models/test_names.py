@@ -41,7 +41,7 @@ def test_two_spellings_of_a_tensor_are_one(one, other):
 
 
 def test_names_that_no_library_renamed_stay():
-    for name in ("stages.0.blocks.1.gamma", "model.layers.0.mlp.gate_proj.weight", "text_model.encoder.layers.0.w"):
+    for name in ("stages.0.blocks.1.gamma", "model.layers.0.mlp.gate_proj.weight", "text_model.decoder.layers.0.w"):
         assert canonical(name) == name
 
 
