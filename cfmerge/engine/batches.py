@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cfmerge.checkpoints import Checkpoint
+from cfmerge.engine.pair import Viewed
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.statistics import stacked
 from cfmerge.engine.steps import Inputs
@@ -45,6 +46,8 @@ class Batch:
 
     def read(self, checkpoint: Checkpoint, names: tuple[str, ...]) -> np.ndarray:
         """`(jobs, *stored shape)`, or `(1, count)` for a piece."""
+        if self.count is not None and isinstance(checkpoint, Viewed):
+            return checkpoint.read_flat(names[0], self.first, self.count)[None]
         arrays = [checkpoint.read(name) for name in names]
         if self.count is not None:
             return arrays[0].reshape(-1)[self.first : self.first + self.count][None]

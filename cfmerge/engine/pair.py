@@ -38,6 +38,15 @@ class Viewed:
         view = self.views.get(name)
         return self.inner.read(name) if view is None else view.make(self.inner.read)
 
+    def read_flat(self, name: str, first: int, count: int) -> np.ndarray:
+        """A piece of a tensor, without making all of one that is packed of many."""
+        view = self.views.get(name)
+        if view is None and isinstance(self.inner, Viewed):
+            return self.inner.read_flat(name, first, count)
+        if view is None:
+            return self.inner.read(name).reshape(-1)[first : first + count]
+        return view.flat(self.inner.read, first, count)
+
 
 @dataclasses.dataclass
 class Paired:

@@ -93,17 +93,14 @@ class Job:
         method = self.assignment.method
         if self.assignment.action != "merge" or method.scope == "entry":
             return 0
-        if self.layout:
-            _, m, n = self.parameter.canonical
-        else:
-            m, n = 1, self.parameter.size
+        b, m, n = self.parameter.canonical if self.layout else (1, 1, self.parameter.size)
         shape = (m, n) if self.layout else self.parameter.shape
         floats = statistic_size(method, shape, len(self.sources)) + (5 + method.results) * m * n
         if method.scope == "matrix":
             floats += 3 * n * n
         if not method.additive:
             floats += len(self.sources) * m * n
-        return (4 if self.dtype.itemsize == 2 else 8) * floats
+        return (4 if self.dtype.itemsize == 2 else 8) * b * floats
 
 
 def _dtype(name: str) -> np.dtype:

@@ -5,6 +5,7 @@ and files hold one form or the other. A view gives the tensors of one form out o
 """
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -28,11 +29,28 @@ Read = Callable[[str], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A tensor that is made of others when it is read."""
+    """A tensor that is made of others when it is read.
+
+    Attributes:
+        shape: of the tensor.
+        sources: the names of those that it is made of.
+        make: the tensor, given a function that reads these.
+        slice: one of its entries along the first axis; none: it is no packed array, and made at once.
+    """
 
     shape: Shape
     sources: tuple[str, ...]
     make: Callable[[Read], np.ndarray]
+    slice: Callable[[Read, int], np.ndarray] | None = None
+
+    def flat(self, read: Read, first: int, count: int) -> np.ndarray:
+        """`count` of its entries from `first` on, in order; of a packed array no more than that is made."""
+        if self.slice is None:
+            return self.make(read).reshape(-1)[first : first + count]
+        size = math.prod(self.shape[1:])
+        begin, end = first // size, -(-(first + count) // size)
+        made = np.concatenate([self.slice(read, number).reshape(-1) for number in range(begin, end)])
+        return made[first - begin * size :][:count]
 
 
 def other_form(base: Headers, expert: Headers, base_config: Config, config: Config) -> dict[str, View]:
@@ -58,7 +76,12 @@ def transposed(
     ours, other = packed_layout(name, base, base_config), packed_layout(theirs, expert, config)
     if not ours or not other or ours == other or expert[theirs][0] != (shape[0], shape[2], shape[1]):
         return None
-    return View(shape, (theirs,), lambda read: read(theirs).transpose(0, 2, 1))
+    return View(
+        shape,
+        (theirs,),
+        lambda read: read(theirs).transpose(0, 2, 1),
+        lambda read, number: read(theirs)[number].T,
+    )
 
 
 def _packed(headers: Headers) -> dict[str, str]:
@@ -127,24 +150,24 @@ def _pack(packed: Mapping[str, str], base: Headers, config: Config, expert: Head
             rows, size = expert[names[0][0]][0]
             inner = (rows * len(groups), size)
             shape = (count, *(inner if layout == "boi" else inner[::-1]))
-            flat = tuple(name for row in names for name in row)
             by_turns = interleaved and len(groups) == 2
-            views[begin + what] = View(shape, flat, _together(names, layout, by_turns))
+            views[begin + what] = _together(shape, names, layout, by_turns)
     return views
 
 
-def _together(names: list[list[str]], layout: str, by_turns: bool) -> Callable[[Read], np.ndarray]:
+def _together(shape: Shape, names: list[list[str]], layout: str, by_turns: bool) -> View:
+    """All experts' matrices in one array; `names` are those of each expert's parts."""
+
+    def one(read: Read, number: int) -> np.ndarray:
+        pieces = [read(name) for name in names[number]]
+        width = pieces[0].shape[1]
+        matrix = np.stack(pieces, axis=1).reshape(-1, width) if by_turns else np.concatenate(pieces)
+        return matrix if layout == "boi" else matrix.T
+
     def make(read: Read) -> np.ndarray:
-        def one(row: list[str]) -> np.ndarray:
-            pieces = [read(name) for name in row]
-            if by_turns:
-                return np.stack(pieces, axis=1).reshape(-1, pieces[0].shape[1])
-            return np.concatenate(pieces)
+        return np.stack([one(read, number) for number in range(len(names))])
 
-        packed = np.stack([one(row) for row in names])
-        return packed if layout == "boi" else packed.transpose(0, 2, 1)
-
-    return make
+    return View(shape, tuple(name for row in names for name in row), make, one)
 
 
 def _sizes(shape: Shape, layout: str) -> tuple[int, int, int]:

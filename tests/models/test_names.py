@@ -230,6 +230,8 @@ def test_packed_and_split_experts_are_views_of_one_another(layout, family):
             made = view.make(expert.__getitem__)
             assert made.shape == view.shape
             np.testing.assert_array_equal(made, base[name])
+            piece = view.flat(expert.__getitem__, 3, made.size // 2)  # across two experts
+            np.testing.assert_array_equal(piece, base[name].reshape(-1)[3 : 3 + made.size // 2])
 
 
 # --- patterns -----------------------------------------------------------------------------------------------------
