@@ -14,7 +14,7 @@ import numpy as np
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.parameters import to_canonical
+from cfmerge.models import to_canonical
 
 SETTINGS = {"eps=1e-5 (CLIP)": 1e-5, "eps=2e-4 (RoBERTa)": 2e-4, "eps=1e-2 (code)": 1e-2, "eps=4e-2 (GPT-2)": 4e-2}
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cfmerge.errors import CfmergeError as CfmergeError
     from cfmerge.recipe import Expert as Expert
     from cfmerge.recipe import Recipe as Recipe
+    from cfmerge.recipe import Rename as Rename
     from cfmerge.recipe import Rule as Rule
 
 _PUBLIC = {
@@ -60,6 +61,7 @@ _PUBLIC = {
     "CfmergeError": "cfmerge.errors",
     "Expert": "cfmerge.recipe",
     "Recipe": "cfmerge.recipe",
+    "Rename": "cfmerge.recipe",
     "Rule": "cfmerge.recipe",
 }
 __all__ = [*_PUBLIC, "__version__"]

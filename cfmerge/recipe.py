@@ -13,10 +13,23 @@ import msgspec
 import yaml
 
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.parameters import Kind
+from cfmerge.models import Kind
 
 Heads = Literal["keep-base", "drop", "export"]
 Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert"]
+
+
+class Rename(msgspec.Struct, forbid_unknown_fields=True, rename={"pattern": "from"}):
+    """How an expert's names become the base's: a regular expression, and the text that replaces what it matches."""
+
+    pattern: str  # `from` in a recipe; groups are referred to by \\1, \\2, ... in `to`
+    to: str
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"`from: {self.pattern}` is no regular expression: {error}") from None
 
 
 class Expert(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -26,6 +39,8 @@ class Expert(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     name: str = ""
     weight: float | dict[str, Any] | list[Any] = 1.0  # a number, a gradient over depth, or values by name
     moments: str = ""  # a file of what was measured of it: input Grams, diagonal Fishers
+    rename: list[Rename] = []  # applied to its names, before the recipe's own
+    partial: bool = False  # it is a part of the base, or holds one: other tensors are merged without it
 
 
 class Rule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -51,6 +66,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     method: str = "ace"
     parameters: dict[str, Any] = {}
     rules: list[Rule] = []
+    rename: list[Rename] = []  # of all experts' names
     heads: Heads | None = None
     on_nonfinite: Literal["error", "skip-expert"] = "error"
     allow: list[Allowed] = []
@@ -89,7 +105,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
             if re.search(r"[/\\\0]", name) or name in {".", ".."}:
                 raise CfmergeError(f"expert name {name!r} cannot be used as a file name")
             seen[name] = expert.path
-            named.append(Expert(expert.path, name, expert.weight, expert.moments))
+            named.append(msgspec.structs.replace(expert, name=name))
         return named
 
     def to_yaml(self) -> str:
@@ -118,6 +134,12 @@ def parse(content: Any, source: str) -> Recipe:
         raise CfmergeError(f"{source}: {_explain(str(error))}") from None
 
 
+def rule_option(match: str, method: str, layout: str = "") -> str:
+    """A rule as the command line takes it, such as `--rule "match=*.bias, method=average"`."""
+    parts = {"match": match, "method": method, "layout": layout}
+    return '--rule "' + ", ".join(f"{key}={value}" for key, value in parts.items() if value) + '"'
+
+
 def parse_rule(content: Any) -> Rule:
     """One rule from plain values; raises `CfmergeError` as `parse` does."""
     try:
@@ -131,8 +153,10 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
     if not unknown:
         return message
     key, place = unknown.groups()
-    struct = struct or (Expert if place and "experts" in place else Rule if place and "rules" in place else Recipe)
-    return f"unknown key {key!r}{f' at {place}' if place else ''}{nearest(key, struct.__struct_fields__)}"
+    inside: dict[str, type[msgspec.Struct]] = {"rename": Rename, "experts": Expert, "rules": Rule}
+    found = struct or next((kind for part, kind in inside.items() if place and part in place), Recipe)
+    known = [field.encode_name for field in msgspec.structs.fields(found)]
+    return f"unknown key {key!r}{f' at {place}' if place else ''}{nearest(key, known)}"
 
 
 def load(path: str | Path) -> Recipe:

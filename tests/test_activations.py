@@ -15,7 +15,7 @@ from cfmerge.activations.regmean_pp import _grouping
 from cfmerge.checkpoints.pytree import flatten
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import average, lot, regmean
-from cfmerge.parameters import classify, to_canonical
+from cfmerge.models import classify, to_canonical
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 

@@ -32,7 +32,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cfmerge import CfmergeError
-from cfmerge.parameters import Parameter
+from cfmerge.models import Parameter
 from cfmerge_accuracy import cache, suite
 from cfmerge_accuracy.zoo import Split, Zoo
 from peers_cases import CASES, Case, PeerError

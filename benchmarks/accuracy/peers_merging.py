@@ -16,7 +16,7 @@ import numpy as np
 import cfmerge
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.engine.in_memory import Problem
-from cfmerge.parameters import Parameter, from_canonical, to_canonical
+from cfmerge.models import Parameter, from_canonical, to_canonical
 from cfmerge_accuracy.compare import Given
 from cfmerge_accuracy.methods import Entry
 from cfmerge_accuracy.zoo import Params, Zoo

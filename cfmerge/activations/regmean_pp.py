@@ -25,7 +25,7 @@ from cfmerge.engine.in_memory import merge_leaves
 from cfmerge.engine.resolve import depths, place, settle
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method, regmean
-from cfmerge.parameters import classify
+from cfmerge.models import classify
 from cfmerge.recipe import Rule, parse_rule
 
 Leaves = dict[str, Any]

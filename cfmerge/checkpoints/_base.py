@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cfmerge.parameters import Shape
+from cfmerge.models import Shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,23 +10,10 @@ import numpy as np
 from cfmerge.checkpoints._base import TensorInfo
 from cfmerge.checkpoints.safetensors import SafetensorsFile
 from cfmerge.errors import CfmergeError
+from cfmerge.models.ties import likely_ties
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".npz")
-# (alias, the tensor it is): the pairs that transformers ties when config.tie_word_embeddings holds
-TIES = (
-    ("lm_head.weight", "model.embed_tokens.weight"),
-    ("lm_head.weight", "transformer.wte.weight"),
-    ("lm_head.weight", "shared.weight"),
-    ("lm_head.weight", "model.decoder.embed_tokens.weight"),
-    ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
-    ("lm_head.decoder.bias", "lm_head.bias"),
-    ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    ("encoder.embed_tokens.weight", "shared.weight"),
-    ("decoder.embed_tokens.weight", "shared.weight"),
-)
-UNTIED_BY_DEFAULT = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "phi", "phi3", "gpt_neox"}
 
 
 class HuggingFaceCheckpoint:
@@ -73,15 +60,7 @@ class HuggingFaceCheckpoint:
 
     def _find_ties(self) -> dict[str, str]:
         """Aliases, stored or not, of tensors that are stored."""
-        tied = self.config.get("tie_word_embeddings")
-        if tied is None:
-            tied = bool(self.config) and self.config.get("model_type") not in UNTIED_BY_DEFAULT
-        ties = {alias: name for alias, name in self.metadata.items() if name in self._where and alias != name}
-        for alias, name in TIES:
-            embeddings = not alias.endswith("bias")
-            if name in self._where and (tied or not embeddings):
-                ties.setdefault(alias, name)
-        return ties
+        return likely_ties(self._where, self.config, self.metadata)
 
 
 def find_weights(directory: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from cfmerge.checkpoints._base import TensorInfo
 from cfmerge.errors import CfmergeError
-from cfmerge.parameters import Shape
+from cfmerge.models import Shape
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)

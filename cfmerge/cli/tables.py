@@ -158,7 +158,7 @@ def _plan_summary(plan: "Plan", need: int, limit: int) -> dict[str, Any]:
 
 def checkpoint(checkpoint: "Checkpoint", json: bool) -> None:
     """A checkpoint: its tensors by file, its ties, its size."""
-    from cfmerge.parameters import classify
+    from cfmerge.models import classify
 
     headers = {name: (info.shape, info.dtype.name) for name, info in checkpoint.tensors.items()}
     parameters = classify(headers, checkpoint.config)

@@ -9,7 +9,7 @@ from cfmerge import methods
 from cfmerge.core.chain import is_chain
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
-from cfmerge.parameters import Kind, Parameter, check_layout, is_attention_mask, is_float
+from cfmerge.models import Kind, Parameter, check_layout, is_buffer, is_float
 from cfmerge.recipe import Rule
 
 Action = Literal["merge", "keep-base", "skip"]
@@ -82,6 +82,11 @@ def _fits(name: str, rule: Rule) -> bool:
     return not rule.match or fnmatch.fnmatchcase(name, rule.match)
 
 
+def treated_apart(rules: Sequence[Rule], one: str, other: str) -> bool:
+    """Whether a rule takes one of two names by its pattern, and not the other."""
+    return any(rule.match and _fits(one, rule) != _fits(other, rule) for rule in rules)
+
+
 def _rule_method(rule: Rule, method: Method) -> Method | None:
     if rule.method in {"", "keep-base", "skip"}:
         if rule.parameters and not rule.method:
@@ -101,7 +106,7 @@ def _rule_method(rule: Rule, method: Method) -> Method | None:
 
 
 def _default(parameter: Parameter, method: Method, average: Method) -> Assignment:
-    if not is_float(parameter.dtype) or is_attention_mask(parameter.name, parameter.shape):
+    if not is_float(parameter.dtype) or is_buffer(parameter.name, parameter.shape):
         return Assignment(parameter, "keep-base", average)
     if parameter.kind is Kind.OTHER:
         return Assignment(parameter, "merge", average)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from cfmerge.engine.ties import same_bits
 from cfmerge.engine.units import Unit
 from cfmerge.engine.work import Job, Readable, Work
 from cfmerge.errors import CfmergeError, NonFiniteError
-from cfmerge.parameters import Kind, is_float
+from cfmerge.models import Kind, is_float
 
 
 def check_finite(unit: Unit, base: Any, expert: int | None, flags: np.ndarray) -> None:
@@ -47,7 +48,7 @@ def kept_tensor(work: Work, job: Job) -> np.ndarray:
     if is_float(base.dtype.name):
         pieces = max(1, base.size >> 22)
         for stored, cast in zip(*(np.array_split(a.reshape(-1), pieces) for a in (base, kept)), strict=True):
-            if job.parameter.kind is not Kind.OTHER and not np.isfinite(stored).all():
+            if job.parameter.kind not in {Kind.OTHER, Kind.VECTOR} and not np.isfinite(stored).all():
                 raise NonFiniteError(
                     f"{work.base.told}: tensor {job.name!r} holds NaN or infinity", source="", tensor=job.name
                 )
@@ -67,36 +68,10 @@ def kept_tensor(work: Work, job: Job) -> np.ndarray:
     return kept
 
 
-def check_ties(work: Work, job: Job) -> None:
-    """Raises `CfmergeError` unless tensors that a config ties are the same where they are stored twice."""
-    models = [(work.base, job.name)]
-    models += [(expert, source) for expert, source in zip(work.experts, job.sources, strict=True) if source is not None]
-    for model, name in models:
-        checkpoint: Any = model.tensors
-        for alias, target in checkpoint.ties.items():
-            stored = alias in checkpoint.tensors and target == name
-            if stored and not _same_bits(checkpoint.read(alias), checkpoint.read(name)):
-                raise CfmergeError(
-                    f"{model.told}: {alias!r} and {name!r} are tied by its config.json, but differ; "
-                    "set tie_word_embeddings to false there, in the base and all experts alike"
-                )
-
-
 def same_content(a: Readable, b: Readable, names: Mapping[str, str]) -> bool:
     """Whether two models are the same in every tensor; stops at the first difference, embeddings last.
 
     Args:
         names: `{name in a: name in b}`.
     """
-    return all(
-        _same_bits(a.read(name), b.read(names[name])) for name in sorted(names, key=lambda name: "embed" in name)
-    )
-
-
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Piece by piece: a comparison makes an array of booleans."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    a, b = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
-    piece = 1 << 22
-    return all(np.array_equal(a[i : i + piece], b[i : i + piece]) for i in range(0, a.size, piece))
+    return all(same_bits(a.read(name), b.read(names[name])) for name in sorted(names, key=lambda name: "embed" in name))

@@ -16,7 +16,7 @@ from cfmerge.engine.trees import Kept, Problem, names_of, work_of
 from cfmerge.engine.work import Work, as_method
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.parameters import Kind, Parameter
+from cfmerge.models import Kind, Parameter
 from cfmerge.recipe import Rule
 
 NO_EXPERTS = "no experts: a merge needs at least one"
@@ -82,7 +82,7 @@ def merge_params(
     """Merges pytrees of parameters: dicts, FrozenDicts, `nnx.State`, any registered pytree.
 
     Kinds and layouts are read off names and shapes (`.../kernel` is `(in, out)`, `...weight` is `(out, in)`, see
-    `cfmerge.parameters`); tensors of one shape are solved together. Differentiable in base, experts and weights.
+    `cfmerge.models`); tensors of one shape are solved together. Differentiable in base, experts and weights.
 
     Args:
         base: the base's parameters.

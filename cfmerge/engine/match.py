@@ -1,20 +1,20 @@
-"""How the experts' tensors correspond to the base's, judged by headers alone; everything that does not fit."""
+"""Whether the experts' tensors fit the base's, judged by headers alone: heads, buffers, and every problem."""
 
 import dataclasses
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 
 from cfmerge.checkpoints import Checkpoint, TensorInfo
 from cfmerge.engine.assign import Action, Assignment
+from cfmerge.engine.pair import Paired
+from cfmerge.engine.ties import Ties
 from cfmerge.errors import nearest
-from cfmerge.parameters import HEAD, Kind, is_attention_mask, is_float
-from cfmerge.recipe import Expert, Recipe, Rule
+from cfmerge.models import Kind, is_buffer, is_float
+from cfmerge.models.heads import VOCABULARY, is_output_layer, may_be_head
+from cfmerge.models.patterns import escape, patterns, tell
+from cfmerge.recipe import Expert, Recipe, Rule, rule_option
 
-UNSHARED_HEAD = re.compile(r"(^|[./])(pooler|lm_head)([./]|$)")  # part of the trunk where all models have it
-VOCABULARY = re.compile(
-    r"(embed_tokens|word_embeddings|wte|lm_head|shared|predictions\.(decoder|bias)|embed_in|embed_out)"
-)
+SHOWN = 5  # patterns of one kind of problem
 
 
 @dataclasses.dataclass
@@ -31,96 +31,60 @@ class Matched:
 def match_experts(
     recipe: Recipe,
     base: Checkpoint,
-    experts: Sequence[Checkpoint],
     specs: Sequence[Expert],
+    paired: Paired,
+    ties: Ties,
     assignments: Mapping[str, Assignment],
 ) -> Matched:
-    """Pairs names, applies the choice about heads, and collects every problem and note."""
-    result = Matched(dict(assignments), [], {}, [], [])
-    for spec, expert in zip(specs, experts, strict=True):
-        problem = _architecture_problem(base, spec, expert)
-        if problem:
-            result.problems.append(problem)
-            result.sources.append({})
-            continue
-        prefix = _prefix(base, expert)
-        if any(prefix):
-            result.notes.append(f"expert {spec.name!r}: its names are the base's with {_describe(prefix)}")
-        result.sources.append(_sources(base, expert, prefix))
-    if result.problems:
-        return result
-    _settle_heads(recipe, base, experts, specs, result)
-    for spec, expert, sources in zip(specs, experts, result.sources, strict=True):
-        _check_expert(recipe, base, spec, expert, sources, result)
+    """Applies the choice about heads, and collects every problem and note."""
+    notes, problems = [*paired.notes, *ties.notes], [*paired.problems, *ties.problems]
+    result = Matched(dict(assignments), paired.sources, {}, notes, problems)
+    extras = [
+        [name for name in expert.tensors if name not in {*sources.values(), *copies}]
+        for expert, sources, copies in zip(paired.experts, paired.sources, ties.copies, strict=True)
+    ]
+    _settle_heads(recipe, base, paired.experts, specs, extras, result)
+    _settle_buffers(base, paired.experts, specs, result)
+    for spec, expert, sources, extra in zip(specs, paired.experts, result.sources, extras, strict=True):
+        _check_expert(base, spec, expert, sources, extra, result)
+        _check_extra(recipe, spec, expert, sources, extra, _missing(sources, result), result)
+    (result.problems if result.problems else result.notes).extend(paired.architectures)
+    for name, assignment in result.assignments.items():  # what only parts were fine-tuned of
+        if assignment.action == "merge" and specs and not any(name in sources for sources in result.sources):
+            result.assignments[name] = dataclasses.replace(assignment, action="keep-base")
     return result
 
 
-def _architecture_problem(base: Checkpoint, spec: Expert, expert: Checkpoint) -> str | None:
-    ours, theirs = base.config.get("model_type"), expert.config.get("model_type")
-    if ours and theirs and ours != theirs:
-        return (
-            f"expert {spec.name!r} ({spec.path}) is another architecture: its config.json says {theirs!r}, the "
-            f"base's says {ours!r}; experts must be fine-tuned from the base"
-        )
-    return None
-
-
-def _prefix(base: Checkpoint, expert: Checkpoint) -> tuple[str, str]:
-    """`(removed from, added to)` the base's names to give the expert's, such as `("", "bert.")`."""
-    names, theirs = set(base.tensors), set(expert.tensors)
-    if len(names & theirs) * 2 >= min(len(names), len(theirs)):
-        return "", ""
-    best, overlap = ("", ""), len(names & theirs)
-    starts = {name.split(".")[0] + "." for name in names | theirs if "." in name}
-    for start in sorted(starts):
-        for removed, added in (("", start), (start, "")):
-            renamed = {added + name.removeprefix(removed) for name in names if name.startswith(removed)}
-            if len(renamed & theirs) > overlap:
-                best, overlap = (removed, added), len(renamed & theirs)
-    return best
-
-
-def _describe(prefix: tuple[str, str]) -> str:
-    removed, added = prefix
-    return f"{added!r} in front" if added else f"{removed!r} taken off"
-
-
-def _sources(base: Checkpoint, expert: Checkpoint, prefix: tuple[str, str]) -> dict[str, str]:
-    """The expert's name for each of the base's, through the prefix and through ties."""
-    removed, added = prefix
-    aliases: dict[str, list[str]] = {}
-    for alias, name in base.ties.items():
-        aliases.setdefault(name, []).append(alias)
-    sources = {}
-    for name in base.tensors:
-        for candidate in (name, *aliases.get(name, ())):
-            theirs = added + candidate.removeprefix(removed)
-            theirs = theirs if theirs in expert.tensors else expert.ties.get(theirs, theirs)
-            if theirs in expert.tensors:
-                sources[name] = theirs
-                break
-    return sources
+# --- heads --------------------------------------------------------------------------------------------------------
 
 
 def _settle_heads(
-    recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint], specs: Sequence[Expert], result: Matched
+    recipe: Recipe,
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    specs: Sequence[Expert],
+    extras: Sequence[Sequence[str]],
+    result: Matched,
 ) -> None:
     """Heads that not all models share in one shape need a choice; so do heads when a choice was made."""
+    whole = [number for number, spec in enumerate(specs) if not spec.partial]
     base_heads = [
-        name for name, assignment in result.assignments.items()
-        if assignment.rule is None and (
-            assignment.parameter.kind is Kind.HEAD
-            or (UNSHARED_HEAD.search(name) and any(name not in sources for sources in result.sources))
-        )
-    ]  # fmt: skip
+        name
+        for name, assignment in result.assignments.items()
+        if assignment.rule is None
+        and not is_buffer(name, assignment.parameter.shape)
+        and _is_base_head(name, assignment, base, [(experts[n], result.sources[n]) for n in whole])
+    ]
     lines = []
-    expert_heads: list[list[str]] = []
-    for spec, expert, sources in zip(specs, experts, result.sources, strict=True):
-        known = set(sources.values()) | set(expert.ties)
-        extra = [name for name in expert.tensors if name not in known and _is_head(name)]
+    expert_heads: list[list[str]] = [[] for _ in specs]
+    for number in whole:
+        spec, expert, sources = specs[number], experts[number], result.sources[number]
+        more = [
+            name for name in extras[number] if may_be_head(name) and not is_buffer(name, expert.tensors[name].shape)
+        ]
         ours = [sources[name] for name in base_heads if name in sources]
-        expert_heads.append([*ours, *extra])
-        lines += [f"  {spec.name}: {name} {expert.tensors[name].shape} is not in the base" for name in extra]
+        expert_heads[number] = [*ours, *more]
+        lines += [f"  {spec.name}: {name} {expert.tensors[name].shape} is not in the base" for name in more]
         for name in base_heads:
             shape = base.tensors[name].shape
             if name not in sources:
@@ -134,87 +98,159 @@ def _settle_heads(
             "--heads keep-base (the base's heads, if any), drop (a trunk without heads), or export (the trunk, and "
             "each expert's heads beside it in heads/NAME.safetensors)"
         )
-        return
-    if recipe.heads is None:
-        return
-    for name in base_heads:
+    for name in base_heads if recipe.heads else ():
         action: Action = "skip" if recipe.heads == "drop" else "keep-base"
         result.assignments[name] = dataclasses.replace(result.assignments[name], action=action)
-    if recipe.heads == "export":
-        result.exported = {spec.name: tuple(heads) for spec, heads in zip(specs, expert_heads, strict=True) if heads}
-    for sources in result.sources:
-        for name in base_heads:
+        for sources in result.sources:
             sources.pop(name, None)
+    if recipe.heads == "export":
+        named = zip(specs, expert_heads, strict=True)
+        result.exported = {spec.name: tuple(heads) for spec, heads in named if heads}
 
 
-def _is_head(name: str) -> bool:
-    """Whether a tensor that not all models have is a head's."""
-    return bool(HEAD.search(name) or UNSHARED_HEAD.search(name))
+def _is_base_head(
+    name: str, assignment: Assignment, base: Checkpoint, models: Sequence[tuple[Checkpoint, Mapping[str, str]]]
+) -> bool:
+    """A head by its name; or what may be one, where some expert lacks it or has another number of outputs."""
+    if assignment.parameter.kind is Kind.HEAD:
+        return True
+    ours = base.tensors[name].shape
+    shapes = [expert.tensors[sources[name]].shape if name in sources else None for expert, sources in models]
+    if may_be_head(name) and (None in shapes or (not VOCABULARY.search(name) and any(s != ours for s in shapes))):
+        return True
+    others = [shape for shape in shapes if shape is not None and shape != ours]
+    return bool(others) and all(is_output_layer(name, ours, shape) for shape in others)
+
+
+# --- buffers ------------------------------------------------------------------------------------------------------
+
+
+def _settle_buffers(base: Checkpoint, experts: Sequence[Checkpoint], specs: Sequence[Expert], result: Matched) -> None:
+    """Buffers are the base's, wherever they are missing or stored otherwise; a note says so."""
+    kept = []
+    for name, assignment in result.assignments.items():
+        info = base.tensors[name]
+        if assignment.rule is not None or not is_buffer(name, info.shape):
+            continue
+        alike = [
+            names.get(name) in expert.tensors and _alike(info, expert.tensors[names[name]])
+            for expert, names in zip(experts, result.sources, strict=True)
+        ]
+        for names, same in zip(result.sources, alike, strict=True):
+            if not same:
+                names.pop(name, None)
+        if is_float(info.dtype.name) or not all(alike):
+            kept.append(name)
+    if kept:
+        result.notes.append(f"{tell(kept)}: buffers, which are no parameters; the output has the base's")
+
+
+def _alike(ours: TensorInfo, theirs: TensorInfo) -> bool:
+    return ours.shape == theirs.shape and is_float(ours.dtype.name) == is_float(theirs.dtype.name)
+
+
+# --- what does not fit --------------------------------------------------------------------------------------------
+
+
+def _missing(sources: Mapping[str, str], result: Matched) -> list[str]:
+    return [name for name, a in result.assignments.items() if a.action == "merge" and name not in sources]
 
 
 def _skips(rule: Rule, name: str) -> bool:
     return rule.method == "skip" and bool(rule.match) and fnmatch.fnmatchcase(name, rule.match)
 
 
-def _check_expert(
-    recipe: Recipe, base: Checkpoint, spec: Expert, expert: Checkpoint, sources: Mapping[str, str], result: Matched
+def _check_extra(
+    recipe: Recipe,
+    spec: Expert,
+    expert: Checkpoint,
+    sources: Mapping[str, str],
+    extra: Sequence[str],
+    missing: Sequence[str],
+    result: Matched,
 ) -> None:
-    used = set(sources.values())
-    extra = [
-        name for name in expert.tensors
-        if name not in used and expert.ties.get(name) not in used and not _is_head(name)
-    ]  # fmt: skip
-    skipped = [name for name in extra if any(_skips(rule, name) for rule in recipe.rules)]
+    """Tensors that the base lacks: buffers, heads, what a rule leaves out, parts of another model, or a problem."""
+    left = [name for name in extra if spec.partial or not may_be_head(name)]
+    skipped = [name for name in left if any(_skips(rule, name) for rule in recipe.rules)]
     if skipped:
         result.notes.append(
             f"expert {spec.name!r}: {len(skipped)} tensors that the base lacks are left out by rule, such as "
             f"{skipped[0]!r}"
         )
-        extra = [name for name in extra if name not in skipped]
-    tied_to = set(base.ties) | {name for name in expert.tensors if name in expert.ties}
+    left = [name for name in left if name not in skipped]
     buffers = [
-        n for n in extra
-        if not is_float(expert.tensors[n].dtype.name) or is_attention_mask(n, expert.tensors[n].shape)
+        name for name in left
+        if not is_float(expert.tensors[name].dtype.name) or is_buffer(name, expert.tensors[name].shape)
     ]  # fmt: skip
-    floats = [n for n in extra if n not in buffers and n not in tied_to]
     if buffers:
         result.notes.append(
             f"expert {spec.name!r} has {len(buffers)} buffers (integers or masks) that the base lacks, such as "
             f"{buffers[0]!r}; they are not in the output"
         )
-    for alias, name in base.ties.items():
-        theirs = sources.get(alias, alias)
-        if name in base.tensors and theirs in expert.tensors and theirs not in (*expert.ties, sources.get(name)):
-            result.problems.append(
-                f"expert {spec.name!r} ({spec.path}) has a {theirs!r} of its own, but in the base it is tied to "
-                f"{name!r}; tie_word_embeddings must be the same in every config.json. Untie it in the base "
-                "(store both, and set it to false), or tie it in the expert"
-            )
-    missing = []
-    for name, assignment in result.assignments.items():
-        if not (assignment.action == "merge" or (assignment.agree and name in sources)):
-            continue
-        if name not in sources:
-            missing.append(name)
-            continue
-        problem = _header_problem(name, base.tensors[name], spec, sources[name], expert.tensors[sources[name]])
-        if problem:
-            result.problems.append(problem)
-    for name in missing[:5]:
-        result.problems.append(
-            f"expert {spec.name!r} ({spec.path}) lacks tensor {name!r} {base.tensors[name].shape}"
-            f"{nearest(name, floats) if floats else ''} (to leave it at the base: a rule with method keep-base)"
-        )
-    if len(missing) > 5:
-        result.problems.append(f"expert {spec.name!r} lacks {len(missing) - 5} more tensors of the base")
-    for name in floats[:5]:
+    floats = [name for name in left if name not in buffers]
+    among = list(sources.values())
+    if spec.partial:
+        if floats:
+            result.notes.append(f"expert {spec.name!r}: {tell(floats, among)} are not in the base, and left out")
+        return
+    found = patterns(floats, among)
+    for pattern in found[:SHOWN]:
+        rule = f"a rule with method skip: {rule_option(pattern.glob, 'skip')}"
+        name = pattern.names[0]
         result.problems.append(
             f"expert {spec.name!r} ({spec.path}) has a tensor that the base lacks: {name!r} "
-            f"{expert.tensors[name].shape}{nearest(name, missing) if missing else ''} (to leave it out: a rule "
-            "with method skip)"
+            f"{expert.tensors[name].shape}{nearest(name, missing) if missing else ''} (to leave it out: {rule})"
+            if len(pattern.names) == 1
+            else f"expert {spec.name!r} ({spec.path}) has {len(pattern.names)} tensors that the base lacks: "
+            f"{pattern.text}, such as {name!r} {expert.tensors[name].shape} (to leave them out: {rule})"
         )
-    if len(floats) > 5:
-        result.problems.append(f"expert {spec.name!r} has {len(floats) - 5} more tensors that the base lacks")
+    if len(found) > SHOWN:
+        count = sum(len(pattern.names) for pattern in found[SHOWN:])
+        result.problems.append(f"expert {spec.name!r} has {count} more tensors that the base lacks")
+
+
+def _check_expert(
+    base: Checkpoint,
+    spec: Expert,
+    expert: Checkpoint,
+    sources: Mapping[str, str],
+    extra: Sequence[str],
+    result: Matched,
+) -> None:
+    """Tensors of the base that an expert lacks, or has in another shape or dtype."""
+    for name, assignment in result.assignments.items():
+        if name in sources and (assignment.action == "merge" or assignment.agree):
+            theirs = expert.tensors[sources[name]]
+            problem = _header_problem(name, base.tensors[name], spec, sources[name], theirs)
+            result.problems += [problem] if problem else []
+    missing = _missing(sources, result)
+    has = list(sources)
+    if spec.partial:
+        if missing:
+            result.notes.append(
+                f"expert {spec.name!r} is partial: {tell(missing, has)} are merged without it, or stay at the base"
+            )
+        return
+    floats = [name for name in extra if is_float(expert.tensors[name].dtype.name)]
+    found = patterns(missing, has)
+    for pattern in found[:SHOWN]:
+        rule = f"a rule with method keep-base: {rule_option(pattern.glob, 'keep-base')}"
+        name, count = pattern.names[0], len(pattern.names)
+        result.problems.append(
+            f"expert {spec.name!r} ({spec.path}) lacks tensor {name!r} {base.tensors[name].shape}"
+            f"{nearest(name, floats) if floats else ''} (to leave it at the base: {rule})"
+            if count == 1
+            else f"expert {spec.name!r} ({spec.path}) lacks {count} tensors of the base: {pattern.text}, such as "
+            f"{name!r} {base.tensors[name].shape} (to leave them at the base: {rule})"
+        )
+    if len(found) > SHOWN:
+        count = sum(len(pattern.names) for pattern in found[SHOWN:])
+        result.problems.append(f"expert {spec.name!r} lacks {count} more tensors of the base")
+    if len(missing) > SHOWN:
+        result.problems.append(
+            f"(if expert {spec.name!r} is meant to be a part of the base: 'partial: true' beside its path; if it has "
+            "other names: 'rename: [{from: REGEX, to: TEXT}]')"
+        )
 
 
 def _header_problem(name: str, ours: TensorInfo, spec: Expert, their_name: str, theirs: TensorInfo) -> str | None:
@@ -226,13 +262,10 @@ def _header_problem(name: str, ours: TensorInfo, spec: Expert, their_name: str, 
     if ours.shape == theirs.shape:
         return None
     place = f"expert {spec.name!r} ({theirs.file}): tensor {their_name!r}"
+    rule = rule_option(escape(name), "keep-base")
     if VOCABULARY.search(name) and ours.shape[1:] == theirs.shape[1:]:
         return (
             f"{place}: vocabulary sizes differ: {theirs.shape[0]} rows, {ours.shape[0]} in the base. Either give "
-            "all models one vocabulary (model.resize_token_embeddings), or leave the base's: a rule "
-            f"'match: \"{name}\", method: keep-base'"
+            f"all models one vocabulary (model.resize_token_embeddings), or leave the base's: {rule}"
         )
-    return (
-        f"{place} has shape {theirs.shape}, in the base {ours.shape}; to leave it at the base: a rule with "
-        "method keep-base"
-    )
+    return f"{place} has shape {theirs.shape}, in the base {ours.shape}; to leave it at the base: {rule}"

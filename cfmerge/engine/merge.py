@@ -32,7 +32,7 @@ from cfmerge.engine.units import check_memory
 from cfmerge.engine.work import Progress
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.methods import Method
-from cfmerge.parameters import is_float
+from cfmerge.models import is_float
 from cfmerge.recipe import Recipe
 
 T = TypeVar("T")

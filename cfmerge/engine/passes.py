@@ -6,6 +6,7 @@ Together     all experts at once, for methods that are not sums
 Measuring    a survey's measure
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -20,7 +21,10 @@ from cfmerge.engine.units import Unit
 
 
 class UnitSteps(Protocol):
-    """What a pass does with one unit."""
+    """What a pass does with one unit; `experts` are the numbers of those that it sees."""
+
+    @property
+    def experts(self) -> Sequence[int]: ...
 
     def start(self, base: jax.Array) -> Any: ...
 
@@ -38,6 +42,7 @@ class _Merging:
         make = steps if self.traced else compiled
         self.by: Steps = make(self.unit.job.layout, attempt.compute)
         self.settings: list[Settings] = self.unit.settings(attempt.methods, attempt.found)
+        self.experts = self.unit.experts
         self.order = {number: place for place, number in enumerate(self.unit.experts, 1)}
 
     def checked(self, base: jax.Array, number: int | None, flags: Any) -> None:
@@ -112,6 +117,7 @@ class Measuring:
 
     def __init__(self, unit: Unit, measures: Measures) -> None:
         self.unit, self.measures, self.wanted = unit, measures, measures.wanted
+        self.experts = range(len(measures.each))
 
     def start(self, base: jax.Array) -> Any:
         self._check(base, base, None)
@@ -128,9 +134,9 @@ class Measuring:
         if self.wanted.joint:
             experts, inputs = [list(column) for column in zip(*state.values(), strict=True)]
             return _on_host(self.measures.function(self.wanted.of, self.unit)([base, *experts], inputs))
-        nothing = jax.tree.map(lambda leaf: 0 * leaf, next(iter(state.values())))  # of an expert that lacks the tensor
-        values = [state.get(number, nothing) for number in range(len(self.measures.each))]
-        return jax.tree.map(lambda *leaves: xp_of(*leaves).stack(leaves, 1 if self.wanted.by_tensor else 0), *values)
+        return jax.tree.map(
+            lambda *leaves: xp_of(*leaves).stack(leaves, 1 if self.wanted.by_tensor else 0), *state.values()
+        )
 
     def _check(self, base: jax.Array, array: jax.Array, number: int | None) -> None:
         """A NaN would go from a survey into every tensor."""

@@ -1,6 +1,7 @@
-"""The plan: recipes resolved against the checkpoints' headers. No tensor is read, but for a sample of the base."""
+"""The plan: recipes resolved against the checkpoints' headers. No tensor is read, but to see which are copies."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,15 +19,18 @@ from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
 from cfmerge.core.part import Part
 from cfmerge.core.random import check_seed
-from cfmerge.engine.assign import assign
+from cfmerge.engine.assign import assign, treated_apart
 from cfmerge.engine.match import match_experts
+from cfmerge.engine.pair import Paired, pair_experts
 from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.statistics import Statistics, fingerprint
+from cfmerge.engine.ties import settle_ties
 from cfmerge.engine.work import Job, Participant, Work, check_count, check_moments, methods_of, settled_jobs
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.parameters import Parameter, classify, is_float
-from cfmerge.recipe import Expert, Recipe, parse_size
+from cfmerge.models import Parameter, classify, is_buffer, is_float
+from cfmerge.models.patterns import patterns, tell
+from cfmerge.recipe import Expert, Recipe, parse_size, rule_option
 
 OUTPUT_DTYPES = {
     "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -190,23 +194,27 @@ def resolve(
     notes = _check_same_files(recipe, base, specs, experts)
 
     parameters = _parameters(base)
-    tied = {alias: name for alias, name in base.ties.items() if alias in parameters and alias != name}
-    own = {name: parameter for name, parameter in parameters.items() if name not in tied}
-    others = {name for expert in experts for name in expert.tensors}
+    paired = pair_experts(recipe, base, experts, specs)
+    ties = settle_ties(base, paired.experts, specs, paired.sources, functools.partial(treated_apart, recipe.rules))
+    own = {name: parameter for name, parameter in parameters.items() if name not in ties.aliases}
+    others = {name for expert in paired.experts for name in expert.tensors}
     matched = []
     for one, method in zip(asked.values(), made, strict=True):
-        matched.append(match_experts(one, base, experts, specs, assign(own, method, one.rules, others)))
+        assignments = assign(own, method, one.rules, others)
+        matched.append(match_experts(one, base, specs, _afresh(paired), ties, assignments))
         problems = matched[-1].problems
         if problems:
             more = len(problems) - 20
             raise CfmergeError("\n".join([*problems[:20], *([f"... and {more} more problems"] if more > 0 else [])]))
 
     aliases: dict[str, list[str]] = {}
-    for alias, name in tied.items():
+    for alias, name in ties.aliases.items():
         aliases.setdefault(name, []).append(alias)
 
     def output_dtype(parameter: Parameter) -> np.dtype:
-        floating = recipe.dtype and is_float(parameter.dtype)
+        ruled = matched[0].assignments[parameter.name].rule is not None
+        kept = is_buffer(parameter.name, parameter.shape) and not ruled  # exact, in whatever dtype
+        floating = recipe.dtype and is_float(parameter.dtype) and not kept
         return OUTPUT_DTYPES[str(recipe.dtype)] if floating else base.tensors[parameter.name].dtype
 
     jobs, numbers_told = settled_jobs(
@@ -217,7 +225,7 @@ def resolve(
     files = [open_checkpoint(spec.moments) if spec.moments else None for spec in specs]
     taking_part = [
         Participant(spec.name, f"expert {spec.name!r} ({spec.path})", expert, file)
-        for spec, expert, file in zip(specs, experts, files, strict=True)
+        for spec, expert, file in zip(specs, paired.experts, files, strict=True)
     ]
     check_moments(jobs, taking_part, lambda file, name: file.tensors.get(name))  # type: ignore[attr-defined]
     work = Work(
@@ -230,10 +238,35 @@ def resolve(
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
     results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
     return Resolved(
-        results, base, tuple(experts), tuple(specs), work, matched[0].exported,
-        (*notes, *numbers_told, *matched[0].notes), parse_size(recipe.shard_size), _side_files(recipe, base),
-        sums,
+        results, base, tuple(paired.experts), tuple(specs), work, matched[0].exported,
+        (*notes, *numbers_told, *matched[0].notes, *unsolved(jobs, made[0])), parse_size(recipe.shard_size),
+        _side_files(recipe, base), sums,
     )  # fmt: skip
+
+
+def _afresh(paired: Paired) -> Paired:
+    """The same, to be narrowed for one recipe: heads are taken out of its sources."""
+    return dataclasses.replace(paired, sources=[dict(names) for names in paired.sources])
+
+
+def unsolved(jobs: Sequence[Job], method: Method) -> list[str]:
+    """What a matrix method does not solve, and why: all but embeddings, heads, buffers and what a rule says."""
+    if method.needs.scope != "matrix":
+        return []
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for job in jobs:
+        parameter = job.parameter
+        if job.assignment.rule is None and job.assignment.action == "merge" and parameter.note:
+            reasons.setdefault((parameter.note, "boi"[3 - len(parameter.shape) :]), []).append(job.name)
+    others = [job.name for job in jobs if not job.parameter.note]
+    notes = []
+    for (why, layout), names in reasons.items():
+        way_out = ""
+        if "layout" in why and 2 <= len(layout) <= 3:
+            glob = patterns(names, others)[0].glob
+            way_out = f", such as {rule_option(glob, '', layout)}"
+        notes.append(f"{tell(names, others)}: averaged, not solved by {method.name}: {why}{way_out}")
+    return notes
 
 
 def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:

@@ -25,7 +25,7 @@ from threadpoolctl import ThreadpoolController
 from cfmerge.core.call import of_expert
 from cfmerge.core.survey import looked
 from cfmerge.engine.account import Account
-from cfmerge.engine.checks import check_ties, kept_tensor
+from cfmerge.engine.checks import kept_tensor
 from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
 from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
@@ -67,7 +67,7 @@ def merge(
 
     Raises:
         NonFiniteError: a NaN or infinity in a model, or a result that does not fit its dtype.
-        CfmergeError: integers that do not agree, or tensors said to be tied that are not.
+        CfmergeError: integers that do not agree.
     """
     account, loop = Account(), _Loop(work, memory, progress, stop)
 
@@ -82,8 +82,6 @@ def merge(
     with loop:
         for job in work.jobs:
             loop.check_stop()
-            if work.from_files:
-                check_ties(work, job)
             if job.assignment.action == "keep-base":
                 kept = kept_tensor(work, job)
                 for sink in sinks:
@@ -191,7 +189,7 @@ class _Loop:
             base = jnp.asarray(unit.base())
             tell(unit.job.name, base.nbytes)
             state = each.start(base)
-            for t in unit.experts:
+            for t in each.experts:
                 expert = jnp.asarray(unit.expert(t))
                 state = each.update(state, base, t, expert, unit.inputs(t))
                 tell(unit.job.name, expert.nbytes)

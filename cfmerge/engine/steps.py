@@ -25,7 +25,7 @@ from cfmerge.core.part import Context, Method, Needs, Seen, with_context
 from cfmerge.core.random import key_from
 from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Measure
-from cfmerge.parameters import from_canonical, to_canonical
+from cfmerge.models import from_canonical, to_canonical
 
 
 class Settings(NamedTuple):
@@ -64,7 +64,7 @@ def compiled(layout: str, compute: str) -> Steps:
     """The steps, jitted; compiled once for every method and shape that they meet. `step` uses up its statistics.
 
     Args:
-        layout: of the stored tensors, see `cfmerge.parameters`; empty where there is no canonical view.
+        layout: of the stored tensors, see `cfmerge.models`; empty where there is no canonical view.
         compute: `float32` or `float64` (then call under `jax.enable_x64(True)`).
     """
     plain = steps(layout, compute)

@@ -16,7 +16,7 @@ from cfmerge.engine.statistics import Statistics
 from cfmerge.engine.work import Participant, Work, check_moments, settled_jobs
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
-from cfmerge.parameters import Parameter, classify, is_float
+from cfmerge.models import Parameter, classify, is_float
 from cfmerge.recipe import Rule, parse_rule
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from cfmerge.core.call import of_expert
 from cfmerge.core.random import digest_of
 from cfmerge.core.several import leaders, members
+from cfmerge.engine.pair import Viewed
 from cfmerge.engine.statistics import stacked
 from cfmerge.engine.steps import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places, kind_of
@@ -85,13 +86,17 @@ class Unit:
         return self.read(self.work.base.tensors, self.names)
 
     def expert(self, number: int) -> Any:
-        """The same of an expert."""
+        """The same of an expert; of one that lacks the tensors the base, for surveys: no delta."""
+        if number not in self.experts:
+            return self.base()
         return self.read(self.work.experts[number].tensors, tuple(str(job.sources[number]) for job in self.jobs))
 
     def read(self, model: Readable, names: Sequence[str]) -> Any:
         """The unit's share of tensors of a model, one name for each segment."""
-        arrays = [model.read(name) for name in names]
         first, count = self.segments[0].first, self.segments[0].count
+        if count is not None and isinstance(model, Viewed):
+            return model.read_flat(names[0], first, count)[None]
+        arrays = [model.read(name) for name in names]
         if count is not None:
             return arrays[0].reshape(-1)[first : first + count][None]
         if any(isinstance(array, jax.Array) for array in arrays):

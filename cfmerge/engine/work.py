@@ -20,7 +20,9 @@ from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, weigh
 from cfmerge.engine.statistics import Statistics, full_form
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.parameters import Parameter
+from cfmerge.models import Parameter
+from cfmerge.models.patterns import escape
+from cfmerge.recipe import rule_option
 
 Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last call)
 
@@ -118,14 +120,14 @@ class Job:
         method = self.method
         if self.assignment.action != "merge" or method.needs.scope == "entry":
             return 0
-        m, n = self.parameter.canonical[1:] if self.layout else (1, self.parameter.size)
+        b, m, n = self.parameter.canonical if self.layout else (1, 1, self.parameter.size)
         shape = (m, n) if self.layout else self.parameter.shape
         floats = statistic_size(method, shape, len(self.experts)) + (5 + len(members(method))) * m * n
         if method.needs.scope == "matrix":
             floats += 3 * n * n
         if not method.additive:
             floats += len(self.experts) * m * n
-        return (4 if self.dtype.itemsize == 2 else 8) * floats
+        return (4 if self.dtype.itemsize == 2 else 8) * b * floats
 
 
 def _dtype(name: str) -> np.dtype:
@@ -203,10 +205,10 @@ def settled_jobs(
             if sums or statistics is not None:
                 own = [full_form(method) for method in own]
             own_weights = tuple(weight_at(w, where, expert) for w, expert in zip(weights, experts, strict=True))
-            count = len(before) + sum(source is not None for source in own_sources)
+            taking = {e: w for e, w, s in zip(experts, own_weights, own_sources, strict=True) if s is not None}
             for method in own:
-                check_count(method, count)
-                check_weights(method, dict(zip(experts, own_weights, strict=True)), name)
+                _check_taking(method, name, len(before) + len(taking), len(taking) < len(experts))
+                check_weights(method, taking, name)
                 if statistics is not None:
                     statistics.check(method, name)
             method = own[0] if len(own) == 1 else several(tuple(own))
@@ -214,6 +216,18 @@ def settled_jobs(
         writes = (name, *(aliases or {}).get(name, ()))
         jobs.append(Job(name, assignment, writes, own_sources, dtype_of(assignment.parameter), own_weights))
     return jobs, notes
+
+
+def _check_taking(method: Method, tensor: str, count: int, partial: bool) -> None:
+    try:
+        check_count(method, count)
+    except CfmergeError as error:
+        if not partial:
+            raise
+        raise CfmergeError(
+            f"tensor {tensor!r}: {error} that have it (the others are partial); give it another method: "
+            f"{rule_option(escape(tensor), 'average')}"
+        ) from None
 
 
 def check_count(method: Method, count: int) -> None:

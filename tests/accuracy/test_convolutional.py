@@ -10,7 +10,7 @@ import pytest
 import cfmerge
 from cfmerge.demo.data import Split, Task
 from cfmerge.demo.train import Schedule
-from cfmerge.parameters import Kind, classify
+from cfmerge.models import Kind, classify
 from cfmerge_accuracy.convolutional import model, suite, train
 from cfmerge_accuracy.convolutional.model import ConvNet
 from cfmerge_accuracy.images import suite as images_suite

@@ -211,7 +211,7 @@ def test_features_have_length_one_and_all_kernels_are_matrices(tasks):
     found = model.features(TINY, params, tasks[0].test.images)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
     leaves = flatten_dict(params, sep="/")
-    kinds = cfmerge.parameters.classify({name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})
+    kinds = cfmerge.models.classify({name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()})
     matrices = {name for name, one in kinds.items() if one.kind == "matrix"}
     assert matrices == {f"block_0/{name}/kernel" for name in ("q", "k", "v", "out", "mlp_in", "mlp_out")}
     assert {one.kind for name, one in kinds.items() if "embedding/kernel" in name or "position" in name} == {

@@ -126,7 +126,7 @@ def test_tensors_that_no_architecture_names_are_merged(make_model, tmp_path, lla
         extra = {
             "model.extra_adapter.table": np.full((3, 5), number, np.float32),
             "value_head.summary.weight": np.full((1, 8), number, np.float32),
-            "rotary_emb.inv_freq": np.full(4, number, np.float32),
+            "rotary_emb.gain": np.full(4, number, np.float32),
         }
         return make_model(tmp_path / f"m{number}", llama(number) | extra)
 
@@ -134,7 +134,7 @@ def test_tensors_that_no_architecture_names_are_merged(make_model, tmp_path, lla
     cfmerge.merge(models[0], models[1:], output=tmp_path / "out")
     found = load(tmp_path / "out")
     assert set(found) == set(load(models[0]))
-    for name in ("model.extra_adapter.table", "value_head.summary.weight", "rotary_emb.inv_freq"):
+    for name in ("model.extra_adapter.table", "value_head.summary.weight", "rotary_emb.gain"):
         assert (found[name] == 1.5).all(), name
 
 

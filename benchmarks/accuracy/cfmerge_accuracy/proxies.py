@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from cfmerge import covariance
 from cfmerge.checkpoints.pytree import flatten
-from cfmerge.parameters import classify, to_canonical
+from cfmerge.models import classify, to_canonical
 from cfmerge_accuracy import covariances
 from cfmerge_accuracy.zoo import Params, Zoo
 

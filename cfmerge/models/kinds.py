@@ -1,10 +1,4 @@
-"""What a parameter is (its kind), how it lies in its file (its layout), and its canonical view `(out, in)`.
-
-A layout is one letter per axis of the stored tensor: `o` output, `i` input, `b` batch (stacked layers or
-experts). Axes of one letter are folded together, in order. So a torch `Linear` is `oi`, a Flax kernel or GPT-2
-`Conv1D` is `io`, a torch convolution `oiii`, a Flax one `iiio`, a Flax attention query `(embed, heads, head_dim)`
-`ioo`, and dense kernels stacked by `scan` are `bio`. Methods see the canonical view and nothing else.
-"""
+"""What a parameter is to a merge (its kind), and what names, shapes and config.json say of it."""
 
 import dataclasses
 import enum
@@ -14,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cfmerge.errors import CfmergeError
-
-Shape = tuple[int, ...]
+from cfmerge.models.buffers import is_buffer
+from cfmerge.models.families import PACKED, is_embedding, packed_layout
+from cfmerge.models.heads import is_head
+from cfmerge.models.layouts import Shape, check_layout
 
 
 class Kind(enum.StrEnum):
@@ -63,57 +59,15 @@ class Parameter:
         return "(" + ", ".join(words[letter] for letter in self.layout) + ")" if self.layout else "-"
 
 
-def check_layout(name: str, shape: Shape, layout: str) -> None:
-    """Raises `CfmergeError` unless the layout has a letter for every axis, and an `o` and an `i` among them."""
-    if len(layout) != len(shape) or set(layout) - set("boi") or not {"o", "i"} <= set(layout):
-        raise CfmergeError(
-            f"tensor {name!r} of shape {shape} cannot have layout {layout!r}: one letter per axis, "
-            "o (output), i (input) or b (stacked), with at least one o and one i"
-        )
-
-
-def to_canonical(tensor: Any, layout: str) -> Any:
-    """The stored tensor as `(batch, out, in)`; NumPy or JAX, `batch` is 1 where the layout has no `b`."""
-    order = _order(layout)
-    shape = _folded(tensor.shape, layout)
-    return tensor.transpose(order).reshape(shape)
-
-
-def from_canonical(canonical: Any, layout: str, shape: Shape) -> Any:
-    """The inverse of `to_canonical`."""
-    order = _order(layout)
-    inverse = tuple(order.index(axis) for axis in range(len(order)))
-    return canonical.reshape(tuple(shape[axis] for axis in order)).transpose(inverse)
-
-
-def _order(layout: str) -> tuple[int, ...]:
-    return tuple(axis for letter in "boi" for axis, at in enumerate(layout) if at == letter)
-
-
-def _folded(shape: Shape, layout: str) -> tuple[int, int, int]:
-    b, o, i = (math.prod(size for size, at in zip(shape, layout, strict=True) if at == letter) for letter in "boi")
-    return b, o, i
-
-
 # --- what a name says -------------------------------------------------------------------------------------------
 
-EMBEDDING = re.compile(
-    r"(embed|(^|[./])(wte|wpe|shared|lm_head|tok_embeddings|pos_emb\w*|cls_token|mask_token|dist_token"
-    r"|class_token|position_ids_table|relative_attention_bias|distance_embedding|embed_out|patch_embed\w*)([./]|$)"
-    r"|predictions\.decoder|text_projection|conv_proj|position_bias)"
-)
-PATCH = re.compile(r"(patch_embed\w*|conv_proj|visual[./]conv1|(^|[./])embedding)[./]")
-HEAD = re.compile(
-    r"(^|[./])(classifier\w*|score|qa_outputs|(seq|multi)_relationship|cls|head|heads|out_proj_head"
-    r"|fc_head|logits|summary|classification_head|span_predictor|regressor|lm_classifier)([./]|$)"
-)
 RUNNING = re.compile(r"(running_mean|running_var|num_batches_tracked|batch_stats[./].*)$")
 CONV1D = re.compile(r"(^|[./])(attn|crossattention|mlp)[./](c_attn|c_proj|c_fc|q_attn)[./]weight$")
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt2-moe"}
 TORCH_MATRIX = re.compile(r"(weight|_weight)$")
 FLAX_KERNEL = re.compile(r"(^|[./])kernel$")
 DEPTHWISE = "one input channel per filter (depthwise, or images of one channel): no common input matrix"
-BIAS = re.compile(r"(^|[./])(bias|scale)$")  # of whatever shape, not a matrix
+BIAS = re.compile(r"(^|[./_])(bias|scale|A_log)$")  # of whatever shape, not a matrix
 
 
 def classify(shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any] | None = None) -> dict[str, Parameter]:
@@ -144,14 +98,15 @@ def _classify_one(
     def parameter(kind: Kind, layout: str = "", note: str = "") -> Parameter:
         return Parameter(name, shape, dtype, kind, layout, note)
 
-    if not is_float(dtype) or _is_running(name, shapes) or is_attention_mask(name, shape):
+    if not is_float(dtype) or _is_running(name, shapes) or is_buffer(name, shape):
         return parameter(Kind.OTHER)
     lead = "b" if any(name.startswith(prefix) for prefix in stacked) else ""
     inner = shape[len(lead) :]
-    head = bool(HEAD.search(name))
+    head = is_head(name, shapes)
     if len(inner) < 2:
         return parameter(Kind.HEAD if head else Kind.VECTOR)
-    if not head and (PATCH if len(inner) > 3 else EMBEDDING).search(name):
+    with_bias = name.rpartition(".")[0] + ".bias" in shapes
+    if not head and is_embedding(name, len(inner), with_bias):
         transposed = FLAX_KERNEL.search(name) or name.endswith("text_projection")  # OpenCLIP: x @ projection
         layout = {2: "io" if transposed else "oi"}.get(len(shape), "")
         return parameter(Kind.EMBEDDING, layout)
@@ -161,6 +116,8 @@ def _classify_one(
         return _conv1d(parameter, name, shape, shapes, config)
     elif name.endswith("visual.proj"):  # OpenCLIP: x @ proj
         layout = "io"
+    elif PACKED.match(name) and len(shape) == 3:
+        layout = packed_layout(name, shapes, config)
     elif TORCH_MATRIX.search(name):
         layout = {2: "oi", 3: "oii", 4: "oiii", 5: "oiiii"}.get(len(shape), "")
         if len(shape) == 3 and "conv" not in name.lower():
@@ -181,12 +138,6 @@ def _classify_one(
 def is_float(dtype: str) -> bool:
     """Whether a dtype name (`float32`, `bfloat16`, `float8_e4m3fn`, ...) is a floating-point one."""
     return "float" in dtype
-
-
-def is_attention_mask(name: str, shape: Shape) -> bool:
-    """GPT-2's causal mask, stored by some versions as `attn.bias` of shape (1, 1, positions, positions)."""
-    is_mask = shape == () or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
-    return is_mask and bool(re.search(r"attn(ention)?[./](bias|masked_bias)$", name))
 
 
 def _is_running(name: str, shapes: Iterable[str]) -> bool:

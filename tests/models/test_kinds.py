@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfmerge.errors import CfmergeError
-from cfmerge.parameters import (
+from cfmerge.models import (
     Kind,
     Parameter,
     check_layout,
@@ -138,7 +138,7 @@ CLIP = {
 OPENCLIP = {
     "positional_embedding": ("table", (7, 8)),
     "token_embedding.weight": ("table", (12, 8)),
-    "attn_mask": ("vector", (7, 7)),
+    "attn_mask": ("other", (7, 7)),
     "visual.class_embedding": ("vector", (8,)),
     "visual.positional_embedding": ("table", (5, 8)),
     "visual.conv1.weight": ("loose", (8, 3, 4, 4)),

@@ -1,0 +1,176 @@
+"""Which tensor of an expert is which of the base: names, as the expert's own, renamed, wrapped or packed otherwise."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfmerge.checkpoints import Checkpoint, TensorInfo
+from cfmerge.errors import CfmergeError
+from cfmerge.models.mixtures import View, other_form, transposed
+from cfmerge.models.renames import apply_renames, pair
+from cfmerge.recipe import Expert, Recipe, Rename
+
+
+class Viewed:
+    """A checkpoint of which some tensors have other names, or are made of others when they are read."""
+
+    def __init__(self, inner: Checkpoint, views: Mapping[str, View], consumed: Sequence[str] = ()):
+        self.inner, self.views = inner, views
+        self.path: Path = inner.path
+        self.config: Mapping[str, Any] = inner.config
+        self.files, self.side_files, self.metadata = inner.files, inner.side_files, inner.metadata
+        gone = {*consumed, *(source for view in views.values() for source in view.sources)}
+        made = {
+            name: TensorInfo(view.shape, inner.tensors[view.sources[0]].dtype, inner.tensors[view.sources[0]].file)
+            for name, view in views.items()
+        }
+        kept = {name: info for name, info in inner.tensors.items() if name not in gone}
+        self.tensors: Mapping[str, TensorInfo] = {**kept, **made}
+        renamed = {view.sources[0]: name for name, view in views.items() if len(view.sources) == 1}
+        ties = {renamed.get(alias, alias): renamed.get(name, name) for alias, name in inner.ties.items()}
+        self.ties: Mapping[str, str] = {alias: name for alias, name in ties.items() if name in self.tensors}
+
+    def read(self, name: str) -> np.ndarray:
+        view = self.views.get(name)
+        return self.inner.read(name) if view is None else view.make(self.inner.read)
+
+    def read_flat(self, name: str, first: int, count: int) -> np.ndarray:
+        """A piece of a tensor, without making all of one that is packed of many."""
+        view = self.views.get(name)
+        if view is None and isinstance(self.inner, Viewed):
+            return self.inner.read_flat(name, first, count)
+        if view is None:
+            return self.inner.read(name).reshape(-1)[first : first + count]
+        return view.flat(self.inner.read, first, count)
+
+
+@dataclasses.dataclass
+class Paired:
+    """`sources[t]` maps the base's names to those of `experts[t]`."""
+
+    experts: list[Checkpoint]
+    sources: list[dict[str, str]]
+    notes: list[str]
+    problems: list[str]
+    architectures: list[str] = dataclasses.field(default_factory=list)  # experts that say they are another model
+
+
+def pair_experts(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint], specs: Sequence[Expert]) -> Paired:
+    """The experts with their names seen through, and every note and problem on the way.
+
+    Raises:
+        CfmergeError: a `rename` that matches nothing, or gives two tensors one name.
+    """
+    result = Paired([], [], [], [])
+    matched: set[str] = set()
+    for spec, expert in zip(specs, experts, strict=True):
+        expert = _renamed(expert, spec, recipe.rename, matched)
+        _architecture(base, spec, expert, result)
+        _pair_one(base, spec, expert, result)
+    for rule in recipe.rename:
+        if rule.pattern not in matched:
+            raise CfmergeError(f"rename {rule.pattern!r} matches no tensor of any expert{_looks_like(experts)}")
+    return result
+
+
+def _renamed(expert: Checkpoint, spec: Expert, everyones: Sequence[Rename], matched: set[str]) -> Checkpoint:
+    """The expert with the names that the recipe gives it."""
+    if not spec.rename and not everyones:
+        return expert
+    names = list(expert.tensors)
+    new = {name: name for name in names}
+    for rule in (*spec.rename, *everyones):
+        hit = [name for name, current in new.items() if re.search(rule.pattern, current)]
+        if hit:
+            matched.add(rule.pattern)
+        elif rule in spec.rename:
+            raise CfmergeError(
+                f"expert {spec.name!r} ({spec.path}): rename {rule.pattern!r} matches none of its tensors"
+                f"{_looks_like([expert])}"
+            )
+        try:
+            new |= {name: apply_renames([new[name]], [(rule.pattern, rule.to)])[new[name]] for name in hit}
+        except (re.error, IndexError) as error:
+            raise CfmergeError(f"rename {rule.pattern!r} to {rule.to!r}: {error}") from None
+    seen: dict[str, str] = {}
+    for name, to in new.items():
+        if to in seen:
+            raise CfmergeError(
+                f"expert {spec.name!r} ({spec.path}): rename gives {seen[to]!r} and {name!r} the same name {to!r}"
+            )
+        seen[to] = name
+    views = {
+        to: View(expert.tensors[name].shape, (name,), lambda read, name=name: read(name))  # type: ignore[misc]
+        for name, to in new.items() if to != name
+    }  # fmt: skip
+    return Viewed(expert, views)
+
+
+def _looks_like(experts: Sequence[Checkpoint]) -> str:
+    return f"; names look like {next(iter(experts[0].tensors))!r}" if experts else ""
+
+
+def _architecture(base: Checkpoint, spec: Expert, expert: Checkpoint, result: Paired) -> None:
+    ours, theirs = base.config.get("model_type"), expert.config.get("model_type")
+    if ours and theirs and ours != theirs:
+        result.architectures.append(
+            f"expert {spec.name!r} ({spec.path}) says that it is another architecture: {theirs!r} in its config.json, "
+            f"{ours!r} in the base's; it is merged where its tensors match the base's"
+        )
+
+
+def _pair_one(base: Checkpoint, spec: Expert, expert: Checkpoint, result: Paired) -> None:
+    headers, theirs = _headers(base), _headers(expert)
+    views = {} if headers.keys() == theirs.keys() else other_form(headers, theirs, base.config, expert.config)
+    if views:
+        first = next(iter(views.values())).sources[0]
+        result.notes.append(
+            f"expert {spec.name!r}: the experts of its mixture are stored in another form (such as {first!r}) and are "
+            f"read as {next(iter(views))!r}"
+        )
+        expert = Viewed(expert, views)
+    pairs = pair(_shapes(base), _shapes(expert))
+    theirs = _headers(expert)
+    turned: dict[str, View] = {}
+    for name, source in pairs.sources.items():
+        if name in headers and source in theirs:
+            view = transposed(name, source, headers, theirs, base.config, expert.config)
+            turned |= {source: view} if view else {}
+    if turned:
+        expert = Viewed(expert, turned)
+        result.notes.append(
+            f"expert {spec.name!r}: {len(turned)} packed arrays are stored transposed, such as {next(iter(turned))!r}"
+        )
+    result.notes += [f"expert {spec.name!r}: {told}" for told in pairs.told]
+    if pairs.ambiguous:
+        result.problems.append(
+            f"expert {spec.name!r} ({spec.path}): its names are the base's with {' or with '.join(pairs.ambiguous)}: "
+            "say which by 'rename: [{from: REGEX, to: TEXT}]' for this expert"
+        )
+    result.experts.append(expert)
+    result.sources.append(_through_ties(base, expert, pairs.sources))
+
+
+def _headers(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (info.shape, info.dtype.name) for name, info in checkpoint.tensors.items()}
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors, and of names that are tied to them and not stored."""
+    stored = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return {**stored, **{a: stored[n] for a, n in checkpoint.ties.items() if a not in stored and n in stored}}
+
+
+def _through_ties(base: Checkpoint, expert: Checkpoint, pairs: Mapping[str, str]) -> dict[str, str]:
+    """The expert's stored tensor for each name of the base, stored or tied."""
+    stored = {
+        name: source if source in expert.tensors else expert.ties[source] for name, source in pairs.items()
+    }  # fmt: skip
+    for alias, name in base.ties.items():
+        if name not in stored and alias in stored:
+            stored[name] = stored[alias]
+    return stored
