@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cfmerge import least_squares as least_squares
     from cfmerge import linalg as linalg
     from cfmerge import methods as methods
-    from cfmerge.checkpoints import open_checkpoint as open_checkpoint
     from cfmerge.engine.accumulate import accumulate as accumulate
     from cfmerge.engine.accumulate import solve as solve
     from cfmerge.engine.in_memory import merge_params as merge_params
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from cfmerge.engine.sweep import grid as grid
     from cfmerge.engine.sweep import sweep as sweep
     from cfmerge.errors import CfmergeError as CfmergeError
+    from cfmerge.formats import open_checkpoint as open_checkpoint
     from cfmerge.recipe import Expert as Expert
     from cfmerge.recipe import Recipe as Recipe
     from cfmerge.recipe import Rename as Rename
@@ -44,7 +44,7 @@ _PUBLIC = {
     "least_squares": "cfmerge.least_squares",
     "linalg": "cfmerge.linalg",
     "methods": "cfmerge.methods",
-    "open_checkpoint": "cfmerge.checkpoints",
+    "open_checkpoint": "cfmerge.formats",
     "merge_params": "cfmerge.engine.in_memory",
     "merge_tensor": "cfmerge.engine.in_memory",
     "MergeResult": "cfmerge.engine.merge",

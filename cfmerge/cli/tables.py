@@ -14,8 +14,8 @@ from rich.table import Column, Table
 from cfmerge.cli.messages import out, say, tell
 
 if TYPE_CHECKING:
-    from cfmerge.checkpoints import Checkpoint
     from cfmerge.engine.merge import Plan
+    from cfmerge.formats import Checkpoint
     from cfmerge.methods import Entry
     from cfmerge.recipe import Expert
 

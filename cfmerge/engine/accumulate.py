@@ -12,14 +12,11 @@ import msgspec
 import numpy as np
 
 from cfmerge import recipe as recipes
-from cfmerge.checkpoints.pytree import flatten, unflatten
-from cfmerge.checkpoints.safetensors import ShardWriter
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
 from cfmerge.engine import run
 from cfmerge.engine.in_memory import merge_assigned
 from cfmerge.engine.merge import Plan, as_recipe, check_space, clear_errors, make_plan, merge_recipe
-from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.statistics import (
     SHARD,
@@ -35,6 +32,9 @@ from cfmerge.engine.trees import Problem, work_of
 from cfmerge.engine.units import Unit
 from cfmerge.engine.work import Job, Progress
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.pytree import flatten, unflatten
+from cfmerge.formats.safetensors import ShardWriter
+from cfmerge.formats.staged import StagedDirectory
 from cfmerge.methods import Method
 
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cfmerge import methods
-from cfmerge.checkpoints.pytree import unflatten
 from cfmerge.engine import run
 from cfmerge.engine.assign import Assignment
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form
 from cfmerge.engine.trees import Kept, Problem, names_of, work_of
 from cfmerge.engine.work import Work, as_method
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.pytree import unflatten
 from cfmerge.methods import Method
 from cfmerge.models import Kind, Parameter
 from cfmerge.recipe import Rule

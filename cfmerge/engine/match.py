@@ -4,11 +4,11 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
 
-from cfmerge.checkpoints import Checkpoint, TensorInfo
 from cfmerge.engine.assign import Action, Assignment
 from cfmerge.engine.pair import Paired
 from cfmerge.engine.ties import Ties
 from cfmerge.errors import nearest
+from cfmerge.formats import Checkpoint, TensorInfo
 from cfmerge.models import Kind, is_buffer, is_float
 from cfmerge.models.heads import VOCABULARY, is_output_layer, may_be_head
 from cfmerge.models.patterns import escape, patterns, tell

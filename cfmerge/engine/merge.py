@@ -18,19 +18,19 @@ import msgspec
 import numpy as np
 
 from cfmerge import recipe as recipes
-from cfmerge.checkpoints import safetensors
 from cfmerge.core.expressions import expression
 from cfmerge.engine import run
 from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.card import model_card, versions
 from cfmerge.engine.checks import same_content
-from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.plan import Resolved, resolve
 from cfmerge.engine.run import Sink
 from cfmerge.engine.statistics import Statistics
 from cfmerge.engine.units import check_memory
 from cfmerge.engine.work import Progress
 from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.formats import safetensors
+from cfmerge.formats.staged import StagedDirectory
 from cfmerge.methods import Method
 from cfmerge.models import is_float
 from cfmerge.recipe import Recipe

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.checkpoints import Checkpoint, TensorInfo
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import Checkpoint, TensorInfo
 from cfmerge.models.mixtures import View, other_form, transposed
 from cfmerge.models.renames import apply_renames, pair
 from cfmerge.recipe import Expert, Recipe, Rename

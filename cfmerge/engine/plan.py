@@ -12,8 +12,6 @@ import msgspec
 import numpy as np
 
 from cfmerge import methods
-from cfmerge.checkpoints import Checkpoint, open_checkpoint
-from cfmerge.checkpoints.huggingface import side_files
 from cfmerge.core.chain import is_chain
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
@@ -27,6 +25,8 @@ from cfmerge.engine.statistics import Statistics, fingerprint
 from cfmerge.engine.ties import settle_ties
 from cfmerge.engine.work import Job, Participant, Work, check_count, check_moments, methods_of, settled_jobs
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import Checkpoint, open_checkpoint
+from cfmerge.formats.huggingface import side_files
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.models.patterns import patterns, tell

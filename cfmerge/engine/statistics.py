@@ -18,12 +18,12 @@ import msgspec
 import numpy as np
 
 from cfmerge import methods as registered
-from cfmerge.checkpoints import Checkpoint, open_checkpoint
-from cfmerge.checkpoints.safetensors import ShardWriter
 from cfmerge.core.call import call_of, form_of, identity
 from cfmerge.core.expressions import expression
-from cfmerge.engine.output import StagedDirectory
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import Checkpoint, open_checkpoint
+from cfmerge.formats.safetensors import ShardWriter
+from cfmerge.formats.staged import StagedDirectory
 from cfmerge.methods import Method
 from cfmerge.recipe import Recipe, Rule
 

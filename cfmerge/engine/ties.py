@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cfmerge.checkpoints import Checkpoint
+from cfmerge.formats import Checkpoint
 from cfmerge.models.heads import may_be_head
 from cfmerge.models.patterns import tell
 from cfmerge.models.ties import stated

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.checkpoints.pytree import flatten
 from cfmerge.core.call import call_of
 from cfmerge.core.random import check_seed
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.engine.statistics import Statistics
 from cfmerge.engine.work import Participant, Work, check_moments, settled_jobs
 from cfmerge.errors import CfmergeError, nearest
+from cfmerge.formats.pytree import flatten
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_float
 from cfmerge.recipe import Rule, parse_rule

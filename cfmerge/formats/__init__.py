@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from cfmerge.checkpoints._base import Checkpoint as Checkpoint
-from cfmerge.checkpoints._base import TensorInfo as TensorInfo
-from cfmerge.checkpoints.huggingface import HuggingFaceCheckpoint
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.base import Checkpoint as Checkpoint
+from cfmerge.formats.base import TensorInfo as TensorInfo
+from cfmerge.formats.huggingface import HuggingFaceCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

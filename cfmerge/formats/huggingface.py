@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.checkpoints._base import TensorInfo
-from cfmerge.checkpoints.safetensors import SafetensorsFile
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.base import TensorInfo
+from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.models.ties import likely_ties
 
 INDEX = "model.safetensors.index.json"

@@ -14,8 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from cfmerge.checkpoints._base import TensorInfo
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.base import TensorInfo
 from cfmerge.models import Shape
 
 DTYPES: dict[str, np.dtype] = {
