@@ -13,10 +13,10 @@ import numpy as np
 from cfmerge import recipe as recipes
 from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.checkpoints.safetensors import ShardWriter
+from cfmerge.checkpoints.staged import StagedDirectory
 from cfmerge.engine.batches import check_memory, make_batches
 from cfmerge.engine.in_memory import merge_assigned, prepared, statistics_of
 from cfmerge.engine.merge import Progress, as_recipe, free_memory, merge_recipe
-from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.plan import Job, Plan, make_plan
 from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.solve import check_experts, see_all, settings_by_expert

@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +15,9 @@ import msgspec
 import numpy as np
 
 from cfmerge import recipe as recipes
-from cfmerge.checkpoints import safetensors
+from cfmerge.checkpoints import Sink, Totals, open_sink
 from cfmerge.engine.batches import check_memory
 from cfmerge.engine.card import model_card, versions
-from cfmerge.engine.output import StagedDirectory
 from cfmerge.engine.pipeline import Progress, execute, same_content
 from cfmerge.engine.plan import Plan, make_plan
 from cfmerge.engine.statistics import Statistics
@@ -28,15 +25,13 @@ from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.parameters import is_float
 from cfmerge.recipe import Recipe
 
-HEADS = "heads"  # directory of exported heads in the output
-
 
 @dataclasses.dataclass(frozen=True)
 class MergeResult:
     """What a merge did.
 
     Attributes:
-        output: the directory of the merged model.
+        output: the directory, or the file, of the merged model.
         plan: the plan that was carried out.
         notes: what the user should know: of the plan, and of the methods while they ran.
         reports: `{tensor: {name: value}}`, what the method tells of each tensor (ACE: gate, ridge ratio, ...).
@@ -89,7 +84,7 @@ def merge(
         base: a Hugging Face directory (safetensors) or a `.safetensors` file.
         experts: the same of each expert; a mapping gives them names, `Expert` weights too.
         method: a registered method's name; `parameters` are its arguments.
-        output: the directory to make. It appears when it is complete.
+        output: the directory to make, or the `.safetensors` file. It appears when it is complete.
         rules: `Rule`s, or mappings with their fields; the first whose pattern matches a tensor's name wins.
         overwrite: replace a model directory that is there.
         memory: bound of the working set, bytes or `"4GB"`; none: a quarter of what is free.
@@ -175,57 +170,49 @@ def carry_out(
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
     places = [*inputs, *(checkpoint.path for checkpoint in checkpoints)]
     with contextlib.ExitStack() as stack:
-        staged = []
-        for output in outputs:
-            stack.enter_context(_clear_errors(output))
-            staged.append(stack.enter_context(StagedDirectory(output, overwrite=overwrite, inputs=places)))
-        _check_space(staged[0].path, plan.bytes_to_write * len(outputs))
+        sinks = [
+            stack.enter_context(_sink(plan, told, output, overwrite, places))
+            for output, told in zip(outputs, shown, strict=True)
+        ]
         notes = [*dropped, *_check_contents(plan)]
-        metadata = {"format": "pt", **plan.base.metadata}
-        writers = [safetensors.ShardWriter(one.path, plan.output, plan.shard_bytes, metadata) for one in staged]
+        for sink in sinks:
+            sink.declare(plan.output)
         stop = threading.Event()
         with ThreadPoolExecutor(1, "hash") as hasher:
             digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
             try:
-                account = execute(plan, writers, memory, progress or (lambda *_: None), stop)
-                for writer in writers:
-                    writer.close()
+                account = execute(plan, sinks, memory, progress or (lambda *_: None), stop)
             except BaseException:
                 stop.set()
-                for writer in writers:
-                    writer.abort()
                 raise
-        notes += account.lines()
-        for one, told in zip(staged, shown, strict=True):
-            _write_side_files(plan, one.path)
-            _export_heads(plan, one.path)
-            (one.path / "README.md").write_text(model_card(told, digests.result(), notes))
-        for one in staged:
-            one.commit()
+        notes += [*account.lines(), *sinks[0].notes]
+        for sink, told in zip(sinks, shown, strict=True):
+            sink.finish(Totals(model_card(told, digests.result(), notes), _exported_heads(plan)))
+        for sink in sinks:
+            sink.commit()
         return [
-            MergeResult(one.target, told, (*plan.notes, *notes), reports, digests.result(), 0.0)
-            for one, told, reports in zip(staged, shown, account.by_result(len(shown)), strict=True)
+            MergeResult(sink.target, told, (*plan.notes, *notes), reports, digests.result(), 0.0)
+            for sink, told, reports in zip(sinks, shown, account.by_result(len(shown)), strict=True)
         ]
 
 
-@contextlib.contextmanager
-def _clear_errors(output: Path) -> Iterator[None]:
-    """Errors of the file system as `CfmergeError`."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        reason = "the disk is full" if full else f"{error.strerror or error}"
-        place = f" ({error.filename})" if error.filename else ""
-        raise CfmergeError(f"output {output}: {reason}{place}; nothing was written") from None
+def _sink(plan: Plan, told: Plan, output: Path, overwrite: bool, inputs: Sequence[Path]) -> Sink:
+    """Where the merged model goes; `told` is the plan that it tells of."""
+    return open_sink(
+        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
+        heads=bool(plan.exported), recipe=told.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
+    )  # fmt: skip
 
 
-def _check_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise CfmergeError(
-            f"output {directory.parent}: the merged model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        )
+def _new_dtype(plan: Plan) -> dict[str, dict[str, str]]:
+    """`{config.json: {key: dtype}}` of every folder with weights, where the output's dtype is chosen."""
+    edits = {}
+    for name in (f"{folder.name}/config.json".lstrip("/") for folder in plan.folders if plan.recipe.dtype):
+        if name in plan.side_files:
+            config = json.loads(plan.side_files[name].read_text())
+            keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
+            edits[name] = dict.fromkeys(sorted(keys), str(plan.recipe.dtype))
+    return edits
 
 
 def _check_contents(plan: Plan) -> list[str]:
@@ -249,32 +236,18 @@ def _check_contents(plan: Plan) -> list[str]:
     return notes
 
 
-def _write_side_files(plan: Plan, directory: Path) -> None:
-    for name, source in plan.side_files.items():
-        target = directory / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json" and plan.recipe.dtype:
-            config = json.loads(source.read_text())
-            keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
-            config |= dict.fromkeys(sorted(keys), plan.recipe.dtype)
-            target.write_text(json.dumps(config, indent=2) + "\n")
-        else:
-            shutil.copyfile(source, target)
-
-
-def _export_heads(plan: Plan, directory: Path) -> None:
+def _exported_heads(plan: Plan) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """`(expert, {name: tensor})` of the heads that are written beside the model."""
     for spec, expert in zip(plan.expert_specs, plan.experts, strict=True):
-        heads = plan.exported.get(spec.name)
-        if heads:
-            (directory / HEADS).mkdir(exist_ok=True)
-            tensors = {name: expert.read(name) for name in heads}
-            for name, tensor in tensors.items():
-                if is_float(tensor.dtype.name) and not np.isfinite(tensor).all():
-                    raise NonFiniteError(
-                        f"expert {spec.name!r} ({spec.path}): head {name!r} holds NaN or infinity",
-                        source=spec.name, tensor=name,
-                    )  # fmt: skip
-            safetensors.save(directory / HEADS, tensors, {"format": "pt"}, spec.name)
+        tensors = {name: expert.read(name) for name in plan.exported.get(spec.name, ())}
+        for name, tensor in tensors.items():
+            if is_float(tensor.dtype.name) and not np.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"expert {spec.name!r} ({spec.path}): head {name!r} holds NaN or infinity",
+                    source=spec.name, tensor=name,
+                )  # fmt: skip
+        if tensors:
+            yield spec.name, tensors
 
 
 def _sha256(file: Path, stop: threading.Event) -> str:

@@ -15,8 +15,7 @@ import jax
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from cfmerge.checkpoints import Checkpoint
-from cfmerge.checkpoints.safetensors import ShardWriter
+from cfmerge.checkpoints import Checkpoint, Sink
 from cfmerge.engine.batches import Batch, make_batches
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.solve import Merged, Progress, check_stack, merge_batch
@@ -75,9 +74,7 @@ class Account:
         return lines
 
 
-def execute(
-    plan: Plan, writers: Sequence[ShardWriter], memory: int, progress: Progress, stop: threading.Event
-) -> Account:
+def execute(plan: Plan, writers: Sequence[Sink], memory: int, progress: Progress, stop: threading.Event) -> Account:
     """Merges every job of the plan into the writers, one for each result of its methods.
 
     Raises:
@@ -164,7 +161,7 @@ def _surveys(plan: Plan, memory: int, progress: Progress, stop: threading.Event)
     return {kind: found_for(method, found) for kind, method in surveyed.items()}
 
 
-def _write(writer: ShardWriter, job: Job, values: np.ndarray, first: int) -> None:
+def _write(writer: Sink, job: Job, values: np.ndarray, first: int) -> None:
     for name in job.writes:
         writer.write(name, values, first)
 

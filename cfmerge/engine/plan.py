@@ -12,9 +12,11 @@ import msgspec
 import numpy as np
 
 from cfmerge import methods
-from cfmerge.checkpoints import Checkpoint, open_checkpoint
-from cfmerge.checkpoints.huggingface import side_files
+from cfmerge.checkpoints import Checkpoint, Folder, open_checkpoint, quantised
+from cfmerge.checkpoints.folders import without_folders
+from cfmerge.checkpoints.side_files import side_files
 from cfmerge.engine.assign import Assignment, assign
+from cfmerge.engine.configs import config_notes
 from cfmerge.engine.cost import statistic_size
 from cfmerge.engine.match import match_experts
 from cfmerge.engine.plugins import load_plugins
@@ -138,6 +140,12 @@ class Plan:
         return {name: headers[name] for name in self.base.tensors if name in headers}
 
     @property
+    def folders(self) -> tuple[Folder, ...]:
+        """How the weights of the output lie: as the base's, without folders that have no tensor left."""
+        names = self.output
+        return tuple(f for f in self.base.folders if any(name.startswith(f.prefix) for name in names))
+
+    @property
     def bytes_to_read(self) -> int:
         return sum(job.bytes_read * (1 + len(job.sources)) for job in self.jobs)
 
@@ -206,6 +214,8 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
         )
     check_count(method, len(earlier) + len(specs))
     notes = _check_same_files(recipe, base, specs, experts)
+    base, told = without_folders(base, experts)
+    notes += [*told, *_of_files(recipe, base, {spec.name: e for spec, e in zip(specs, experts, strict=True)})]
 
     parameters = _parameters(base)
     tied = {alias: name for alias, name in base.ties.items() if alias in parameters and alias != name}
@@ -254,13 +264,21 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
 
 def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
     headers = {name: (info.shape, info.dtype.name) for name, info in checkpoint.tensors.items()}
-    quantised = [name for name, (_, dtype) in headers.items() if "float8" in dtype]
-    if quantised:
-        raise CfmergeError(
-            f"{checkpoint.path}: tensor {quantised[0]!r} is {headers[quantised[0]][1]} (quantised); "
-            "merge the model in bfloat16 or float32 and quantise the result"
-        )
     return classify(headers, checkpoint.config)
+
+
+def _of_files(recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[str]:
+    """What has to be said of the models' files and configs.
+
+    Raises:
+        CfmergeError: a model is quantised.
+    """
+    problems = quantised.problems(base, experts)
+    if problems:
+        raise CfmergeError("\n".join(problems))
+    read = [*base.notes, *(f"expert {name!r}: {note}" for name, expert in experts.items() for note in expert.notes)]
+    left_out = base.left_out if recipe.side_files is None else ()
+    return [*read, *left_out, *quantised.notes(base, experts), *config_notes(base, experts)]
 
 
 def check_count(method: Method, count: int) -> None:

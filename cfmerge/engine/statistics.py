@@ -20,7 +20,7 @@ import numpy as np
 from cfmerge import methods as registered
 from cfmerge.checkpoints import Checkpoint, open_checkpoint
 from cfmerge.checkpoints.safetensors import ShardWriter
-from cfmerge.engine.output import StagedDirectory
+from cfmerge.checkpoints.staged import StagedDirectory
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._registry import expression, numbers, structure, with_argument

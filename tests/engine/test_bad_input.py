@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import cfmerge
 from cfmerge import Expert, Rule
+from cfmerge.checkpoints.safetensors import save
 from cfmerge.errors import CfmergeError
 from cfmerge.recipe import load, parse, parse_size
 
@@ -113,7 +114,7 @@ def test_quantised_base(family, refused, make_model, tmp_path, llama):
     tensors = llama() | {Q: llama()[Q].astype(ml_dtypes.float8_e4m3fn)}
     base = tmp_path / "base"
     base.mkdir()
-    cfmerge.checkpoints.safetensors.save(base, tensors, {}, "model")
+    save(base, tensors, {}, "model")
     refused([str(base), repr(Q), "float8_e4m3fn", "bfloat16"], base, family.experts)
 
 

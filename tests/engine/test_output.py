@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,7 @@ from pathlib import Path
 import pytest
 
 import cfmerge
-import cfmerge.engine.merge
-from cfmerge.engine.output import LOCK, StagedDirectory
+from cfmerge.checkpoints.staged import LOCK, StagedDirectory
 from cfmerge.errors import CfmergeError
 
 # Runs `StagedDirectory` once for every line of it that is executed, and ends the process (or raises
@@ -22,7 +22,7 @@ from cfmerge.errors import CfmergeError
 CRASH = """
 import json, os, signal, sys, tempfile
 from pathlib import Path
-from cfmerge.engine import output
+from cfmerge.checkpoints import staged as output
 
 how, overwrite = sys.argv[1], sys.argv[2] == "overwrite"
 
@@ -303,7 +303,7 @@ FULL = {
     "when space is reserved": (os, "posix_fallocate", 0),
     "while the header is written": (os, "pwrite", 0),
     "while tensors are written": (os, "pwrite", 5),
-    "while config.json is copied": (cfmerge.engine.merge.shutil, "copyfile", 0),
+    "while config.json is copied": (shutil, "copyfile", 0),
     "while the card is written": (Path, "write_text", 0),
     "when all is flushed": (os, "fsync", 2),
 }
@@ -330,5 +330,5 @@ def test_file_size_limit(family, refused, tmp_path):
 
 def test_too_little_space_is_known_beforehand(family, refused, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100})()
-    monkeypatch.setattr(cfmerge.engine.merge.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused([str(tmp_path), "GB are free"], family.base, family.experts)
