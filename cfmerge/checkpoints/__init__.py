@@ -11,6 +11,7 @@ from cfmerge.checkpoints.base import Totals as Totals
 from cfmerge.checkpoints.huggingface import HuggingFaceSource
 from cfmerge.checkpoints.sinks import DirectorySink as DirectorySink
 from cfmerge.checkpoints.sinks import FileSink as FileSink
+from cfmerge.checkpoints.sinks import check_directory_name as check_directory_name
 from cfmerge.checkpoints.sinks import open_sink as open_sink
 from cfmerge.errors import CfmergeError
 

@@ -45,7 +45,7 @@ class HuggingFaceSource:
         for component in components:
             opened = [SafetensorsFile(file) for file in component.weights.files]
             where = _chosen(path, component.weights, opened)
-            if component.folder and self._is_again(where):
+            if not component.declared and self._is_again(where):
                 apart.append(path / component.folder)
                 continue
             self._where |= {component.prefix + name: (file, name) for name, file in where.items()}

@@ -36,11 +36,15 @@ class Weights(NamedTuple):
 
 
 class Component(NamedTuple):
-    """A folder with weights: `prefix` stands before the names of its tensors."""
+    """A folder with weights: `prefix` stands before the names of its tensors.
+
+    `declared`: a file of the model says that it consists of several; else the folder may hold the model once more.
+    """
 
     prefix: str
     folder: str
     weights: Weights
+    declared: bool = True
 
 
 def find_components(directory: Path) -> list[Component]:
@@ -53,14 +57,15 @@ def find_components(directory: Path) -> list[Component]:
         CfmergeError: there are no weights, or it is open which of several files are they.
     """
     root = find_weights(directory)
-    folders = {} if root is None and not _composite(directory) else _folders(directory)
+    declared = any((directory / name).is_file() for name in ("modules.json", "model_index.json"))
+    folders = {} if root is None and not declared else _folders(directory, declared)
     if root is None and not folders:
         raise CfmergeError(_nothing(directory))
     components = [Component("", "", root)] if root else []
     modules = [folder for folder in _modules(directory) if folder in folders]
     if root is None and modules:  # the first module is the transformer, which has plain names wherever it lies
         components.append(Component("", modules[0], folders.pop(modules[0])))
-    return components + [Component(f"{folder}/", folder, found) for folder, found in folders.items()]
+    return components + [Component(f"{folder}/", folder, found, declared) for folder, found in folders.items()]
 
 
 def find_weights(folder: Path) -> Weights | None:
@@ -178,10 +183,6 @@ def read_json(path: Path) -> dict[str, Any]:
 # --- components in folders ---------------------------------------------------------------------------------------
 
 
-def _composite(directory: Path) -> bool:
-    return (directory / "modules.json").is_file() or (directory / "model_index.json").is_file()
-
-
 def _modules(directory: Path) -> list[str]:
     """The folders of the modules of sentence-transformers, in their order."""
     path = directory / "modules.json"
@@ -193,13 +194,17 @@ def _modules(directory: Path) -> list[str]:
         raise CfmergeError(f"{path}: is no list of modules of sentence-transformers ({error!r})") from None
 
 
-def _folders(directory: Path) -> dict[str, Weights]:
-    """Folders below the directory, at any depth, that hold safetensors: `{folder: weights}`, in order."""
+def _folders(directory: Path, declared: bool) -> dict[str, Weights]:
+    """Folders below the directory, at any depth, that hold safetensors: `{folder: weights}`, in order.
+
+    Where the model does not say that it has several, they count if their files are called as a model's are.
+    """
     found = {}
     for place, inside, _ in os.walk(directory):
         here = Path(place)
         inside[:] = sorted(name for name in inside if not _apart(here / name))
-        if here != directory and (weights := find_weights(here)):
+        weights = find_weights(here) if here != directory else None
+        if weights and (declared or weights.index or weights.stem.partition(".")[0] in STEMS):
             found[here.relative_to(directory).as_posix()] = weights
     return dict(sorted(found.items(), key=lambda item: _numbers_first(item[0])))
 

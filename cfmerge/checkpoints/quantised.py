@@ -24,11 +24,11 @@ NAMES = {
     "quanto": "Quanto", "torchao": "torchao", "eetq": "EETQ", "bitnet": "BitNet", "modelopt": "ModelOpt",
 }  # fmt: skip
 SIDE = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
-LOADED = "AutoModelForCausalLM.from_pretrained({path!r}, dtype='bfloat16'{more}){dequantize}.save_pretrained('OUT')"
-ARGUMENT = {
-    "MXFP4": ", quantization_config=Mxfp4Config(dequantize=True)",
-    "fp8": ", quantization_config=FineGrainedFP8Config(dequantize=True)",
-    "compressed-tensors": ", quantization_config=CompressedTensorsConfig(run_compressed=False)",
+WAYS_OUT = {  # the call of transformers that gives plain weights, by the beginning of the scheme's name
+    "bitsandbytes": ").dequantize()",
+    "MXFP4": ", quantization_config=Mxfp4Config(dequantize=True))",
+    "fp8": ", quantization_config=FineGrainedFP8Config(dequantize=True))",
+    "compressed-tensors": ", quantization_config=CompressedTensorsConfig(run_compressed=False))",
 }
 
 
@@ -115,14 +115,18 @@ def problem(who: str, source: Source, found: Quantised, base: Source | None = No
     other = f", in the base {theirs.dtype.name}" if theirs else ""
     return (
         f"{who} ({source.path}) is quantised ({found.scheme}): {found.tensor!r}{more} is {info.dtype.name}{other}. "
-        f"It must be dequantised first, or take the model that it was made from; with transformers: "
-        f"{_way_out(source, found.scheme)}; merge in bfloat16 or float32, and quantise the result"
+        f"It must be dequantised first{_way_out(source, found.scheme)}, or take the model that it was made from; merge "
+        "in bfloat16 or float32, and quantise the result"
     )
 
 
 def _way_out(source: Source, scheme: str) -> str:
-    more = next((text for name, text in ARGUMENT.items() if scheme.startswith(name)), "")
-    return LOADED.format(path=str(source.path), more=more, dequantize="" if more else ".dequantize()")
+    """How transformers dequantises it, where it can."""
+    call = next((call for start, call in WAYS_OUT.items() if scheme.startswith(start)), "")
+    directory = source.path if source.path.is_dir() else source.path.parent
+    model = next(iter(source.config.get("architectures") or ()), "AutoModel")
+    start = f"{model}.from_pretrained({str(directory)!r}, dtype='bfloat16'"
+    return f" (transformers: {start}{call}.save_pretrained('OUT'))" if call else ""
 
 
 def problems(base: Source, experts: Mapping[str, Source]) -> list[str]:
@@ -140,5 +144,5 @@ def notes(base: Source, experts: Mapping[str, Source]) -> list[str]:
         f"{who} ({source.path}): its config.json says that it is quantised ({scheme}), but its weights are plain "
         "floats: they are read as dequantised"
         + ("; take the entry out of the output's config.json too" if source is base else "")
-        for who, source in models.items() if (scheme := told_scheme(source))
+        for who, source in models.items() if (scheme := told_scheme(source)) and not quantised(source)
     ]  # fmt: skip

@@ -30,7 +30,9 @@ TRAINING = (
     "optimizer*", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*", "random_states*", "training_args.bin",
     "trainer_state.json", "events.out.tfevents*", "zero_to_fp32.py", "*.lock",
 )  # fmt: skip
-TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb", "__pycache__")
+TRAINING_FOLDERS = (
+    "checkpoint-*", "global_step*", "optimizer_*", "pytorch_model_fsdp_*", "runs", "wandb", "__pycache__",
+)  # fmt: skip
 REPLACED = {"README.md"}  # the output has its own
 LARGE = 64_000_000  # bytes: a file of tensors beside the weights that is larger, and no small part of them, is a copy
 
@@ -55,9 +57,6 @@ def look_beside(
         weights: the files that are read.
         ignored: files that were told of already.
         apart: folders that hold the model once more.
-
-    Raises:
-        CfmergeError: a file is a Git LFS pointer, so that the output would lack the file itself.
     """
     own = set(weights)
     found = Beside({}, [], [], [], [])
@@ -72,8 +71,6 @@ def look_beside(
         elif _is_copy(file, own) or is_index(file):
             found.copies.append(name)
         else:
-            if is_lfs_pointer(file):
-                raise CfmergeError(lfs_advice(file))
             found.files[name] = file
             if file.suffix in TENSORS:
                 found.tensors.append(name)
@@ -124,6 +121,13 @@ def is_index(file: Path) -> bool:
 def side_files(directory: Path) -> Mapping[str, Path]:
     """What a directory gives to an output besides weights, `{name in the directory: path}`."""
     return look_beside(directory).files
+
+
+def check_whole(files: Mapping[str, Path]) -> None:
+    """Raises `CfmergeError` if one is a Git LFS pointer, so that an output would lack the file itself."""
+    for file in files.values():
+        if is_lfs_pointer(file):
+            raise CfmergeError(lfs_advice(file))
 
 
 def about(beside: Beside, path: Path) -> tuple[str, ...]:

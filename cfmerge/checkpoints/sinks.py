@@ -63,6 +63,7 @@ class DirectorySink:
         self._asked = target  # as the user named it, for messages
 
     def _stage(self, target: Path, overwrite: bool, inputs: Iterable[Path]) -> StagedDirectory:
+        check_directory_name(target)
         return StagedDirectory(target, overwrite=overwrite, inputs=inputs)
 
     @property
@@ -192,7 +193,6 @@ def open_sink(
         CfmergeError: it is the name of a file of another format, or one file cannot hold it all.
     """
     if target.suffix != ".safetensors":
-        check_directory_name(target)
         return DirectorySink(
             target, folders, shard_bytes=shard_bytes, side_files=side_files, edits=edits, overwrite=overwrite,
             inputs=inputs,
@@ -213,8 +213,8 @@ def check_directory_name(target: Path) -> None:
     """Raises `CfmergeError` if the name is that of a file, so that a directory of that name would be a surprise."""
     if target.suffix.lower() in FILES and not target.is_dir():
         raise CfmergeError(
-            f"output {target}: cfmerge writes safetensors, not {target.suffix} files; name a directory, or a file "
-            f"{target.stem}.safetensors"
+            f"output {target}: would be a directory, and {target.suffix} is the ending of a file; name a directory, "
+            "or, for a merged model in one file, NAME.safetensors"
         )
 
 

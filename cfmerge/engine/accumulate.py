@@ -11,9 +11,8 @@ import msgspec
 import numpy as np
 
 from cfmerge import recipe as recipes
+from cfmerge.checkpoints import Sink, Totals
 from cfmerge.checkpoints.pytree import flatten, unflatten
-from cfmerge.checkpoints.safetensors import ShardWriter
-from cfmerge.checkpoints.staged import StagedDirectory
 from cfmerge.engine.batches import check_memory, make_batches
 from cfmerge.engine.in_memory import merge_assigned, prepared, statistics_of
 from cfmerge.engine.merge import Progress, as_recipe, free_memory, merge_recipe
@@ -21,7 +20,6 @@ from cfmerge.engine.plan import Job, Plan, make_plan
 from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.solve import check_experts, see_all, settings_by_expert
 from cfmerge.engine.statistics import (
-    SHARD,
     Statistics,
     fingerprint,
     leaf_names,
@@ -29,6 +27,7 @@ from cfmerge.engine.statistics import (
     pattern,
     rows,
     statistic_name,
+    statistics_sink,
 )
 from cfmerge.engine.trees import Problem
 from cfmerge.errors import CfmergeError
@@ -113,15 +112,11 @@ def accumulate_recipe(
     )
     checkpoints = (plan.base, *plan.experts)
     inputs = [path for checkpoint in checkpoints for path in (*checkpoint.files, checkpoint.path)]
-    with StagedDirectory(Path(output), overwrite=overwrite, inputs=inputs) as staged:
-        writer = ShardWriter(staged.path, headers, SHARD, told.metadata())
-        try:
-            _write_all(plan, tuple(jobs), limit, stored, writer, progress or (lambda *_: None))
-            writer.close()
-        except BaseException:
-            writer.abort()
-            raise
-        staged.commit()
+    with statistics_sink(output, told.metadata(), overwrite, inputs) as sink:
+        sink.declare(headers)
+        _write_all(plan, tuple(jobs), limit, stored, sink, progress or (lambda *_: None))
+        sink.finish(Totals())
+        sink.commit()
     return Statistics.load(output)
 
 
@@ -139,9 +134,7 @@ def _leaf_shapes(job: Job) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in zip(leaf_names(like), jax.tree.leaves(like), strict=True)}
 
 
-def _write_all(
-    plan: Plan, jobs: tuple[Job, ...], memory: int, compute: str, writer: ShardWriter, progress: Progress
-) -> None:
+def _write_all(plan: Plan, jobs: tuple[Job, ...], memory: int, compute: str, writer: Sink, progress: Progress) -> None:
     for batch in make_batches(jobs, memory):
         methods = [job.assignment.method for job in batch.jobs]
         with jax.enable_x64(compute == "float64"):

@@ -14,7 +14,7 @@ import numpy as np
 from cfmerge import methods
 from cfmerge.checkpoints import Checkpoint, Folder, open_checkpoint, quantised
 from cfmerge.checkpoints.folders import without_folders
-from cfmerge.checkpoints.side_files import side_files
+from cfmerge.checkpoints.side_files import check_whole, side_files
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.engine.configs import config_notes
 from cfmerge.engine.cost import statistic_size
@@ -369,9 +369,11 @@ def _check_same_files(
 
 def _side_files(recipe: Recipe, base: Checkpoint) -> Mapping[str, Path]:
     if recipe.side_files is None:
+        check_whole(base.side_files)
         return base.side_files
     directory = Path(recipe.side_files).expanduser()
     if not directory.is_dir():
         raise CfmergeError(f"side_files: {directory} is not a directory")
-
-    return side_files(directory)
+    files = side_files(directory)
+    check_whole(files)
+    return files

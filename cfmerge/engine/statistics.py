@@ -18,16 +18,13 @@ import msgspec
 import numpy as np
 
 from cfmerge import methods as registered
-from cfmerge.checkpoints import Checkpoint, open_checkpoint
-from cfmerge.checkpoints.safetensors import ShardWriter
-from cfmerge.checkpoints.staged import StagedDirectory
+from cfmerge.checkpoints import Checkpoint, DirectorySink, Folder, Totals, open_checkpoint
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.methods._registry import expression, numbers, structure, with_argument
 from cfmerge.recipe import Recipe, Rule
 
 KEY = "cfmerge.statistics"  # of the files' metadata
-SHARD = 5 * 10**9
 SAMPLE = 1024  # entries of each tensor of the base that its fingerprint is made of
 
 Leaves = Mapping[str, Any]  # {leaf of the statistic: array (matrices, ...)}
@@ -114,21 +111,17 @@ class Statistics:
         Raises:
             CfmergeError: the directory exists.
         """
-        with StagedDirectory(Path(directory), overwrite=overwrite, inputs=inputs) as staged:
+        with statistics_sink(directory, self.metadata(), overwrite, inputs) as sink:
             headers = {
                 f"{name}:{leaf}": (tuple(array.shape), np.dtype(array.dtype))
                 for name in self.kinds for leaf, array in self.tensors[name].items()
             }  # fmt: skip
-            writer = ShardWriter(staged.path, headers, SHARD, self.metadata())
-            try:
-                for name in self.kinds:
-                    for leaf, array in self.tensors[name].items():
-                        writer.write(f"{name}:{leaf}", np.asarray(array))
-                writer.close()
-            except BaseException:
-                writer.abort()
-                raise
-            staged.commit()
+            sink.declare(headers)
+            for name in self.kinds:
+                for leaf, array in self.tensors[name].items():
+                    sink.write(f"{name}:{leaf}", np.asarray(array))
+            sink.finish(Totals())
+            sink.commit()
 
     def metadata(self) -> dict[str, str]:
         told = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "tensors"}
@@ -172,6 +165,14 @@ class _Lazily(Mapping[str, Leaves]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def statistics_sink(
+    directory: str | Path, metadata: Mapping[str, str], overwrite: bool, inputs: Sequence[Path]
+) -> DirectorySink:
+    """Where statistics go: a directory of safetensors whose metadata tells what they are."""
+    folders = [Folder(metadata=metadata)]
+    return DirectorySink(Path(directory), folders, metadata={}, overwrite=overwrite, inputs=inputs)
 
 
 def statistic_name(method: Method) -> str:

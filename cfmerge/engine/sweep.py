@@ -10,6 +10,7 @@ from typing import Any
 
 from cfmerge import methods as registered
 from cfmerge import recipe as recipes
+from cfmerge.checkpoints import check_directory_name
 from cfmerge.engine.batches import check_memory
 from cfmerge.engine.in_memory import merge_params_by
 from cfmerge.engine.merge import MergeResult, Progress, as_recipe, carry_out, free_memory, without_expert
@@ -97,6 +98,7 @@ def sweep_recipes(
     """Carries out recipes that differ in method and parameters alone, in one pass; see `sweep`."""
     started = time.monotonic()
     limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
+    check_directory_name(Path(output))
     outputs = [Path(output) / directory_name(label) for label in asked]
     if len(set(outputs)) < len(outputs):
         raise CfmergeError(f"sweep: two labels give the same directory; the labels are {list(asked)}")
