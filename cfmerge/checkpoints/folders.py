@@ -1,9 +1,26 @@
 """Folders of a model with weights of their own, where not all models have them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cfmerge.checkpoints.base import Source
+from cfmerge.errors import CfmergeError
+
+
+def check_folders(base: Source, experts: Mapping[str, Source]) -> None:
+    """Raises `CfmergeError` if one model is a pipeline of components, and another a component alone."""
+    for name, expert in experts.items():
+        for whole, single, one, other in (
+            (base, expert, f"expert {name!r}", "the base"),
+            (expert, base, "the base", f"expert {name!r}"),
+        ):
+            pipeline = all(folder.prefix for folder in whole.folders)
+            prefixes = tuple(folder.prefix for folder in whole.folders)
+            if pipeline and not any(tensor.startswith(prefixes) for tensor in single.tensors):
+                raise CfmergeError(
+                    f"{one} ({single.path}) is one component, {other} a pipeline of several: name the component there, "
+                    "one of " + ", ".join(str(whole.path / folder.name) for folder in whole.folders)
+                )
 
 
 def without_folders(base: Source, experts: Sequence[Source]) -> tuple[Source, list[str]]:

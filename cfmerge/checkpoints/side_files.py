@@ -28,7 +28,7 @@ COPIES_BESIDE = (  # such files of tensors, where they lie beside weights that a
 COPY_FOLDERS = ("onnx", "openvino", "coreml", "original", "gguf", "metal", "tflite", "saved_model", "*.mlpackage")
 TRAINING = (
     "optimizer*", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*", "random_states*", "training_args.bin",
-    "trainer_state.json", "events.out.tfevents*", "zero_to_fp32.py", "*.lock",
+    "trainer_state.json", "events.out.tfevents*", "zero_to_fp32.py",
 )  # fmt: skip
 TRAINING_FOLDERS = (
     "checkpoint-*", "global_step*", "optimizer_*", "pytorch_model_fsdp_*", "runs", "wandb", "__pycache__",
@@ -68,7 +68,7 @@ def look_beside(
             found.missing.append(name)
         elif _matches(file.name, TRAINING):
             found.training.append(name)
-        elif _is_copy(file, own) or is_index(file):
+        elif _is_copy(file, own, {directory, *(path.parent for path in own)}) or is_index(file):
             found.copies.append(name)
         else:
             found.files[name] = file
@@ -97,11 +97,11 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _is_copy(file: Path, weights: set[Path]) -> bool:
-    """Whether a file holds the weights once more; in a folder without weights it may be all that there is."""
+def _is_copy(file: Path, weights: set[Path], places: set[Path]) -> bool:
+    """Whether a file holds the weights once more; outside the `places` with weights it may be all that there is."""
     if _matches(file.name, COPIES):
         return True
-    if file.suffix not in TENSORS or not any(own.parent == file.parent for own in weights):
+    if file.suffix not in TENSORS or file.parent not in places:
         return False
     large = file.stat().st_size > max(LARGE, sum(own.stat().st_size for own in weights) // 4)
     return large or _matches(file.name, COPIES_BESIDE)
@@ -120,7 +120,7 @@ def is_index(file: Path) -> bool:
 
 def side_files(directory: Path) -> Mapping[str, Path]:
     """What a directory gives to an output besides weights, `{name in the directory: path}`."""
-    return look_beside(directory).files
+    return look_beside(directory, directory.rglob("*.safetensors")).files
 
 
 def check_whole(files: Mapping[str, Path]) -> None:

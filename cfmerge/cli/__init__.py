@@ -45,7 +45,7 @@ def _main(
 def merge(
     recipe: o.RecipeFile = None,
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make, or one .safetensors file.")],
     base: o.Base = None,
     expert: o.Experts = None,
     method: o.MethodName = None,

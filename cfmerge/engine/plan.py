@@ -13,7 +13,7 @@ import numpy as np
 
 from cfmerge import methods
 from cfmerge.checkpoints import Checkpoint, Folder, open_checkpoint, quantised
-from cfmerge.checkpoints.folders import without_folders
+from cfmerge.checkpoints.folders import check_folders, without_folders
 from cfmerge.checkpoints.side_files import check_whole, side_files
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.engine.configs import config_notes
@@ -271,11 +271,12 @@ def _of_files(recipe: Recipe, base: Checkpoint, experts: Mapping[str, Checkpoint
     """What has to be said of the models' files and configs.
 
     Raises:
-        CfmergeError: a model is quantised.
+        CfmergeError: a model is quantised, or one is a pipeline and another a component.
     """
     problems = quantised.problems(base, experts)
     if problems:
         raise CfmergeError("\n".join(problems))
+    check_folders(base, experts)
     read = [*base.notes, *(f"expert {name!r}: {note}" for name, expert in experts.items() for note in expert.notes)]
     left_out = base.left_out if recipe.side_files is None else ()
     return [*read, *left_out, *quantised.notes(base, experts), *config_notes(base, experts)]

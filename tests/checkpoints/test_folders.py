@@ -4,7 +4,7 @@ import pytest
 from laid import index, laid, ones
 
 from cfmerge.checkpoints import open_checkpoint
-from cfmerge.checkpoints.folders import without_folders
+from cfmerge.checkpoints.folders import check_folders, without_folders
 from cfmerge.errors import CfmergeError
 
 
@@ -90,6 +90,20 @@ def test_heads_that_a_merge_has_exported_are_not_part_of_its_output(tmp_path):
 def test_a_folder_with_a_model_of_another_kind_is_part_of_it(tmp_path):
     model = open_checkpoint(laid(tmp_path, {"model.safetensors": ones("a"), "vocoder/model.safetensors": ones("b")}))
     assert set(model.tensors) == {"a", "vocoder/b"}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_pipeline_and_a_component_do_not_fit(tmp_path, turned):
+    unet = ones("conv_in.weight")
+    files = {"model_index.json": {}, "unet/model.safetensors": unet, "vae/model.safetensors": ones("x")}
+    whole = open_checkpoint(laid(tmp_path / "whole", files))
+    single = open_checkpoint(laid(tmp_path / "single", {"model.safetensors": unet}))
+    base, expert = (single, whole) if turned else (whole, single)
+    who = "the base" if turned else "expert 'e'"
+    with pytest.raises(CfmergeError, match=rf"{who} .* is one component.*whole/unet, .*whole/vae"):
+        check_folders(base, {"e": expert})
+    check_folders(whole, {"e": whole})
+    check_folders(single, {"e": single})
 
 
 @pytest.mark.parametrize("name", ["original", "checkpoint-20", "again", "lora"])

@@ -4,7 +4,7 @@ import pytest
 from laid import laid, ones
 
 from cfmerge.checkpoints import open_checkpoint
-from cfmerge.checkpoints.side_files import check_whole
+from cfmerge.checkpoints.side_files import check_whole, side_files
 from cfmerge.errors import CfmergeError
 
 CARRIED = [
@@ -40,6 +40,12 @@ def test_what_is_not_carried_is_told(model):
     assert "copied from" in told
     assert "mel_filters.npz" in told
     assert "not merged" in told
+
+
+def test_side_files_of_another_directory_are_no_weights(tmp_path):
+    names = ["config.json", "vocab.txt", "pytorch_model.bin", "model.safetensors.index.json", "x/model.safetensors"]
+    path = laid(tmp_path / "m", dict.fromkeys(names, '{"weight_map": {}}'))
+    assert set(side_files(path)) == {"config.json", "vocab.txt"}
 
 
 def test_a_link_to_nothing_is_told(tmp_path):
