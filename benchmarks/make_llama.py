@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from cfmerge.checkpoints.safetensors import ShardWriter
+from cfmerge.formats.safetensors import ShardWriter
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.checkpoints.safetensors import save
+from cfmerge.formats.safetensors import save
 from cfmerge.methods import Method
 
 M, N, EXPERTS, RANK = 4096, 11008, 8, 16

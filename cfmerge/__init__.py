@@ -15,7 +15,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cfmerge import methods as methods
-    from cfmerge.checkpoints import open_checkpoint as open_checkpoint
     from cfmerge.engine.accumulate import accumulate as accumulate
     from cfmerge.engine.accumulate import solve as solve
     from cfmerge.engine.in_memory import merge_params as merge_params
@@ -29,13 +28,14 @@ if TYPE_CHECKING:
     from cfmerge.engine.sweep import grid as grid
     from cfmerge.engine.sweep import sweep as sweep
     from cfmerge.errors import CfmergeError as CfmergeError
+    from cfmerge.formats import open_checkpoint as open_checkpoint
     from cfmerge.recipe import Expert as Expert
     from cfmerge.recipe import Recipe as Recipe
     from cfmerge.recipe import Rule as Rule
 
 _PUBLIC = {
     "methods": "cfmerge.methods",
-    "open_checkpoint": "cfmerge.checkpoints",
+    "open_checkpoint": "cfmerge.formats",
     "merge_params": "cfmerge.engine.in_memory",
     "merge_tensor": "cfmerge.engine.in_memory",
     "MergeResult": "cfmerge.engine.merge",

@@ -12,8 +12,8 @@ import cfmerge
 from cfmerge import activations
 from cfmerge.activations import collect_linen, collect_nnx, gram_of, regmean_pp
 from cfmerge.activations.regmean_pp import _grouping
-from cfmerge.checkpoints.pytree import flatten
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.pytree import flatten
 from cfmerge.methods import average, lot, regmean
 from cfmerge.parameters import classify, to_canonical
 

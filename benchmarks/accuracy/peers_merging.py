@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 import cfmerge
-from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.engine.in_memory import Problem
+from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.parameters import Parameter, from_canonical, to_canonical
 from cfmerge_accuracy.compare import Given
 from cfmerge_accuracy.methods import Entry

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge import covariance, linalg
-from cfmerge.checkpoints import safetensors
-from cfmerge.checkpoints.pytree import flatten
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import safetensors
+from cfmerge.formats.pytree import flatten
 
 Grams = dict[str, Any]  # {kernel's name: (in, in), or (stack, in, in) where layers are stacked}
 Forward = Callable[[Any, Any], dict[str, "Seen"]]  # (variables or state, batch) -> what was seen

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from cfmerge.checkpoints import Checkpoint
     from cfmerge.engine.merge import MergeResult
     from cfmerge.engine.plan import Plan
+    from cfmerge.formats import Checkpoint
     from cfmerge.methods import Entry
 
 

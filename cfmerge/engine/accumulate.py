@@ -11,8 +11,6 @@ import msgspec
 import numpy as np
 
 from cfmerge import recipe as recipes
-from cfmerge.checkpoints import Sink, Totals
-from cfmerge.checkpoints.pytree import flatten, unflatten
 from cfmerge.engine.batches import check_memory, make_batches
 from cfmerge.engine.in_memory import merge_assigned, prepared, statistics_of
 from cfmerge.engine.merge import Progress, as_recipe, free_memory, merge_recipe
@@ -31,6 +29,8 @@ from cfmerge.engine.statistics import (
 )
 from cfmerge.engine.trees import Problem
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import Sink, Totals
+from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.methods import Method
 from cfmerge.methods._registry import expression, plain_number
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.checkpoints import Checkpoint
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.statistics import stacked
 from cfmerge.engine.steps import Inputs
 from cfmerge.engine.survey import Place, Stack, kind_of
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import Checkpoint
 from cfmerge.methods import Method
 from cfmerge.methods._random import digest_of
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cfmerge.checkpoints import Checkpoint
+from cfmerge.formats import Checkpoint
 
 SILENT = re.compile(
     r"(^|\.)(_.*|architectures|auto_map|transformers_version|(torch_)?dtype|torchscript|model_type|use_cache|return_dict\w*"

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cfmerge import methods
-from cfmerge.checkpoints.pytree import unflatten
 from cfmerge.engine.assign import Assignment
 from cfmerge.engine.batches import complete
 from cfmerge.engine.plan import check_count, check_moment, check_weights
@@ -21,6 +20,7 @@ from cfmerge.engine.steps import Inputs, Steps, compiled, settings_of, steps
 from cfmerge.engine.survey import Stack, at_places, by_member, found_for, kind_of, survey
 from cfmerge.engine.trees import Problem, names_of
 from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats.pytree import unflatten
 from cfmerge.methods import Found, Method
 from cfmerge.methods._random import check_seed
 from cfmerge.methods._registry import of_expert

@@ -5,9 +5,9 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 
-from cfmerge.checkpoints import Checkpoint, TensorInfo
 from cfmerge.engine.assign import Action, Assignment
 from cfmerge.errors import nearest
+from cfmerge.formats import Checkpoint, TensorInfo
 from cfmerge.parameters import HEAD, Kind, is_attention_mask, is_float
 from cfmerge.recipe import Expert, Recipe, Rule
 

@@ -15,13 +15,13 @@ import msgspec
 import numpy as np
 
 from cfmerge import recipe as recipes
-from cfmerge.checkpoints import Sink, Totals, open_sink
 from cfmerge.engine.batches import check_memory
 from cfmerge.engine.card import model_card, versions
 from cfmerge.engine.pipeline import Progress, execute, same_content
 from cfmerge.engine.plan import Plan, make_plan
 from cfmerge.engine.statistics import Statistics
 from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.formats import Sink, Totals, open_sink
 from cfmerge.parameters import is_float
 from cfmerge.recipe import Recipe
 

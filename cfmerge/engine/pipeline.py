@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from cfmerge.checkpoints import Checkpoint, Sink
 from cfmerge.engine.batches import Batch, make_batches
 from cfmerge.engine.plan import Job, Plan
 from cfmerge.engine.solve import Merged, Progress, check_stack, merge_batch
 from cfmerge.engine.survey import Stack, by_member, found_for, kind_of, survey
 from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.formats import Checkpoint, Sink
 from cfmerge.methods import Found
 from cfmerge.parameters import Kind, is_float
 

@@ -12,9 +12,6 @@ import msgspec
 import numpy as np
 
 from cfmerge import methods
-from cfmerge.checkpoints import Checkpoint, Folder, open_checkpoint, quantised
-from cfmerge.checkpoints.folders import check_folders, without_folders
-from cfmerge.checkpoints.side_files import check_whole, side_files
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.engine.configs import config_notes
 from cfmerge.engine.cost import statistic_size
@@ -23,6 +20,9 @@ from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settle, weight_at
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import Checkpoint, Folder, open_checkpoint, quantised
+from cfmerge.formats.folders import check_folders, without_folders
+from cfmerge.formats.side_files import check_whole, side_files
 from cfmerge.methods import Method
 from cfmerge.methods._base import Part, is_chain
 from cfmerge.methods._random import check_seed

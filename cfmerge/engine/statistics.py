@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 
 from cfmerge import methods as registered
-from cfmerge.checkpoints import Checkpoint, DirectorySink, Folder, Totals, open_checkpoint
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import Checkpoint, DirectorySink, Folder, Totals, open_checkpoint
 from cfmerge.methods import Method
 from cfmerge.methods._registry import expression, numbers, structure, with_argument
 from cfmerge.recipe import Recipe, Rule

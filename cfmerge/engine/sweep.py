@@ -10,12 +10,12 @@ from typing import Any
 
 from cfmerge import methods as registered
 from cfmerge import recipe as recipes
-from cfmerge.checkpoints import check_directory_name
 from cfmerge.engine.batches import check_memory
 from cfmerge.engine.in_memory import merge_params_by
 from cfmerge.engine.merge import MergeResult, Progress, as_recipe, carry_out, free_memory, without_expert
 from cfmerge.engine.plan import Plan, make_plan
 from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.formats import check_directory_name
 from cfmerge.methods import Method
 from cfmerge.methods._registry import expression
 from cfmerge.methods._several import several

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.checkpoints.pytree import flatten
 from cfmerge.engine.assign import Assignment, assign
 from cfmerge.errors import CfmergeError, nearest
+from cfmerge.formats.pytree import flatten
 from cfmerge.methods import Method
 from cfmerge.parameters import classify, is_float
 from cfmerge.recipe import Rule, parse_rule

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cfmerge import activations
-from cfmerge.checkpoints.pytree import flatten
 from cfmerge.demo.archives import cache_directory
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.pytree import flatten
 from cfmerge_accuracy import text
 from cfmerge_accuracy.text import corpora, data, evaluate, measure, setting
 from cfmerge_accuracy.text.bert import (

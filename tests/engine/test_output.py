@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 import cfmerge
-from cfmerge.checkpoints.staged import LOCK, StagedDirectory
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.staged import LOCK, StagedDirectory
 
 # Runs `StagedDirectory` once for every line of it that is executed, and ends the process (or raises
 # KeyboardInterrupt) at that line. Prints `line, what is there, what is there after the next run, names beside it`.
 CRASH = """
 import json, os, signal, sys, tempfile
 from pathlib import Path
-from cfmerge.checkpoints import staged as output
+from cfmerge.formats import staged as output
 
 how, overwrite = sys.argv[1], sys.argv[2] == "overwrite"
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from cfmerge import covariance
-from cfmerge.checkpoints.pytree import flatten
+from cfmerge.formats.pytree import flatten
 from cfmerge.parameters import classify, to_canonical
 from cfmerge_accuracy import covariances
 from cfmerge_accuracy.zoo import Params, Zoo

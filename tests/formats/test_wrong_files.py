@@ -3,8 +3,8 @@
 import pytest
 from laid import laid, ones
 
-from cfmerge.checkpoints import open_checkpoint
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5000000000\n"
 WRONG = {

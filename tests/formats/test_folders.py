@@ -3,9 +3,9 @@
 import pytest
 from laid import index, laid, ones
 
-from cfmerge.checkpoints import open_checkpoint
-from cfmerge.checkpoints.folders import check_folders, without_folders
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
+from cfmerge.formats.folders import check_folders, without_folders
 
 
 def modules(*paths):

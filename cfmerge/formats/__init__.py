@@ -3,17 +3,18 @@
 from pathlib import Path
 
 from cfmerge import hub
-from cfmerge.checkpoints.base import Folder as Folder
-from cfmerge.checkpoints.base import Sink as Sink
-from cfmerge.checkpoints.base import Source as Checkpoint
-from cfmerge.checkpoints.base import TensorInfo as TensorInfo
-from cfmerge.checkpoints.base import Totals as Totals
-from cfmerge.checkpoints.huggingface import HuggingFaceSource
-from cfmerge.checkpoints.sinks import DirectorySink as DirectorySink
-from cfmerge.checkpoints.sinks import FileSink as FileSink
-from cfmerge.checkpoints.sinks import check_directory_name as check_directory_name
-from cfmerge.checkpoints.sinks import open_sink as open_sink
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.base import Folder as Folder
+from cfmerge.formats.base import Sink as Sink
+from cfmerge.formats.base import Source as Checkpoint
+from cfmerge.formats.base import Source as Source
+from cfmerge.formats.base import TensorInfo as TensorInfo
+from cfmerge.formats.base import Totals as Totals
+from cfmerge.formats.huggingface import HuggingFaceSource
+from cfmerge.formats.sinks import DirectorySink as DirectorySink
+from cfmerge.formats.sinks import FileSink as FileSink
+from cfmerge.formats.sinks import check_directory_name as check_directory_name
+from cfmerge.formats.sinks import open_sink as open_sink
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

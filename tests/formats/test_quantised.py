@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import cfmerge
-from cfmerge.checkpoints import open_checkpoint
-from cfmerge.checkpoints.quantised import notes, quantised
-from cfmerge.checkpoints.safetensors import save
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
+from cfmerge.formats.quantised import notes, quantised
+from cfmerge.formats.safetensors import save
 
 Q = "model.layers.0.self_attn.q_proj"
 F8 = ml_dtypes.float8_e4m3fn

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.checkpoints.base import Folder, TensorInfo
-from cfmerge.checkpoints.layout import Component, Weights, find_components, read_json
-from cfmerge.checkpoints.safetensors import SafetensorsFile
-from cfmerge.checkpoints.side_files import about, look_beside
 from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats.base import Folder, TensorInfo
+from cfmerge.formats.layout import Component, Weights, find_components, read_json
+from cfmerge.formats.safetensors import SafetensorsFile
+from cfmerge.formats.side_files import about, look_beside
 
 # (alias, the tensor it is): the pairs that transformers ties when config.tie_word_embeddings holds
 TIES = (

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from cfmerge.checkpoints.magic import is_lfs_pointer, lfs_advice
 from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats.magic import is_lfs_pointer, lfs_advice
 
 TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".npz", ".ot")
 # the weights in other formats, as libraries and converters name them; a folder's name stands for all in it

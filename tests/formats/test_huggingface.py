@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from cfmerge.checkpoints import open_checkpoint
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

@@ -3,9 +3,9 @@
 import pytest
 from laid import laid, ones
 
-from cfmerge.checkpoints import open_checkpoint
-from cfmerge.checkpoints.side_files import check_whole, side_files
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
+from cfmerge.formats.side_files import check_whole, side_files
 
 CARRIED = [
     "config.json", "spiece.model", "tokenizer.model", "a/b/c/deep.txt", "mel_filters.npz", "speakers/one.pt",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from laid import index, laid, ones
 
-from cfmerge.checkpoints import open_checkpoint
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
 
 
 def refused(path, *words):

@@ -15,9 +15,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from cfmerge.checkpoints.base import Header, TensorInfo
-from cfmerge.checkpoints.magic import wrong_file
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.base import Header, TensorInfo
+from cfmerge.formats.magic import wrong_file
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)

@@ -3,8 +3,8 @@
 import copy
 from collections.abc import Mapping, Sequence
 
-from cfmerge.checkpoints.base import Source
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.base import Source
 
 
 def check_folders(base: Source, experts: Mapping[str, Source]) -> None:

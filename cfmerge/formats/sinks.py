@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.checkpoints.base import Folder, Header, Totals
-from cfmerge.checkpoints.safetensors import ShardWriter, save
-from cfmerge.checkpoints.side_files import TENSORS
-from cfmerge.checkpoints.staged import StagedDirectory, StagedFile
 from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats.base import Folder, Header, Totals
+from cfmerge.formats.safetensors import ShardWriter, save
+from cfmerge.formats.side_files import TENSORS
+from cfmerge.formats.staged import StagedDirectory, StagedFile
 
 HEADS = "heads"  # the directory of exported heads in the output
 UNBOUNDED = 1 << 62

@@ -10,8 +10,8 @@ from laid import laid, ones
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from cfmerge.checkpoints import DirectorySink, FileSink, Folder, Totals, open_checkpoint, open_sink
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import DirectorySink, FileSink, Folder, Totals, open_checkpoint, open_sink
 
 TENSORS = ones("a", "b", "2_Dense/c", shape=(4, 4))
 FOLDERS = (

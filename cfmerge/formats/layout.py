@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cfmerge.checkpoints.base import Folder
-from cfmerge.checkpoints.magic import CONVERT, is_lfs_pointer, lfs_advice
-from cfmerge.checkpoints.side_files import COPY_FOLDERS, TENSORS, TRAINING_FOLDERS
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.base import Folder
+from cfmerge.formats.magic import CONVERT, is_lfs_pointer, lfs_advice
+from cfmerge.formats.side_files import COPY_FOLDERS, TENSORS, TRAINING_FOLDERS
 
 INDEX = "model.safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # of which clients look for an index too; the first that is there is read

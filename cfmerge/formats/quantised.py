@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cfmerge.checkpoints.base import Source, TensorInfo
+from cfmerge.formats.base import Source, TensorInfo
 from cfmerge.parameters import is_float
 
 PACKED = re.compile(r"(^|[._/])(weight|kernel|qweight|weight_packed|W_q|_data|codes|blocks|weight_qdata)$")

@@ -13,8 +13,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfmerge.checkpoints.safetensors import DTYPES, SafetensorsFile, ShardWriter, save, shard
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.safetensors import DTYPES, SafetensorsFile, ShardWriter, save, shard
 
 F32 = np.dtype(np.float32)
 
