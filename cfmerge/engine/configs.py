@@ -42,9 +42,9 @@ SHOWN = 8
 def config_notes(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> list[str]:
     """One note for every config file in which base and experts differ."""
     notes = []
-    for file in (name for name in base.side_files if CONFIG.search(name) and not OTHER_CONFIGS.search(name)):
-        ours = _read(base.side_files[file])
-        theirs = {name: _read(expert.side_files[file]) for name, expert in experts.items() if file in expert.side_files}
+    of_experts = {name: _configs(expert) for name, expert in experts.items()}
+    for file, ours in _configs(base).items():
+        theirs = {name: configs[file] for name, configs in of_experts.items() if file in configs}
         differing = differences(ours, theirs)
         if differing:
             told = [
@@ -113,6 +113,17 @@ def _plain(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = "not stated" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _configs(source: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    """The configs of a model by their files' names; the main one is `config.json` wherever it lies."""
+    main = source.folders[0]
+    names = [name for name in source.side_files if CONFIG.search(name) and not OTHER_CONFIGS.search(name)]
+    if main.prefix:  # a pipeline: each component has its own
+        return {name: _read(source.side_files[name]) for name in names}
+    inner = [name for name in names if name not in {"config.json", f"{main.name}/config.json"}]
+    configs = {name: _read(source.side_files[name]) for name in inner}
+    return {"config.json": source.config, **configs} if source.config else configs
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -62,7 +62,8 @@ class HuggingFaceSource:
             raise CfmergeError(f"{path}: holds no tensors")
         self.files = tuple(files)
         main = components[0]
-        self.config: Mapping[str, Any] = read_json(path / main.folder / "config.json") if directory else {}
+        own = directory is not None and not main.prefix  # a pipeline has no config of its own
+        self.config: Mapping[str, Any] = read_json(path / main.folder / "config.json") if own else {}
         self.metadata: Mapping[str, str] = self.folders[0].metadata
         self.side_files: Mapping[str, Path] = {}
         self.left_out: tuple[str, ...] = ()

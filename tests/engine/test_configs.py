@@ -1,9 +1,11 @@
 """Configs that differ in what changes the meaning of weights are told; all else is silent."""
 
 import pytest
+from laid import laid, ones
 
 import cfmerge
-from cfmerge.engine.configs import differences
+from cfmerge.engine.configs import config_notes, differences
+from cfmerge.formats import open_checkpoint
 
 TOLD = {
     "rope_theta": ({"rope_theta": 10000.0}, {"rope_theta": 1e6}),
@@ -65,3 +67,18 @@ def test_the_values_and_the_experts_that_differ_are_named(family, make_model, tm
     assert "rope_theta not stated in the base, 1000000.0 in 'long'" in told
     assert "'m1'" not in told
     assert other.startswith("preprocessor_config.json")
+
+
+def test_a_config_is_found_wherever_the_transformer_lies(tmp_path):
+    """The old layout of sentence-transformers and the new; an expert without a config is not compared."""
+    flat = {"model.safetensors": ones("encoder.weight"), "config.json": {"model_type": "bert", "hidden_act": "gelu"}}
+    old = {
+        "0_Transformer/model.safetensors": ones("encoder.weight", value=2),
+        "0_Transformer/config.json": {"model_type": "bert", "hidden_act": "relu"},
+        "modules.json": [{"idx": 0, "path": "0_Transformer"}],
+    }
+    base, expert = open_checkpoint(laid(tmp_path / "a", old)), open_checkpoint(laid(tmp_path / "b", flat))
+    bare = open_checkpoint(tmp_path / "b/model.safetensors")
+    (note,) = config_notes(base, {"b": expert, "bare": bare})
+    assert 'hidden_act "relu" in the base, "gelu" in \'b\'' in note
+    assert "bare" not in note
