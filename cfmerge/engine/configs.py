@@ -1,4 +1,4 @@
-"""What the configs of base and experts say differently: numbers that change what the weights mean.
+"""Notes on configs of base and experts that differ in what changes the meaning of the weights.
 
 A merged model has one config, so that weights which were trained for another rope, activation or pooling do not mean
 there what they meant. All keys are compared but those that are known not to matter; a new library's keys are told.
@@ -83,7 +83,7 @@ def _differ(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> boo
 
 
 def _default(key: str, config: Mapping[str, Any]) -> Any:
-    """What a key means where it is not stated."""
+    """The value that a key has where it is not stated; None if that is not known."""
     inner, _, last = key.rpartition(".")
     before = f"{inner}." if inner and inner != "rope" else ""
     heads, hidden = config.get(f"{before}num_attention_heads"), config.get(f"{before}hidden_size")

@@ -1,4 +1,4 @@
-"""What every format offers: a `Source` is where tensors come from, a `Sink` is where they go.
+"""The two sides of every format: a `Source` is where tensors come from, a `Sink` is where they go.
 
 A format is one file beside this one. It is a Source, a Sink or both; `open_checkpoint` chooses a Source by what the
 files hold, `open_sink` a Sink by the output's name. The engine knows no format, a format knows no method.
@@ -107,7 +107,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """What is known of an output only when all tensors are written.
+    """The facts of an output that are known only when all tensors are written.
 
     Attributes:
         card: the text of README.md.

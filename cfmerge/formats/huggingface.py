@@ -124,7 +124,7 @@ def _chosen(path: Path, weights: Weights, opened: Sequence[SafetensorsFile]) -> 
 def _notes(
     weights: Weights, where: Mapping[str, SafetensorsFile], opened: Sequence[SafetensorsFile], path: Path
 ) -> tuple[str, ...]:
-    """What a user must know of how a folder was read."""
+    """Notes on how a folder was read, where it is not as expected."""
     notes = []
     stale = [(name, file.path.name) for file in opened for name in file.tensors if where[name] is not file]
     if stale:

@@ -1,4 +1,4 @@
-"""What a file is that was taken for safetensors, judged by its first bytes and its name, and the way out."""
+"""Files that were taken for safetensors: the first bytes and the name say what they are, and so the way out."""
 
 from pathlib import Path
 

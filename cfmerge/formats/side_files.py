@@ -1,4 +1,4 @@
-"""What an output has besides weights: config, tokenizer, code, licence, and small tensors of other libraries.
+"""The files that an output has besides weights: config, tokenizer, code, licence, small tensors of other libraries.
 
 Everything that lies beside the base's weights is carried, at any depth, but for copies of the weights in other formats
 (in the output they would be the base's old ones), what a training run leaves, and what is hidden.
@@ -119,7 +119,7 @@ def is_index(file: Path) -> bool:
 
 
 def side_files(directory: Path) -> Mapping[str, Path]:
-    """What a directory gives to an output besides weights, `{name in the directory: path}`."""
+    """The files that a directory gives to an output besides weights, `{name in the directory: path}`."""
     return look_beside(directory, directory.rglob("*.safetensors")).files
 
 

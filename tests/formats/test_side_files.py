@@ -1,4 +1,4 @@
-"""What lies beside the weights: carried at any depth, but for the weights once more; nothing is left out in silence."""
+"""Files beside the weights are carried at any depth, but for the weights once more; nothing is left out in silence."""
 
 import pytest
 from laid import laid, ones
