@@ -21,7 +21,7 @@ from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, settl
 from cfmerge.engine.statistics import Statistics, fingerprint, full_form
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Checkpoint, Folder, open_checkpoint, quantised
-from cfmerge.formats.folders import check_folders, without_folders
+from cfmerge.formats.folders import check_folders, same_folders
 from cfmerge.formats.side_files import check_whole, side_files
 from cfmerge.methods import Method
 from cfmerge.methods._base import Part, is_chain
@@ -214,8 +214,10 @@ def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: boo
         )
     check_count(method, len(earlier) + len(specs))
     notes = _check_same_files(recipe, base, specs, experts)
-    base, told = without_folders(base, experts)
-    notes += [*told, *_of_files(recipe, base, {spec.name: e for spec, e in zip(specs, experts, strict=True)})]
+    named = {spec.name: expert for spec, expert in zip(specs, experts, strict=True)}
+    notes += _of_files(recipe, base, named)
+    base, experts, of_folders = same_folders(base, named)
+    notes += of_folders
 
     parameters = _parameters(base)
     tied = {alias: name for alias, name in base.ties.items() if alias in parameters and alias != name}

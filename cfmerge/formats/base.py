@@ -45,6 +45,7 @@ class Folder:
         stem: `STEM.safetensors`, `STEM-00001-of-00002.safetensors`.
         index: the name of the index of its shards.
         sharded: whether its client looks for an index at all; otherwise it is one file, however large.
+        declared: whether the model says that it consists of such folders; otherwise it may hold something else.
         metadata: of its first file, text.
     """
 
@@ -53,6 +54,7 @@ class Folder:
     stem: str = "model"
     index: str = "model.safetensors.index.json"
     sharded: bool = True
+    declared: bool = True
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 

@@ -52,7 +52,7 @@ class HuggingFaceSource:
             config = read_json(path / component.folder / "config.json") if directory else {}
             metadata = opened[0].metadata
             folder = component.weights.folder(component.prefix, component.folder)
-            self.folders += (dataclasses.replace(folder, metadata=metadata),)
+            self.folders += (dataclasses.replace(folder, metadata=metadata, declared=component.declared),)
             found = find_ties(set(where), config, metadata)
             self.ties |= {component.prefix + alias: component.prefix + name for alias, name in found.items()}
             self.notes += _notes(component.weights, where, opened, path)
@@ -69,6 +69,7 @@ class HuggingFaceSource:
         self.left_out: tuple[str, ...] = ()
         if directory:
             ignored = [file for component in components for file in component.weights.ignored]
+            ignored += [component.weights.index for component in components if component.weights.index]
             beside = look_beside(directory, files, ignored, apart)
             self.side_files, self.left_out = beside.files, about(beside, path)
 
@@ -106,12 +107,12 @@ def _chosen(path: Path, weights: Weights, opened: Sequence[SafetensorsFile]) -> 
         return {name: files[0] for name, files in holders.items()}
     chosen = {}
     for name, place in weights.where.items():
-        file = next((file for file in holders.get(name, ()) if file.path.name == place), None)
-        if file is None:
+        found = next((file for file in holders.get(name, ()) if file.path.name == place), None)
+        if found is None:
             twice = next((f"; {n!r} is in both {f[0].path.name} and {f[1].path.name}"
                           for n, f in holders.items() if len(f) > 1), "")  # fmt: skip
             raise CfmergeError(f"{index}: tensor {name!r} should be in {place}, and is not{twice}; fetch it again")
-        chosen[name] = file
+        chosen[name] = found
     unlisted = sorted(set(holders) - set(chosen))
     if unlisted:
         raise CfmergeError(

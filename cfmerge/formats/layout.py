@@ -1,5 +1,6 @@
 """Which files of a directory hold a model's tensors: one file, shards and their index, or components in folders."""
 
+import dataclasses
 import fnmatch
 import json
 import os
@@ -19,7 +20,8 @@ STEMS = ("model", "diffusion_pytorch_model")  # of which clients look for an ind
 OTHERS = ("consolidated*", "adapter_model*", "optimizer*", "pytorch_lora_weights*", "training_*", "random_states*")
 
 
-class Weights(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Weights:
     """The weights in one folder: `where` is the index, {} without one; `ignored` are safetensors that are not read."""
 
     files: list[Path]
@@ -83,7 +85,7 @@ def find_weights(folder: Path) -> Weights | None:
                 "cache was cleaned; fetch the model again"
             )
     chosen = _first_known(folder, indices, there) or _first_other(folder, indices, there)
-    return chosen and chosen._replace(ignored=[path for path in there if path not in chosen.files])
+    return chosen and dataclasses.replace(chosen, ignored=[path for path in there if path not in chosen.files])
 
 
 def _first_known(folder: Path, indices: list[Path], there: list[Path]) -> Weights | None:
@@ -109,7 +111,7 @@ def _first_other(folder: Path, indices: list[Path], there: list[Path]) -> Weight
         single = next((path for path in there if path.stem == _stem(plain[0])), None)
         return _of_index(folder, plain[0], single)
     only = _only(folder, there)
-    return only and Weights([only], None, {}, only.stem, [])
+    return Weights([only], None, {}, only.stem, []) if only else None
 
 
 def _stem(index: Path) -> str:

@@ -5,9 +5,10 @@ under the names that packers use. Its config tells the scheme's name; a config a
 somebody who has dequantised the model.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from cfmerge.formats.base import Source, TensorInfo
 from cfmerge.parameters import is_float
@@ -32,7 +33,8 @@ WAYS_OUT = {  # the call of transformers that gives plain weights, by the beginn
 }
 
 
-class Quantised(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Quantised:
     """How a model is quantised: the scheme's name, and a tensor by which it is known."""
 
     scheme: str

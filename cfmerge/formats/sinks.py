@@ -155,9 +155,9 @@ class FileSink(DirectorySink):
         inputs: Iterable[Path] = (),
     ):
         if len(folders) > 1:
-            folders = ", ".join(folder.name or "its own directory" for folder in folders)
+            names = ", ".join(folder.name or "its own directory" for folder in folders)
             raise CfmergeError(
-                f"output {target}: one file cannot hold the base, whose weights lie in {folders}; name a directory"
+                f"output {target}: one file cannot hold the base, whose weights lie in {names}; name a directory"
             )
         folder = Folder(stem=target.name.removesuffix(".safetensors"), sharded=False, metadata=folders[0].metadata)
         super().__init__(

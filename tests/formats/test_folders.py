@@ -5,7 +5,7 @@ from laid import index, laid, ones
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
-from cfmerge.formats.folders import check_folders, without_folders
+from cfmerge.formats.folders import check_folders, same_folders
 
 
 def modules(*paths):
@@ -50,12 +50,24 @@ def test_weights_of_a_module_that_cannot_be_read_are_told(tmp_path):
 def test_a_module_that_no_expert_has_is_copied(tmp_path):
     base = open_checkpoint(laid(tmp_path / "base", FLAT))
     plain = open_checkpoint(laid(tmp_path / "plain", {"model.safetensors": ones("encoder.weight", value=2)}))
-    kept, notes = without_folders(base, [plain])
+    kept, experts, notes = same_folders(base, {"e": plain})
+    assert experts == [plain]
     assert set(kept.tensors) == {"encoder.weight"}
     assert "2_Dense/model.safetensors" in kept.side_files
     assert "2_Dense/" in notes[0]
     assert "not merged" in notes[0]
-    assert without_folders(base, [base, plain]) == (base, [])
+    assert same_folders(base, {"e": base, "f": plain}) == (base, [base, plain], [])
+    assert same_folders(plain, {"e": base}) == (plain, [base], [])  # its tensors are told of as others that are extra
+
+
+def test_a_folder_of_an_expert_that_the_base_lacks_is_left_out_and_told(tmp_path):
+    plain = open_checkpoint(laid(tmp_path / "plain", {"model.safetensors": ones("a")}))
+    files = {"model.safetensors": ones("a"), "reward/model.safetensors": ones("score")}
+    expert = open_checkpoint(laid(tmp_path / "more", files))
+    assert set(expert.tensors) == {"a", "reward/score"}
+    _, (kept,), (note,) = same_folders(plain, {"e": expert})
+    assert set(kept.tensors) == {"a"}
+    assert "expert 'e': reward/: not merged" in note
 
 
 def test_components_of_a_pipeline_are_read(tmp_path):

@@ -47,6 +47,7 @@ def test_an_index_of_any_stem(tmp_path, name, stem):
     files = {"x-1.safetensors": ones("a"), "x-2.safetensors": ones("b"), name: index(where)}
     model = open_checkpoint(laid(tmp_path, files))
     assert set(model.tensors) == {"a", "b"}
+    assert model.notes == model.left_out == ()
     (folder,) = model.folders
     assert (folder.stem, folder.index, folder.sharded) == (stem, name, True)
 
