@@ -4,6 +4,7 @@ Both appear whole or not at all, and say what is wrong with the disk in the word
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import shutil
@@ -159,7 +160,8 @@ class FileSink(DirectorySink):
             raise CfmergeError(
                 f"output {target}: one file cannot hold the base, whose weights lie in {names}; name a directory"
             )
-        folder = Folder(stem=target.name.removesuffix(".safetensors"), sharded=False, metadata=folders[0].metadata)
+        stem = target.name.removesuffix(".safetensors")
+        folder = dataclasses.replace(folders[0], name="", stem=stem, sharded=False)
         super().__init__(
             target, [folder], shard_bytes=UNBOUNDED, metadata=metadata, overwrite=overwrite, inputs=inputs
         )  # fmt: skip
