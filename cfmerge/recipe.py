@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
+from cfmerge import hub
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.models import Kind
 
@@ -114,11 +115,13 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
 
 def _default_name(path: str, seen: dict[str, str]) -> str:
     pure = Path(path).expanduser()
-    name = (pure.stem if pure.suffix == ".safetensors" else pure.resolve().name) or "expert"
+    cached, single = hub.snapshot(pure), pure.suffix == ".safetensors"
+    named = cached is not None and (not single or pure.stem in hub.GENERIC)
+    name = (cached.name if cached and named else pure.stem if single else pure.resolve().name) or "expert"
     if name not in seen:
         return name
-    parent = pure.resolve().parent.name
-    candidates = [f"{parent}-{name}", *(f"{name}-{number}" for number in range(2, len(seen) + 3))]
+    parent = f"{name}-{cached.commit[:8]}" if cached else f"{pure.resolve().parent.name}-{name}"
+    candidates = [parent, *(f"{name}-{number}" for number in range(2, len(seen) + 3))]
     return next(candidate for candidate in candidates if candidate not in seen)
 
 

@@ -106,7 +106,7 @@ def main():
             parameters={"keep": 0.1},
             output=folder / "merged",
         )
-        merged = load_file(result.output / "model.safetensors")["layer.weight"].T
+        merged = load_file(result.output / "base.safetensors")["layer.weight"].T
     print(f"  merge, on disk    {distance(merged):.3f}")
 
 

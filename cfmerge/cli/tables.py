@@ -15,7 +15,7 @@ from cfmerge.cli.messages import out, say, tell
 
 if TYPE_CHECKING:
     from cfmerge.engine.merge import Plan
-    from cfmerge.formats import Checkpoint
+    from cfmerge.formats import Source
     from cfmerge.methods import Entry
     from cfmerge.recipe import Expert
 
@@ -156,7 +156,7 @@ def _plan_summary(plan: "Plan", need: int, limit: int) -> dict[str, Any]:
     }
 
 
-def checkpoint(checkpoint: "Checkpoint", json: bool) -> None:
+def checkpoint(checkpoint: "Source", json: bool) -> None:
     """A checkpoint: its tensors by file, its ties, its size."""
     from cfmerge.models import classify
 

@@ -16,10 +16,9 @@ from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
 from cfmerge.engine import run
 from cfmerge.engine.in_memory import merge_assigned
-from cfmerge.engine.merge import Plan, as_recipe, check_space, clear_errors, make_plan, merge_recipe
+from cfmerge.engine.merge import Plan, as_recipe, make_plan, merge_recipe
 from cfmerge.engine.plugins import load_plugins
 from cfmerge.engine.statistics import (
-    SHARD,
     Statistics,
     fingerprint,
     leaf_names,
@@ -27,14 +26,14 @@ from cfmerge.engine.statistics import (
     pattern,
     rows,
     statistic_name,
+    statistics_sink,
 )
 from cfmerge.engine.trees import Problem, work_of
 from cfmerge.engine.units import Unit
 from cfmerge.engine.work import Job, Progress
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import Sink, Totals
 from cfmerge.formats.pytree import flatten, unflatten
-from cfmerge.formats.safetensors import ShardWriter
-from cfmerge.formats.staged import StagedDirectory
 from cfmerge.methods import Method
 
 
@@ -127,17 +126,12 @@ def _streamed(plan: Plan, output: Path, overwrite: bool, memory: int, progress: 
     )
     checkpoints = (plan.base, *plan.experts)
     inputs = [path for checkpoint in checkpoints for path in (*checkpoint.files, checkpoint.path)]
-    with clear_errors(output), StagedDirectory(output, overwrite=overwrite, inputs=inputs) as staged:
-        check_space(staged.path, sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in headers.values()))
-        writer = ShardWriter(staged.path, headers, SHARD, told.metadata())
-        try:
-            take = functools.partial(_write, writer, stored)
-            run.accumulate(plan.work, take, compute=stored, memory=memory, progress=progress)
-            writer.close()
-        except BaseException:
-            writer.abort()
-            raise
-        staged.commit()
+    with statistics_sink(output, told.metadata(), overwrite, inputs) as sink:
+        sink.declare(headers)
+        take = functools.partial(_write, sink, stored)
+        run.accumulate(plan.work, take, compute=stored, memory=memory, progress=progress)
+        sink.finish(Totals())
+        sink.commit()
     return Statistics.load(output)
 
 
@@ -154,13 +148,13 @@ def _leaf_shapes(job: Job) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in zip(leaf_names(like), jax.tree.leaves(like), strict=True)}
 
 
-def _write(writer: ShardWriter, stored: str, unit: Unit, statistics: Any) -> None:
+def _write(sink: Sink, stored: str, unit: Unit, statistics: Any) -> None:
     piece = unit.segments[0].count is not None
     for number, job in enumerate(unit.jobs):
         for leaf, array in rows(statistics, number, job.matrices).items():
             values = np.asarray(array, stored)
             if not piece or values.ndim > 1 or unit.first == 0:  # a piece's scalars: once
-                writer.write(f"{job.name}:{leaf}", values, unit.first if values.ndim > 1 else 0)
+                sink.write(f"{job.name}:{leaf}", values, unit.first if values.ndim > 1 else 0)
 
 
 def _of_trees(

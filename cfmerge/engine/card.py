@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 import cfmerge
-from cfmerge import methods
+from cfmerge import hub, methods
 from cfmerge.engine.plan import Resolved
 
 
@@ -29,7 +29,7 @@ def model_card(plan: Resolved, digests: Mapping[Path, str], notes: Sequence[str]
     front = {
         "base_model": [_public_name(plan, -1), *(_public_name(plan, t) for t in range(len(plan.experts)))],
         "base_model_relation": "merge",
-        "library_name": "transformers" if plan.base.config.get("model_type") else "cfmerge",
+        "library_name": _library(plan),
         "tags": ["merge", "cfmerge", *re.findall(r"\w+", plan.method.name)],
     }
     names = [Path(plan.recipe.base).name, *(spec.name for spec in plan.expert_specs)]
@@ -50,6 +50,8 @@ def model_card(plan: Resolved, digests: Mapping[Path, str], notes: Sequence[str]
     ]
     for name, weight, checkpoint in zip(names, weights, (plan.base, *plan.experts), strict=True):
         role = "base" if weight == "" else name
+        if cached := hub.snapshot(checkpoint.path):
+            role += f" ({cached.repository}{'@' if cached.commit else ''}{cached.commit[:12]})"
         lines += [f"| {role} | {weight} | {file.name} | `{digests[file]}` |" for file in checkpoint.files]
     if plan.notes or notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in (*plan.notes, *notes))]
@@ -63,9 +65,20 @@ def model_card(plan: Resolved, digests: Mapping[Path, str], notes: Sequence[str]
     return "\n".join(lines)
 
 
+def _library(plan: Resolved) -> str:
+    """The library that loads the output."""
+    if "model_index.json" in plan.base.side_files or "_diffusers_version" in plan.base.config:
+        return "diffusers"
+    if "modules.json" in plan.base.side_files:
+        return "sentence-transformers"
+    return "transformers" if plan.base.config.get("model_type") else "cfmerge"
+
+
 def _public_name(plan: Resolved, number: int) -> str:
-    """The model's name on the hub if its config tells, else its directory's name."""
+    """The model's name on the hub if the cache or its config tells, else its directory's name."""
     checkpoint = plan.base if number < 0 else plan.experts[number]
+    if cached := hub.snapshot(checkpoint.path):
+        return cached.repository
     told = checkpoint.config.get("_name_or_path")
     if isinstance(told, str) and told.count("/") == 1 and not told.startswith(("/", ".", "~")):
         return told

@@ -8,7 +8,7 @@ from cfmerge.engine.assign import Action, Assignment
 from cfmerge.engine.pair import Paired
 from cfmerge.engine.ties import Ties
 from cfmerge.errors import nearest
-from cfmerge.formats import Checkpoint, TensorInfo
+from cfmerge.formats import Source, TensorInfo
 from cfmerge.models import Kind, is_buffer, is_float
 from cfmerge.models.heads import VOCABULARY, is_output_layer, may_be_head
 from cfmerge.models.patterns import escape, patterns, tell
@@ -30,7 +30,7 @@ class Matched:
 
 def match_experts(
     recipe: Recipe,
-    base: Checkpoint,
+    base: Source,
     specs: Sequence[Expert],
     paired: Paired,
     ties: Ties,
@@ -60,8 +60,8 @@ def match_experts(
 
 def _settle_heads(
     recipe: Recipe,
-    base: Checkpoint,
-    experts: Sequence[Checkpoint],
+    base: Source,
+    experts: Sequence[Source],
     specs: Sequence[Expert],
     extras: Sequence[Sequence[str]],
     result: Matched,
@@ -109,7 +109,7 @@ def _settle_heads(
 
 
 def _is_base_head(
-    name: str, assignment: Assignment, base: Checkpoint, models: Sequence[tuple[Checkpoint, Mapping[str, str]]]
+    name: str, assignment: Assignment, base: Source, models: Sequence[tuple[Source, Mapping[str, str]]]
 ) -> bool:
     """A head by its name; or what may be one, where some expert lacks it or has another number of outputs."""
     if assignment.parameter.kind is Kind.HEAD:
@@ -125,7 +125,7 @@ def _is_base_head(
 # --- buffers ------------------------------------------------------------------------------------------------------
 
 
-def _settle_buffers(base: Checkpoint, experts: Sequence[Checkpoint], specs: Sequence[Expert], result: Matched) -> None:
+def _settle_buffers(base: Source, experts: Sequence[Source], specs: Sequence[Expert], result: Matched) -> None:
     """Buffers are the base's, wherever they are missing or stored otherwise; a note says so."""
     kept = []
     for name, assignment in result.assignments.items():
@@ -163,7 +163,7 @@ def _skips(rule: Rule, name: str) -> bool:
 def _check_extra(
     recipe: Recipe,
     spec: Expert,
-    expert: Checkpoint,
+    expert: Source,
     sources: Mapping[str, str],
     extra: Sequence[str],
     missing: Sequence[str],
@@ -210,9 +210,9 @@ def _check_extra(
 
 
 def _check_expert(
-    base: Checkpoint,
+    base: Source,
     spec: Expert,
-    expert: Checkpoint,
+    expert: Source,
     sources: Mapping[str, str],
     extra: Sequence[str],
     result: Matched,

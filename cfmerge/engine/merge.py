@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,19 +22,16 @@ from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.card import model_card, versions
 from cfmerge.engine.checks import same_content
 from cfmerge.engine.plan import Resolved, resolve
-from cfmerge.engine.run import Sink
 from cfmerge.engine.statistics import Statistics
 from cfmerge.engine.units import check_memory
 from cfmerge.engine.work import Progress
 from cfmerge.errors import CfmergeError, NonFiniteError
-from cfmerge.formats import safetensors
-from cfmerge.formats.staged import StagedDirectory
+from cfmerge.formats import Sink, Totals, check_directory_name, open_sink
 from cfmerge.methods import Method
 from cfmerge.models import is_float
 from cfmerge.recipe import Recipe
 
 T = TypeVar("T")
-HEADS = "heads"  # directory of exported heads in the output
 Experts = Sequence[str | Path | recipes.Expert] | Mapping[str, str | Path]
 
 
@@ -45,7 +40,7 @@ class MergeResult:
     """What a merge did.
 
     Attributes:
-        output: the directory of the merged model.
+        output: the directory, or the file, of the merged model; None where a sink took it.
         plan: the plan that was carried out.
         warnings: what speaks against using the model at all.
         notes: what the user should know: of the plan, and of the methods while they ran.
@@ -206,7 +201,7 @@ def merge(
         experts: the same of each expert; a mapping gives them names, `Expert` weights too.
         method: a registered method: its name, a chain as text, or the method itself; `parameters` are the
             arguments of one that is named.
-        output: the directory to make. It appears when it is complete.
+        output: the directory to make, or the `.safetensors` file. It appears when it is complete.
         rules: `Rule`s, or mappings with their fields; the first whose pattern matches a tensor's name wins.
         overwrite: replace a model directory that is there.
         memory: bound of the working set, bytes or `"4GB"`; none: a quarter of what is free.
@@ -289,6 +284,8 @@ def _carried_out(
             label: MergeResult(None, plan.of(label), told, account.reports_of(n), {}, warnings=_warned(account, n))
             for n, label in enumerate(plan.results)
         }
+    if "" not in plan.results:
+        check_directory_name(Path(output))
     outputs = [Path(output) / directory_name(label) if label else Path(output) for label in plan.results]
     if len(set(outputs)) < len(outputs):
         raise CfmergeError(f"sweep: two labels give the same directory; the labels are {list(plan.results)}")
@@ -296,45 +293,53 @@ def _carried_out(
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
     places = [*inputs, *(checkpoint.path for checkpoint in checkpoints)]
     with contextlib.ExitStack() as stack:
-        staged = []
-        for target in outputs:
-            stack.enter_context(clear_errors(target))
-            staged.append(stack.enter_context(StagedDirectory(target, overwrite=overwrite, inputs=places)))
-        check_space(staged[0].path, plan.bytes_to_write * len(outputs))
+        sinks = {
+            label: stack.enter_context(_sink(plan.of(label), target, overwrite, places))
+            for label, target in zip(plan.results, outputs, strict=True)
+        }
         notes = [*dropped, *_check_contents(plan)]
-        metadata = {"format": "pt", **plan.base.metadata}
-        writers = [safetensors.ShardWriter(one.path, plan.output, plan.shard_bytes, metadata) for one in staged]
+        for sink in sinks.values():
+            sink.declare(plan.output)
         stop = threading.Event()
         with ThreadPoolExecutor(1, "hash") as hasher:
             digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
             try:
-                account = run.merge(plan.work, writers, memory=memory, progress=progress, stop=stop)
-                for writer in writers:
-                    writer.close()
+                account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress, stop=stop)
             except BaseException:
                 stop.set()
-                for writer in writers:
-                    writer.abort()
                 raise
         notes += account.lines()
-        warned = [_warned(account, n, outputs[n]) for n in range(len(outputs))]
-        for n, (one, label) in enumerate(zip(staged, plan.results, strict=True)):
-            _write_side_files(plan, one.path)
-            _export_heads(plan, one.path)
-            (one.path / "README.md").write_text(model_card(plan.of(label), digests.result(), notes, warned[n]))
-        for one in staged:
-            one.commit()
-        return {
-            label: MergeResult(
-                one.target,
-                plan.of(label),
-                (*plan.notes, *notes),
-                account.reports_of(n),
-                digests.result(),
-                warnings=warned[n],
+        results = {}
+        for number, (label, sink) in enumerate(sinks.items()):
+            warned, shown = _warned(account, number, outputs[number]), [*notes, *sink.notes]
+            card = model_card(plan.of(label), digests.result(), shown, warned)
+            sink.finish(Totals(card, _exported_heads(plan)))
+            reports = account.reports_of(number)
+            results[label] = MergeResult(
+                sink.target, plan.of(label), (*plan.notes, *shown), reports, digests.result(), warnings=warned
             )
-            for n, (label, one) in enumerate(zip(plan.results, staged, strict=True))
-        }
+        for sink in sinks.values():
+            sink.commit()
+        return results
+
+
+def _sink(plan: Plan, output: Path, overwrite: bool, inputs: Sequence[Path]) -> Sink:
+    """The sink of a plan with one result."""
+    return open_sink(
+        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
+        heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
+    )  # fmt: skip
+
+
+def _new_dtype(plan: Plan) -> dict[str, dict[str, str]]:
+    """`{config.json: {key: dtype}}` of every folder with weights, where the output's dtype is chosen."""
+    edits = {}
+    for name in (f"{folder.name}/config.json".lstrip("/") for folder in plan.folders if plan.recipe.dtype):
+        if name in plan.side_files:
+            config = json.loads(plan.side_files[name].read_text())
+            keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
+            edits[name] = dict.fromkeys(sorted(keys), str(plan.recipe.dtype))
+    return edits
 
 
 def _warned(account: Account, result: int, output: Path | None = None) -> tuple[str, ...]:
@@ -347,27 +352,6 @@ def _warned(account: Account, result: int, output: Path | None = None) -> tuple[
 
 def _silent(name: str, count: int) -> None:
     pass
-
-
-@contextlib.contextmanager
-def clear_errors(output: Path) -> Iterator[None]:
-    """Errors of the file system as `CfmergeError`."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        reason = "the disk is full" if full else f"{error.strerror or error}"
-        place = f" ({error.filename})" if error.filename else ""
-        raise CfmergeError(f"output {output}: {reason}{place}; nothing was written") from None
-
-
-def check_space(directory: Path, needed: int) -> None:
-    """Raises `CfmergeError` unless so many bytes are free."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise CfmergeError(
-            f"output {directory.parent}: the merged model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        )
 
 
 def _check_contents(plan: Plan) -> list[str]:
@@ -391,32 +375,18 @@ def _check_contents(plan: Plan) -> list[str]:
     return notes
 
 
-def _write_side_files(plan: Plan, directory: Path) -> None:
-    for name, source in plan.side_files.items():
-        target = directory / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json" and plan.recipe.dtype:
-            config = json.loads(source.read_text())
-            keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
-            config |= dict.fromkeys(sorted(keys), plan.recipe.dtype)
-            target.write_text(json.dumps(config, indent=2) + "\n")
-        else:
-            shutil.copyfile(source, target)
-
-
-def _export_heads(plan: Plan, directory: Path) -> None:
+def _exported_heads(plan: Plan) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """`(expert, {name: tensor})` of the heads that are written beside the model."""
     for spec, expert in zip(plan.expert_specs, plan.experts, strict=True):
-        heads = plan.exported.get(spec.name)
-        if heads:
-            (directory / HEADS).mkdir(exist_ok=True)
-            tensors = {name: expert.read(name) for name in heads}
-            for name, tensor in tensors.items():
-                if is_float(tensor.dtype.name) and not np.isfinite(tensor).all():
-                    raise NonFiniteError(
-                        f"expert {spec.name!r} ({spec.path}): head {name!r} holds NaN or infinity",
-                        source=spec.name, tensor=name,
-                    )  # fmt: skip
-            safetensors.save(directory / HEADS, tensors, {"format": "pt"}, spec.name)
+        tensors = {name: expert.read(name) for name in plan.exported.get(spec.name, ())}
+        for name, tensor in tensors.items():
+            if is_float(tensor.dtype.name) and not np.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"expert {spec.name!r} ({spec.path}): head {name!r} holds NaN or infinity",
+                    source=spec.name, tensor=name,
+                )  # fmt: skip
+        if tensors:
+            yield spec.name, tensors
 
 
 def _sha256(file: Path, stop: threading.Event) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import Checkpoint, TensorInfo
+from cfmerge.formats import Source, TensorInfo
 from cfmerge.models.mixtures import View, other_form, transposed
 from cfmerge.models.renames import apply_renames, pair
 from cfmerge.recipe import Expert, Recipe, Rename
@@ -18,11 +18,12 @@ from cfmerge.recipe import Expert, Recipe, Rename
 class Viewed:
     """A checkpoint of which some tensors have other names, or are made of others when they are read."""
 
-    def __init__(self, inner: Checkpoint, views: Mapping[str, View], consumed: Sequence[str] = ()):
+    def __init__(self, inner: Source, views: Mapping[str, View], consumed: Sequence[str] = ()):
         self.inner, self.views = inner, views
         self.path: Path = inner.path
         self.config: Mapping[str, Any] = inner.config
         self.files, self.side_files, self.metadata = inner.files, inner.side_files, inner.metadata
+        self.folders, self.notes, self.left_out = inner.folders, inner.notes, inner.left_out
         gone = {*consumed, *(source for view in views.values() for source in view.sources)}
         made = {
             name: TensorInfo(view.shape, inner.tensors[view.sources[0]].dtype, inner.tensors[view.sources[0]].file)
@@ -34,32 +35,31 @@ class Viewed:
         ties = {renamed.get(alias, alias): renamed.get(name, name) for alias, name in inner.ties.items()}
         self.ties: Mapping[str, str] = {alias: name for alias, name in ties.items() if name in self.tensors}
 
-    def read(self, name: str) -> np.ndarray:
-        view = self.views.get(name)
-        return self.inner.read(name) if view is None else view.make(self.inner.read)
+    def prepare(self) -> None:
+        self.inner.prepare()
 
-    def read_flat(self, name: str, first: int, count: int) -> np.ndarray:
-        """A piece of a tensor, without making all of one that is packed of many."""
+    def grain(self, name: str) -> int:
+        return self.inner.grain(self.views[name].sources[0] if name in self.views else name)
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         view = self.views.get(name)
-        if view is None and isinstance(self.inner, Viewed):
-            return self.inner.read_flat(name, first, count)
         if view is None:
-            return self.inner.read(name).reshape(-1)[first : first + count]
-        return view.flat(self.inner.read, first, count)
+            return self.inner.read(name, first, count)
+        return view.make(self.inner.read) if count is None else view.flat(self.inner.read, first, count)
 
 
 @dataclasses.dataclass
 class Paired:
     """`sources[t]` maps the base's names to those of `experts[t]`."""
 
-    experts: list[Checkpoint]
+    experts: list[Source]
     sources: list[dict[str, str]]
     notes: list[str]
     problems: list[str]
     architectures: list[str] = dataclasses.field(default_factory=list)  # experts that say they are another model
 
 
-def pair_experts(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint], specs: Sequence[Expert]) -> Paired:
+def pair_experts(recipe: Recipe, base: Source, experts: Sequence[Source], specs: Sequence[Expert]) -> Paired:
     """The experts with their names seen through, and every note and problem on the way.
 
     Raises:
@@ -77,7 +77,7 @@ def pair_experts(recipe: Recipe, base: Checkpoint, experts: Sequence[Checkpoint]
     return result
 
 
-def _renamed(expert: Checkpoint, spec: Expert, everyones: Sequence[Rename], matched: set[str]) -> Checkpoint:
+def _renamed(expert: Source, spec: Expert, everyones: Sequence[Rename], matched: set[str]) -> Source:
     """The expert with the names that the recipe gives it."""
     if not spec.rename and not everyones:
         return expert
@@ -110,11 +110,11 @@ def _renamed(expert: Checkpoint, spec: Expert, everyones: Sequence[Rename], matc
     return Viewed(expert, views)
 
 
-def _looks_like(experts: Sequence[Checkpoint]) -> str:
+def _looks_like(experts: Sequence[Source]) -> str:
     return f"; names look like {next(iter(experts[0].tensors))!r}" if experts else ""
 
 
-def _architecture(base: Checkpoint, spec: Expert, expert: Checkpoint, result: Paired) -> None:
+def _architecture(base: Source, spec: Expert, expert: Source, result: Paired) -> None:
     ours, theirs = base.config.get("model_type"), expert.config.get("model_type")
     if ours and theirs and ours != theirs:
         result.architectures.append(
@@ -123,7 +123,7 @@ def _architecture(base: Checkpoint, spec: Expert, expert: Checkpoint, result: Pa
         )
 
 
-def _pair_one(base: Checkpoint, spec: Expert, expert: Checkpoint, result: Paired) -> None:
+def _pair_one(base: Source, spec: Expert, expert: Source, result: Paired) -> None:
     headers, theirs = _headers(base), _headers(expert)
     views = {} if headers.keys() == theirs.keys() else other_form(headers, theirs, base.config, expert.config)
     if views:
@@ -155,17 +155,17 @@ def _pair_one(base: Checkpoint, spec: Expert, expert: Checkpoint, result: Paired
     result.sources.append(_through_ties(base, expert, pairs.sources))
 
 
-def _headers(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], str]]:
+def _headers(checkpoint: Source) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (info.shape, info.dtype.name) for name, info in checkpoint.tensors.items()}
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def _shapes(checkpoint: Source) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors, and of names that are tied to them and not stored."""
     stored = {name: info.shape for name, info in checkpoint.tensors.items()}
     return {**stored, **{a: stored[n] for a, n in checkpoint.ties.items() if a not in stored and n in stored}}
 
 
-def _through_ties(base: Checkpoint, expert: Checkpoint, pairs: Mapping[str, str]) -> dict[str, str]:
+def _through_ties(base: Source, expert: Source, pairs: Mapping[str, str]) -> dict[str, str]:
     """The expert's stored tensor for each name of the base, stored or tied."""
     stored = {
         name: source if source in expert.tensors else expert.ties[source] for name, source in pairs.items()

@@ -18,6 +18,7 @@ from cfmerge.core.numbers import plain_number
 from cfmerge.core.part import Part
 from cfmerge.core.random import check_seed
 from cfmerge.engine.assign import assign, treated_apart
+from cfmerge.engine.configs import config_notes
 from cfmerge.engine.match import match_experts
 from cfmerge.engine.pair import Paired, pair_experts
 from cfmerge.engine.plugins import load_plugins
@@ -25,8 +26,9 @@ from cfmerge.engine.statistics import Statistics, fingerprint
 from cfmerge.engine.ties import settle_ties
 from cfmerge.engine.work import Job, Participant, Work, check_count, check_moments, methods_of, settled_jobs
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import Checkpoint, open_checkpoint
-from cfmerge.formats.huggingface import side_files
+from cfmerge.formats import Folder, Source, open_checkpoint, quantised
+from cfmerge.formats.folders import check_folders, same_folders
+from cfmerge.formats.side_files import check_whole, side_files
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.models.patterns import patterns, tell
@@ -63,8 +65,8 @@ class Resolved:
     """
 
     results: Mapping[str, Planned]
-    base: Checkpoint
-    experts: tuple[Checkpoint, ...]
+    base: Source
+    experts: tuple[Source, ...]
     expert_specs: tuple[Expert, ...]
     work: Work
     exported: Mapping[str, tuple[str, ...]]
@@ -99,6 +101,12 @@ class Resolved:
             for job in self.jobs if job.assignment.action != "skip" for name in job.writes
         }  # fmt: skip
         return {name: headers[name] for name in self.base.tensors if name in headers}
+
+    @property
+    def folders(self) -> tuple[Folder, ...]:
+        """How the weights of the output lie: as the base's, without folders that have no tensor left."""
+        names = self.output
+        return tuple(f for f in self.base.folders if any(name.startswith(f.prefix) for name in names))
 
     @property
     def bytes_to_read(self) -> int:
@@ -150,7 +158,7 @@ def resolve(
     statistics: Statistics | None = None,
     *,
     sums: bool = False,
-    opened: Mapping[str, Checkpoint] | None = None,
+    opened: Mapping[str, Source] | None = None,
 ) -> Resolved:
     """Opens all checkpoints, reads their headers, and settles everything that can be settled from them.
 
@@ -192,6 +200,10 @@ def resolve(
     for method in made:
         check_count(method, len(earlier) + len(specs))
     notes = _check_same_files(recipe, base, specs, experts)
+    named = {spec.name: expert for spec, expert in zip(specs, experts, strict=True)}
+    notes += _of_files(recipe, base, named)
+    base, experts, of_folders = same_folders(base, named)
+    notes += of_folders
 
     parameters = _parameters(base)
     paired = pair_experts(recipe, base, experts, specs)
@@ -269,20 +281,27 @@ def unsolved(jobs: Sequence[Job], method: Method) -> list[str]:
     return notes
 
 
-def _parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
+def _of_files(recipe: Recipe, base: Source, experts: Mapping[str, Source]) -> list[str]:
+    """What has to be said of the models' files and configs.
+
+    Raises:
+        CfmergeError: a model is quantised, or one is a pipeline and another a component.
+    """
+    problems = quantised.problems(base, experts)
+    if problems:
+        raise CfmergeError("\n".join(problems))
+    check_folders(base, experts)
+    read = [*base.notes, *(f"expert {name!r}: {note}" for name, expert in experts.items() for note in expert.notes)]
+    left_out = base.left_out if recipe.side_files is None else ()
+    return [*read, *left_out, *quantised.notes(base, experts), *config_notes(base, experts)]
+
+
+def _parameters(checkpoint: Source) -> dict[str, Parameter]:
     headers = {name: (info.shape, info.dtype.name) for name, info in checkpoint.tensors.items()}
-    quantised = [name for name, (_, dtype) in headers.items() if "float8" in dtype]
-    if quantised:
-        raise CfmergeError(
-            f"{checkpoint.path}: tensor {quantised[0]!r} is {headers[quantised[0]][1]} (quantised); "
-            "merge the model in bfloat16 or float32 and quantise the result"
-        )
     return classify(headers, checkpoint.config)
 
 
-def _check_same_files(
-    recipe: Recipe, base: Checkpoint, specs: Sequence[Expert], experts: Sequence[Checkpoint]
-) -> list[str]:
+def _check_same_files(recipe: Recipe, base: Source, specs: Sequence[Expert], experts: Sequence[Source]) -> list[str]:
     """The same files named twice: an error unless the recipe allows it."""
     notes = []
     seen: dict[tuple[Path, ...], str] = {}
@@ -306,11 +325,13 @@ def _check_same_files(
     return notes
 
 
-def _side_files(recipe: Recipe, base: Checkpoint) -> Mapping[str, Path]:
+def _side_files(recipe: Recipe, base: Source) -> Mapping[str, Path]:
     if recipe.side_files is None:
+        check_whole(base.side_files)
         return base.side_files
     directory = Path(recipe.side_files).expanduser()
     if not directory.is_dir():
         raise CfmergeError(f"side_files: {directory} is not a directory")
-
-    return side_files(directory)
+    files = side_files(directory)
+    check_whole(files)
+    return files

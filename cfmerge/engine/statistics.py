@@ -21,14 +21,11 @@ from cfmerge import methods as registered
 from cfmerge.core.call import call_of, form_of, identity
 from cfmerge.core.expressions import expression
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import Checkpoint, open_checkpoint
-from cfmerge.formats.safetensors import ShardWriter
-from cfmerge.formats.staged import StagedDirectory
+from cfmerge.formats import DirectorySink, Folder, Source, Totals, open_checkpoint
 from cfmerge.methods import Method
 from cfmerge.recipe import Recipe, Rule
 
 KEY = "cfmerge.statistics"  # of the files' metadata
-SHARD = 5 * 10**9
 SAMPLE = 1024  # entries of each tensor of the base that its fingerprint is made of
 
 Leaves = Mapping[str, Any]  # {leaf of the statistic: array (matrices, ...)}
@@ -115,21 +112,17 @@ class Statistics:
         Raises:
             CfmergeError: the directory exists.
         """
-        with StagedDirectory(Path(directory), overwrite=overwrite, inputs=inputs) as staged:
+        with statistics_sink(directory, self.metadata(), overwrite, inputs) as sink:
             headers = {
                 f"{name}:{leaf}": (tuple(array.shape), np.dtype(array.dtype))
                 for name in self.kinds for leaf, array in self.tensors[name].items()
             }  # fmt: skip
-            writer = ShardWriter(staged.path, headers, SHARD, self.metadata())
-            try:
-                for name in self.kinds:
-                    for leaf, array in self.tensors[name].items():
-                        writer.write(f"{name}:{leaf}", np.asarray(array))
-                writer.close()
-            except BaseException:
-                writer.abort()
-                raise
-            staged.commit()
+            sink.declare(headers)
+            for name in self.kinds:
+                for leaf, array in self.tensors[name].items():
+                    sink.write(f"{name}:{leaf}", np.asarray(array))
+            sink.finish(Totals())
+            sink.commit()
 
     def metadata(self) -> dict[str, str]:
         told = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "tensors"}
@@ -173,6 +166,14 @@ class _Lazily(Mapping[str, Leaves]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def statistics_sink(
+    directory: str | Path, metadata: Mapping[str, str], overwrite: bool, inputs: Sequence[Path]
+) -> DirectorySink:
+    """Where statistics go: a directory of safetensors whose metadata tells what they are."""
+    folders = [Folder(metadata=metadata)]
+    return DirectorySink(Path(directory), folders, metadata={}, overwrite=overwrite, inputs=inputs)
 
 
 def statistic_name(method: Method) -> str:
@@ -226,7 +227,7 @@ def stacked(kept: Sequence[Leaves], method: Method, shape: tuple[int, ...], comp
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def fingerprint(tensors: Mapping[str, Any] | Checkpoint, names: Sequence[str]) -> str:
+def fingerprint(tensors: Mapping[str, Any] | Source, names: Sequence[str]) -> str:
     """Of a base: a hash of the first entries of the tensors that are merged."""
     digest = hashlib.sha256()
     for name in sorted(names):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cfmerge.formats import Checkpoint
+from cfmerge.formats import Source
 from cfmerge.models.heads import may_be_head
 from cfmerge.models.patterns import tell
 from cfmerge.models.ties import stated
@@ -28,8 +28,8 @@ class Ties:
 
 
 def settle_ties(
-    base: Checkpoint,
-    experts: Sequence[Checkpoint],
+    base: Source,
+    experts: Sequence[Source],
     specs: Sequence[Expert],
     sources: Sequence[dict[str, str]],
     apart: Callable[[str, str], bool],
@@ -69,7 +69,7 @@ def settle_ties(
     return result
 
 
-def _candidates(base: Checkpoint) -> list[tuple[str, str]]:
+def _candidates(base: Source) -> list[tuple[str, str]]:
     """`(alias, name)` pairs of stored tensors that may be one, those that libraries tie first."""
     claimed = [(a, n) for a, n in base.ties.items() if a in base.tensors and n in base.tensors and a != n]
     groups: dict[bytes, list[str]] = defaultdict(list)
@@ -83,7 +83,7 @@ def _candidates(base: Checkpoint) -> list[tuple[str, str]]:
     return [*claimed, *(pair for pair in pairs if pair not in claimed)]
 
 
-def fingerprints(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, bytes]:
+def fingerprints(checkpoint: Source, names: Sequence[str]) -> dict[str, bytes]:
     """Shape, dtype and a sample of those of the tensors that share all three with another.
 
     Constants have none; neither have the layers of a deep model, or the experts of a mixture, which no library ties
@@ -114,13 +114,13 @@ def _sample(array: np.ndarray) -> bytes | None:
 
 
 def _where_different(
-    base: Checkpoint,
-    experts: Sequence[Checkpoint],
+    base: Source,
+    experts: Sequence[Source],
     specs: Sequence[Expert],
     sources: Sequence[Mapping[str, str]],
     alias: str,
     name: str,
-) -> tuple[str, Checkpoint] | None:
+) -> tuple[str, Source] | None:
     """The first model in which two tensors of the base are not one; None if there is none."""
     if not same_bits(base.read(alias), base.read(name)):
         return "base", base
@@ -139,7 +139,7 @@ def _complete(alias: str, name: str, sources: Sequence[dict[str, str]]) -> None:
         names.pop(alias, None)
 
 
-def _untie(alias: str, name: str, where: tuple[str, Checkpoint], base: Checkpoint, result: Ties) -> None:
+def _untie(alias: str, name: str, where: tuple[str, Source], base: Source, result: Ties) -> None:
     who, checkpoint = where
     if stated(alias, base.config):
         if checkpoint.config.get("tie_word_embeddings") is False:
@@ -155,7 +155,7 @@ def _untie(alias: str, name: str, where: tuple[str, Checkpoint], base: Checkpoin
     )
 
 
-def _of_its_own(who: str, checkpoint: Checkpoint, alias: str, name: str) -> str:
+def _of_its_own(who: str, checkpoint: Source, alias: str, name: str) -> str:
     return (
         f"{who} ({checkpoint.path}) has a {alias!r} of its own, but in the base it is tied to {name!r}; "
         "tie_word_embeddings must be the same in every config.json. Untie it in the base (store both, and set it to "
@@ -163,9 +163,7 @@ def _of_its_own(who: str, checkpoint: Checkpoint, alias: str, name: str) -> str:
     )
 
 
-def _copies(
-    base: Checkpoint, spec: Expert, expert: Checkpoint, names: dict[str, str], copies: set[str], result: Ties
-) -> None:
+def _copies(base: Source, spec: Expert, expert: Source, names: dict[str, str], copies: set[str], result: Ties) -> None:
     """What the expert stores once more under a name that the base does not store."""
     used = set(names.values())
     for alias, name in base.ties.items():

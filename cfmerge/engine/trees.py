@@ -25,8 +25,9 @@ class Tree(NamedTuple):
 
     leaves: Mapping[str, Any]
 
-    def read(self, name: str) -> Any:
-        return self.leaves[name]
+    def read(self, name: str, first: int = 0, count: int | None = None) -> Any:
+        leaf = self.leaves[name]
+        return leaf if count is None else leaf.reshape(-1)[first : first + count]
 
 
 class Kept:

@@ -16,7 +16,6 @@ import numpy as np
 from cfmerge.core.call import of_expert
 from cfmerge.core.random import digest_of
 from cfmerge.core.several import leaders, members
-from cfmerge.engine.pair import Viewed
 from cfmerge.engine.statistics import stacked
 from cfmerge.engine.steps import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places, kind_of
@@ -94,11 +93,7 @@ class Unit:
     def read(self, model: Readable, names: Sequence[str]) -> Any:
         """The unit's share of tensors of a model, one name for each segment."""
         first, count = self.segments[0].first, self.segments[0].count
-        if count is not None and isinstance(model, Viewed):
-            return model.read_flat(names[0], first, count)[None]
-        arrays = [model.read(name) for name in names]
-        if count is not None:
-            return arrays[0].reshape(-1)[first : first + count][None]
+        arrays = [model.read(name, first, count) for name in names]
         if any(isinstance(array, jax.Array) for array in arrays):
             return jnp.stack(arrays)
         if len({array.dtype for array in arrays}) > 1:  # NumPy has no common dtype for float16 and bfloat16

@@ -28,9 +28,11 @@ Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last
 
 
 class Readable(Protocol):
-    """Named arrays: a checkpoint, or a tree in memory."""
+    """Named arrays: a `Source`, or a tree in memory."""
 
-    def read(self, name: str) -> Any: ...
+    def read(self, name: str, first: int = 0, count: int | None = None) -> Any:
+        """The array; with `count` so many entries of the flat one, from entry `first` on."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

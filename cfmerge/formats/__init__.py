@@ -1,25 +1,38 @@
-"""Checkpoints: one file a format, behind the interface `Checkpoint`."""
+"""Formats: one file each, a `Source` that tensors come from, a `Sink` that they go to, or both."""
 
 from pathlib import Path
 
+from cfmerge import hub
 from cfmerge.errors import CfmergeError
-from cfmerge.formats.base import Checkpoint as Checkpoint
+from cfmerge.formats.base import Folder as Folder
+from cfmerge.formats.base import Sink as Sink
+from cfmerge.formats.base import Source as Source
 from cfmerge.formats.base import TensorInfo as TensorInfo
-from cfmerge.formats.huggingface import HuggingFaceCheckpoint
+from cfmerge.formats.base import Totals as Totals
+from cfmerge.formats.huggingface import HuggingFaceSource
+from cfmerge.formats.sinks import DirectorySink as DirectorySink
+from cfmerge.formats.sinks import FileSink as FileSink
+from cfmerge.formats.sinks import check_directory_name as check_directory_name
+from cfmerge.formats.sinks import open_sink as open_sink
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a model directory or a single `.safetensors` file, and reads its headers only.
+def open_checkpoint(path: str | Path) -> Source:
+    """Opens a model directory, a single `.safetensors` file or a model's folder in the Hugging Face cache.
+
+    Only headers are read. A format is chosen by what the files hold; a new one is one more line here.
 
     Raises:
         CfmergeError: there is nothing there, it is of a format that is not read, or its headers are corrupt.
     """
     path = Path(path).expanduser()
+    if path.is_symlink() and not path.exists():
+        raise CfmergeError(f"{path}: is a link to {path.readlink()}, which is not there; fetch the model again")
     if not path.exists():
+        looks_like_a_name = len(path.parts) == 2 and not path.is_absolute() and "." not in path.parts
         hint = (
             "; this looks like a name on the Hugging Face hub: download it first (hf download NAME --local-dir DIR)"
-            if len(path.parts) == 2 and not path.is_absolute() and "." not in path.parts
+            if looks_like_a_name
             else ""
         )
         raise CfmergeError(f"{path}: no such file or directory{hint}")
-    return HuggingFaceCheckpoint(path)
+    return HuggingFaceSource(hub.newest(path))

@@ -1,14 +1,21 @@
-"""What every checkpoint format offers to the engine."""
+"""The two sides of every format: a `Source` is where tensors come from, a `Sink` is where they go.
+
+A format is one file beside this one. It is a Source, a Sink or both; `open_checkpoint` chooses a Source by what the
+files hold, `open_sink` a Sink by the output's name. The engine knows no format, a format knows no method.
+"""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 
 from cfmerge.models import Shape
+
+Header = tuple[Shape, np.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +27,39 @@ class TensorInfo:
     file: Path
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
 
-class Checkpoint(Protocol):
-    """A model on disk: headers at once, tensors when asked for.
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """How the weights in one folder of a model lie, so that an output can lie as its base does.
+
+    Attributes:
+        prefix: what the names of its tensors begin with; "" for the main one.
+        name: its path below the model's directory; "" for the directory itself.
+        stem: `STEM.safetensors`, `STEM-00001-of-00002.safetensors`.
+        index: the name of the index of its shards.
+        sharded: whether its client looks for an index at all; otherwise it is one file, however large.
+        declared: whether the model says that it consists of such folders; otherwise it may hold something else.
+        metadata: of its first file, text.
+    """
+
+    prefix: str = ""
+    name: str = ""
+    stem: str = "model"
+    index: str = "model.safetensors.index.json"
+    sharded: bool = True
+    declared: bool = True
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Source(Protocol):
+    """A model on disk: headers at once, tensors when asked for. Reading is safe from several threads.
 
     Attributes:
         path: what the user named.
@@ -34,7 +68,10 @@ class Checkpoint(Protocol):
         files: the files that hold tensors.
         side_files: config, tokenizer and other files beside them, `{name in the directory: path}`.
         ties: `{alias: name}`, tensors that are stored once under another name.
-        metadata: the format's own metadata.
+        metadata: the format's own metadata, text.
+        folders: how the weights lie; the first is the main one.
+        notes: what a user must know of how it was read: files that were not, metadata that is odd.
+        left_out: why an output lacks files that lie beside the base's weights; notes too, of a base alone.
     """
 
     path: Path
@@ -44,7 +81,87 @@ class Checkpoint(Protocol):
     side_files: Mapping[str, Path]
     ties: Mapping[str, str]
     metadata: Mapping[str, str]
+    folders: tuple[Folder, ...]
+    notes: tuple[str, ...]
+    left_out: tuple[str, ...]
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, as a read-only view of the mapped file where the format allows it."""
+    def prepare(self) -> None:
+        """Looks at the whole model, where its tensors cannot be told before (a permutation that is matched, say).
+
+        It is called once, before the first `read`, and may read tensors. Most sources have nothing to do.
+        """
+        ...
+
+    def grain(self, name: str) -> int:
+        """How many flat entries are read at once at least: 1 for mapped files, a whole chunk where chunks are packed.
+
+        `read` takes any range; one that is no multiple of the grain costs what the multiples around it cost.
+        """
+        ...
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        """The whole tensor in its shape; with `count`, so many entries of the flat tensor from `first` on.
+
+        It is read-only, and a view of the mapped file where the format allows it.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """The facts of an output that are known only when all tensors are written.
+
+    Attributes:
+        card: the text of README.md.
+        heads: `(expert, {name: tensor})` of the heads that are written beside the model, one expert at a time.
+    """
+
+    card: str = ""
+    heads: Iterable[tuple[str, Mapping[str, np.ndarray]]] = ()
+
+
+class Sink(Protocol):
+    """An output that appears whole or not at all: `with sink:`, then these calls in this order.
+
+        declare(headers) -> write(name, values, first) ... -> finish(totals) -> commit()
+
+    Leaving the `with` block without `commit` removes all that was written. Errors of the file system (a full disk, no
+    permission) are `CfmergeError`s that name the output, from every call.
+
+    Attributes:
+        target: the directory or the file that appears.
+        notes: what a user must know of how it was written.
+    """
+
+    target: Path
+    notes: tuple[str, ...]
+
+    def __enter__(self) -> "Sink":
+        """Takes hold of the place. Raises `CfmergeError` if there is something that may not be replaced."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """`abort`, unless it was committed."""
+        ...
+
+    def declare(self, headers: Mapping[str, Header]) -> None:
+        """Names, shapes and dtypes of all tensors, before the first `write`: the space for them is reserved here."""
+        ...
+
+    def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
+        """Writes a tensor, or a piece of the flat tensor from entry `first` on; in any order, from any thread."""
+        ...
+
+    def finish(self, totals: Totals) -> None:
+        """Checks that every tensor is there as a whole, and writes what stands beside them."""
+        ...
+
+    def commit(self) -> None:
+        """Flushes everything to the disk and gives the output its final name."""
+        ...
+
+    def abort(self) -> None:
+        """Closes and removes everything that was written; nothing happens after `commit`, or a second time."""
         ...

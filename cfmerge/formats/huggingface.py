@@ -1,138 +1,130 @@
 """Models as the Hugging Face hub holds them: a directory of safetensors and side files, or one file."""
 
-import json
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cfmerge.errors import CfmergeError
-from cfmerge.formats.base import TensorInfo
+from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats.base import Folder, TensorInfo
+from cfmerge.formats.layout import Component, Weights, find_components, read_json
 from cfmerge.formats.safetensors import SafetensorsFile
+from cfmerge.formats.side_files import about, look_beside
 from cfmerge.models.ties import likely_ties
 
-INDEX = "model.safetensors.index.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".npz")
 
-
-class HuggingFaceCheckpoint:
-    """A directory with `model.safetensors` or an index of shards, or a single `.safetensors` file."""
+class HuggingFaceSource:
+    """A directory with `model.safetensors`, an index of shards or components in folders, or one `.safetensors` file."""
 
     def __init__(self, path: Path):
         self.path = path
         directory = path if path.is_dir() else None
-        files = [path] if directory is None else find_weights(directory)
-        self._files = [SafetensorsFile(file) for file in files]
-        self._where: dict[str, SafetensorsFile] = {}
-        for file in self._files:
-            for name in file.tensors:
-                if name in self._where:
-                    raise CfmergeError(
-                        f"{path}: tensor {name!r} is in both {self._where[name].path.name} and {file.path.name}"
-                    )
-                self._where[name] = file
-        if directory is not None and (directory / INDEX).is_file():
-            self._check_index(directory / INDEX)
-        self.files = tuple(files)
-        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._where.items()}
-        self.config: Mapping[str, Any] = _read_json(directory / "config.json") if directory else {}
-        self.side_files: Mapping[str, Path] = side_files(directory) if directory else {}
-        self.metadata: Mapping[str, str] = self._files[0].metadata if self._files else {}
-        self.ties: Mapping[str, str] = self._find_ties()
+        components = find_components(directory) if directory else [_one_file(path)]
+        self._where: dict[str, tuple[SafetensorsFile, str]] = {}  # {name: (file, the tensor's name in it)}
+        self.folders: tuple[Folder, ...] = ()
+        self.ties: Mapping[str, str] = {}
+        self.notes: tuple[str, ...] = ()
+        files: list[Path] = []
+        apart: list[Path] = []  # folders that hold the model once more
+        for component in components:
+            opened = [SafetensorsFile(file) for file in component.weights.files]
+            where = _chosen(path, component.weights, opened)
+            if not component.declared and self._is_again(where):
+                apart.append(path / component.folder)
+                continue
+            self._where |= {component.prefix + name: (file, name) for name, file in where.items()}
+            config = read_json(path / component.folder / "config.json") if directory else {}
+            metadata = opened[0].metadata
+            folder = component.weights.folder(component.prefix, component.folder)
+            self.folders += (dataclasses.replace(folder, metadata=metadata, declared=component.declared),)
+            found = likely_ties(where, config, metadata)
+            self.ties |= {component.prefix + alias: component.prefix + name for alias, name in found.items()}
+            self.notes += _notes(component.weights, where, opened, path)
+            files += component.weights.files
+        self.tensors: Mapping[str, TensorInfo] = {n: file.tensors[own] for n, (file, own) in self._where.items()}
         if not self.tensors:
             raise CfmergeError(f"{path}: holds no tensors")
+        self.files = tuple(files)
+        main = components[0]
+        own = directory is not None and not main.prefix  # a pipeline has no config of its own
+        self.config: Mapping[str, Any] = read_json(path / main.folder / "config.json") if own else {}
+        self.metadata: Mapping[str, str] = self.folders[0].metadata
+        self.side_files: Mapping[str, Path] = {}
+        self.left_out: tuple[str, ...] = ()
+        if directory:
+            ignored = [file for component in components for file in component.weights.ignored]
+            ignored += [component.weights.index for component in components if component.weights.index]
+            beside = look_beside(directory, files, ignored, apart)
+            self.side_files, self.left_out = beside.files, about(beside, path)
 
-    def read(self, name: str) -> np.ndarray:
-        return self._where[name].read(name)
+    def prepare(self) -> None:
+        pass
 
-    def _check_index(self, index: Path) -> None:
-        listed = _weight_map(index)
-        for name, file in listed.items():
-            if name not in self._where or self._where[name].path.name != Path(file).name:
-                raise CfmergeError(f"{index}: tensor {name!r} should be in {file}, and is not; fetch it again")
-        unlisted = sorted(set(self._where) - set(listed))
-        if unlisted:
-            raise CfmergeError(
-                f"{index}: does not list {len(unlisted)} tensors of its shards, such as {unlisted[0]!r}; "
-                "the index is of another version of the model, fetch it again"
-            )
+    def grain(self, name: str) -> int:
+        return 1
 
-    def _find_ties(self) -> dict[str, str]:
-        """Aliases, stored or not, of tensors that are stored."""
-        return likely_ties(self._where, self.config, self.metadata)
+    def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        file, own = self._where[name]
+        return file.read(own, first, count)
+
+    def _is_again(self, names: Mapping[str, Any]) -> bool:
+        """Whether a folder's tensors are those that the main part has already: another version of the model."""
+        return bool(names) and 2 * sum(name in self._where for name in names) > len(names)
 
 
-def find_weights(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory.
+def _one_file(path: Path) -> Component:
+    return Component("", "", Weights([path], None, {}, path.stem, []))
+
+
+def _chosen(path: Path, weights: Weights, opened: Sequence[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    """`{name: the file that it is read from}`; the index decides, where there is one.
 
     Raises:
-        CfmergeError: none (says what is there instead), several without an index, or an index that points
-            outside the directory.
+        CfmergeError: a tensor is not where the index says, or in no index, or in two files without one.
     """
-    index = directory / INDEX
-    if index.is_file():
-        names = sorted(set(_weight_map(index).values()))
-        for name in names:
-            if Path(name).name != name or name in {"", ".", ".."}:
-                raise CfmergeError(f"{index}: points to {name!r}, outside its own directory; refusing to read it")
-            if not (directory / name).is_file():
-                raise CfmergeError(f"{directory}: shard {name} of {index.name} is missing; fetch it again")
-        return [directory / name for name in names]
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    if (directory / "adapter_config.json").is_file():
+    holders: dict[str, list[SafetensorsFile]] = {}
+    for file in opened:
+        for name in file.tensors:
+            holders.setdefault(name, []).append(file)
+    index = weights.index
+    if index is None:
+        return {name: files[0] for name, files in holders.items()}
+    chosen = {}
+    for name, place in weights.where.items():
+        found = next((file for file in holders.get(name, ()) if file.path.name == place), None)
+        if found is None:
+            twice = next((f"; {n!r} is in both {f[0].path.name} and {f[1].path.name}"
+                          for n, f in holders.items() if len(f) > 1), "")  # fmt: skip
+            raise CfmergeError(f"{index}: tensor {name!r} should be in {place}, and is not{twice}; fetch it again")
+        chosen[name] = found
+    unlisted = sorted(set(holders) - set(chosen))
+    if unlisted:
         raise CfmergeError(
-            f"{directory}: holds an adapter (LoRA), not a model; adapters are not read yet. Merge it into its "
-            "base first: peft's model.merge_and_unload().save_pretrained(...)"
+            f"{index}: does not list {len(unlisted)} tensors of its shards, such as {unlisted[0]!r}; "
+            "the index is of another version of the model, fetch it again"
         )
-    found = sorted(directory.glob("*.safetensors"))
-    if len(found) == 1:
-        return found
-    if found:
-        raise CfmergeError(
-            f"{directory}: {len(found)} safetensors files and no {INDEX}: "
-            f"{', '.join(file.name for file in found[:4])}; name one file, or restore the index"
+    return {name: chosen[name] for name in holders}  # in the order in which they lie in the files
+
+
+def _notes(
+    weights: Weights, where: Mapping[str, SafetensorsFile], opened: Sequence[SafetensorsFile], path: Path
+) -> tuple[str, ...]:
+    """Notes on how a folder was read, where it is not as expected."""
+    notes = []
+    stale = [(name, file.path.name) for file in opened for name in file.tensors if where[name] is not file]
+    if stale:
+        name, file = stale[0]
+        notes.append(
+            f"{path}: {len(stale)} tensors are in two files; {weights.index.name if weights.index else ''} decides: "
+            f"{name!r} is read from {where[name].path.name}, not from {file}"
         )
-    others = sorted(file.name for file in directory.iterdir() if file.suffix in WEIGHTS)
-    raise CfmergeError(
-        f"{directory}: no safetensors here"
-        + (
-            f", but {', '.join(others[:4])}; convert it with transformers: "
-            "AutoModel.from_pretrained(dir).save_pretrained(out, safe_serialization=True)"
-            if others
-            else "; a model directory holds model.safetensors, or shards and " + INDEX
-        )
-    )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CfmergeError(f"{index}: has no valid 'weight_map' {{tensor: file}}; fetch it again")
-    return weight_map
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise CfmergeError(f"{path}: is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CfmergeError(f"{path}: should hold a JSON object, found {type(content).__name__}")
-    return content
-
-
-def side_files(directory: Path) -> dict[str, Path]:
-    """All that a model needs besides weights (config, tokenizer, code, licence), two levels deep at most."""
-    skipped = {"README.md", ".gitattributes", INDEX, "training_args.bin"}
-    files = {}
-    for file in sorted((*directory.glob("*"), *directory.glob("*/*"))):
-        name = file.relative_to(directory).as_posix()
-        hidden = any(part.startswith((".", "checkpoint-")) for part in Path(name).parts)
-        weights = file.suffix in WEIGHTS or name.endswith(".index.json")
-        if file.is_file() and not hidden and not weights and name not in skipped:
-            files[name] = file
-    return files
+    if weights.ignored:
+        ignored = and_more([file.name for file in weights.ignored])
+        read = and_more([file.name for file in weights.files])
+        notes.append(f"{path}: {ignored}: not read; the model's weights are {read}")
+    odd = sorted({key for file in opened for key in file.odd})
+    if odd:
+        notes.append(f"{path}: metadata {and_more([repr(key) for key in odd])} is not text; it is kept as JSON text")
+    return tuple(notes)

@@ -7,6 +7,7 @@ library's own reader copies every tensor, and its writer wants a whole shard in 
 import json
 import mmap
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from cfmerge.errors import CfmergeError
-from cfmerge.formats.base import TensorInfo
-from cfmerge.models import Shape
+from cfmerge.formats.base import Header, TensorInfo
+from cfmerge.formats.magic import wrong_file
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -28,6 +29,11 @@ DTYPES: dict[str, np.dtype] = {
         "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
     }.items()
 }  # fmt: skip
+QUANTISED = {  # read, so that the model is known as quantised; not written
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz), "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}  # fmt: skip
+READ = DTYPES | QUANTISED
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # the reference implementation's limit
 
@@ -45,30 +51,30 @@ class SafetensorsFile:
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
-                start = file.read(8)
-                length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-                if start[:4] == b"PK\x03\x04" or start[:2] == b"\x80\x02":
-                    raise CfmergeError(
-                        f"{path}: this is a PyTorch pickle, not safetensors; it is not opened, because pickles "
-                        "run code. Convert it: model.save_pretrained(..., safe_serialization=True)"
-                    )
+                start = file.read(64)
+                wrong = wrong_file(path, start, size)
+                if wrong:
+                    raise CfmergeError(wrong)
+                length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
                 if size < 8 or length > MAX_HEADER or 8 + length > size:
                     raise CfmergeError(
                         f"{path}: not a safetensors file, or truncated: a header of {length} bytes does not "
                         f"fit a file of {size} bytes; fetch the file again"
                     )
+                file.seek(8)
                 header = file.read(length)
         except OSError as error:
             raise CfmergeError(f"{path}: cannot be read: {error.strerror}") from None
         self._data_start = 8 + length
+        self.odd: tuple[str, ...] = ()  # keys of the metadata whose values are not text
         self.metadata, self.tensors, self._offsets = self._parse(header, size - 8 - length)
 
     def _parse(self, header: bytes, data_size: int) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
         try:
             entries = json.loads(header)
             metadata = entries.pop("__metadata__", None) or {}
-            if not all(isinstance(text, str) for text in metadata.values()):
-                raise TypeError("__metadata__ holds other values than text")
+            self.odd = tuple(key for key, value in metadata.items() if not isinstance(value, str))
+            metadata = {key: _text(value) for key, value in metadata.items()}
             parsed = sorted(
                 (tuple(entry["data_offsets"]), name, entry["dtype"], tuple(entry["shape"]))
                 for name, entry in entries.items()
@@ -79,14 +85,16 @@ class SafetensorsFile:
             ) from None
         tensors, offsets, end = {}, {}, 0
         for offset, name, dtype, shape in parsed:
-            if not isinstance(dtype, str) or dtype not in DTYPES:
+            if not isinstance(dtype, str) or dtype not in READ:
+                packed = isinstance(dtype, str) and re.match(r"F[468]", dtype)
                 raise CfmergeError(
                     f"{self.path}: tensor {name!r} has dtype {dtype!r}, which cfmerge does not read; "
-                    f"it reads {', '.join(DTYPES)}"
+                    + ("the model is quantised: merge the model that it was made from; " if packed else "")
+                    + f"it reads {', '.join(DTYPES)}"
                 )
             if not all(type(n) is int and n >= 0 for n in (*shape, *offset)) or len(offset) != 2:
                 raise CfmergeError(f"{self.path}: tensor {name!r} has a corrupt header: {shape}, {offset}")
-            info = TensorInfo(shape, DTYPES[dtype], self.path)
+            info = TensorInfo(shape, READ[dtype], self.path)
             if offset[0] != end or offset[1] - offset[0] != info.nbytes:
                 raise CfmergeError(
                     f"{self.path}: tensor {name!r}, {dtype} of shape {shape}, needs {info.nbytes} bytes from "
@@ -100,19 +108,26 @@ class SafetensorsFile:
             )
         return metadata, tensors, offsets
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        """The tensor; with `count`, so many entries of the flat tensor from `first` on."""
         info = self.tensors[name]
         if info.nbytes == 0:
-            return np.zeros(info.shape, info.dtype)
+            return np.zeros(info.shape if count is None else 0, info.dtype)
         if self._map is None:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        count = int(np.prod(info.shape, dtype=np.int64))
-        flat = np.frombuffer(self._map, info.dtype, count, self._data_start + self._offsets[name])
-        return flat.reshape(info.shape)
+        if not 0 <= first <= first + (count or 0) <= info.size:
+            raise IndexError(f"tensor {name!r} has {info.size} entries: there are no {count} from {first} on")
+        flat = np.frombuffer(self._map, info.dtype, info.size, self._data_start + self._offsets[name])
+        return flat.reshape(info.shape) if count is None else flat[first : first + count]
 
 
-def shard(tensors: Mapping[str, tuple[Shape, np.dtype]], max_bytes: int) -> list[list[str]]:
+def _text(value: object) -> str:
+    """A value of the metadata as the format has it: text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def shard(tensors: Mapping[str, Header], max_bytes: int) -> list[list[str]]:
     """Names in order, cut into shards of at most `max_bytes` (a larger tensor gets a shard of its own)."""
     shards: list[list[str]] = [[]]
     filled = 0
@@ -139,10 +154,11 @@ class ShardWriter:
     def __init__(
         self,
         directory: Path,
-        tensors: Mapping[str, tuple[Shape, np.dtype]],
+        tensors: Mapping[str, Header],
         max_shard_bytes: int,
         metadata: Mapping[str, str],
         stem: str = "model",
+        index: str = "",
     ):
         self._files: list[int] = []
         self._place: dict[str, tuple[int, int]] = {}
@@ -163,10 +179,10 @@ class ShardWriter:
             raise
         if len(shards) > 1:
             total = sum(self._missing.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (directory / (index or f"{stem}.safetensors.index.json")).write_text(json.dumps(content, indent=2) + "\n")
 
-    def _create(self, path: Path, tensors: Mapping[str, tuple[Shape, np.dtype]], metadata: Mapping[str, str]) -> None:
+    def _create(self, path: Path, tensors: Mapping[str, Header], metadata: Mapping[str, str]) -> None:
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for name, (shape, _) in tensors.items():

@@ -1,4 +1,4 @@
-"""A directory that appears under its final name only when it is complete."""
+"""A directory, or a file, that appears under its final name only when it is complete."""
 
 import contextlib
 import fcntl
@@ -27,6 +27,8 @@ class StagedDirectory:
         CfmergeError: the target exists (without `overwrite`), is not a model directory, holds an input, or lies
             in one.
     """
+
+    kind = "a directory with a model"
 
     def __init__(self, target: Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()):
         absolute = Path(os.path.abspath(target.expanduser()))
@@ -59,24 +61,26 @@ class StagedDirectory:
                     raise CfmergeError(f"output {self.target}: holds an input of this merge ({path}); name another")
                 if target.is_relative_to(path):
                     raise CfmergeError(f"output {self.target}: lies in an input of this merge ({path}); name another")
-        if not self.target.exists() or _is_empty(self.target):
+        if self._is_free():
             return
         if not self.overwrite:
             raise CfmergeError(f"output {self.target}: exists already; name another, or pass --overwrite")
-        models = self.target.is_dir() and any(
-            next(self.target.glob(pattern), None) for pattern in ("*.safetensors", "*.safetensors.index.json")
-        )
-        if not models:
-            raise CfmergeError(
-                f"output {self.target}: exists and is not a directory with a model; it is not overwritten"
-            )
+        if not self._may_be_replaced():
+            raise CfmergeError(f"output {self.target}: exists and is not {self.kind}; it is not overwritten")
+
+    def _is_free(self) -> bool:
+        return not self.target.exists() or _is_empty(self.target)
+
+    def _may_be_replaced(self) -> bool:
+        """Whether what is there is a model: a mistyped output does not cost a home directory."""
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        if any((self.target / name).is_file() for name in ("modules.json", "model_index.json")):
+            patterns.append("*/*.safetensors")
+        return self.target.is_dir() and any(next(self.target.glob(pattern), None) for pattern in patterns)
 
     def commit(self) -> None:
         """Gives the directory its final name; after a crash at any moment either the old or the new one is there."""
-        for file in self.path.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        _sync(self.path)
+        _sync_all(self.path)
         if self.target.is_dir() and not _is_empty(self.target):
             os.rename(self.target, self._previous)
         os.rename(self.path, self.target)
@@ -91,6 +95,7 @@ class StagedDirectory:
         self._mend()
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
         for parent in self._new_parents:
             with contextlib.suppress(OSError):  # not empty
                 parent.rmdir()
@@ -117,6 +122,31 @@ class StagedDirectory:
                     shutil.rmtree(stale, ignore_errors=True)
                 finally:
                     os.close(lock)
+
+
+class StagedFile(StagedDirectory):
+    """The same for one file: write `staged.path / staged.target.name`, then `staged.commit()`."""
+
+    kind = "a file"
+
+    def _is_free(self) -> bool:
+        return not self.target.exists()
+
+    def _may_be_replaced(self) -> bool:
+        return self.target.is_file()
+
+    def commit(self) -> None:
+        """Gives the file its final name: the old one or the new one is there, whenever the process ends."""
+        _sync_all(self.path)
+        os.replace(self.path / self.target.name, self.target)
+        _sync(self.target.parent)
+
+
+def _sync_all(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(directory)
 
 
 def _is_empty(path: Path) -> bool:

@@ -119,7 +119,7 @@ def test_quantised_base(family, refused, make_model, tmp_path, llama):
     tensors = llama() | {Q: llama()[Q].astype(ml_dtypes.float8_e4m3fn)}
     base = tmp_path / "base"
     base.mkdir()
-    cfmerge.formats.safetensors.save(base, tensors, {}, "model")
+    save(base, tensors, {}, "model")
     refused([str(base), repr(Q), "float8_e4m3fn", "bfloat16"], base, family.experts)
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 
 import cfmerge
-import cfmerge.engine.merge
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.staged import LOCK, StagedDirectory
 
@@ -21,6 +21,7 @@ from cfmerge.formats.staged import LOCK, StagedDirectory
 # KeyboardInterrupt) at that line. Prints `line, what is there, what is there after the next run, names beside it`.
 CRASH = """
 import json, os, signal, sys, tempfile
+import shutil
 from pathlib import Path
 from cfmerge.formats import staged as output
 
@@ -303,7 +304,7 @@ FULL = {
     "when space is reserved": (os, "posix_fallocate", 0),
     "while the header is written": (os, "pwrite", 0),
     "while tensors are written": (os, "pwrite", 5),
-    "while config.json is copied": (cfmerge.engine.merge.shutil, "copyfile", 0),
+    "while config.json is copied": (shutil, "copyfile", 0),
     "while the card is written": (Path, "write_text", 0),
     "when all is flushed": (os, "fsync", 2),
 }
@@ -330,7 +331,7 @@ def test_file_size_limit(family, refused, tmp_path):
 
 def test_too_little_space_is_known_beforehand(family, refused, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100})()
-    monkeypatch.setattr(cfmerge.engine.merge.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused([str(tmp_path), "GB are free"], family.base, family.experts)
 
 
@@ -346,6 +347,6 @@ def test_full_disk_while_statistics_are_accumulated(family, monkeypatch, moment,
 
 def test_too_little_space_for_statistics_is_known_beforehand(family, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 100})()
-    monkeypatch.setattr(cfmerge.engine.merge.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(cfmerge.CfmergeError, match="GB are free"):
         cfmerge.accumulate(family.base, family.experts, "average", output=tmp_path / "sums")

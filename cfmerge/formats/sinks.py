@@ -1,0 +1,245 @@
+"""Where a merged model goes: a directory of safetensors as its base lies, or one `.safetensors` file.
+
+Both appear whole or not at all, and say what is wrong with the disk in the words of `CfmergeError`.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats.base import Folder, Header, Totals
+from cfmerge.formats.safetensors import ShardWriter, save
+from cfmerge.formats.side_files import TENSORS
+from cfmerge.formats.staged import StagedDirectory, StagedFile
+
+HEADS = "heads"  # the directory of exported heads in the output
+UNBOUNDED = 1 << 62
+FORMAT = {"format": "pt"}
+FILES = {*TENSORS, ".json", ".zip", ".tar", ".gz", ".tgz", ".yaml", ".yml", ".md", ".npy", ".pkl", ".onnx_data"}
+
+
+class DirectorySink:
+    """A model's directory: shards and index of every folder, side files, heads, README.md.
+
+    Args:
+        target: the directory that appears.
+        folders: how the files lie; `source.folders` of the base.
+        shard_bytes: how large a shard becomes at most.
+        side_files: `{name in the directory: path}`, copied when the tensors are written.
+        edits: `{name of a JSON side file: {key: value}}`, set in the copy.
+        metadata: of every file of tensors, beside that of its folder.
+        overwrite: a model that is there is replaced.
+        inputs: files and directories that are read, and so not written into.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        folders: Sequence[Folder] = (Folder(),),
+        *,
+        shard_bytes: int = 5 * 10**9,
+        side_files: Mapping[str, Path] | None = None,
+        edits: Mapping[str, Mapping[str, Any]] | None = None,
+        metadata: Mapping[str, str] = FORMAT,
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+    ):
+        self.notes: tuple[str, ...] = ()
+        self._folders = sorted(folders, key=lambda folder: len(folder.prefix), reverse=True)
+        self._side_files, self._edits = dict(side_files or {}), dict(edits or {})
+        self._shard_bytes, self._metadata = shard_bytes, dict(metadata)
+        self._writers: dict[str, ShardWriter] = {}  # by the prefix of their folder
+        self._folder_of: dict[str, Folder] = {}
+        self._staged = self._stage(target, overwrite, inputs)
+        self.target = self._staged.target
+        self._asked = target  # as the user named it, for messages
+
+    def _stage(self, target: Path, overwrite: bool, inputs: Iterable[Path]) -> StagedDirectory:
+        check_directory_name(target)
+        return StagedDirectory(target, overwrite=overwrite, inputs=inputs)
+
+    @property
+    def path(self) -> Path:
+        """Where the output lies until it is committed."""
+        return self._staged.path
+
+    def __enter__(self) -> "DirectorySink":
+        with disk_errors(self._asked):
+            self._staged.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def declare(self, headers: Mapping[str, Header]) -> None:
+        with disk_errors(self._asked):
+            _check_space(self._staged, headers)
+            self._folder_of = {name: self._find_folder(name) for name in headers}
+            for folder in self._folders:
+                mine = {name.removeprefix(folder.prefix): header for name, header in headers.items()
+                        if self._folder_of[name] is folder}  # fmt: skip
+                if mine:
+                    self._writers[folder.prefix] = self._open(folder, mine)
+
+    def _find_folder(self, name: str) -> Folder:
+        return next(folder for folder in self._folders if name.startswith(folder.prefix))
+
+    def _open(self, folder: Folder, headers: Mapping[str, Header]) -> ShardWriter:
+        place = self.path / folder.name
+        place.mkdir(parents=True, exist_ok=True)
+        size = total_bytes(headers)
+        if not folder.sharded and size > self._shard_bytes:
+            self.notes += (
+                f"{folder.stem}.safetensors is one file of {size / 1e9:.2f} GB, as in the base, whatever --shard-size "
+                "says: no client looks for an index of that name",
+            )
+        most = self._shard_bytes if folder.sharded else UNBOUNDED
+        return ShardWriter(place, headers, most, {**self._metadata, **folder.metadata}, folder.stem, folder.index)
+
+    def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
+        folder = self._folder_of[name]
+        with disk_errors(self._asked):
+            self._writers[folder.prefix].write(name.removeprefix(folder.prefix), values, first)
+
+    def finish(self, totals: Totals) -> None:
+        with disk_errors(self._asked):
+            for writer in self._writers.values():
+                writer.close()
+            for name, source in self._side_files.items():
+                self._copy(name, source)
+            for expert, tensors in totals.heads:
+                (self.path / HEADS).mkdir(exist_ok=True)
+                save(self.path / HEADS, tensors, FORMAT, expert)
+            if totals.card:
+                (self.path / "README.md").write_text(totals.card)
+
+    def _copy(self, name: str, source: Path) -> None:
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name in self._edits:
+            content = json.loads(source.read_text()) | self._edits[name]
+            target.write_text(json.dumps(content, indent=2) + "\n")
+        else:
+            shutil.copyfile(source, target)
+
+    def commit(self) -> None:
+        with disk_errors(self._asked):
+            self._staged.commit()
+
+    def abort(self) -> None:
+        for writer in self._writers.values():
+            writer.abort()
+        self._staged.__exit__(None, None, None)
+
+
+class FileSink(DirectorySink):
+    """One `.safetensors` file, and nothing beside it: no side files, no card, no heads."""
+
+    def __init__(
+        self,
+        target: Path,
+        folders: Sequence[Folder] = (Folder(),),
+        *,
+        metadata: Mapping[str, str] = FORMAT,
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+    ):
+        if len(folders) > 1:
+            names = ", ".join(folder.name or "its own directory" for folder in folders)
+            raise CfmergeError(
+                f"output {target}: one file cannot hold the base, whose weights lie in {names}; name a directory"
+            )
+        stem = target.name.removesuffix(".safetensors")
+        folder = dataclasses.replace(folders[0], name="", stem=stem, sharded=False)
+        super().__init__(
+            target, [folder], shard_bytes=UNBOUNDED, metadata=metadata, overwrite=overwrite, inputs=inputs
+        )  # fmt: skip
+
+    def _stage(self, target: Path, overwrite: bool, inputs: Iterable[Path]) -> StagedDirectory:
+        return StagedFile(target, overwrite=overwrite, inputs=inputs)
+
+    def finish(self, totals: Totals) -> None:
+        super().finish(Totals())
+
+
+def open_sink(
+    target: Path,
+    folders: Sequence[Folder] = (Folder(),),
+    *,
+    shard_bytes: int,
+    side_files: Mapping[str, Path],
+    edits: Mapping[str, Mapping[str, Any]],
+    heads: bool = False,
+    recipe: str = "",
+    overwrite: bool = False,
+    inputs: Iterable[Path] = (),
+) -> DirectorySink:
+    """The sink that the output's name asks for: `NAME.safetensors` is one file, any other name a directory.
+
+    Args:
+        heads: heads will be written beside the model.
+        recipe: kept in the metadata of a file, which has no card.
+
+    Raises:
+        CfmergeError: it is the name of a file of another format, or one file cannot hold it all.
+    """
+    if target.suffix != ".safetensors":
+        return DirectorySink(
+            target, folders, shard_bytes=shard_bytes, side_files=side_files, edits=edits, overwrite=overwrite,
+            inputs=inputs,
+        )  # fmt: skip
+    if heads:
+        raise CfmergeError(f"output {target}: exported heads lie beside the model; name a directory")
+    metadata = FORMAT | ({"cfmerge.recipe": recipe} if recipe else {})
+    sink = FileSink(target, folders, metadata=metadata, overwrite=overwrite, inputs=inputs)
+    if side_files:
+        sink.notes += (
+            f"{target.name} is one file, with its recipe in its metadata; {and_more(list(side_files))} of the base are "
+            "not beside it: name a directory to have them too",
+        )
+    return sink
+
+
+def check_directory_name(target: Path) -> None:
+    """Raises `CfmergeError` if the name is that of a file, so that a directory of that name would be a surprise."""
+    if target.suffix.lower() in FILES and not target.is_dir():
+        raise CfmergeError(
+            f"output {target}: would be a directory, and {target.suffix} is the ending of a file; name a directory, "
+            "or, for a merged model in one file, NAME.safetensors"
+        )
+
+
+@contextlib.contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """Errors of the file system as `CfmergeError`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        reason = "the disk is full" if full else f"{error.strerror or error}"
+        place = f" ({error.filename})" if error.filename else ""
+        raise CfmergeError(f"output {output}: {reason}{place}; nothing was written") from None
+
+
+def total_bytes(headers: Mapping[str, Header]) -> int:
+    return sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in headers.values())
+
+
+def _check_space(staged: StagedDirectory, headers: Mapping[str, Header]) -> None:
+    needed, free = total_bytes(headers), shutil.disk_usage(staged.path).free
+    if needed > free:
+        raise CfmergeError(
+            f"output {staged.target}: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in "
+            f"{staged.target.parent}; nothing was written"
+        )

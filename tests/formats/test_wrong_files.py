@@ -1,0 +1,53 @@
+"""Files that are named by mistake: each says what it is, and the way out."""
+
+import pytest
+from laid import laid, ones
+
+from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5000000000\n"
+WRONG = {
+    "config.json": (b"{}", ["holds no tensors", "name the model's directory"]),
+    "model.safetensors.index.json": (b'{"weight_map": {}}', ["index of shards", "name the directory"]),
+    "model.safetensors": (b"", ["is empty", "fetch it again"]),
+    "pointer.safetensors": (POINTER, ["Git LFS pointer", "git lfs pull"]),
+    "pytorch_model.bin": (b"PK\3\4" + b"0" * 60, ["pickle", "safe_serialization"]),
+    "old.pt": (b"\x80\x02\x8a\x0a" + b"0" * 60, ["pickle", "safe_serialization"]),
+    "old.ckpt": (b"0" * 600, ["pickle", "safe_serialization"]),
+    "model.gguf": (b"GGUF" + b"\0" * 60, ["GGUF", "gguf_file"]),
+    "tf_model.h5": (b"\x89HDF\r\n" + b"0" * 60, ["HDF5", "from_tf"]),
+    "arrays.npz": (b"PK\3\4" + b"0" * 60, ["NumPy archive"]),
+    "model.tar.gz": (b"\x1f\x8b" + b"0" * 60, ["archive", "unpack"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_file_by_mistake(tmp_path, name):
+    content, words = WRONG[name]
+    with pytest.raises(CfmergeError) as caught:
+        open_checkpoint(laid(tmp_path, {name: content}) / name)
+    for word in [str(tmp_path / name), *words]:
+        assert word in str(caught.value)
+
+
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path):
+    """640 bytes: the first two bytes of the file are those of a pickle."""
+    path = laid(tmp_path, {"m.safetensors": ones("a")}) / "m.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].ljust(640)
+    path.write_bytes((640).to_bytes(8, "little") + header + content[8 + length :])
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert set(open_checkpoint(path).tensors) == {"a"}
+
+
+def test_safetensors_under_another_name(tmp_path):
+    path = laid(tmp_path, {"m.safetensors": ones("a")}) / "m.safetensors"
+    assert set(open_checkpoint(path.rename(tmp_path / "m.bin")).tensors) == {"a"}
+
+
+def test_a_link_to_nothing(tmp_path):
+    (tmp_path / "m").symlink_to("none")
+    with pytest.raises(CfmergeError, match="is a link to none, which is not there"):
+        open_checkpoint(tmp_path / "m")
