@@ -72,7 +72,7 @@ def summary(result: "MergeResult") -> dict[str, Any]:
 def merge_result(result: "MergeResult") -> None:
     console = out()
     console.print(f"merged by {escape(result.plan.method.name)}")
-    console.print(counts(result.plan))
+    console.print(counts(result.plan, "what was done"))
     warnings(result)
     notes(result.notes)
     console.print(

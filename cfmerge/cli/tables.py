@@ -34,9 +34,9 @@ def _table(*columns: Column | str) -> Table:
     return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
 
 
-def counts(plan: "Plan") -> Table:
-    """How many tensors of each kind are merged by what."""
-    table = _table("kind", "what", Column("tensors", justify="right"))
+def counts(plan: "Plan", what: str) -> Table:
+    """How many tensors of each kind are merged by which method; `what` heads the methods."""
+    table = Table("kind", what, "tensors")
     for (kind, what), count in sorted(plan.counts().items()):
         table.add_row(kind, escape(what), str(count))
     return table
@@ -92,7 +92,7 @@ def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
     if tensors:
         _list_jobs(console, plan)
     else:
-        console.print(counts(plan))
+        console.print(counts(plan, "what"))
         unknown = [job for job in plan.jobs if job.parameter.note and not job.assignment.rule]
         if unknown and plan.method.needs.scope == "matrix":
             notes.insert(0, f"{unknown[0].name}: {unknown[0].parameter.note}")
