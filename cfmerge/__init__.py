@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from cfmerge import least_squares as least_squares
     from cfmerge import linalg as linalg
     from cfmerge import methods as methods
-    from cfmerge.engine.accumulate import accumulate as accumulate
-    from cfmerge.engine.accumulate import solve as solve
-    from cfmerge.engine.in_memory import merge_params as merge_params
-    from cfmerge.engine.in_memory import merge_tensor as merge_tensor
-    from cfmerge.engine.merge import MergeResult as MergeResult
-    from cfmerge.engine.merge import Plan as Plan
-    from cfmerge.engine.merge import make_plan as make_plan
-    from cfmerge.engine.merge import merge as merge
-    from cfmerge.engine.merge import merge_recipe as merge_recipe
-    from cfmerge.engine.merge import plan as plan
-    from cfmerge.engine.statistics import Statistics as Statistics
-    from cfmerge.engine.sweep import grid as grid
-    from cfmerge.engine.sweep import sweep as sweep
     from cfmerge.errors import CfmergeError as CfmergeError
     from cfmerge.formats import open_checkpoint as open_checkpoint
+    from cfmerge.products.accumulate import accumulate as accumulate
+    from cfmerge.products.accumulate import solve as solve
+    from cfmerge.products.in_memory import merge_params as merge_params
+    from cfmerge.products.in_memory import merge_tensor as merge_tensor
+    from cfmerge.products.merge import merge as merge
+    from cfmerge.products.merge import merge_recipe as merge_recipe
+    from cfmerge.products.plan import Plan as Plan
+    from cfmerge.products.plan import make_plan as make_plan
+    from cfmerge.products.plan import plan as plan
+    from cfmerge.products.sweep import grid as grid
+    from cfmerge.products.sweep import sweep as sweep
     from cfmerge.recipe import Expert as Expert
     from cfmerge.recipe import Recipe as Recipe
     from cfmerge.recipe import Rename as Rename
     from cfmerge.recipe import Rule as Rule
+    from cfmerge.report.result import MergeResult as MergeResult
+    from cfmerge.statistics import Statistics as Statistics
 
 _PUBLIC = {
     "covariance": "cfmerge.covariance",
@@ -45,19 +45,19 @@ _PUBLIC = {
     "linalg": "cfmerge.linalg",
     "methods": "cfmerge.methods",
     "open_checkpoint": "cfmerge.formats",
-    "merge_params": "cfmerge.engine.in_memory",
-    "merge_tensor": "cfmerge.engine.in_memory",
-    "MergeResult": "cfmerge.engine.merge",
-    "merge": "cfmerge.engine.merge",
-    "merge_recipe": "cfmerge.engine.merge",
-    "Plan": "cfmerge.engine.merge",
-    "make_plan": "cfmerge.engine.merge",
-    "plan": "cfmerge.engine.merge",
-    "accumulate": "cfmerge.engine.accumulate",
-    "solve": "cfmerge.engine.accumulate",
-    "Statistics": "cfmerge.engine.statistics",
-    "grid": "cfmerge.engine.sweep",
-    "sweep": "cfmerge.engine.sweep",
+    "merge_params": "cfmerge.products.in_memory",
+    "merge_tensor": "cfmerge.products.in_memory",
+    "MergeResult": "cfmerge.report.result",
+    "merge": "cfmerge.products.merge",
+    "merge_recipe": "cfmerge.products.merge",
+    "Plan": "cfmerge.products.plan",
+    "make_plan": "cfmerge.products.plan",
+    "plan": "cfmerge.products.plan",
+    "accumulate": "cfmerge.products.accumulate",
+    "solve": "cfmerge.products.accumulate",
+    "Statistics": "cfmerge.statistics",
+    "grid": "cfmerge.products.sweep",
+    "sweep": "cfmerge.products.sweep",
     "CfmergeError": "cfmerge.errors",
     "Expert": "cfmerge.recipe",
     "Recipe": "cfmerge.recipe",

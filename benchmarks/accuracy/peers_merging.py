@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 import cfmerge
-from cfmerge.engine.in_memory import Problem
 from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.models import Parameter, from_canonical, to_canonical
+from cfmerge.products.in_memory import Problem
 from cfmerge_accuracy.compare import Given
 from cfmerge_accuracy.methods import Entry
 from cfmerge_accuracy.zoo import Params, Zoo

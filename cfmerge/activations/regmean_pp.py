@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from cfmerge.activations.collect import Forward, collect, linen_forward, nnx_forward, normalised
-from cfmerge.engine.assign import Assignment, assign
-from cfmerge.engine.in_memory import merge_leaves
-from cfmerge.engine.resolve import depths, place, settle
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.methods import Method, regmean
 from cfmerge.models import classify
+from cfmerge.planning.assign import Assignment, assign
+from cfmerge.planning.depth import depths, place, settle
+from cfmerge.products.in_memory import merge_leaves
 from cfmerge.recipe import Rule, parse_rule
 
 Leaves = dict[str, Any]

@@ -93,7 +93,7 @@ def sweep(
     json: o.Json = False,
 ) -> None:
     """Merge by several methods, or a grid of numbers, in one pass."""
-    from cfmerge.engine.plugins import load_plugins
+    from cfmerge.planning.plugins import load_plugins
 
     load_plugins(asked.plugins)
     planned = cfmerge.plan(swept(asked, method or [], grid or [], key_values(parameters or [])))
@@ -123,7 +123,7 @@ def accumulate(
     json: o.Json = False,
 ) -> None:
     """Make statistics of experts, to add, forget and merge later."""
-    from cfmerge.engine.accumulate import accumulate_plan
+    from cfmerge.products.accumulate import accumulate_plan
 
     planned = cfmerge.make_plan(msgspec.structs.replace(asked, allow=[*asked.allow, "one-expert"]), sums=True)
     with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
@@ -183,7 +183,7 @@ def methods(
     json: o.Json = False,
 ) -> None:
     """List the methods and transforms, or show one in full."""
-    from cfmerge.engine.plugins import load_plugins
+    from cfmerge.planning.plugins import load_plugins
 
     load_plugins(plugin or [])
     registry = cfmerge.methods.registry()

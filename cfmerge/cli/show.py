@@ -13,7 +13,7 @@ from cfmerge.cli.messages import out, tell
 from cfmerge.cli.tables import counts, size
 
 if TYPE_CHECKING:
-    from cfmerge.engine.merge import MergeResult
+    from cfmerge.report.result import MergeResult
 
 
 def event(kind: str, **values: Any) -> None:

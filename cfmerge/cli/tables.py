@@ -14,9 +14,10 @@ from rich.table import Column, Table
 from cfmerge.cli.messages import out, say, tell
 
 if TYPE_CHECKING:
-    from cfmerge.engine.merge import Plan
     from cfmerge.formats import Source
     from cfmerge.methods import Entry
+    from cfmerge.planning.resolve import Resolved
+    from cfmerge.products.plan import Plan
     from cfmerge.recipe import Expert
 
 NARROW = 120  # columns below which a list of methods leaves their parameters out
@@ -34,7 +35,7 @@ def _table(*columns: Column | str) -> Table:
     return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
 
 
-def counts(plan: "Plan", what: str) -> Table:
+def counts(plan: "Resolved", what: str) -> Table:
     """How many tensors of each kind are merged by which method; `what` heads the methods."""
     table = Table("kind", what, "tensors")
     for (kind, what), count in sorted(plan.counts().items()):
@@ -76,7 +77,7 @@ def _broken(name: str, width: int) -> list[str]:
 
 def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
     """A plan: what is done with which tensors, and what that needs."""
-    from cfmerge.engine.merge import free_memory
+    from cfmerge.products.plan import free_memory
 
     limit = free_memory() // 4 if memory is None else memory
     need = plan.largest.working_bytes if plan.largest else 0

@@ -193,7 +193,7 @@ def swept(
             for label, method in _labelled(texts).items()
         }
     from cfmerge.core.expressions import expression
-    from cfmerge.engine.sweep import grid
+    from cfmerge.products.sweep import grid
 
     if len(texts) > 1:
         raise CfmergeError(f"--grid is for one method, found {len(texts)}")

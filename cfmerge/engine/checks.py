@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.engine.ties import same_bits
 from cfmerge.engine.units import Unit
-from cfmerge.engine.work import Job, Readable, Work
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.models import Kind, is_float
+from cfmerge.planning.ties import same_bits
+from cfmerge.planning.work import Job, Readable, Work
 
 
 def check_finite(unit: Unit, base: Any, expert: int | None, flags: np.ndarray) -> None:

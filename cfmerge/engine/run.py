@@ -30,9 +30,9 @@ from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitS
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
 from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
 from cfmerge.engine.units import Unit, units_of
-from cfmerge.engine.work import Job, Progress, Work
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method
+from cfmerge.planning.work import Job, Progress, Work
 
 WORKERS = 2  # units in work at once: one computes while another reads, or factorises on one core
 WRITE_BEHIND = 8  # finished tensors

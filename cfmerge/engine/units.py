@@ -16,12 +16,12 @@ import numpy as np
 from cfmerge.core.call import of_expert
 from cfmerge.core.random import digest_of
 from cfmerge.core.several import leaders, members
-from cfmerge.engine.statistics import stacked
 from cfmerge.engine.steps import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places, kind_of
-from cfmerge.engine.work import Job, Readable, Work
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method
+from cfmerge.planning.work import Job, Readable, Work
+from cfmerge.statistics import stacked
 
 ENTRIES = 1 << 22  # of a unit of an entrywise method
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them

@@ -86,7 +86,7 @@ def test_traced_numbers_give_the_same(own, deltas, text):
 
 
 def settled(part, name="model.layers.1.mlp.w", depth=None, experts=("a", "b", "c")):
-    from cfmerge.engine.resolve import place
+    from cfmerge.planning.depth import place
 
     return [value for _, value in settle(part, place(name, depth, experts)).call.values()]
 

@@ -10,8 +10,9 @@ import yaml
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import resolve, steps, units
+from cfmerge.engine import steps, units
 from cfmerge.errors import CfmergeError
+from cfmerge.planning import depth as resolve
 from cfmerge.recipe import load as load_recipe
 
 LAYERS = "model.layers.{}.self_attn.q_proj.weight"

@@ -4,8 +4,8 @@ import pytest
 from laid import laid, ones
 
 import cfmerge
-from cfmerge.engine.configs import config_notes, differences
 from cfmerge.formats import open_checkpoint
+from cfmerge.planning.configs import config_notes, differences
 
 TOLD = {
     "rope_theta": ({"rope_theta": 10000.0}, {"rope_theta": 1e6}),

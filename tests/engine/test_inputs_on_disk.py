@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import cfmerge
-from cfmerge.engine.accumulate import accumulate
+from cfmerge.products.accumulate import accumulate
 
 
 def tensors(number, *names, shape=(4, 4)):

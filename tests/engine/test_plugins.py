@@ -10,8 +10,8 @@ import toys
 
 import cfmerge
 from cfmerge.core import registry
-from cfmerge.engine import plugins
 from cfmerge.errors import CfmergeError
+from cfmerge.planning import plugins
 from cfmerge.recipe import load as load_recipe
 
 PLUGIN = '''

@@ -12,8 +12,8 @@ import cfmerge
 from cfmerge import methods
 from cfmerge.core.several import several
 from cfmerge.engine import units
-from cfmerge.engine.merge import directory_name
 from cfmerge.errors import CfmergeError
+from cfmerge.products.carry_out import directory_name
 from cfmerge.recipe import load as load_recipe
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -7,12 +7,13 @@ from typing import Any
 
 from cfmerge import methods as registered
 from cfmerge.core.expressions import expression
-from cfmerge.engine.in_memory import merge_params_by
-from cfmerge.engine.merge import MergeResult, as_recipe, planned
-from cfmerge.engine.work import Progress, as_method
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
+from cfmerge.planning.work import Progress, as_method
+from cfmerge.products.in_memory import merge_params_by
+from cfmerge.products.plan import as_recipe, planned
 from cfmerge.recipe import Recipe
+from cfmerge.report.result import MergeResult
 
 Methods = Mapping[str, Method | str] | Sequence[Method | str]
 

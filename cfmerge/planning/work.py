@@ -14,15 +14,15 @@ import numpy as np
 from cfmerge import methods as registered
 from cfmerge.core.call import settle
 from cfmerge.core.several import members, several
-from cfmerge.engine.assign import Assignment
-from cfmerge.engine.cost import statistic_size
-from cfmerge.engine.resolve import depths, place, same_for_stacked_layers, weight_at
-from cfmerge.engine.statistics import Statistics, full_form
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.models import Parameter
 from cfmerge.models.patterns import escape
+from cfmerge.planning.assign import Assignment
+from cfmerge.planning.cost import statistic_size
+from cfmerge.planning.depth import depths, place, same_for_stacked_layers, weight_at
 from cfmerge.recipe import rule_option
+from cfmerge.statistics import Statistics, full_form
 
 Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last call)
 

@@ -9,15 +9,15 @@ from jaxtyping import Array, Float
 
 from cfmerge import methods
 from cfmerge.engine import run
-from cfmerge.engine.assign import Assignment
-from cfmerge.engine.statistics import Statistics, fingerprint, full_form
-from cfmerge.engine.trees import Kept, Problem, names_of, work_of
-from cfmerge.engine.work import Work, as_method
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.pytree import unflatten
 from cfmerge.methods import Method
 from cfmerge.models import Kind, Parameter
+from cfmerge.planning.assign import Assignment
+from cfmerge.planning.work import Work, as_method
+from cfmerge.products.trees import Kept, Problem, names_of, work_of
 from cfmerge.recipe import Rule
+from cfmerge.statistics import Statistics, fingerprint, full_form
 
 NO_EXPERTS = "no experts: a merge needs at least one"
 

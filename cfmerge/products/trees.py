@@ -10,14 +10,14 @@ import numpy as np
 
 from cfmerge.core.call import call_of
 from cfmerge.core.random import check_seed
-from cfmerge.engine.assign import Assignment, assign
-from cfmerge.engine.statistics import Statistics
-from cfmerge.engine.work import Participant, Work, check_moments, settled_jobs
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats.pytree import flatten
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_float
+from cfmerge.planning.assign import Assignment, assign
+from cfmerge.planning.work import Participant, Work, check_moments, settled_jobs
 from cfmerge.recipe import Rule, parse_rule
+from cfmerge.statistics import Statistics
 
 
 class Tree(NamedTuple):

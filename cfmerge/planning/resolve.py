@@ -17,14 +17,6 @@ from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
 from cfmerge.core.part import Part
 from cfmerge.core.random import check_seed
-from cfmerge.engine.assign import assign, treated_apart
-from cfmerge.engine.configs import config_notes
-from cfmerge.engine.match import match_experts
-from cfmerge.engine.pair import Paired, pair_experts
-from cfmerge.engine.plugins import load_plugins
-from cfmerge.engine.statistics import Statistics, fingerprint
-from cfmerge.engine.ties import settle_ties
-from cfmerge.engine.work import Job, Participant, Work, check_count, check_moments, methods_of, settled_jobs
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Folder, Source, open_checkpoint, quantised
 from cfmerge.formats.folders import check_folders, same_folders
@@ -32,7 +24,15 @@ from cfmerge.formats.side_files import check_whole, side_files
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.models.patterns import patterns, tell
+from cfmerge.planning.assign import assign, treated_apart
+from cfmerge.planning.configs import config_notes
+from cfmerge.planning.match import match_experts
+from cfmerge.planning.pair import Paired, pair_experts
+from cfmerge.planning.plugins import load_plugins
+from cfmerge.planning.ties import settle_ties
+from cfmerge.planning.work import Job, Participant, Work, check_count, check_moments, methods_of, settled_jobs
 from cfmerge.recipe import Expert, Recipe, parse_size, rule_option
+from cfmerge.statistics import Statistics, fingerprint
 
 OUTPUT_DTYPES = {
     "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -4,14 +4,14 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
 
-from cfmerge.engine.assign import Action, Assignment
-from cfmerge.engine.pair import Paired
-from cfmerge.engine.ties import Ties
 from cfmerge.errors import nearest
 from cfmerge.formats import Source, TensorInfo
 from cfmerge.models import Kind, is_buffer, is_float
 from cfmerge.models.heads import VOCABULARY, is_output_layer, may_be_head
 from cfmerge.models.patterns import escape, patterns, tell
+from cfmerge.planning.assign import Action, Assignment
+from cfmerge.planning.pair import Paired
+from cfmerge.planning.ties import Ties
 from cfmerge.recipe import Expert, Recipe, Rule, rule_option
 
 SHOWN = 5  # patterns of one kind of problem

@@ -10,7 +10,7 @@ import yaml
 
 import cfmerge
 from cfmerge import hub, methods
-from cfmerge.engine.plan import Resolved
+from cfmerge.planning.resolve import Resolved
 
 
 def versions() -> dict[str, str]:

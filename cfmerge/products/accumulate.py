@@ -15,10 +15,18 @@ from cfmerge import recipe as recipes
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
 from cfmerge.engine import run
-from cfmerge.engine.in_memory import merge_assigned
-from cfmerge.engine.merge import Plan, as_recipe, make_plan, merge_recipe
-from cfmerge.engine.plugins import load_plugins
-from cfmerge.engine.statistics import (
+from cfmerge.engine.units import Unit
+from cfmerge.errors import CfmergeError
+from cfmerge.formats import Sink, Totals
+from cfmerge.formats.pytree import flatten, unflatten
+from cfmerge.methods import Method
+from cfmerge.planning.plugins import load_plugins
+from cfmerge.planning.work import Job, Progress
+from cfmerge.products.in_memory import merge_assigned
+from cfmerge.products.merge import merge_recipe
+from cfmerge.products.plan import Plan, as_recipe, make_plan
+from cfmerge.products.trees import Problem, work_of
+from cfmerge.statistics import (
     Statistics,
     fingerprint,
     leaf_names,
@@ -28,13 +36,6 @@ from cfmerge.engine.statistics import (
     statistic_name,
     statistics_sink,
 )
-from cfmerge.engine.trees import Problem, work_of
-from cfmerge.engine.units import Unit
-from cfmerge.engine.work import Job, Progress
-from cfmerge.errors import CfmergeError
-from cfmerge.formats import Sink, Totals
-from cfmerge.formats.pytree import flatten, unflatten
-from cfmerge.methods import Method
 
 
 def accumulate(

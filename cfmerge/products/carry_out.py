@@ -1,0 +1,160 @@
+"""A plan carried out: sinks for its results, the run, model cards, and nothing left behind where it fails."""
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfmerge.engine import run
+from cfmerge.engine.account import SAFER, Account
+from cfmerge.engine.checks import same_content
+from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.formats import Sink, Totals, check_directory_name, open_sink
+from cfmerge.models import is_float
+from cfmerge.planning.resolve import Resolved
+from cfmerge.planning.work import Progress
+from cfmerge.report.card import model_card
+from cfmerge.report.result import MergeResult
+
+
+def directory_name(label: str) -> str:
+    """The label as the name of a directory: what is not a letter, digit or one of `._-=,` becomes `_`."""
+    return re.sub(r"[^\w.=,-]+", "_", label).strip("_.") or "_"
+
+
+def carried_out(
+    plan: Resolved,
+    output: Any,
+    overwrite: bool,
+    memory: int,
+    progress: Progress,
+    dropped: Sequence[str],
+) -> dict[str, MergeResult]:
+    """The results by label, written into directories or handed to sinks."""
+    if not isinstance(output, str | Path):
+        sinks = output if isinstance(output, Mapping) else {"": output}
+        if set(sinks) != set(plan.results):
+            raise CfmergeError(f"run: the plan's results are {list(plan.results)}, the sinks are for {list(sinks)}")
+        notes = [*dropped, *_check_contents(plan)]
+        account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress)
+        told = (*plan.notes, *notes, *account.lines())
+        return {
+            label: MergeResult(None, plan.of(label), told, account.reports_of(n), {}, warnings=_warned(account, n))
+            for n, label in enumerate(plan.results)
+        }
+    if "" not in plan.results:
+        check_directory_name(Path(output))
+    outputs = [Path(output) / directory_name(label) if label else Path(output) for label in plan.results]
+    if len(set(outputs)) < len(outputs):
+        raise CfmergeError(f"sweep: two labels give the same directory; the labels are {list(plan.results)}")
+    checkpoints = (plan.base, *plan.experts)
+    inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
+    places = [*inputs, *(checkpoint.path for checkpoint in checkpoints)]
+    with contextlib.ExitStack() as stack:
+        sinks = {
+            label: stack.enter_context(_sink(plan.of(label), target, overwrite, places))
+            for label, target in zip(plan.results, outputs, strict=True)
+        }
+        notes = [*dropped, *_check_contents(plan)]
+        for sink in sinks.values():
+            sink.declare(plan.output)
+        stop = threading.Event()
+        with ThreadPoolExecutor(1, "hash") as hasher:
+            digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
+            try:
+                account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress, stop=stop)
+            except BaseException:
+                stop.set()
+                raise
+        notes += account.lines()
+        results = {}
+        for number, (label, sink) in enumerate(sinks.items()):
+            warned, shown = _warned(account, number, outputs[number]), [*notes, *sink.notes]
+            card = model_card(plan.of(label), digests.result(), shown, warned)
+            sink.finish(Totals(card, _exported_heads(plan)))
+            reports = account.reports_of(number)
+            results[label] = MergeResult(
+                sink.target, plan.of(label), (*plan.notes, *shown), reports, digests.result(), warnings=warned
+            )
+        for sink in sinks.values():
+            sink.commit()
+        return results
+
+
+def _sink(plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path]) -> Sink:
+    """The sink of a plan with one result."""
+    return open_sink(
+        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
+        heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
+    )  # fmt: skip
+
+
+def _new_dtype(plan: Resolved) -> dict[str, dict[str, str]]:
+    """`{config.json: {key: dtype}}` of every folder with weights, where the output's dtype is chosen."""
+    edits = {}
+    for name in (f"{folder.name}/config.json".lstrip("/") for folder in plan.folders if plan.recipe.dtype):
+        if name in plan.side_files:
+            config = json.loads(plan.side_files[name].read_text())
+            keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
+            edits[name] = dict.fromkeys(sorted(keys), str(plan.recipe.dtype))
+    return edits
+
+
+def _warned(account: Account, result: int, output: Path | None = None) -> tuple[str, ...]:
+    """The warning about a whole model, with the command that makes another."""
+    text = account.warning(result)
+    if text and output is not None:
+        text += f":\n  cfmerge merge {output / 'README.md'} -m {SAFER} -o {output}-{SAFER}"
+    return (text,) if text else ()
+
+
+def _check_contents(plan: Resolved) -> list[str]:
+    """Models that are the same byte by byte though their files are others."""
+    notes = []
+    models = [("the base", plan.base, {job.name: job.name for job in plan.jobs})]
+    for number, (spec, expert) in enumerate(zip(plan.expert_specs, plan.experts, strict=True)):
+        sources = {job.name: job.sources[number] for job in plan.jobs}
+        for who, other, theirs in models:
+            names = {theirs[name]: source for name, source in sources.items() if source and theirs.get(name)}
+            allowed = "base-as-expert" if other is plan.base else "duplicate-experts"
+            if other is expert or not names or not same_content(other, expert, names):
+                continue
+            if allowed not in plan.recipe.allow:
+                raise CfmergeError(
+                    f"expert {spec.name!r} ({spec.path}) holds the same weights as {who} ({other.path}). Leave it "
+                    f"out, or allow it: --allow {allowed} (recipe: 'allow: [{allowed}]')"
+                )
+            notes.append(f"expert {spec.name!r} holds the same weights as {who}")
+        models.append((f"expert {spec.name!r}", expert, {n: s for n, s in sources.items() if s}))
+    return notes
+
+
+def _exported_heads(plan: Resolved) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """`(expert, {name: tensor})` of the heads that are written beside the model."""
+    for spec, expert in zip(plan.expert_specs, plan.experts, strict=True):
+        tensors = {name: expert.read(name) for name in plan.exported.get(spec.name, ())}
+        for name, tensor in tensors.items():
+            if is_float(tensor.dtype.name) and not np.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"expert {spec.name!r} ({spec.path}): head {name!r} holds NaN or infinity",
+                    source=spec.name, tensor=name,
+                )  # fmt: skip
+        if tensors:
+            yield spec.name, tensors
+
+
+def _sha256(file: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            if stop.is_set():
+                return ""
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,167 @@
+"""Plans: what a merge would do, made from headers; `run` does it."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from cfmerge import recipe as recipes
+from cfmerge.core.expressions import expression
+from cfmerge.engine.units import check_memory
+from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.formats import Sink
+from cfmerge.methods import Method
+from cfmerge.planning.resolve import Resolved, resolve
+from cfmerge.planning.work import Progress
+from cfmerge.products.carry_out import carried_out
+from cfmerge.recipe import Recipe
+from cfmerge.statistics import Statistics
+
+T = TypeVar("T")
+Experts = Sequence[str | Path | recipes.Expert] | Mapping[str, str | Path]
+
+
+class Plan(Resolved):
+    """What a merge would do, and what it needs; `run` does it.
+
+    plan = cfmerge.plan(base, experts, "ace")
+    plan.counts(), plan.bytes_to_read, plan.notes
+    plan.run("merged")
+    """
+
+    def run(
+        self,
+        output: str | Path | Sink | Mapping[str, Sink],
+        *,
+        overwrite: bool = False,
+        memory: str | int | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Does what the plan says.
+
+        Args:
+            output: the directory to make (of a sweep: one that gets a model directory for each label); or a sink
+                (of a sweep: one for each label), whose `write(name, values, first)` is called with every tensor.
+            overwrite, memory, progress: as in `merge`.
+
+        Returns:
+            A `MergeResult`; of a sweep `{label: MergeResult}`.
+
+        Raises:
+            CfmergeError: bad input; nothing is written then.
+        """
+        started = time.monotonic()
+        done = self.attempted(memory, lambda plan, limit, dropped: carried_out(
+            plan, output, overwrite, limit, progress or (lambda *_: None), dropped
+        ))  # fmt: skip
+        seconds = time.monotonic() - started
+        results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
+        return results.get("", results)
+
+    def attempted(self, memory: str | int | None, do: "Callable[[Plan, int, list[str]], T]") -> T:
+        """`do(plan, bound of memory, notes)`; again without an expert that is not finite, if it may be left out."""
+        limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
+        dropped: list[str] = []
+        plan = self
+        while True:
+            for job in plan.jobs:
+                check_memory(job, limit)
+            try:
+                return do(plan, limit, dropped)
+            except NonFiniteError as error:
+                plan = plan._without(error, dropped)
+
+    def _without(self, error: NonFiniteError, dropped: list[str]) -> "Plan":
+        """The plan without the expert that is not finite, if it may be left out; otherwise raises the error."""
+        recipe = self.recipe
+        if recipe.on_nonfinite == "error" or not error.source:
+            raise error
+        dropped.append(f"expert {error.source!r} was left out: tensor {error.tensor!r} is not finite")
+        kept = [spec for spec in self.expert_specs if spec.name != error.source]
+        least = 0 if self.statistics else 1 if self.sums else 2
+        if len(kept) < least and ("one-expert" not in recipe.allow or not kept):
+            raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
+        opened = {spec.path: expert for spec, expert in zip(self.expert_specs, self.experts, strict=True)}
+        asked = {label: msgspec.structs.replace(one.recipe, experts=kept) for label, one in self.results.items()}
+        return planned(asked, self.statistics, sums=self.sums, opened={**opened, recipe.base: self.base})
+
+
+def planned(asked: Mapping[str, Recipe], statistics: Statistics | None = None, **how: Any) -> Plan:
+    """The plan of recipes by label; see `cfmerge.planning.resolve.resolve`."""
+    resolved = resolve(asked, statistics, **how)
+    return Plan(**{field.name: getattr(resolved, field.name) for field in dataclasses.fields(resolved)})
+
+
+def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: bool = False) -> Plan:
+    """The plan of a recipe: checkpoints opened, headers checked, no tensor read; `sums` to accumulate statistics.
+
+    Raises:
+        CfmergeError: with every problem that the headers show, one a line.
+    """
+    return planned({"": recipe}, statistics, sums=sums)
+
+
+def plan(
+    base: str | Path | Recipe | Mapping[str, Recipe],
+    experts: Experts = (),
+    method: str | Method = "ace",
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """What `merge` with these arguments would do; `.run(output)` does it. Headers are read, tensors are not.
+
+    Args:
+        base: as in `merge`; or a `Recipe`, which says everything; or `{label: Recipe}` of several that differ in
+            method and parameters alone, which are merged in one pass.
+        experts, method, parameters: as in `merge`.
+        **options: the other fields of `Recipe`.
+
+    Raises:
+        CfmergeError: with every problem that the headers show, one a line.
+    """
+    if isinstance(base, Mapping):
+        return planned(base)
+    return make_plan(base if isinstance(base, Recipe) else as_recipe(base, experts, method, parameters, options))
+
+
+def as_recipe(
+    base: str | Path,
+    experts: Experts,
+    method: str | Method,
+    parameters: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> Recipe:
+    """The arguments of `merge` as a recipe."""
+    if isinstance(experts, Mapping):
+        experts = [recipes.Expert(path=str(path), name=name) for name, path in experts.items()]
+    if isinstance(method, Method):
+        if method.call is None:
+            raise CfmergeError(
+                f"method {method.name!r} is not registered, and a merge of files must be able to name it: put "
+                "@cfmerge.methods.register on the function that makes it"
+            )
+        if parameters:
+            raise CfmergeError(f"parameters {dict(parameters)}: method {method.name!r} has its own already")
+        method = expression(method)
+    content = {
+        "base": str(base),
+        "experts": [msgspec.to_builtins(e) if isinstance(e, recipes.Expert) else str(e) for e in experts],
+        "method": method,
+        "parameters": dict(parameters or {}),
+        **options,
+        "rules": [msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in options.get("rules", ())],
+    }
+    return recipes.parse(content, "cfmerge.merge")
+
+
+def free_memory() -> int:
+    """Bytes of memory that are available."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        line = next(row for row in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in row)
+        return int(line.split()[1]) * 1024
+    return 4 << 30

@@ -1,0 +1,1 @@
+"""What a merge tells: its result, and the model card."""

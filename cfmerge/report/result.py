@@ -1,0 +1,51 @@
+"""The result of a merge."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cfmerge.planning.resolve import Resolved
+from cfmerge.report.card import versions
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeResult:
+    """What a merge did.
+
+    Attributes:
+        output: the directory, or the file, of the merged model; None where a sink took it.
+        plan: the plan that was carried out.
+        warnings: what speaks against using the model at all.
+        notes: what the user should know: of the plan, and of the methods while they ran.
+        reports: `{tensor: {name: value}}`, what the method tells of each tensor (ACE: gate, ridge ratio, ...).
+        digests: SHA-256 of every input file.
+        seconds: wall time.
+    """
+
+    output: Path | None
+    plan: Resolved
+    notes: tuple[str, ...]
+    reports: Mapping[str, Mapping[str, float]]
+    digests: Mapping[Path, str]
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "output": str(self.output),
+            "method": self.plan.method.name,
+            "experts": [spec.name for spec in self.plan.expert_specs],
+            "counts": [
+                {"kind": kind, "what": what, "tensors": count}
+                for (kind, what), count in sorted(self.plan.counts().items())
+            ],
+            "bytes_read": self.plan.bytes_to_read,
+            "bytes_written": self.plan.bytes_to_write,
+            "sha256": {str(file): digest for file, digest in self.digests.items()},
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+            "versions": versions(),
+            "seconds": round(self.seconds, 3),
+        }
