@@ -107,7 +107,11 @@ def _low_rank_form(unit: Unit) -> Method | None:
         return None
     if form_of(method, 1) is None:
         return None
-    rank = rank_bound(unit.base()[0], (unit.expert(t)[0] for t in unit.experts), len(unit.experts))
+    rank, count = unit.rank(), len(unit.experts)
+    if rank is None:
+        rank = rank_bound(unit.base()[0], (unit.expert(t)[0][0] for t in unit.experts), count)
+    elif 2 * rank * count > min(unit.job.seen_shape):  # no gain
+        return None
     return None if rank is None else form_of(method, rank)
 
 

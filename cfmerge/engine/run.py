@@ -190,8 +190,9 @@ class _Loop:
             tell(unit.job.name, unit.entries * base.dtype.itemsize)
             state = each.start(base)
             for t in each.experts:
-                expert = jnp.asarray(unit.expert(t))
-                state = each.update(state, base, t, expert, unit.inputs(t))
+                array, minus = unit.expert(t)
+                expert = jnp.asarray(array)
+                state = each.update(state, base, t, expert, unit.inputs(t)._replace(minus=minus))
                 tell(unit.job.name, unit.entries * expert.dtype.itemsize)
             return each.finish(state, base)
 

@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
     seed: Any = 0
     moment: Any = None  # (stack, ...)
     start: Any = 0  # (stack,), the first entry of each in its tensor
+    minus: Any = None  # (stack,), 0 where a delta comes instead of an expert's tensor, else 1; none: 1 for all
 
 
 class Steps(NamedTuple):
@@ -117,22 +118,36 @@ class Views(NamedTuple):
         """The inverse of `canonical`."""
         return from_canonical(delta, "b" + self.layout, shape) if self.layout and not self.entries else delta
 
-    def context(self, inputs: Inputs, own: tuple[Any, Any, Any], stored: tuple[int, ...]) -> Context:
-        """The context of one tensor of an expert's stack, with its own digest, moment and first entry."""
-        digest, moment, start = own
+    def context(self, inputs: Inputs, own: "Own", stored: tuple[int, ...]) -> Context:
+        """The context of one tensor of an expert's stack."""
+        digest, moment, start, _ = own
         key = None if digest is None else key_from(inputs.seed, digest)
         plain = Context(key, inputs.number, moment, start)
         if self.entries or not self.layout or "b" in self.layout:
             return plain
         return plain._replace(stored=stored, view=lambda array: to_canonical(array, self.layout))
 
-    def given(self, inputs: Inputs) -> tuple[Any, tuple[Any, Any, Any]]:
-        """The weights of an expert's stack; its digests, moments and first entries."""
+    def given(self, inputs: Inputs) -> tuple[Any, "Own"]:
+        """The weights of an expert's stack, and all else that its tensors have each of their own."""
         moment = inputs.moment
         if moment is not None:
             moment = self.canonical(moment) if self.needs.moments == "fisher" else moment.astype(self.compute)
         weight = jnp.asarray(inputs.weight, self.compute)
-        return weight, (inputs.digest, moment, jnp.broadcast_to(jnp.asarray(inputs.start), weight.shape))
+        minus = None if inputs.minus is None else jnp.asarray(inputs.minus, self.compute)
+        return weight, Own(inputs.digest, moment, jnp.broadcast_to(jnp.asarray(inputs.start), weight.shape), minus)
+
+
+class Own(NamedTuple):
+    """An expert's inputs of one tensor; of a stack each with a first axis more."""
+
+    digest: Any
+    moment: Any
+    start: Any
+    minus: Any
+
+    def delta(self, expert: Array, base: Array) -> Array:
+        """The expert less the base; or the delta that came instead of an expert."""
+        return expert - (base if self.minus is None else self.minus * base)
 
 
 def steps(layout: str, compute: str) -> Steps:
@@ -156,7 +171,7 @@ def steps(layout: str, compute: str) -> Steps:
         def one(call: Call, tensor: Any, statistic: Any, base: Array, expert: Array, given: Any) -> Any:
             weight, own = given
             context = view.context(inputs, own, stored)
-            return made(settings, call, tensor).see(statistic, expert - base, weight, context)
+            return made(settings, call, tensor).see(statistic, own.delta(expert, base), weight, context)
 
         view, stored = views(settings), base.shape[1:]
         pair = view.canonical(base), view.canonical(expert)
@@ -188,7 +203,7 @@ def steps(layout: str, compute: str) -> Steps:
             statistic = rules[0].init(base)
             for t, (weight, own) in enumerate(given):
                 context = view.context(inputs[t], own, stored)
-                statistic = rules[t].see(statistic, experts[t] - base, weight, context)
+                statistic = rules[t].see(statistic, own.delta(experts[t], base), weight, context)
             return rules[0].solve(statistic)
 
         view, stored = views(settings[0]), base.shape[1:]
@@ -212,8 +227,8 @@ def measured(view: Views, wanted: Measure, measure: Callable[..., Any]) -> Calla
     def all_of_them(stored: list[Array], inputs: list[Inputs]) -> Any:
         def one(views: list[Array], given: list[Any]) -> Any:
             base, *experts = views
-            deltas = [expert - base for expert in experts]
             weights, own = zip(*given, strict=True)
+            deltas = [one.delta(expert, base) for one, expert in zip(own, experts, strict=True)]
             shape = stored[0].shape[1:]
             contexts = tuple(view.context(*each, shape) for each in zip(inputs, own, strict=True))
             if wanted.joint:

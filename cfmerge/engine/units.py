@@ -27,6 +27,7 @@ from cfmerge.engine.steps import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places, kind_of
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
+from cfmerge.models.deltas import Delta, Dense, Factors
 from cfmerge.planning.work import Job, Readable, Work
 from cfmerge.statistics import named_leaves, stacked
 
@@ -121,15 +122,38 @@ class Unit:
         """The base's share `(stack, *shape)`."""
         return self.read(self.work.base.tensors, self.names)
 
-    def expert(self, number: int) -> Any:
-        """The same of an expert; of one that lacks the tensors the base, for surveys: no delta."""
+    def expert(self, number: int) -> tuple[Any, Any]:
+        """The same of an expert, and of which tensors it is the delta: `Inputs.minus`.
+
+        Of an expert that lacks the tensors the base, for surveys: no delta.
+        """
         if number not in self.experts:
-            return self.base()
-        return self.read(self.work.experts[number].tensors, tuple(str(job.sources[number]) for job in self.jobs))
+            return self.base(), None
+        deltas = self._deltas(number)
+        arrays = [delta.product if isinstance(delta, Factors) else delta.tensor for delta in deltas]
+        if all(isinstance(delta, Dense) for delta in deltas):
+            return self._stacked(arrays), None
+        return self._stacked(arrays), np.repeat([float(isinstance(delta, Dense)) for delta in deltas], self._repeats)
+
+    def _deltas(self, number: int) -> list[Delta]:
+        names, source = [str(job.sources[number]) for job in self.jobs], self.work.experts[number].tensors
+        return [source.delta(name, s.first, s.count) for name, s in zip(names, self.segments, strict=True)]
+
+    def rank(self) -> int | None:
+        """The rank of the experts' deltas where all come as factors, which are read for it; else None."""
+        ranks = []
+        for number in self.experts:
+            for delta in self._deltas(number):
+                if not isinstance(delta, Factors):
+                    return None
+                ranks.append(delta.right.shape[0])
+        return max(ranks, default=None)
 
     def read(self, model: Readable, names: Sequence[str]) -> Any:
         """The unit's share of a model, one name for each segment."""
-        arrays = [model.read(name, s.first, s.count) for name, s in zip(names, self.segments, strict=True)]
+        return self._stacked([model.read(name, s.first, s.count) for name, s in zip(names, self.segments, strict=True)])
+
+    def _stacked(self, arrays: Sequence[Any]) -> Any:
         if self.row is None and self.segments[0].count is not None:
             arrays = [array.reshape(len(self.layers), *self.job.parameter.shape[1:]) for array in arrays]
         if any(isinstance(array, jax.Array) for array in arrays):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cfmerge.models import Shape
+from cfmerge.models.deltas import Delta
 
 Header = tuple[Shape, np.dtype]
 
@@ -103,6 +104,14 @@ class Source(Protocol):
         """The whole tensor in its shape; with `count`, so many entries of the flat tensor from `first` on.
 
         It is read-only, and a view of the mapped file where the format allows it.
+        """
+        ...
+
+    def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
+        """The same of an expert's delta, as the format has it.
+
+        A model's own tensor is `Dense`: its delta is what it has more than the base. An adapter has `Factors` and no
+        tensor: its delta is their product, exactly, wherever its base lies.
         """
         ...
 

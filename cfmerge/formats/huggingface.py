@@ -12,6 +12,7 @@ from cfmerge.formats.base import Folder, TensorInfo
 from cfmerge.formats.layout import Component, Weights, find_components, read_json
 from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.formats.side_files import about, look_beside
+from cfmerge.models.deltas import Delta, Dense
 from cfmerge.models.ties import likely_ties
 
 
@@ -68,6 +69,9 @@ class HuggingFaceSource:
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         file, own = self._where[name]
         return file.read(own, first, count)
+
+    def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
+        return Dense(self.read(name, first, count))
 
     def _is_again(self, names: Mapping[str, Any]) -> bool:
         """Whether a folder's tensors are those that the main part has already: another version of the model."""

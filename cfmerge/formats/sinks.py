@@ -37,7 +37,7 @@ class DirectorySink:
         side_files: `{name in the directory: path}`, copied when the tensors are written.
         edits: `{name of a JSON side file: {key: value}}`, set in the copy.
         metadata: of every file of tensors, beside that of its folder.
-        overwrite: a model that is there is replaced.
+        overwrite, digest, keep: see `StagedDirectory`.
         inputs: files and directories that are read, and so not written into.
     """
 
@@ -52,6 +52,8 @@ class DirectorySink:
         metadata: Mapping[str, str] = FORMAT,
         overwrite: bool = False,
         inputs: Iterable[Path] = (),
+        digest: str = "",
+        keep: bool = False,
     ):
         self.notes: tuple[str, ...] = ()
         self._folders = sorted(folders, key=lambda folder: len(folder.prefix), reverse=True)
@@ -59,13 +61,13 @@ class DirectorySink:
         self._shard_bytes, self._metadata = shard_bytes, dict(metadata)
         self._writers: dict[str, ShardWriter] = {}  # by the prefix of their folder
         self._folder_of: dict[str, Folder] = {}
-        self._staged = self._stage(target, overwrite, inputs)
+        self._staged = self._stage(target, overwrite=overwrite, inputs=inputs, digest=digest, keep=keep)
         self.target = self._staged.target
         self._asked = target  # as the user named it, for messages
 
-    def _stage(self, target: Path, overwrite: bool, inputs: Iterable[Path]) -> StagedDirectory:
+    def _stage(self, target: Path, **how: Any) -> StagedDirectory:
         check_directory_name(target)
-        return StagedDirectory(target, overwrite=overwrite, inputs=inputs)
+        return StagedDirectory(target, **how)
 
     @property
     def path(self) -> Path:
@@ -152,8 +154,7 @@ class FileSink(DirectorySink):
         folders: Sequence[Folder] = (Folder(),),
         *,
         metadata: Mapping[str, str] = FORMAT,
-        overwrite: bool = False,
-        inputs: Iterable[Path] = (),
+        **how: Any,
     ):
         if len(folders) > 1:
             names = ", ".join(folder.name or "its own directory" for folder in folders)
@@ -163,11 +164,11 @@ class FileSink(DirectorySink):
         stem = target.name.removesuffix(".safetensors")
         folder = dataclasses.replace(folders[0], name="", stem=stem, sharded=False)
         super().__init__(
-            target, [folder], shard_bytes=UNBOUNDED, metadata=metadata, overwrite=overwrite, inputs=inputs
+            target, [folder], shard_bytes=UNBOUNDED, metadata=metadata, **how
         )  # fmt: skip
 
-    def _stage(self, target: Path, overwrite: bool, inputs: Iterable[Path]) -> StagedDirectory:
-        return StagedFile(target, overwrite=overwrite, inputs=inputs)
+    def _stage(self, target: Path, **how: Any) -> StagedDirectory:
+        return StagedFile(target, **how)
 
     def finish(self, totals: Totals) -> None:
         super().finish(Totals())
@@ -182,27 +183,24 @@ def open_sink(
     edits: Mapping[str, Mapping[str, Any]],
     heads: bool = False,
     recipe: str = "",
-    overwrite: bool = False,
-    inputs: Iterable[Path] = (),
+    **how: Any,
 ) -> DirectorySink:
     """The sink that the output's name asks for: `NAME.safetensors` is one file, any other name a directory.
 
     Args:
         heads: heads will be written beside the model.
         recipe: kept in the metadata of a file, which has no card.
+        **how: overwrite, inputs, digest and keep, see `DirectorySink`.
 
     Raises:
         CfmergeError: it is the name of a file of another format, or one file cannot hold it all.
     """
     if target.suffix != ".safetensors":
-        return DirectorySink(
-            target, folders, shard_bytes=shard_bytes, side_files=side_files, edits=edits, overwrite=overwrite,
-            inputs=inputs,
-        )  # fmt: skip
+        return DirectorySink(target, folders, shard_bytes=shard_bytes, side_files=side_files, edits=edits, **how)
     if heads:
         raise CfmergeError(f"output {target}: exported heads lie beside the model; name a directory")
     metadata = FORMAT | ({"cfmerge.recipe": recipe} if recipe else {})
-    sink = FileSink(target, folders, metadata=metadata, overwrite=overwrite, inputs=inputs)
+    sink = FileSink(target, folders, metadata=metadata, **how)
     if side_files:
         sink.notes += (
             f"{target.name} is one file, with its recipe in its metadata; {and_more(list(side_files))} of the base are "

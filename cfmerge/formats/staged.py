@@ -21,16 +21,30 @@ class StagedDirectory:
     The staging directory lies beside the target and is locked while its process lives. Without a commit it is
     removed; what a killed process left behind is removed by the next merge to the same target. With `overwrite`
     the old directory is set aside until the new one is in place; a kill between the two is mended likewise.
-    `inputs` are the files and directories that are read.
+
+    Args:
+        target: the final name.
+        overwrite: a model that is there is replaced.
+        inputs: files and directories that are read.
+        digest: a name for the staging directory, in hexadecimal digits: the same work finds it again; none: by chance.
+        keep: without a commit it is left where it is, and only other work to the same target removes it.
 
     Raises:
         CfmergeError: the target exists (without `overwrite`), is not a model directory, holds an input, or lies
-            in one.
+            in one; or another process writes the same digest to it now.
     """
 
     kind = "a directory with a model"
 
-    def __init__(self, target: Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()):
+    def __init__(
+        self,
+        target: Path,
+        *,
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+        digest: str = "",
+        keep: bool = False,
+    ):
         absolute = Path(os.path.abspath(target.expanduser()))
         self.target = absolute.resolve() if absolute.is_symlink() else absolute
         self.overwrite = overwrite
@@ -38,7 +52,8 @@ class StagedDirectory:
         self.inputs |= {path.resolve() for path in self.inputs}
         self._prefix = f".{self.target.name}.cfmerge-"
         self._previous = self.target.with_name(self._prefix + "previous")
-        self.path = self.target.with_name(self._prefix + secrets.token_hex(4))
+        self.path = self.target.with_name(self._prefix + (digest[:8] or secrets.token_hex(4)))
+        self.keep = keep
         self._lock: int | None = None
         self._new_parents = [parent for parent in self.target.parents if not parent.exists()]
 
@@ -48,7 +63,12 @@ class StagedDirectory:
             self._clean()
         self.check()
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir()
+        try:
+            self.path.mkdir()
+        except FileExistsError:
+            raise CfmergeError(
+                f"output {self.target}: another process writes this very merge there now; wait for it"
+            ) from None
         self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return self
@@ -91,7 +111,8 @@ class StagedDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        if not self.keep:
+            shutil.rmtree(self.path, ignore_errors=True)
         self._mend()
         if self._lock is not None:
             os.close(self._lock)

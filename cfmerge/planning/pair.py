@@ -10,6 +10,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, TensorInfo
+from cfmerge.models.deltas import Delta, Dense
 from cfmerge.models.mixtures import View, other_form, transposed
 from cfmerge.models.renames import apply_renames, pair
 from cfmerge.recipe import Expert, Recipe, Rename
@@ -46,6 +47,11 @@ class Viewed:
         if view is None:
             return self.inner.read(name, first, count)
         return view.make(self.inner.read) if count is None else view.flat(self.inner.read, first, count)
+
+    def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
+        if name not in self.views:
+            return self.inner.delta(name, first, count)
+        return Dense(self.read(name, first, count))
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+import cfmerge
 from cfmerge import methods
 from cfmerge.core.chain import is_chain
 from cfmerge.core.expressions import expression
@@ -101,6 +103,19 @@ class Resolved:
             for job in self.jobs if job.assignment.action != "skip" for name in job.writes
         }  # fmt: skip
         return {name: headers[name] for name in self.base.tensors if name in headers}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of everything that decides what is written: recipes, and the headers and files of the inputs."""
+        told = hashlib.sha256(cfmerge.__version__.encode())
+        for one in self.results.values():
+            told.update(one.recipe.to_yaml().encode())
+        for source in (self.base, *self.experts):
+            told.update(repr([(name, info.shape, info.dtype.name) for name, info in source.tensors.items()]).encode())
+            for file in source.files:
+                state = file.stat()
+                told.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}".encode())
+        return told.hexdigest()
 
     @property
     def folders(self) -> tuple[Folder, ...]:

@@ -17,6 +17,7 @@ from cfmerge.core.several import members, several
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.models import Parameter
+from cfmerge.models.deltas import Delta
 from cfmerge.models.patterns import escape
 from cfmerge.planning.assign import Assignment
 from cfmerge.planning.cost import statistic_size
@@ -35,6 +36,12 @@ class Readable(Protocol):
         ...
 
 
+class Tuned(Readable, Protocol):
+    """An expert's arrays, also as deltas; see `cfmerge.formats.Source`."""
+
+    def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Participant:
     """A model that takes part.
@@ -42,13 +49,13 @@ class Participant:
     Attributes:
         name: the expert's name; "base" for the base.
         told: the model in messages, such as `expert 'math' (models/math)`.
-        tensors: its arrays by name.
+        tensors: its arrays by name; of an expert deltas too.
         moments: what was measured of it, by the base's names; none: nothing.
     """
 
     name: str
     told: str
-    tensors: Readable
+    tensors: Any  # Readable; of an expert Tuned
     moments: Readable | None = None
 
 

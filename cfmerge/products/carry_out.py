@@ -93,6 +93,7 @@ def _sink(plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path])
     return open_sink(
         output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
         heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
+        digest=plan.digest,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats.pytree import flatten
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_float
+from cfmerge.models.deltas import Delta, Dense
 from cfmerge.planning.assign import Assignment, assign
 from cfmerge.planning.work import Participant, Work, check_moments, settled_jobs
 from cfmerge.recipe import Rule, parse_rule
@@ -28,6 +29,9 @@ class Tree(NamedTuple):
     def read(self, name: str, first: int = 0, count: int | None = None) -> Any:
         leaf = self.leaves[name]
         return leaf if count is None else leaf.reshape(-1)[first : first + count]
+
+    def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
+        return Dense(self.read(name, first, count))
 
 
 class Kept:

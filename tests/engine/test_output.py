@@ -350,3 +350,19 @@ def test_too_little_space_for_statistics_is_known_beforehand(family, tmp_path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(cfmerge.CfmergeError, match="GB are free"):
         cfmerge.accumulate(family.base, family.experts, "average", output=tmp_path / "sums")
+
+
+# --- the staging directory ----------------------------------------------------------------------------------------
+
+
+def test_the_same_plan_is_staged_in_the_same_directory_which_can_be_kept(family, tmp_path):
+    plan = cfmerge.plan(family.base, family.experts, "average")
+    assert plan.digest == cfmerge.plan(family.base, family.experts, "average").digest
+    assert plan.digest != cfmerge.plan(family.base, family.experts, "task_arithmetic").digest
+    with StagedDirectory(tmp_path / "out", digest=plan.digest, keep=True) as staged:
+        (staged.path / "part").write_text("half")
+        with pytest.raises(cfmerge.CfmergeError, match="another process writes this very merge"):
+            plan.run(tmp_path / "out")
+    assert (tmp_path / f".out.cfmerge-{plan.digest[:8]}" / "part").read_text() == "half"
+    plan.run(tmp_path / "out")  # removes what was left, and is whole
+    assert [path.name for path in tmp_path.glob(".out*")] == []

@@ -1,0 +1,33 @@
+"""The forms in which a source has an expert's delta: a tensor beside the base's, or a product of two factors."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+
+class Dense(NamedTuple):
+    """An expert's tensor; its delta is formed by taking off the base's."""
+
+    tensor: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """A delta as a product, `left @ right` in the rows and columns of the stored tensor; of a piece that piece's."""
+
+    left: Any
+    right: Any
+    first: int = 0
+    count: int | None = None
+
+    @property
+    def product(self) -> Any:
+        """The delta itself, of the shape of the tensor; flat of a piece."""
+        if self.count is None:
+            return self.left @ self.right
+        columns = self.right.shape[1]
+        above, below = self.first // columns, -(-(self.first + self.count) // columns)  # rows that the piece touches
+        flat = (self.left[above:below] @ self.right).reshape(-1)
+        return flat[self.first - above * columns :][: self.count]
+
+
+Delta = Dense | Factors

@@ -1,0 +1,73 @@
+"""Units: every entry in one of them, few shapes to compile, and layers of a stack some at a time."""
+
+import collections
+
+import numpy as np
+import pytest
+
+import cfmerge
+from cfmerge.engine import steps, units
+
+ODD = {f"layer{n}.weight": shape for n, shape in enumerate([(3, 5), (7, 2), (4, 4), (1, 9), (40, 3)])}
+ODD |= {f"layer{n}.bias": (n + 2,) for n in range(4)}
+
+
+@pytest.fixture
+def odd(make_model, tmp_path):
+    def tensors(seed):
+        rng = np.random.default_rng(seed)
+        return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in ODD.items()}
+
+    paths = [make_model(tmp_path / f"m{n}", tensors(n), None) for n in range(3)]
+    return paths[0], paths[1:]
+
+
+@pytest.mark.parametrize("entries", [16, 24, 1 << 22])
+def test_rows_hold_every_entry_once(odd, monkeypatch, entries):
+    monkeypatch.setattr(units, "ENTRIES", entries)
+    plan = cfmerge.plan(*odd, "average")
+    seen = collections.Counter()
+    for unit in units.units_of(plan.work, plan.work.merged):
+        assert unit.base().shape == (unit.stack, unit.row)
+        flat = unit.base()
+        for (job, first, values), segment in zip(unit.parts(flat), unit.segments, strict=True):
+            whole = plan.base.read(job.name).reshape(-1)
+            np.testing.assert_array_equal(values, whole[first : first + segment.count])
+            seen.update((job.name, first + n) for n in range(segment.count))
+    assert set(seen.values()) == {1}
+    assert len(seen) == sum(int(np.prod(shape)) for shape in ODD.values())
+
+
+@pytest.mark.parametrize("method", ["average", "dare_ties"])
+def test_entrywise_methods_are_compiled_once_whatever_the_shapes(odd, tmp_path, method):
+    steps.compiled.cache_clear()
+    cfmerge.merge(*odd, method, output=tmp_path / "out")
+    compiled = steps.compiled("", "float32")
+    assert compiled.step._cache_size() + compiled.together._cache_size() == 1
+
+
+MIXTURE = {"experts.gate_up_proj": (4, 6, 10), "experts.down_proj": (4, 5, 6), "norm.weight": (6,)}
+
+
+def test_layers_of_a_stack_are_merged_some_at_a_time(make_model, tmp_path, load, monkeypatch):
+    """All at once, one at a time, and in the least memory: the same bytes."""
+
+    def tensors(seed):
+        rng = np.random.default_rng(seed)
+        return {f"model.layers.0.mlp.{n}": rng.standard_normal(s).astype(np.float32) for n, s in MIXTURE.items()}
+
+    base, *experts = [make_model(tmp_path / f"m{n}", tensors(n), {"hidden_size": 6}) for n in range(3)]
+    cfmerge.merge(base, experts, "ace", output=tmp_path / "whole")
+    plan = cfmerge.plan(base, experts, "ace")
+    job = next(job for job in plan.jobs if job.name.endswith("gate_up_proj"))
+    assert job.layers_apart
+    assert job.method.name == "ace"
+    monkeypatch.setattr(units, "STACKED", 1)
+    assert [len(unit.layers) for unit in units.units_of(plan.work, [job])] == [1] * 4
+    cfmerge.merge(base, experts, "ace", output=tmp_path / "cut", memory=max(job.working_bytes for job in plan.jobs))
+    whole, cut = load(tmp_path / "whole"), load(tmp_path / "cut")
+    assert all(np.array_equal(whole[name], cut[name]) for name in whole | cut)
+    cfmerge.accumulate(base, experts, "ace", output=tmp_path / "sums")
+    cfmerge.solve(tmp_path / "sums", base, output=tmp_path / "solved")
+    for name, tensor in load(tmp_path / "solved").items():
+        np.testing.assert_allclose(tensor, whole[name], atol=1e-4)
