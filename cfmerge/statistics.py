@@ -33,18 +33,29 @@ Leaves = Mapping[str, Any]  # {leaf of the statistic: array (matrices, ...)}
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What additive methods keep of the experts that they have seen.
+    """The statistics of experts: the sums that an additive method keeps of them, for every tensor.
 
-    `a + b` is what would have been kept of the experts of both, `a - b` forgets those of b. Both are computed tensor
-    by tensor when they are needed; so is what `load` gives, from the files.
+        >>> statistics = cfmerge.accumulate("base", ["math"], "average", output="one")
+        >>> both = statistics + cfmerge.accumulate("base", ["code"], "average", output="two")
+        >>> both.save("both")
+        >>> cfmerge.Statistics.load("both").experts
+        {'math': 1.0, 'code': 1.0}
+        >>> list((both - cfmerge.Statistics.load("two")).experts)
+        ['math']
+
+    `a + b` holds the experts of both, `a - b` forgets those of b. Both are computed tensor by tensor when they are
+    needed, and `load` reads arrays from the files when they are needed.
 
     Attributes:
-        method: the method that it was accumulated for, as text.
-        experts: `{name: weight}` of the experts that were seen.
+        method: the method that they were accumulated for, as text.
+        experts: `{name: weight}`.
         kinds: `{tensor: name of its statistic}`; a method can solve it if it keeps a statistic of that name.
         base: a fingerprint of the base, which must be the same wherever statistics meet.
         options: rules and heads of the recipe.
-        tensors: `{tensor: {leaf: array}}`.
+        tensors: `{tensor: {leaf: array (matrices, ...)}}`.
+
+    Raises:
+        CfmergeError: from `+` and `-`: another base, another method, an expert that is there twice or not at all.
     """
 
     method: str

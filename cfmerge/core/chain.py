@@ -35,10 +35,15 @@ class Chained(NamedTuple):
 
 
 def chain(*parts: Part) -> Any:
-    """Transforms and at most one method as one: `chain(trim(.2), disjoint_mean(), scale(.5))`.
+    """Transforms and at most one method as one part; `a >> b` is `chain(a, b)`.
+
+        >>> base = jnp.zeros((4, 3))
+        >>> halved = methods.chain(methods.average(), methods.scale(0.5))
+        >>> float(cfmerge.merge_tensor(base, [base + 1, base + 3], halved)[0, 0])
+        1.0
 
     The transforms in front of the method are applied to each delta before `update`, those behind it to the merged
-    delta. Without a method the chain is a transform. `a >> b` is `chain(a, b)`.
+    delta. Without a method the chain is a transform.
 
     Raises:
         CfmergeError: two methods, or a transform on the wrong side.
