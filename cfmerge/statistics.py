@@ -217,24 +217,19 @@ def pattern(method: Method, shape: tuple[int, ...], dtype: str) -> Any:
     return jax.eval_shape(method.init, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
 
 
-def rows(statistics: Any, number: int, matrices: int) -> dict[str, Any]:
-    """What is kept of one tensor of a stack: `{leaf: (matrices, ...)}`."""
-    first = number * matrices
+def named_leaves(statistics: Any, span: slice) -> dict[str, Any]:
+    """A share of a stack's statistics by name: `{leaf: (matrices, ...)}`."""
     leaves = jax.tree.leaves(statistics)
-    return {name: leaf[first : first + matrices] for name, leaf in zip(leaf_names(statistics), leaves, strict=True)}
+    return {name: leaf[span] for name, leaf in zip(leaf_names(statistics), leaves, strict=True)}
 
 
-def stacked(kept: Sequence[Leaves], method: Method, shape: tuple[int, ...], compute: str, piece: slice | None) -> Any:
-    """The statistics of a stack, from what is kept of each tensor; of a piece of flat entries of one, with `piece`."""
+def stacked(shares: Sequence[Leaves], method: Method, shape: tuple[int, ...], compute: str) -> Any:
+    """The statistics of a stack, from the leaves of its parts one behind the other."""
     like = pattern(method, shape, "float32")
-    names = leaf_names(like)
-
-    def array(leaf: Any) -> Any:
-        if piece is not None and leaf.ndim > 1:
-            leaf = leaf.reshape(1, -1)[:, piece]
-        return jnp.array(leaf, compute)  # a copy: steps use up what they are given
-
-    leaves = [jnp.concatenate([array(own[name]) for own in kept]) for name in names]
+    leaves = [
+        jnp.array(jnp.concatenate([jnp.asarray(own[name], compute) for own in shares]))  # steps use up what they get
+        for name in leaf_names(like)
+    ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

@@ -34,11 +34,15 @@ class Account:
     def add(self, unit: Unit, outcome: Outcome) -> None:
         self.float64 += outcome.float64
         by_result = outcome.reports if isinstance(outcome.reports, tuple) else (outcome.reports,)
+        if not any(by_result):
+            return
         for result, reports in enumerate(by_result):
-            for number, job in enumerate(unit.jobs):
-                told = {key: float(np.max(value[number])) for key, value in reports.items()}
-                if any(by_result):
-                    self.reports.setdefault(result, {})[job.name] = told
+            own = self.reports.setdefault(result, {})
+            for job, span in zip(unit.jobs, unit.spans, strict=True):
+                told = {key: float(np.max(value[span])) for key, value in reports.items()}
+                for key, value in own.get(job.name, {}).items():  # of the tensor's other segments
+                    told[key] = max(value, told[key])
+                own[job.name] = told
                 method = methods_of(job)[result]
                 for key, (condition, message) in method.notes.items():
                     if key in told and condition(told[key]):

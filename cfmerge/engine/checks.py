@@ -21,10 +21,13 @@ def check_finite(unit: Unit, base: Any, expert: int | None, flags: np.ndarray) -
     """
     if flags.all():
         return
-    number, work = int(np.argmin(flags)), unit.work
+    whole = [bool(flags[span].all()) for span in unit.spans]
+    if all(whole):  # rows that only fill up
+        return
+    number, work = whole.index(False), unit.work
     name = unit.jobs[number].name
     who, source = (work.experts[expert].told, work.experts[expert].name) if expert is not None else ("", "")
-    if not np.isfinite(np.asarray(base[number], np.float32)).all():
+    if not np.isfinite(np.asarray(base[unit.spans[number]], np.float32)).all():
         who, source = work.base.told, ""
     if not who:
         wider = ", or --dtype float32" if work.from_files else ""

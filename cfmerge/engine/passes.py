@@ -141,7 +141,7 @@ class Measuring:
     def _check(self, base: jax.Array, array: jax.Array, number: int | None) -> None:
         """A NaN would go from a survey into every tensor."""
         if not self.unit.work.traced:
-            finite = np.isfinite(np.asarray(array)).reshape(len(self.unit.segments), -1).all(axis=1)
+            finite = np.isfinite(np.asarray(array)).reshape(self.unit.stack, -1).all(axis=1)
             check_finite(self.unit, base, number, finite)
 
 

@@ -74,10 +74,10 @@ def merge(
     def take(unit: Unit, outcome: Outcome) -> None:
         if not work.traced:
             account.add(unit, outcome)
-        for number, job in enumerate(unit.jobs):
-            results = [outcome.tensors[number]] if len(sinks) == 1 else outcome.tensors[number]
-            for sink, result in zip(sinks, results, strict=True):
-                loop.behind(functools.partial(_write, sink, job, result, unit.first))
+        for number, sink in enumerate(sinks):
+            own = outcome.tensors if len(sinks) == 1 else outcome.tensors[:, number]
+            for job, first, values in unit.parts(own):
+                loop.behind(functools.partial(_write, sink, job, values, first))
 
     with loop:
         for job in work.jobs:
@@ -187,12 +187,12 @@ class _Loop:
         """The base of a unit, then its experts one by one, through the steps."""
         with self._precision(compute):
             base = jnp.asarray(unit.base())
-            tell(unit.job.name, base.nbytes)
+            tell(unit.job.name, unit.entries * base.dtype.itemsize)
             state = each.start(base)
             for t in each.experts:
                 expert = jnp.asarray(unit.expert(t))
                 state = each.update(state, base, t, expert, unit.inputs(t))
-                tell(unit.job.name, expert.nbytes)
+                tell(unit.job.name, unit.entries * expert.dtype.itemsize)
             return each.finish(state, base)
 
     def merged(self, unit: Unit, found: Found | None) -> Outcome:

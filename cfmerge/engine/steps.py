@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
     digest: Any = None  # (stack, 2), with the seed behind each: what keys are made of
     seed: Any = 0
     moment: Any = None  # (stack, ...)
-    start: Any = 0
+    start: Any = 0  # (stack,), the first entry of each in its tensor
 
 
 class Steps(NamedTuple):
@@ -76,16 +76,20 @@ def compiled(layout: str, compute: str) -> Steps:
     )
 
 
-def settings_of(methods: Sequence[Method], per_tensor: int = 1, found: Found | None = None) -> Settings:
-    """The settings of a stack whose tensors have these methods, of one structure, and `per_tensor` matrices each."""
-    call = jax.tree.map(lambda *values: _column(values, per_tensor), *(call_of(method) for method in methods))
+def settings_of(methods: Sequence[Method], repeats: Any = 1, found: Found | None = None) -> Settings:
+    """The settings of a stack whose tensors have these methods, of one structure.
+
+    Args:
+        repeats: how many matrices, or rows, each tensor has in the stack; one number or one for each.
+    """
+    call = jax.tree.map(lambda *values: _column(values, repeats), *(call_of(method) for method in methods))
     return Settings(call, found.model if found else None, found.tensor if found else None)
 
 
-def _column(values: Sequence[Any], per_tensor: int) -> Any:
+def _column(values: Sequence[Any], repeats: Any) -> Any:
     if any(isinstance(value, jax.Array) for value in values):
-        return jnp.repeat(jnp.stack([jnp.asarray(value) for value in values]), per_tensor)
-    return np.repeat(np.asarray(values, np.float64), per_tensor)
+        return jnp.repeat(jnp.stack([jnp.asarray(value) for value in values]), np.asarray(repeats))
+    return np.repeat(np.asarray(values, np.float64), repeats)
 
 
 class Views(NamedTuple):
@@ -113,19 +117,22 @@ class Views(NamedTuple):
         """The inverse of `canonical`."""
         return from_canonical(delta, "b" + self.layout, shape) if self.layout and not self.entries else delta
 
-    def context(self, inputs: Inputs, digest: Any, moment: Any, stored: tuple[int, ...]) -> Context:
+    def context(self, inputs: Inputs, own: tuple[Any, Any, Any], stored: tuple[int, ...]) -> Context:
+        """The context of one tensor of an expert's stack, with its own digest, moment and first entry."""
+        digest, moment, start = own
         key = None if digest is None else key_from(inputs.seed, digest)
-        plain = Context(key, inputs.number, moment, inputs.start)
+        plain = Context(key, inputs.number, moment, start)
         if self.entries or not self.layout or "b" in self.layout:
             return plain
         return plain._replace(stored=stored, view=lambda array: to_canonical(array, self.layout))
 
-    def given(self, inputs: Inputs) -> tuple[Any, Any, Any]:
-        """The weights, digests and moments of an expert's stack."""
+    def given(self, inputs: Inputs) -> tuple[Any, tuple[Any, Any, Any]]:
+        """The weights of an expert's stack; its digests, moments and first entries."""
         moment = inputs.moment
         if moment is not None:
             moment = self.canonical(moment) if self.needs.moments == "fisher" else moment.astype(self.compute)
-        return jnp.asarray(inputs.weight, self.compute), inputs.digest, moment
+        weight = jnp.asarray(inputs.weight, self.compute)
+        return weight, (inputs.digest, moment, jnp.broadcast_to(jnp.asarray(inputs.start), weight.shape))
 
 
 def steps(layout: str, compute: str) -> Steps:
@@ -147,8 +154,8 @@ def steps(layout: str, compute: str) -> Steps:
 
     def step(settings: Settings, statistics: Any, base: Array, expert: Array, inputs: Inputs) -> tuple[Any, Array]:
         def one(call: Call, tensor: Any, statistic: Any, base: Array, expert: Array, given: Any) -> Any:
-            weight, digest, moment = given
-            context = view.context(inputs, digest, moment, stored)
+            weight, own = given
+            context = view.context(inputs, own, stored)
             return made(settings, call, tensor).see(statistic, expert - base, weight, context)
 
         view, stored = views(settings), base.shape[1:]
@@ -179,8 +186,8 @@ def steps(layout: str, compute: str) -> Steps:
         def one(calls: list[Call], tensor: Any, base: Array, experts: list[Array], given: Any) -> Any:
             rules = [made(settings[0], call, tensor) for call in calls]
             statistic = rules[0].init(base)
-            for t, (weight, digest, moment) in enumerate(given):
-                context = view.context(inputs[t], digest, moment, stored)
+            for t, (weight, own) in enumerate(given):
+                context = view.context(inputs[t], own, stored)
                 statistic = rules[t].see(statistic, experts[t] - base, weight, context)
             return rules[0].solve(statistic)
 
@@ -206,9 +213,9 @@ def measured(view: Views, wanted: Measure, measure: Callable[..., Any]) -> Calla
         def one(views: list[Array], given: list[Any]) -> Any:
             base, *experts = views
             deltas = [expert - base for expert in experts]
-            weights, digests, moments = zip(*given, strict=True)
+            weights, own = zip(*given, strict=True)
             shape = stored[0].shape[1:]
-            contexts = tuple(view.context(*each, shape) for each in zip(inputs, digests, moments, strict=True))
+            contexts = tuple(view.context(*each, shape) for each in zip(inputs, own, strict=True))
             if wanted.joint:
                 return measure(Seen(base, jnp.stack(deltas), jnp.stack(weights), contexts))
             return with_context(measure, (deltas[0],), contexts[0])

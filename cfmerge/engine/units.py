@@ -1,11 +1,17 @@
 """Units: the smallest pieces of work, each solved in one compiled call.
 
-A unit is segments (a tensor, its first entry, how many) of one layout and one method but for its numbers: a stack of
-small tensors of one shape, one large tensor, or a piece of one whose method takes entries one by one. A unit depends
-on headers, methods and the memory bound alone: never on devices or processes.
+A unit is segments (a tensor, its first entry, how many) of one layout and one method but for its numbers:
+
+    whole tensors of one shape, stacked
+    some layers of one tensor that stacks layers
+    rows of one length, cut from tensors of any shape, for methods that take entries one by one: one compilation
+
+A unit depends on headers, methods and the memory bound alone: never on devices or processes.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,16 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.core.call import of_expert
-from cfmerge.core.random import digest_of
+from cfmerge.core.random import BLOCK, digest_of
 from cfmerge.core.several import leaders, members
+from cfmerge.core.survey import Found
 from cfmerge.engine.steps import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places, kind_of
 from cfmerge.errors import CfmergeError
-from cfmerge.methods import Found, Method
+from cfmerge.methods import Method
 from cfmerge.planning.work import Job, Readable, Work
-from cfmerge.statistics import stacked
+from cfmerge.statistics import named_leaves, stacked
 
 ENTRIES = 1 << 22  # of a unit of an entrywise method
+ROW = BLOCK  # of a row, if a unit has as many: draws have a key for each block of entries
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
 
 
@@ -38,10 +46,16 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """Whole tensors of one shape, dtype, layout, method and set of experts; or one piece of one tensor."""
+    """Segments whose arrays are stacked: `(stack, *shape)`.
+
+    Attributes:
+        row: the length of the rows that the segments are cut into, the last of each filled up with zeros; none: a
+            segment is one array of the stack, whole or some of its layers.
+    """
 
     work: Work
     segments: tuple[Segment, ...]
+    row: int | None = None
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -49,7 +63,7 @@ class Unit:
 
     @property
     def job(self) -> Job:
-        """The first job: what the others share with it is the unit's."""
+        """The first job: it shares layout, dtypes, method and experts with the others."""
         return self.segments[0].job
 
     @property
@@ -61,18 +75,41 @@ class Unit:
         return tuple(segment.job.name for segment in self.segments)
 
     @property
-    def first(self) -> int:
-        return self.segments[0].first
-
-    @property
     def methods(self) -> tuple[Method, ...]:
         return tuple(job.method for job in self.jobs)
 
+    @functools.cached_property
+    def spans(self) -> tuple[slice, ...]:
+        """Where each segment lies in the stack."""
+        sizes = [1 if self.row is None else -(-(segment.count or 0) // self.row) for segment in self.segments]
+        ends = np.cumsum(sizes).tolist()
+        return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+    @property
+    def stack(self) -> int:
+        """The length of the stack: rows are filled up to a power of two, so that few lengths are compiled."""
+        used = self.spans[-1].stop
+        return used if self.row is None else 1 << (used - 1).bit_length()
+
+    @property
+    def entries(self) -> int:
+        """How many entries of tensors its segments hold."""
+        return sum(segment.job.parameter.size if segment.count is None else segment.count for segment in self.segments)
+
+    @property
+    def layers(self) -> range:
+        """Which canonical matrices of a tensor a segment holds."""
+        first, count = self.segments[0].first, self.segments[0].count
+        if self.row is not None or count is None:
+            return range(self.job.matrices)
+        size = math.prod(self.job.seen_shape)
+        return range(first // size, (first + count) // size)
+
     @property
     def places(self) -> tuple[Place, ...]:
-        if self.segments[0].count is not None:
-            return ((self.job.name, self.first),)
-        return tuple((name, layer) for name in self.names for layer in range(self.job.matrices))
+        if self.row is not None:
+            return tuple((segment.job.name, segment.first) for segment in self.segments)
+        return tuple((name, layer) for name in self.names for layer in self.layers)
 
     def only(self, number: int) -> "Unit":
         """The unit of one of its segments."""
@@ -81,7 +118,7 @@ class Unit:
     # --- arrays ---------------------------------------------------------------------------------------------------
 
     def base(self) -> Any:
-        """`(segments, *stored shape)`, or `(1, count)` of a piece."""
+        """The base's share `(stack, *shape)`."""
         return self.read(self.work.base.tensors, self.names)
 
     def expert(self, number: int) -> Any:
@@ -91,55 +128,131 @@ class Unit:
         return self.read(self.work.experts[number].tensors, tuple(str(job.sources[number]) for job in self.jobs))
 
     def read(self, model: Readable, names: Sequence[str]) -> Any:
-        """The unit's share of tensors of a model, one name for each segment."""
-        first, count = self.segments[0].first, self.segments[0].count
-        arrays = [model.read(name, first, count) for name in names]
+        """The unit's share of a model, one name for each segment."""
+        arrays = [model.read(name, s.first, s.count) for name, s in zip(names, self.segments, strict=True)]
+        if self.row is None and self.segments[0].count is not None:
+            arrays = [array.reshape(len(self.layers), *self.job.parameter.shape[1:]) for array in arrays]
         if any(isinstance(array, jax.Array) for array in arrays):
-            return jnp.stack(arrays)
-        if len({array.dtype for array in arrays}) > 1:  # NumPy has no common dtype for float16 and bfloat16
-            wide = np.float64 if any(array.dtype == np.float64 for array in arrays) else np.float32
-            arrays = [array.astype(wide) for array in arrays]
+            return jnp.stack([jnp.asarray(array) for array in arrays])
+        arrays = _one_dtype(arrays)
+        if self.row is not None:
+            return self._in_rows(arrays, self.row)
         return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+    def _in_rows(self, arrays: Sequence[np.ndarray], row: int) -> np.ndarray:
+        if arrays[0].size == self.stack * row:
+            return arrays[0].reshape(self.stack, row)
+        rows = np.zeros((self.stack, row), arrays[0].dtype)
+        for span, array in zip(self.spans, arrays, strict=True):
+            rows[span].reshape(-1)[: array.size] = array
+        return rows
+
+    def parts(self, values: Any) -> Iterator[tuple[Job, int, Any]]:
+        """`(job, first entry, values)` of each segment, out of an array `(stack, ...)`."""
+        for segment, span in zip(self.segments, self.spans, strict=True):
+            if self.row is None:
+                yield segment.job, segment.first, values[span.start]
+            else:
+                yield segment.job, segment.first, values[span].reshape(-1)[: segment.count]
 
     # --- numbers that come with them ------------------------------------------------------------------------------
 
+    @property
+    def _repeats(self) -> Any:
+        """How often each segment's numbers are repeated: for its matrices or rows; the last's for all that fill up."""
+        if self.row is None:
+            return len(self.layers)
+        sizes = [span.stop - span.start for span in self.spans]
+        return [*sizes[:-1], sizes[-1] + self.stack - self.spans[-1].stop]
+
     def inputs(self, number: int) -> Inputs:
         """The weights of an expert, and all that its context needs."""
-        method, expert = self.job.method, self.work.experts[number]
-        weights = [job.weights[number] for job in self.jobs]
-        inputs = Inputs(
-            _repeated(weights, self.job.matrices), self.work.before + number, seed=self.work.seed, start=self.first
-        )
-        if method.needs.random:
-            layers = [(name, layer) for name in self.names for layer in range(self.job.matrices)]
-            told = [layer_name(name, layer, self.job.matrices) for name, layer in layers]
-            inputs = inputs._replace(digest=np.stack([digest_of(layer, expert.name) for layer in told]))
-        if method.needs.moments and expert.moments is not None:
-            moment = self.read(expert.moments, self.names)
-            if method.needs.moments == "input_gram":
-                moment = moment.reshape(-1, *moment.shape[-2:])
-            inputs = inputs._replace(moment=moment)
+        needs, expert = self.job.method.needs, self.work.experts[number]
+        weight = _repeated([job.weights[number] for job in self.jobs], self._repeats)
+        inputs = Inputs(weight, self.work.before + number, seed=self.work.seed, start=self._starts())
+        if needs.random:
+            whole = self.job.matrices
+            told = [layer_name(name, layer, whole) for name in self.names for layer in self.layers]
+            digests = np.stack([digest_of(layer, expert.name) for layer in told])
+            inputs = inputs._replace(digest=digests if self.row is None else np.repeat(digests, self._repeats, axis=0))
+        if needs.moments and expert.moments is not None:
+            inputs = inputs._replace(moment=self._moment(expert.moments, needs.moments))
         return inputs
 
-    def settings(self, methods: Sequence[Method], found: Found | None) -> "list[Settings]":
+    def _starts(self) -> np.ndarray:
+        """The first entry of every row in its tensor; 0 of what is no row."""
+        if self.row is None:
+            return np.zeros(len(self.segments) * len(self.layers), np.uint32)
+        starts = np.zeros(self.stack, np.uint32)
+        for segment, span in zip(self.segments, self.spans, strict=True):
+            starts[span] = segment.first + self.row * np.arange(span.stop - span.start)
+        return starts
+
+    def _moment(self, moments: Readable, kind: str) -> Any:
+        if kind != "input_gram":
+            return self.read(moments, self.names)
+        arrays = [moments.read(name) for name in self.names]
+        each = [array.reshape(-1, *array.shape[-2:])[self.layers.start : self.layers.stop] for array in arrays]
+        return (jnp if isinstance(each[0], jax.Array) else np).concatenate(each)
+
+    def settings(self, methods: Sequence[Method], found: Found | None) -> list[Settings]:
         """The settings of start and solve, and then of each expert that takes part."""
         numbers = [0, *(self.work.before + t for t in self.experts)]
         known = at_places(found, self.places)
-        return [settings_of([of_expert(m, t) for m in methods], self.job.matrices, known) for t in numbers]
+        return [settings_of([of_expert(m, t) for m in methods], self._repeats, known) for t in numbers]
 
     def kept(self, method: Method, compute: str) -> Any:
         """The method's statistics as the work's statistics hold them; None if it has none."""
         if self.work.statistics is None:
             return None
-        piece = None if self.segments[0].count is None else slice(self.first, self.first + self.segments[0].count)
         own = [self.work.statistics.tensors[name] for name in self.names]
-        each = [stacked(own, one, self.job.seen_shape, compute, piece) for one in leaders(method)]
+        shares = [{leaf: self._share(n, array) for leaf, array in leaves.items()} for n, leaves in enumerate(own)]
+        if self.row is not None:
+            shares = [*shares, *([_nothing(shares[-1], self.stack - self.spans[-1].stop)])]
+        each = [stacked(shares, one, self.job.seen_shape, compute) for one in leaders(method)]
         return each[0] if members(method) == (method,) else tuple(each)
 
+    def _share(self, number: int, leaf: Any) -> Any:
+        """A segment's share of an array `(matrices, ...)` of a tensor's statistic."""
+        if self.row is None:
+            return leaf[self.layers.start : self.layers.stop]
+        segment, rows = self.segments[number], self.spans[number].stop - self.spans[number].start
+        if leaf.ndim == 1:
+            return np.repeat(leaf, rows)
+        flat = np.asarray(leaf.reshape(-1)[segment.first : segment.first + (segment.count or 0)])
+        return np.pad(flat, (0, rows * self.row - flat.size)).reshape(rows, self.row)
 
-def _repeated(values: Sequence[Any], times: int) -> Any:
+    def shares(self, statistics: Any) -> Iterator[tuple[Job, int, dict[str, Any]]]:
+        """`(job, first layer or entry, {leaf: its share})` of each segment; a scalar comes with the first entry."""
+        for segment, span in zip(self.segments, self.spans, strict=True):
+            layers = 1 if self.row is not None else len(self.layers)
+            leaves = named_leaves(statistics, slice(span.start * layers, span.stop * layers))
+            if self.row is None:
+                yield segment.job, self.layers.start, leaves
+                continue
+            cut = {
+                leaf: array.reshape(-1)[: segment.count] if array.ndim > 1 else array[:1]
+                for leaf, array in leaves.items() if array.ndim > 1 or segment.first == 0
+            }  # fmt: skip
+            yield segment.job, segment.first, cut
+
+
+def _one_dtype(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The arrays in one dtype: NumPy has none for float16 and bfloat16."""
+    if len({array.dtype for array in arrays}) == 1:
+        return list(arrays)
+    wide = np.float64 if any(array.dtype == np.float64 for array in arrays) else np.float32
+    return [array.astype(wide) for array in arrays]
+
+
+def _nothing(like: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Statistics of rows that only fill up."""
+    return {leaf: np.zeros((rows, *array.shape[1:]), array.dtype) for leaf, array in like.items()}
+
+
+def _repeated(values: Sequence[Any], times: Any) -> Any:
     if any(isinstance(value, jax.Array) for value in values):
-        return jnp.repeat(jnp.stack([jnp.asarray(value) for value in values]), times)
+        return jnp.repeat(jnp.stack([jnp.asarray(value) for value in values]), np.asarray(times))
     return np.repeat(np.asarray(values, np.float64), times)
 
 
@@ -160,25 +273,71 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
         CfmergeError: one tensor alone does not fit.
     """
     waiting: dict[Any, list[Job]] = {}
+    filling: dict[Any, list[Segment]] = {}
     for job in jobs:
         if job.assignment.action != "merge" or job.parameter.size == 0:
             continue
-        size = job.parameter.size
-        if job.method.needs.scope == "entry" and size > ENTRIES and not work.traced:
-            for first in range(0, size, ENTRIES):
-                yield Unit(work, (Segment(job, first, min(ENTRIES, size - first)),))
+        likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
+        if job.method.needs.scope == "entry" and not work.traced:
+            if work.from_files and job.method.survey is None:
+                yield from _rows(work, job, filling.setdefault(likes, []))
+                continue
+            if job.parameter.size > ENTRIES:
+                yield from _in_pieces(work, job)
+                continue
+        if job.layers_apart and not work.traced:
+            yield from _layers(work, job, memory)
             continue
-        key = (job.parameter.shape, job.parameter.dtype, str(job.dtype), job.layout, job.experts, kind_of(job.method))
-        bucket = waiting.setdefault(key, [])
+        bucket = waiting.setdefault((job.parameter.shape, job.layout, *likes), [])
         bucket.append(job)
         if not work.traced and len(bucket) >= _stack(job, memory):
-            yield _whole(work, waiting.pop(key))
+            yield _whole(work, waiting.pop((job.parameter.shape, job.layout, *likes)))
     for bucket in waiting.values():
         yield _whole(work, bucket)
+    for segments in filling.values():
+        if segments:
+            yield Unit(work, tuple(segments), min(ROW, ENTRIES))
 
 
 def _whole(work: Work, jobs: Sequence[Job]) -> Unit:
     return Unit(work, tuple(Segment(job) for job in jobs))
+
+
+def _in_pieces(work: Work, job: Job) -> Iterator[Unit]:
+    """A large tensor in pieces, each one row."""
+    for first in range(0, job.parameter.size, ENTRIES):
+        count = min(ENTRIES, job.parameter.size - first)
+        yield Unit(work, (Segment(job, first, count),), count)
+
+
+def _rows(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
+    """Units that a tensor fills, by itself or with the segments before it; its rest is left in `filling`."""
+    row, alone = min(ROW, ENTRIES), job.parameter.size // ENTRIES * ENTRIES
+    for first in range(0, alone, ENTRIES):  # units of its own, which need not be copied together
+        yield Unit(work, (Segment(job, first, ENTRIES),), row)
+    first = alone
+    while first < job.parameter.size:
+        used = sum(-(-(segment.count or 0) // row) for segment in filling)
+        room = (ENTRIES // row - used) * row
+        if room <= 0:
+            yield Unit(work, tuple(filling), row)
+            filling.clear()
+            continue
+        count = min(room, job.parameter.size - first)
+        filling.append(Segment(job, first, count))
+        first += count
+
+
+def _layers(work: Work, job: Job, memory: int | None) -> Iterator[Unit]:
+    """A tensor that stacks layers, some of them at a time."""
+    most = max(1, STACKED // math.prod(job.seen_shape))
+    if memory is not None:
+        check_memory(job, memory)
+        most = max(1, min(most, memory // 2 // max(job.working_bytes, 1)))
+    size = math.prod(job.seen_shape)
+    for layer in range(0, job.matrices, most):
+        count = min(most, job.matrices - layer)
+        yield Unit(work, (Segment(job, layer * size, count * size),))
 
 
 def _stack(job: Job, memory: int | None) -> int:

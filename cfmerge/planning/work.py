@@ -114,8 +114,13 @@ class Job:
         return b * (experts * (2 * m * n * n + 2 * m * n * min(n, 2 * m)) + n**3 // 3 + 2 * m * n * n)
 
     @property
+    def layers_apart(self) -> bool:
+        """Whether the tensor stacks layers that lie one behind the other, so that some can be merged at a time."""
+        return self.layout.startswith("b") and self.layout.count("b") == 1 and self.matrices > 1
+
+    @property
     def working_bytes(self) -> int:
-        """Bytes that merging it may need at once: the statistic of all experts, the experts, and room to solve.
+        """Bytes that merging its smallest unit may need: the statistic of all experts, the experts, and room to solve.
 
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
@@ -129,7 +134,7 @@ class Job:
             floats += 3 * n * n
         if not method.additive:
             floats += len(self.experts) * m * n
-        return (4 if self.dtype.itemsize == 2 else 8) * b * floats
+        return (4 if self.dtype.itemsize == 2 else 8) * (1 if self.layers_apart else b) * floats
 
 
 def _dtype(name: str) -> np.dtype:

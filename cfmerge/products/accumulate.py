@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from cfmerge.statistics import (
     leaf_names,
     parsed,
     pattern,
-    rows,
     statistic_name,
     statistics_sink,
 )
@@ -158,12 +157,11 @@ def _leaf_shapes(job: Job) -> dict[str, tuple[int, ...]]:
 
 
 def _write(sink: Sink, stored: str, unit: Unit, statistics: Any) -> None:
-    piece = unit.segments[0].count is not None
-    for number, job in enumerate(unit.jobs):
-        for leaf, array in rows(statistics, number, job.matrices).items():
+    for job, first, leaves in unit.shares(statistics):
+        for leaf, array in leaves.items():
             values = np.asarray(array, stored)
-            if not piece or values.ndim > 1 or unit.first == 0:  # a piece's scalars: once
-                sink.write(f"{job.name}:{leaf}", values, unit.first if values.ndim > 1 else 0)
+            size = values[0].size if unit.row is None else 1  # `first` counts layers, or entries
+            sink.write(f"{job.name}:{leaf}", values, first * size)
 
 
 def _of_trees(
@@ -183,28 +181,24 @@ def _of_trees(
     pieces: dict[str, dict[str, list[Any]]] = {name: {} for name in kinds}
 
     def take(unit: Unit, statistics: Any) -> None:
-        for number, job in enumerate(unit.jobs):
-            for leaf, array in rows(statistics, number, job.matrices).items():
+        for job, _, leaves in unit.shares(statistics):
+            for leaf, array in leaves.items():
                 pieces[job.name].setdefault(leaf, []).append(array)
 
     for job in work.merged:
         _check_job(job)
     run.accumulate(work, take)
-    shapes = {job.name: (job.matrices, *job.seen_shape) for job in work.merged}
+    shapes = {
+        job.name: {leaf: (job.matrices, *shape) for leaf, shape in _leaf_shapes(job).items()} for job in work.merged
+    }
     tensors = {
-        name: {leaf: _whole(parts, shapes[name]) for leaf, parts in leaves.items()} for name, leaves in pieces.items()
+        name: {leaf: jnp.concatenate(parts).reshape(shapes[name][leaf]) for leaf, parts in leaves.items()}
+        for name, leaves in pieces.items()
     }
     options = {"rules": [msgspec.to_builtins(rule) for rule in rules], "heads": None}
     plain = jax.tree.map(plain_number, [1.0] * len(problem.names) if weights is None else list(weights))
     names = dict(zip(problem.names, plain, strict=True))
     return Statistics(expression(method), names, kinds, fingerprint(problem.trees[0], list(kinds)), options, tensors)
-
-
-def _whole(pieces: Sequence[Any], shape: tuple[int, ...]) -> Any:
-    """A statistic's array, from those of the pieces of a large tensor; a scalar is the same in all of them."""
-    if len(pieces) == 1 or pieces[0].ndim == 1:
-        return pieces[0]
-    return jnp.concatenate([piece.reshape(-1) for piece in pieces]).reshape(shape)
 
 
 def solve(

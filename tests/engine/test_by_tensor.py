@@ -233,7 +233,7 @@ def test_tensors_with_different_numbers_share_a_batch(family, tmp_path, load, mo
 
     monkeypatch.setattr("cfmerge.engine.run.units_of", noted)
     cfmerge.merge(family.base, family.experts, text, output=tmp_path / "all")
-    assert {LAYERS.format(0), LAYERS.format(1)} in seen
+    assert any({LAYERS.format(0), LAYERS.format(1)} <= names for names in seen)
     found = load(tmp_path / "all")
     for layer, value in values.items():
         output = tmp_path / f"layer{layer}"
