@@ -76,7 +76,7 @@ class Rule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     parameters: dict[str, Any] = {}
     kind: Kind | None = None
     layout: str = ""  # one letter per axis: o output, i input, b stacked
-    kinds: list[Kind] = []  # only tensors of these kinds; none: of any
+    kinds: list[Kind] = []  # only tensors of these kinds; none: any kind
 
     def __post_init__(self) -> None:
         if not self.match and not self.kinds:
@@ -98,20 +98,20 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     method: str = "ace"
     parameters: dict[str, Any] = {}
     rules: list[Rule] = []
-    rename: list[Rename] = []  # of all experts' names
+    rename: list[Rename] = []  # for all experts' names
     heads: Heads | None = None
     on_nonfinite: Literal["error", "skip-expert"] = "error"
     allow: list[Allowed] = []
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the output; none: the base's
-    precision: Literal["auto", "float32", "float64"] = "auto"  # of the computation
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # the output's; none: the base's
+    precision: Literal["auto", "float32", "float64"] = "auto"  # the computation's
     shard_size: str = "5GB"
     side_files: str | None = None  # where config and tokenizer come from; none: the base
-    seed: int = 0  # of random methods
+    seed: int = 0  # for random methods
     plugins: list[str] = []  # Python files that register methods
-    statistics: str | None = None  # what was accumulated of other experts, to begin from
+    statistics: str | None = None  # a directory of statistics to begin from
 
     def resolved_experts(self, least: int = 2) -> list[Expert]:
-        """The experts with a name each: the one given, else that of their directory.
+        """The experts, each with a name: its own, else that of its directory.
 
         Raises:
             CfmergeError: none, one without leave, two of one name, or weights that sum to nothing.

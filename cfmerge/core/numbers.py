@@ -78,7 +78,7 @@ def plain(method: str, key: str, value: Any, per_expert: bool) -> Any:
 
 
 def _first(values: list[Any]) -> Any:
-    return values[0]  # of values that were all checked
+    return values[0]  # all values were checked
 
 
 def _is_list(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Looks at the whole model before the merge.
 
-A look is a generator: it yields a `Measure`, gets the totals over the whole model back, and returns what was found.
+A look is a generator: it yields a `Measure`, gets the totals over the whole model back, and returns its findings.
 
     def look(entries, own):
         energies = yield Measure(lambda delta: jnp.sum(delta**2))        # (experts,)
@@ -61,7 +61,7 @@ class Found(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """A part's look at the whole model before the merge, and the part that knows what was found.
+    """A part's look at the whole model before the merge, and the part that knows the findings.
 
         >>> def unit_norm():
         ...     def look(entries, own):
@@ -80,7 +80,7 @@ class Survey(NamedTuple):
     Attributes:
         look: `look(entries, own)` is the generator; `entries` is the size of each expert's whole model, `own` is a
             list with each expert's `own`.
-        informed: `informed(found)` is the part that knows what was found.
+        informed: `informed(found)` is the part that knows the findings.
         own: numbers of the part that may differ by expert, for `look`.
     """
 

@@ -1,6 +1,6 @@
-"""Whether a model is quantised, by what, and the way out. Its stored numbers mean nothing without their scales.
+"""Quantised models: the scheme, and the way out. Their stored numbers mean nothing without their scales.
 
-It is known by what is stored: floats of 8 bits and less; integers where weights should be, with scales beside them or
+The stored tensors show it: floats of 8 bits and less; integers where weights should be, with scales beside them or
 under the names that packers use. Its config tells the scheme's name; a config alone, over plain floats, was left by
 somebody who has dequantised the model.
 """

@@ -41,14 +41,14 @@ def merge_tensor(
 
     Args:
         base: the weight `(out, in)`, acting as `y = W x`; any shape for a method that takes it. ACE and its kin
-            average what is not two-dimensional.
+            average tensors that are not two-dimensional.
         experts: the fine-tuned weights, same shape.
         method: such as `cfmerge.methods.ace()`, or text such as `"ace(eps_rel=0.1)"`.
         weights: one for each expert; None: all 1.
         moments: measurements of each expert, for methods that need them: input Grams `(in, in)`, or diagonal Fishers
             of the weight's shape.
-        seed: of random methods.
-        names: of the experts, for numbers that are given by name, and for random keys; none: "0", "1", ...
+        seed: for random methods.
+        names: the experts' names, for numbers that are given by name, and for random keys; None: "0", "1", ...
 
     Returns:
         The merged weight, in the base's dtype. Computed in float32, or in float64 if that is what comes in.
@@ -106,7 +106,7 @@ def merge_params(
         rules: as in a recipe, on names joined by `/`: `{"match": "*/w", "layout": "io"}`.
         moments: measurements of each expert: `{name: array}`, or a tree like `base` (Fishers). In a list, or, as with
             weights, a mapping by the experts' names.
-        seed: of random methods.
+        seed: for random methods.
 
     Returns:
         A tree like `base`, in its dtypes. Integers, booleans and keys are the base's.
@@ -128,7 +128,7 @@ def merge_params_by(
     moments: Sequence[Any] | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> list[Any]:
-    """`merge_params` by several methods, which share what they keep of the experts: one tree for each."""
+    """`merge_params` by several methods, which share their statistics: one tree for each."""
     problem = Problem.of(base, experts, [as_method(method) for method in by], rules)
     if not problem.names:
         raise CfmergeError(NO_EXPERTS)
@@ -140,7 +140,7 @@ def merge_params_by(
 
 
 def merge_assigned(base: Any, method: Method, kept: Statistics) -> dict[str, Array]:
-    """The merged leaves of the base, by name, from what was kept of experts."""
+    """The merged leaves of the base, by name, from statistics."""
     rules = kept.options["rules"]
     problem = Problem.of(base, {}, [method], rules)
     names = list(kept.kinds)
@@ -161,12 +161,12 @@ def merge_leaves(
     seed: int,
     kept: Statistics | None = None,
 ) -> dict[str, Array]:
-    """The merged tensors by name; `trees` are the base's and the experts', `kept` is of experts before them."""
+    """The merged tensors by name; `trees` are the base's and the experts', `kept` is statistics before them."""
     return _merged(work_of([assignments], trees, experts, weights, given, seed, kept), trees[0], 1)[0]
 
 
 def _merged(work: Work, base: Mapping[str, Any], results: int) -> list[dict[str, Array]]:
-    """The merged tensors by name, of each result; what the methods have to tell is warned of."""
+    """The merged tensors by name, of each result; notes of the methods become warnings."""
     sinks = [Kept() for _ in range(results)]
     account = run.merge(work, sinks)
     for note in (*account.told(), *filter(None, map(account.warning, range(results)))):

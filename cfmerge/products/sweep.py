@@ -71,7 +71,7 @@ def sweep(
         base, experts: checkpoints on disk, as for `cfmerge.merge`, or pytrees, as for `cfmerge.merge_params`.
         methods: methods, or texts such as `"trim(density=0.2) >> disjoint_mean"`; a mapping labels the results
             (others are labelled by their text), see also `grid`.
-        output: of checkpoints: a directory that gets one model directory for each label.
+        output: for checkpoints, a directory that gets one model directory for each label.
         overwrite, memory, progress: as for `cfmerge.merge`.
         **options: further arguments of `cfmerge.merge`, or of `cfmerge.merge_params`.
 

@@ -38,7 +38,7 @@ class MergeResult:
     warnings: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The result as plain values, for JSON."""
         return {
             "output": str(self.output),
             "method": self.plan.method.name,
