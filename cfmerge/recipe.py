@@ -194,7 +194,7 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
 
 
 def load(path: str | Path) -> Recipe:
-    """Reads a recipe file, or the recipe in a model card (`.md`) that cfmerge wrote."""
+    """The recipe in a file, or in a model card (`.md`) that cfmerge wrote."""
     path = Path(path)
     try:
         text = path.read_text()

@@ -28,7 +28,7 @@ PerExpert = Annotated[float | int | Array | np.ndarray, TRACED, LISTED]
 
 
 class Place(NamedTuple):
-    """Where a part is to work: a tensor's name and depth (None outside the layers), and the experts' names."""
+    """The place where a part works: a tensor's name and depth (None outside the layers), and the experts' names."""
 
     name: str
     depth: float | None

@@ -190,7 +190,7 @@ class Method(Part):
 
 
 def with_context(function: Callable[..., Any], arguments: tuple[Any, ...], context: Context) -> Any:
-    """The function called, with the context as a last argument if it takes one."""
+    """The function's result, called with the context as a last argument if it takes one."""
     return function(*arguments, context) if _takes(function, len(arguments) + 1) else function(*arguments)
 
 

@@ -37,7 +37,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """How the weights in one folder of a model lie, so that an output can lie as its base does.
+    """The weights in one folder of a model as they lie, so that an output can lie as its base does.
 
     Attributes:
         prefix: the beginning of its tensors' names; "" for the main one.
@@ -93,7 +93,7 @@ class Source(Protocol):
         ...
 
     def grain(self, name: str) -> int:
-        """How many flat entries are read at once at least: 1 for mapped files, a whole chunk where chunks are packed.
+        """The least number of flat entries that are read at once: 1 for mapped files, a chunk where chunks are packed.
 
         `read` takes any range; one that is no multiple of the grain costs what the multiples around it cost.
         """

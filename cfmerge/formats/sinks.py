@@ -69,7 +69,7 @@ class DirectorySink:
 
     @property
     def path(self) -> Path:
-        """Where the output lies until it is committed."""
+        """The output's place until it is committed."""
         return self._staged.path
 
     def __enter__(self) -> "DirectorySink":

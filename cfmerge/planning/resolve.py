@@ -104,7 +104,7 @@ class Resolved:
 
     @property
     def folders(self) -> tuple[Folder, ...]:
-        """How the weights of the output lie: as the base's, without folders that have no tensor left."""
+        """The folders of the output: the base's, without those that have no tensor left."""
         names = self.output
         return tuple(f for f in self.base.folders if any(name.startswith(f.prefix) for name in names))
 

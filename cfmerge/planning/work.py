@@ -94,7 +94,7 @@ class Job:
 
     @property
     def matrices(self) -> int:
-        """How many canonical matrices the tensor holds: layers may be stacked."""
+        """The number of canonical matrices in the tensor: layers may be stacked."""
         return self.parameter.canonical[0] if self.layout else 1
 
     @property
@@ -163,7 +163,7 @@ class Work:
 
     @property
     def before(self) -> int:
-        """How many experts are in the statistics: those of the work are numbered after them."""
+        """The number of experts in the statistics: those of the work are numbered after them."""
         return len(self.statistics.experts) if self.statistics else 0
 
     @property

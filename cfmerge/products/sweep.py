@@ -100,7 +100,7 @@ def sweep_recipes(
     memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, MergeResult]:
-    """Carries out recipes that differ in method and parameters alone, in one pass; see `sweep`."""
+    """The results of recipes that differ in method and parameters alone, in one pass; see `sweep`."""
     return planned(asked).run(output, overwrite=overwrite, memory=memory, progress=progress)
 
 

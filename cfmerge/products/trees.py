@@ -125,7 +125,7 @@ def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None
 
 
 def _is_key_count(name: str, leaves: Mapping[str, Any]) -> bool:
-    """How many keys an nnx stream has handed out: it lies beside the stream's key, and is the base's like it."""
+    """Whether a leaf counts the keys of an nnx stream: it lies beside the stream's key, and is the base's like it."""
     key = leaves.get(name.removesuffix("count") + "key")
     return name.endswith("count") and key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
