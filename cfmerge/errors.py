@@ -1,11 +1,20 @@
-"""What cfmerge raises, and how it suggests a name."""
+"""The errors that cfmerge raises, and the names that they suggest."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 
 class CfmergeError(ValueError):
-    """Bad input, or a merge that cannot be done: the message says what, where, and the way out."""
+    """Bad input, or a merge that cannot be done: the message says what, where, and the way out.
+
+        >>> try:
+        ...     cfmerge.merge("base", ["math", "code"], "tsv", output="merged")
+        ... except cfmerge.CfmergeError as error:
+        ...     print(error)
+        unknown method 'tsv'; did you mean 'tsv_m' or 'svc' or 'ties'?
+
+    It is a `ValueError`. Nothing has been written when it is raised.
+    """
 
 
 class NonFiniteError(CfmergeError):

@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is kept of the experts.
+    """The sums over the experts.
 
     Attributes:
         total: `sum_t w_t D_t`.
@@ -230,8 +230,8 @@ def solve(
 
     Args:
         ridge: relative to the mean eigenvalue of `G`, which is `trace(G)/in`; none: the pseudo-inverse.
-        anchor: what the ridge draws to: "zero", the "mean" or the "sum" of the deltas, or a merged delta. In
-            directions where the covariances are zero the merged delta is the anchor.
+        anchor: the delta towards which the ridge draws: "zero", the "mean" or the "sum" of the deltas, or a merged
+            delta. In directions where the covariances are zero the merged delta is the anchor.
         rtol: eigenvalues up to this share of the largest count as zero in the pseudo-inverse; none: `in` times
             float32's epsilon.
 

@@ -1,4 +1,4 @@
-"""What the user asks for, validated: base, experts, method, rules, and what to do in doubtful cases.
+"""Recipes: base, experts, method, rules and choices for doubtful cases, as the user asks for them, validated.
 
 A recipe is a YAML file (or the front of a model card that cfmerge wrote, whose recipe it repeats). Paths are
 relative to the current directory.
@@ -21,9 +21,18 @@ Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert"]
 
 
 class Rename(msgspec.Struct, forbid_unknown_fields=True, rename={"pattern": "from"}):
-    """How an expert's names become the base's: a regular expression, and the text that replaces what it matches."""
+    r"""A rule that turns an expert's tensor names into the base's: a regular expression, and the text in its place.
 
-    pattern: str  # `from` in a recipe; groups are referred to by \\1, \\2, ... in `to`
+        >>> other = cfmerge.Expert("renamed", rename=[cfmerge.Rename(r"^dense\.", "layer.")])
+        >>> plan = cfmerge.plan("base", [cfmerge.Expert("math"), other], "average")
+        >>> plan.jobs[1].sources
+        ('layer.weight', 'layer.weight')
+
+    Raises:
+        ValueError: the pattern is no regular expression.
+    """
+
+    pattern: str  # `from` in a recipe; `to` refers to its groups by \\1, \\2, ...
     to: str
 
     def __post_init__(self) -> None:
@@ -34,25 +43,40 @@ class Rename(msgspec.Struct, forbid_unknown_fields=True, rename={"pattern": "fro
 
 
 class Expert(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """One expert: where it is, what it is called in messages and outputs, and its weight."""
+    """One expert: its path, its name in messages and outputs, and its weight.
+
+    >>> experts = [cfmerge.Expert("math", weight=3.0), cfmerge.Expert("code", name="python")]
+    >>> plan = cfmerge.plan("base", experts, "average")
+    >>> [(expert.name, expert.weight) for expert in plan.expert_specs]
+    [('math', 3.0), ('python', 1.0)]
+    """
 
     path: str
     name: str = ""
     weight: float | dict[str, Any] | list[Any] = 1.0  # a number, a gradient over depth, or values by name
-    moments: str = ""  # a file of what was measured of it: input Grams, diagonal Fishers
+    moments: str = ""  # a file of measurements: input Grams, diagonal Fishers
     rename: list[Rename] = []  # applied to its names, before the recipe's own
     partial: bool = False  # it is a part of the base, or holds one: other tensors are merged without it
 
 
 class Rule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """What is done with the tensors whose name matches. The first rule that matches wins."""
+    """An exception for the tensors whose name or kind matches. The first rule that matches a tensor wins.
+
+        >>> rules = [cfmerge.Rule("*.bias", method="keep-base"), cfmerge.Rule(kinds=["matrix"], method="tsv_m")]
+        >>> plan = cfmerge.plan("base", ["math", "code"], rules=rules)
+        >>> sorted(plan.counts())
+        [('matrix', 'tsv_m'), ('vector', 'keep-base')]
+
+    Raises:
+        ValueError: neither `match` nor `kinds`.
+    """
 
     match: str = ""  # a glob over the whole name: * any characters, ? one, [..] a set; none: any name
     method: str = ""  # a method's name, or `keep-base` or `skip` (left out of the output)
     parameters: dict[str, Any] = {}
     kind: Kind | None = None
     layout: str = ""  # one letter per axis: o output, i input, b stacked
-    kinds: list[Kind] = []  # only tensors of these kinds; none: of any
+    kinds: list[Kind] = []  # only tensors of these kinds; none: any kind
 
     def __post_init__(self) -> None:
         if not self.match and not self.kinds:
@@ -60,27 +84,34 @@ class Rule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Recipe(msgspec.Struct, forbid_unknown_fields=True):
-    """A whole merge."""
+    """All that a user asks for: the content of a recipe file.
+
+    >>> recipe = cfmerge.Recipe("base", ["math", "code"], "ties", {"density": 0.3})
+    >>> recipe.to_yaml().splitlines()[:3]
+    ['base: base', 'experts:', '- math']
+    >>> cfmerge.make_plan(recipe).counts()["matrix", "ties"]
+    1
+    """
 
     base: str
     experts: list[str | Expert] = []
     method: str = "ace"
     parameters: dict[str, Any] = {}
     rules: list[Rule] = []
-    rename: list[Rename] = []  # of all experts' names
+    rename: list[Rename] = []  # for all experts' names
     heads: Heads | None = None
     on_nonfinite: Literal["error", "skip-expert"] = "error"
     allow: list[Allowed] = []
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # of the output; none: the base's
-    precision: Literal["auto", "float32", "float64"] = "auto"  # of the computation
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # the output's; none: the base's
+    precision: Literal["auto", "float32", "float64"] = "auto"  # the computation's
     shard_size: str = "5GB"
     side_files: str | None = None  # where config and tokenizer come from; none: the base
-    seed: int = 0  # of random methods
+    seed: int = 0  # for random methods
     plugins: list[str] = []  # Python files that register methods
-    statistics: str | None = None  # what was accumulated of other experts, to begin from
+    statistics: str | None = None  # a directory of statistics to begin from
 
     def resolved_experts(self, least: int = 2) -> list[Expert]:
-        """The experts with a name each: the one given, else that of their directory.
+        """The experts, each with a name: its own, else that of its directory.
 
         Raises:
             CfmergeError: none, one without leave, two of one name, or weights that sum to nothing.
@@ -163,7 +194,7 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
 
 
 def load(path: str | Path) -> Recipe:
-    """Reads a recipe file, or the recipe in a model card (`.md`) that cfmerge wrote."""
+    """The recipe in a file, or in a model card (`.md`) that cfmerge wrote."""
     path = Path(path)
     try:
         text = path.read_text()

@@ -1,4 +1,4 @@
-"""Statistics as things of their own: accumulated from experts, saved, added, forgotten, solved.
+"""Statistics of experts: accumulated, saved, added, forgotten, solved.
 
 For additive methods the statistic of a tensor is a few sums over the experts. A directory of them can be shipped
 instead of the experts: it is all that the method, and every other that keeps the same statistic, needs of them.
@@ -25,7 +25,7 @@ from cfmerge.formats import DirectorySink, Folder, Source, Totals, open_checkpoi
 from cfmerge.methods import Method
 from cfmerge.recipe import Recipe, Rule
 
-KEY = "cfmerge.statistics"  # of the files' metadata
+KEY = "cfmerge.statistics"  # in the files' metadata
 SAMPLE = 1024  # entries of each tensor of the base that its fingerprint is made of
 
 Leaves = Mapping[str, Any]  # {leaf of the statistic: array (matrices, ...)}
@@ -33,18 +33,29 @@ Leaves = Mapping[str, Any]  # {leaf of the statistic: array (matrices, ...)}
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What additive methods keep of the experts that they have seen.
+    """The statistics of experts: the sums that an additive method keeps of them, for every tensor.
 
-    `a + b` is what would have been kept of the experts of both, `a - b` forgets those of b. Both are computed tensor
-    by tensor when they are needed; so is what `load` gives, from the files.
+        >>> statistics = cfmerge.accumulate("base", ["math"], "average", output="one")
+        >>> both = statistics + cfmerge.accumulate("base", ["code"], "average", output="two")
+        >>> both.save("both")
+        >>> cfmerge.Statistics.load("both").experts
+        {'math': 1.0, 'code': 1.0}
+        >>> list((both - cfmerge.Statistics.load("two")).experts)
+        ['math']
+
+    `a + b` holds the experts of both, `a - b` forgets those of b. Both are computed tensor by tensor when they are
+    needed, and `load` reads arrays from the files when they are needed.
 
     Attributes:
-        method: the method that it was accumulated for, as text.
-        experts: `{name: weight}` of the experts that were seen.
+        method: the method that they were accumulated for, as text.
+        experts: `{name: weight}`.
         kinds: `{tensor: name of its statistic}`; a method can solve it if it keeps a statistic of that name.
         base: a fingerprint of the base, which must be the same wherever statistics meet.
         options: rules and heads of the recipe.
-        tensors: `{tensor: {leaf: array}}`.
+        tensors: `{tensor: {leaf: array (matrices, ...)}}`.
+
+    Raises:
+        CfmergeError: from `+` and `-`: another base, another method, an expert that is there twice or not at all.
     """
 
     method: str
@@ -89,7 +100,7 @@ class Statistics:
         return dataclasses.replace(self, experts=experts, tensors=_Lazily(self.kinds, combined))
 
     def check(self, method: Method, name: str) -> None:
-        """Raises `CfmergeError` unless the method can solve what is kept of the tensor."""
+        """Raises `CfmergeError` unless the method can solve the statistic of the tensor."""
         if name not in self.kinds:
             raise CfmergeError(
                 f"statistics: nothing was kept of tensor {name!r}; leave it at the base by a rule with method keep-base"
@@ -107,7 +118,7 @@ class Statistics:
         return msgspec.structs.replace(asked, rules=rules, heads=asked.heads or self.options["heads"])
 
     def save(self, directory: str | Path, *, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
-        """Writes it as a directory of safetensors, which appears when it is complete.
+        """Writes them as a directory of safetensors, which appears when it is complete.
 
         Raises:
             CfmergeError: the directory exists.
@@ -130,7 +141,7 @@ class Statistics:
 
     @staticmethod
     def load(directory: str | Path) -> "Statistics":
-        """Opens what `save` wrote; its arrays are read when they are needed.
+        """The statistics that `save` wrote; arrays are read when they are needed.
 
         Raises:
             CfmergeError: it is something else.
@@ -171,13 +182,13 @@ class _Lazily(Mapping[str, Leaves]):
 def statistics_sink(
     directory: str | Path, metadata: Mapping[str, str], overwrite: bool, inputs: Sequence[Path]
 ) -> DirectorySink:
-    """Where statistics go: a directory of safetensors whose metadata tells what they are."""
+    """The sink of statistics: a directory of safetensors whose metadata describes them."""
     folders = [Folder(metadata=metadata)]
     return DirectorySink(Path(directory), folders, metadata={}, overwrite=overwrite, inputs=inputs)
 
 
 def statistic_name(method: Method) -> str:
-    """What a method's statistic is called: methods of one name can solve it."""
+    """The name of a method's statistic: methods of one name can solve it."""
     if method.statistic is not None:
         return repr(method.statistic)
     return expression(method) if method.call else repr(identity(call_of(method)))
@@ -223,7 +234,7 @@ def stacked(shares: Sequence[Leaves], method: Method, shape: tuple[int, ...], co
 
 
 def fingerprint(tensors: Mapping[str, Any] | Source, names: Sequence[str]) -> str:
-    """Of a base: a hash of the first entries of the tensors that are merged."""
+    """The fingerprint of a base: a hash of the first entries of the tensors that are merged."""
     digest = hashlib.sha256()
     for name in sorted(names):
         array = tensors[name] if isinstance(tensors, Mapping) else tensors.read(name)

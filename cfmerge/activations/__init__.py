@@ -1,4 +1,4 @@
-"""What the layers of Flax models are given: Grams for RegMean and LOT, and RegMean++, which collects as it merges."""
+"""Inputs of the layers of Flax models: Grams for RegMean and LOT, and RegMean++, which collects as it merges."""
 
 from cfmerge.activations.collect import collect_linen as collect_linen
 from cfmerge.activations.collect import collect_nnx as collect_nnx

@@ -56,11 +56,11 @@ def collect_linen(
 
     Args:
         model: the `flax.linen.Module`.
-        variables: of one expert, as for `model.apply`: `{"params": ...}`.
+        variables: one expert's, as for `model.apply`: `{"params": ...}`.
         batches: a tuple holds the arguments of a call, a mapping those by name, anything else is the only argument.
         match: which kernels, by name.
         prefix: put before each name, such as `"params/"` if all of `variables` is to be merged.
-        options: of `model.apply`, the same for all batches: `method`, `rngs`, `train=False`, ...
+        options: options of `model.apply`, the same for all batches: `method`, `rngs`, `train=False`, ...
 
     Raises:
         CfmergeError: no batches, or no layer that is known.
@@ -127,7 +127,7 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _see(layer: Any, inputs: Any, order: Iterator[int]) -> Seen | None:
-    """What a layer of either kind, linen or nnx, is given in one call; None if it has no common input matrix."""
+    """The input of a layer of either kind, linen or nnx, in one call; None if it has no common input matrix."""
     if hasattr(layer, "kernel_size"):
         if layer.feature_group_count != 1:
             return None
@@ -177,7 +177,7 @@ def _together(known: Seen | None, seen: Seen) -> Seen:
 
 
 def linen_forward(model: Any, wanted: Callable[[str], bool], options: Mapping[str, Any]) -> Forward:
-    """`f(variables, batch)`: what the wanted kernels of a linen model are given. To be jitted."""
+    """`f(variables, batch)`: the inputs of the wanted kernels of a linen model. To be jitted."""
     from flax import linen, traverse_util
 
     kinds = (linen.Dense, linen.DenseGeneral, linen.Conv)
@@ -206,7 +206,7 @@ def linen_forward(model: Any, wanted: Callable[[str], bool], options: Mapping[st
 
 
 def nnx_forward(graph: Any, wanted: Callable[[str], bool], method: str, options: Mapping[str, Any]) -> Forward:
-    """`f(state, batch)`: what the wanted kernels of an nnx model are given. To be jitted."""
+    """`f(state, batch)`: the inputs of the wanted kernels of an nnx model. To be jitted."""
     from flax import nnx
 
     def forward(state: Any, batch: Any) -> dict[str, Seen]:

@@ -54,15 +54,15 @@ def regmean_pp(
         base: the base's parameters, `variables["params"]` of linen or a state of nnx such as
             `nnx.state(model, nnx.Param)`.
         experts: one such tree for each expert.
-        batches: of each expert, as for `collect_linen` and `collect_nnx`; they are walked through L times.
+        batches: batches of each expert, as for `collect_linen` and `collect_nnx`; they are walked through L times.
         method: one that takes input Grams; none: `regmean(a=0.95)`.
         weights: one per expert; none: all 1.
         rules: as in `merge_params`.
-        groups: what is merged at once: "block", all layers with the same name up to its first part that is a number or
-            ends in `_` and a number (below what all layers have in common); "layer", each by itself; or a function
-            from a parameter's name to the name of its group.
+        groups: the layers that are merged at once: "block", all layers with the same name up to its first part that is
+            a number or ends in `_` and a number (below what all layers have in common); "layer", each by itself; or a
+            function from a parameter's name to the name of its group.
         collections: the other collections that a linen model needs, such as `batch_stats`.
-        options: of the call, the same for all batches.
+        options: options of the call, the same for all batches.
 
     Returns:
         A tree like `base`.
@@ -154,7 +154,7 @@ class _Runner:
 def _assigned(
     leaves: Leaves, method: Method, rules: Sequence[Rule | Mapping[str, Any]], experts: Sequence[str]
 ) -> dict[str, Assignment]:
-    """What is done with every parameter, its method with the numbers that are its own."""
+    """The action on every parameter, its method with the numbers that are its own."""
     shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
     made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
     found = assign(classify(shapes), method, made)

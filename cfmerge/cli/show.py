@@ -82,7 +82,7 @@ def merge_result(result: "MergeResult") -> None:
 
 
 def warnings(result: "MergeResult") -> None:
-    """What the user must know of the merged model, above all notes."""
+    """Prints the warnings about the merged model, above all notes."""
     for warning in result.warnings:
         tell(out(), "warning", warning, "bold yellow")
 

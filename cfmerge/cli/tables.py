@@ -76,7 +76,7 @@ def _broken(name: str, width: int) -> list[str]:
 
 
 def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
-    """A plan: what is done with which tensors, and what that needs."""
+    """A plan: the action on every kind of tensor, and the cost."""
     from cfmerge.products.plan import free_memory
 
     limit = free_memory() // 4 if memory is None else memory

@@ -1,4 +1,4 @@
-"""What is written on the command line, as parts of a recipe: experts, rules, renames, parameters, methods."""
+"""Texts of the command line as parts of a recipe: experts, rules, renames, parameters, methods."""
 
 import contextlib
 import re
@@ -13,7 +13,7 @@ import yaml
 from cfmerge.errors import CfmergeError
 from cfmerge.recipe import Recipe, load, parse, parse_rule
 
-PREFIX = "parameters."  # of a rule's keys that are parameters of its method
+PREFIX = "parameters."  # in front of a rule's keys that are parameters of its method
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
 
 

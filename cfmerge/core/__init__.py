@@ -1,6 +1,6 @@
 """The framework that methods are written in.
 
-part         what a method and a transform are
+part         methods, transforms, and their needs
 chain        transforms and one method as one method
 call         the call that made a part: a pytree whose leaves are its numbers
 numbers      forms of a number: gradients over depth, values by name and by expert

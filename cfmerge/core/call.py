@@ -24,7 +24,7 @@ P = TypeVar("P", bound=Part)
 
 
 class Options(dict[str, Any]):
-    """Arguments that are no numbers: compared by what they are, and never changed."""
+    """Arguments that are no numbers: compared by value, and never changed."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(repr(sorted(self.items())))

@@ -35,10 +35,15 @@ class Chained(NamedTuple):
 
 
 def chain(*parts: Part) -> Any:
-    """Transforms and at most one method as one: `chain(trim(.2), disjoint_mean(), scale(.5))`.
+    """Transforms and at most one method as one part; `a >> b` is `chain(a, b)`.
+
+        >>> base = jnp.zeros((4, 3))
+        >>> halved = methods.chain(methods.average(), methods.scale(0.5))
+        >>> float(cfmerge.merge_tensor(base, [base + 1, base + 3], halved)[0, 0])
+        1.0
 
     The transforms in front of the method are applied to each delta before `update`, those behind it to the merged
-    delta. Without a method the chain is a transform. `a >> b` is `chain(a, b)`.
+    delta. Without a method the chain is a transform.
 
     Raises:
         CfmergeError: two methods, or a transform on the wrong side.
@@ -129,14 +134,14 @@ def _check(parts: tuple[Any, ...], before: tuple[Any, ...], after: tuple[Any, ..
 
 # --- looks of chains ----------------------------------------------------------------------------------------------
 
-Fronts = Sequence[tuple[Any, ...]]  # of every expert the parts that stand before the one that looks
+Fronts = Sequence[tuple[Any, ...]]  # for every expert, the parts before the one that looks
 
 
 def _look_in_turn(entries: int, own: Sequence[tuple[Any, ...]]) -> Generator[Measure, Any, Found]:
     """The looks of a chain's parts, one after the other: each sees what those before it, informed, let through.
 
     Args:
-        own: of every expert the parts of the chain.
+        own: the parts of the chain, for every expert.
 
     Returns:
         `Found({part: its model}, {place: {part: its tensor}})`.
@@ -214,6 +219,6 @@ def _jointly(fronts: Fronts, measure: Callable[..., Any], seen: Seen) -> Any:
 
 
 def _shared(function: Callable[[Any], Any], items: Sequence[Any], key: Callable[[Any], Hashable] = id) -> list[Any]:
-    """The function of every item, called once for an item that is there several times: what it makes is compiled."""
+    """The function of every item, called once for each different item, since its results are compiled."""
     made: dict[Hashable, Any] = {}
     return [made[key(item)] if key(item) in made else made.setdefault(key(item), function(item)) for item in items]

@@ -61,14 +61,28 @@ def of_deltas(
 def from_deltas(
     function: Callable[..., Any] | None = None, /, *, notes: Mapping[str, Note] | None = None, **needs: Any
 ) -> Any:
-    """Decorator: registers the method whose merged delta is `function(base, deltas, weights, **parameters)`.
+    """The factory of the method whose merged delta is `function(base, deltas, weights, **parameters)`: a decorator.
+
+        >>> @methods.from_deltas(scope="entry")
+        ... def middle(base, deltas, weights, scale: methods.Number = 1.0):
+        ...     '''The median of the deltas, times a number.'''
+        ...     return scale * jnp.median(deltas, axis=0)
+        >>> base = jnp.zeros((4, 3))
+        >>> float(cfmerge.merge_tensor(base, [base + 1, base + 2, base + 9], "middle(scale=0.5)")[0, 0])
+        1.0
+
+    The function gets the base, deltas `(T, ...)` and weights `(T,)` of one tensor; it returns the merged delta, or that
+    and a report `{name: scalar}`. The method is registered.
 
     Args:
         notes: see `Method`.
         **needs: fields of `Needs`, such as `scope="entry"`.
 
     Returns:
-        The factory of the method: its parameters are those of the function behind the third.
+        The factory: its parameters are those of the function behind the third.
+
+    Raises:
+        CfmergeError: the function has fewer than three parameters, or its name is registered already.
     """
     if function is None:
         return functools.partial(from_deltas, notes=notes, **needs)

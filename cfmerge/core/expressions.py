@@ -35,6 +35,11 @@ def _text(value: Any) -> str:
 def make(name: str, parameters: Mapping[str, Any] | None = None) -> Method:
     """The method of that name, with parameters as a recipe or a command line gives them.
 
+        >>> methods.make("ace", {"eps_rel": "0.1"}).parameters["eps_rel"]
+        0.1
+        >>> methods.make("trim(density=0.2) >> disjoint_mean").name
+        'trim >> disjoint_mean'
+
     The name may be an expression that chains transforms with a method: `trim(density=0.2) >> disjoint_mean`.
     Strings are read as the type that the parameter is annotated with (`"1e-5"` as a number).
 

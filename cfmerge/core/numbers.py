@@ -28,7 +28,7 @@ PerExpert = Annotated[float | int | Array | np.ndarray, TRACED, LISTED]
 
 
 class Place(NamedTuple):
-    """Where a part is to work: a tensor's name and depth (None outside the layers), and the experts' names."""
+    """The place where a part works: a tensor's name and depth (None outside the layers), and the experts' names."""
 
     name: str
     depth: float | None
@@ -78,7 +78,7 @@ def plain(method: str, key: str, value: Any, per_expert: bool) -> Any:
 
 
 def _first(values: list[Any]) -> Any:
-    return values[0]  # of values that were all checked
+    return values[0]  # all values were checked
 
 
 def _is_list(value: Any) -> bool:

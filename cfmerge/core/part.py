@@ -2,7 +2,7 @@
 
 statistic      = init(base)                          nothing seen yet
 statistic      = update(statistic, delta, weight)    one expert seen
-merged, report = solve(statistic)                    the merged delta, and what there is to tell of it
+merged, report = solve(statistic)                    the merged delta, and a report on it
 
 The result is base + merged.
 
@@ -34,10 +34,10 @@ class Context(NamedTuple):
     Attributes:
         key: a JAX key of this seed, tensor and expert, for parts whose needs say `random`.
         number: the expert's place in the recipe, from 0.
-        moment: what was measured of this expert for this tensor, for methods whose needs name `moments`.
+        moment: the measurement of this expert for this tensor, for methods whose needs name `moments`.
         start: index of the delta's first entry, where a large tensor is merged in pieces (0 otherwise).
-        stored, view: the shape in which the tensor lies in its file and what turns that into the delta's, where they
-            differ: a number that is drawn belongs to an entry of the file.
+        stored, view: the shape in which the tensor lies in its file, and the function that turns it into the delta's,
+            where they differ: a number that is drawn belongs to an entry of the file.
     """
 
     key: Array | None = None
@@ -64,6 +64,10 @@ class Seen(NamedTuple):
 class Needs:
     """All that a part asks for besides deltas and weights.
 
+        >>> needs = methods.Needs("entry", experts=(2, None), weights="positive")
+        >>> needs.but(random=True).random, methods.Needs().scope
+        (True, 'matrix')
+
     Attributes:
         scope: the cuts that its mathematics permits. "entry": every entry is taken by itself, so a large tensor may
             come in pieces; "tensor": whole tensors of any shape, as `(out, in)` where they have such a view;
@@ -71,7 +75,7 @@ class Needs:
         experts: the least and the largest number of experts (None: any).
         weights: which weights have a meaning: "any", "positive", or "none" (the method ignores them).
         normalises: it divides by the sum of the weights, which must not be 0.
-        moments: what every expert must bring, in the context: "input_gram" or "fisher".
+        moments: the measurement that every expert must bring, in the context: "input_gram" or "fisher".
         ordered: the result depends on the order of the experts.
         random: a key in the context.
         seen: a transform behind a method is called as `apply(merged, Seen)`.
@@ -96,7 +100,7 @@ class Part:
     """A method or a transform: the fields that both have.
 
     Attributes:
-        name: what the recipe calls it.
+        name: its name in recipes.
         needs: see `Needs`.
         survey: the look at the whole model before the merge, if it needs one.
         call: the registered call that made it, from which it can be made again with other numbers.
@@ -122,7 +126,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Transform(Part):
-    """A delta -> delta rule, `apply(delta)` or `apply(delta, context)`; see `Needs.seen` for a third."""
+    """A delta -> delta rule, `apply(delta)` or `apply(delta, context)`; see `Needs.seen` for a third.
+
+        >>> clip = methods.Transform("clip", lambda delta: jnp.clip(delta, -1, 1))
+        >>> base = jnp.zeros((4, 3))
+        >>> float(cfmerge.merge_tensor(base, [base + 1, base + 3], clip >> methods.average())[0, 0])
+        1.0
+
+    The delta is canonical, `(out, in)`, for scope "matrix"; the result has its shape and dtype.
+    """
 
     apply: Callable[..., Array]
     _: dataclasses.KW_ONLY
@@ -137,17 +149,28 @@ class Transform(Part):
 class Method(Part):
     """A rule that turns the experts' deltas of one tensor into the merged delta: three pure functions.
 
+        >>> mean = methods.Method(
+        ...     "mean",
+        ...     init=lambda base: (jnp.zeros_like(base), 0.0),
+        ...     update=lambda kept, delta, weight=1.0: (kept[0] + weight * delta, kept[1] + weight),
+        ...     solve=lambda kept: (kept[0] / kept[1], {}),
+        ...     needs=methods.Needs("entry"),
+        ... )
+        >>> base = jnp.zeros((4, 3))
+        >>> float(cfmerge.merge_tensor(base, [base + 1, base + 3], mean, weights=[3.0, 1.0])[0, 0])
+        1.5
+
     `base` and `delta` are canonical, `(out, in)`, for scope "matrix"; see `Needs.scope`. All three functions can be
     jitted, vmapped and, where the mathematics is, differentiated.
 
     Attributes:
-        init, update, solve: `solve(statistic)` returns the merged delta and `{name: scalar}`, what there is to tell.
+        init, update, solve: `solve(statistic)` returns the merged delta and a report `{name: scalar}`.
         additive: the statistic is a sum over experts; without it all deltas of a tensor come at once.
         statistic: a name of the statistic; methods that give the same one share it (None: no other method has it).
         form: `form(None)` is the same method with a statistic that is a sum of fixed size, `form(r)` the same for
             deltas of rank at most `r`, which reports `factor_error`, the relative error of taking them so; None where
             there is no such form. Ask by `form_of`. A method without `form` has one form only.
-        notes: `{report name: (condition, message)}`: what is said to the user when `condition(value)` holds.
+        notes: `{report name: (condition, message)}`: the message for the user where `condition(value)` holds.
     """
 
     init: Callable[[Array], Statistic]
@@ -167,7 +190,7 @@ class Method(Part):
 
 
 def with_context(function: Callable[..., Any], arguments: tuple[Any, ...], context: Context) -> Any:
-    """The function called, with the context as a last argument if it takes one."""
+    """The function's result, called with the context as a last argument if it takes one."""
     return function(*arguments, context) if _takes(function, len(arguments) + 1) else function(*arguments)
 
 

@@ -37,7 +37,17 @@ def key_of(seed: int, tensor: str, expert: str) -> Array:
 
 
 def draws(context: Context, delta: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A number in [0, 1) for every entry of the delta: the same for an entry of the file, however it is looked at.
+    """A number in [0, 1) for every entry of the delta, in its shape and dtype.
+
+        >>> def keep_half(delta, context):
+        ...     return jnp.where(methods.draws(context, delta) < 0.5, 2 * delta, 0)
+        >>> halves = methods.Transform("keep_half", keep_half, needs=methods.Needs("entry", random=True))
+        >>> base = jnp.zeros((4, 3))
+        >>> merged = cfmerge.merge_tensor(base, [base + 1, base + 1], halves >> methods.average(), seed=1)
+        >>> set(merged.reshape(-1).tolist()) <= {0.0, 1.0, 2.0}, float(merged.min()) < float(merged.max())
+        (True, True)
+
+    An entry of the file gets the same number whatever the order, the pieces and the view of its tensor.
 
     Raises:
         CfmergeError: the context has no key, since the method's needs do not say that it is `random`.

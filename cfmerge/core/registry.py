@@ -52,11 +52,20 @@ _REGISTRY: dict[str, Entry] = {}
 
 
 def register(factory: F) -> F:
-    """Decorator: makes a factory of methods or transforms known by its name, to recipes and the command line.
+    """The factory of a method or a transform, known by its name to recipes and the command line: a decorator.
 
-    The part that it returns gets the factory's name and the call that made it, see `Call`: so its numbers can be
-    replaced by traced ones, and resolved by tensor and expert. The factory's return annotation says which of the two it
-    makes.
+        >>> @methods.register
+        ... def clip(limit: methods.Number = 1.0) -> methods.Transform:
+        ...     '''Deltas without entries beyond a limit.'''
+        ...     return methods.Transform("clip", lambda delta: jnp.clip(delta, -limit, limit))
+        >>> methods.make("clip(limit=0.5) >> average").name
+        'clip >> average'
+
+    The factory's return annotation says whether it makes a `Method` or a `Transform`. The part gets the factory's name
+    and the call that made it, see `Call`; parameters annotated `Number` can be traced, and differ by tensor and expert.
+
+    Raises:
+        CfmergeError: another module has registered that name.
     """
     name = factory.__name__
     hints = typing.get_type_hints(factory, include_extras=True)
@@ -96,7 +105,12 @@ def _form(ask: Callable[[int | None], Method | None], name: str, call: Call, ran
 
 
 def registry() -> dict[str, Entry]:
-    """All registered methods and transforms by name."""
+    """All registered methods and transforms by name.
+
+    >>> entry = methods.registry()["ties"]
+    >>> entry.kind, list(entry.signature)[0], entry.source[:20]
+    ('method', 'density', 'Yadav et al., TIES-M')
+    """
     return dict(sorted(_REGISTRY.items()))
 
 

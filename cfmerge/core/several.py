@@ -17,7 +17,7 @@ def several(methods: tuple[Method, ...]) -> Method:
     """The methods as one whose merged delta is `(len(methods), ...)`, and whose report is a tuple of theirs.
 
     Methods that name the same `statistic` share one. Those that differ in numbers alone are solved under one `vmap`
-    over the numbers: what does not depend on them, such as an eigendecomposition, is computed once.
+    over the numbers: steps that do not depend on them, such as an eigendecomposition, are computed once.
     """
     moments = {method.needs.moments: method.name for method in methods if method.needs.moments}
     if len(moments) > 1:

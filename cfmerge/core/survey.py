@@ -1,6 +1,6 @@
 """Looks at the whole model before the merge.
 
-A look is a generator: it yields a `Measure`, gets the totals over the whole model back, and returns what was found.
+A look is a generator: it yields a `Measure`, gets the totals over the whole model back, and returns its findings.
 
     def look(entries, own):
         energies = yield Measure(lambda delta: jnp.sum(delta**2))        # (experts,)
@@ -21,6 +21,12 @@ from cfmerge.core.part import Part
 
 class Measure(NamedTuple):
     """One pass over the model: a function of its deltas, whose values are summed.
+
+        >>> energy = methods.Measure(lambda delta: jnp.sum(delta**2))
+        >>> len(energy.each(experts=3)), float(energy.of(jnp.ones((4, 3))))
+        (3, 12.0)
+
+    A look yields it, see `Survey`.
 
     Attributes:
         of: `of(delta)` or `of(delta, context)` of each expert and tensor: a pytree of arrays. If `joint`, `of(seen)` of
@@ -55,12 +61,26 @@ class Found(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """How a part learns what it must know of the whole model.
+    """A part's look at the whole model before the merge, and the part that knows the findings.
+
+        >>> def unit_norm():
+        ...     def look(entries, own):
+        ...         energies = yield methods.Measure(lambda delta: jnp.sum(delta**2))  # (experts,)
+        ...         return energies**-0.5
+        ...     def informed(found):
+        ...         scales = jnp.asarray(found.model, jnp.float32)
+        ...         return methods.Transform("unit_norm", lambda delta, context: delta * scales[context.number])
+        ...     return methods.Transform("unit_norm", lambda delta: delta, survey=methods.Survey(look, informed))
+        >>> base = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+        >>> experts = [jax.tree.map(lambda leaf: leaf + step, base) for step in (1.0, 3.0)]
+        >>> merged = cfmerge.merge_params(base, experts, unit_norm() >> methods.average())
+        >>> float(merged["a"][0])  # every expert's whole delta has length 1
+        0.5
 
     Attributes:
         look: `look(entries, own)` is the generator; `entries` is the size of each expert's whole model, `own` is a
             list with each expert's `own`.
-        informed: `informed(found)` is the part that knows what was found.
+        informed: `informed(found)` is the part that knows the findings.
         own: numbers of the part that may differ by expert, for `look`.
     """
 

@@ -23,7 +23,7 @@ ROWS = ("experts", *MERGES, "base")
 
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured, `{row: {task: accuracy}}`, and where it left its files."""
+    """The demo's accuracies, `{row: {task: accuracy}}`, and the folder of its files."""
 
     accuracies: Accuracies  # on the test images
     validation: Accuracies  # on the validation images: nothing was chosen on them, a user may
@@ -48,7 +48,7 @@ def run(
     """Trains, merges and compares; everything is left in `output`.
 
     Args:
-        seed: of the splits, the letters' distortions, the initial weights and the training.
+        seed: the seed of the splits, the letters' distortions, the initial weights and the training.
         quick: about a third of the training: the same models, less good.
         overwrite: replace an earlier demo in `output`.
         console: where progress and the table go; none: standard output.

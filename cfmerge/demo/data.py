@@ -98,7 +98,7 @@ def load_tasks(cache: Path, seed: int) -> tuple[Task, ...]:
 
 
 def pretraining_split(tasks: tuple[Task, ...], generator: np.random.Generator) -> tuple[Split, int]:
-    """What the base is pre-trained on: small letters, and a few noisy training images of every task.
+    """The images that the base is pre-trained on: small letters, and a few noisy training images of every task.
 
     Returns the images, with labels that count through the tasks' classes in order and then the small letters,
     and the number of small letters. No image, and no font face, of validation or test is among them.

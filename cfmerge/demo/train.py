@@ -45,7 +45,7 @@ def scale_pixels(images: jax.Array) -> jax.Array:
 
 
 def features(trunk: Trunk, params: Params, images: jax.Array) -> jax.Array:
-    """What the trunk makes of images `(batch, 28, 28)` in 0..1: `(batch, dim)`."""
+    """The trunk's features of images `(batch, 28, 28)` in 0..1: `(batch, dim)`."""
     result: Any = trunk.apply({"params": params}, images)
     return jnp.asarray(result)
 

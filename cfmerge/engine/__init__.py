@@ -1,1 +1,32 @@
-"""From a recipe to a merged model: plan, pipeline, output."""
+"""The engine: one loop that carries out the work that planning has made, for files and for trees in memory.
+
+    for job in work.jobs that keep the base: sink.write(base's tensor)
+
+    for method that surveys the model:                     # its look is a generator of measures
+        for measure in look:
+            for unit in units_of(work): totals += through(unit, Measuring)
+        found = what the look returns
+
+    for unit in units_of(work):                            # the pass that writes
+        for attempt in ways(unit, found):                  # low-rank form, float32, float64 where it is needed
+            outcome = through(unit, Additive or Together)
+        account.add(reports), sink.write(outcome)
+
+    through(unit, steps):
+        state = steps.start(base's share)
+        for expert: state = steps.update(state, expert's share)
+        return steps.finish(state)
+
+A few threads work on units at once, and results are taken in the units' order. `accumulate` is the last pass with the
+steps `Unsolved`, which return the statistics.
+
+    run        the loop, its threads, the surveys
+    units      the pieces of work
+    passes     the steps of each kind of pass
+    steps      the functions that are compiled
+    precision  the decisions that are made while running
+    low_rank   deltas of low rank, recognised
+    surveys    findings, and the methods that asked for them
+    checks     checks of values
+    account    reports and notes
+"""

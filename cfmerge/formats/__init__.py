@@ -17,9 +17,15 @@ from cfmerge.formats.sinks import open_sink as open_sink
 
 
 def open_checkpoint(path: str | Path) -> Source:
-    """Opens a model directory, a single `.safetensors` file or a model's folder in the Hugging Face cache.
+    """The source of a model directory, a single `.safetensors` file or a model's folder in the Hugging Face cache.
 
-    Only headers are read. A format is chosen by what the files hold; a new one is one more line here.
+        >>> model = cfmerge.open_checkpoint("base")
+        >>> {name: info.shape for name, info in model.tensors.items()}
+        {'layer.bias': (4,), 'layer.weight': (4, 3)}
+        >>> model.read("layer.weight", first=3, count=2)
+        array([3., 4.], dtype=float32)
+
+    Only headers are read. The content of the files decides the format; a new one is one more line here.
 
     Raises:
         CfmergeError: there is nothing there, it is of a format that is not read, or its headers are corrupt.

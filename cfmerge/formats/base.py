@@ -21,7 +21,7 @@ Header = tuple[Shape, np.dtype]
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's header: what can be known without reading it."""
+    """A tensor's header: all that is known without reading it."""
 
     shape: Shape
     dtype: np.dtype
@@ -38,16 +38,16 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """How the weights in one folder of a model lie, so that an output can lie as its base does.
+    """The weights in one folder of a model as they lie, so that an output can lie as its base does.
 
     Attributes:
-        prefix: what the names of its tensors begin with; "" for the main one.
+        prefix: the beginning of its tensors' names; "" for the main one.
         name: its path below the model's directory; "" for the directory itself.
         stem: `STEM.safetensors`, `STEM-00001-of-00002.safetensors`.
         index: the name of the index of its shards.
         sharded: whether its client looks for an index at all; otherwise it is one file, however large.
         declared: whether the model says that it consists of such folders; otherwise it may hold something else.
-        metadata: of its first file, text.
+        metadata: its first file's, text.
     """
 
     prefix: str = ""
@@ -63,7 +63,7 @@ class Source(Protocol):
     """A model on disk: headers at once, tensors when asked for. Reading is safe from several threads.
 
     Attributes:
-        path: what the user named.
+        path: the path that the user named.
         tensors: `{name: TensorInfo}` in the order in which they lie in the files.
         config: the model's config.json, or {}.
         files: the files that hold tensors.
@@ -71,7 +71,7 @@ class Source(Protocol):
         ties: `{alias: name}`, tensors that are stored once under another name.
         metadata: the format's own metadata, text.
         folders: how the weights lie; the first is the main one.
-        notes: what a user must know of how it was read: files that were not, metadata that is odd.
+        notes: notes for the user on reading it: files that are not read, metadata that is odd.
         left_out: why an output lacks files that lie beside the base's weights; notes too, of a base alone.
     """
 
@@ -94,7 +94,7 @@ class Source(Protocol):
         ...
 
     def grain(self, name: str) -> int:
-        """How many flat entries are read at once at least: 1 for mapped files, a whole chunk where chunks are packed.
+        """The least number of flat entries that are read at once: 1 for mapped files, a chunk where chunks are packed.
 
         `read` takes any range; one that is no multiple of the grain costs what the multiples around it cost.
         """
@@ -139,7 +139,7 @@ class Sink(Protocol):
 
     Attributes:
         target: the directory or the file that appears.
-        notes: what a user must know of how it was written.
+        notes: notes for the user on writing it.
     """
 
     target: Path

@@ -1,4 +1,4 @@
-"""Which files of a directory hold a model's tensors: one file, shards and their index, or components in folders."""
+"""The files of a directory that hold a model's tensors: one file, shards and their index, or components in folders."""
 
 import dataclasses
 import fnmatch
@@ -15,7 +15,7 @@ from cfmerge.formats.magic import CONVERT, is_lfs_pointer, lfs_advice
 from cfmerge.formats.side_files import COPY_FOLDERS, TENSORS, TRAINING_FOLDERS
 
 INDEX = "model.safetensors.index.json"
-STEMS = ("model", "diffusion_pytorch_model")  # of which clients look for an index too; the first that is there is read
+STEMS = ("model", "diffusion_pytorch_model")  # clients look for an index of these too; the first that is there is read
 # safetensors that lie beside a model's weights, and are not they
 OTHERS = ("consolidated*", "adapter_model*", "optimizer*", "pytorch_lora_weights*", "training_*", "random_states*")
 
@@ -225,7 +225,7 @@ def _numbers_first(folder: str) -> list[tuple[int, str]]:
 
 
 def _nothing(directory: Path) -> str:
-    """The message about a directory without safetensors: what is there instead, and the way out."""
+    """The message about a directory without safetensors: the files that are there instead, and the way out."""
     start = f"{directory}: no safetensors here"
     models = sorted(path.parent.name for path in directory.glob("*/*.safetensors"))
     others = sorted(file.name for file in directory.iterdir() if file.suffix in TENSORS)

@@ -1,4 +1,4 @@
-"""Files that were taken for safetensors: the first bytes and the name say what they are, and so the way out."""
+"""Files that were taken for safetensors: their true format, by the first bytes and the name, and the way out."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def wrong_file(path: Path, start: bytes, size: int) -> str | None:
 
     Args:
         start: its first bytes.
-        size: of the whole file.
+        size: the whole file's.
     """
     length = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and 8 + length <= size and path.suffix not in TEXT:

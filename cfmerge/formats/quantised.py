@@ -1,6 +1,6 @@
-"""Whether a model is quantised, by what, and the way out. Its stored numbers mean nothing without their scales.
+"""Quantised models: the scheme, and the way out. Their stored numbers mean nothing without their scales.
 
-It is known by what is stored: floats of 8 bits and less; integers where weights should be, with scales beside them or
+The stored tensors show it: floats of 8 bits and less; integers where weights should be, with scales beside them or
 under the names that packers use. Its config tells the scheme's name; a config alone, over plain floats, was left by
 somebody who has dequantised the model.
 """
@@ -35,7 +35,7 @@ WAYS_OUT = {  # the call of transformers that gives plain weights, by the beginn
 
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """How a model is quantised: the scheme's name, and a tensor by which it is known."""
+    """The quantisation of a model: the scheme's name, and a tensor by which it is known."""
 
     scheme: str
     tensor: str
@@ -43,7 +43,7 @@ class Quantised:
 
 
 def quantised(source: Source) -> Quantised | None:
-    """How the model is quantised; None if its weights are plain numbers."""
+    """The quantisation of the model; None if its weights are plain numbers."""
     told = told_scheme(source)
     owners = _owners(source.tensors)
     found = [name for name, info in source.tensors.items() if _is_packed(name, info, owners, bool(told))]
@@ -123,7 +123,7 @@ def problem(who: str, source: Source, found: Quantised, base: Source | None = No
 
 
 def _way_out(source: Source, scheme: str) -> str:
-    """How transformers dequantises it, where it can."""
+    """The call by which transformers dequantises it, where it can."""
     call = next((call for start, call in WAYS_OUT.items() if scheme.startswith(start)), "")
     directory = source.path if source.path.is_dir() else source.path.parent
     model = next(iter(source.config.get("architectures") or ()), "AutoModel")

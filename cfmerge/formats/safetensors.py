@@ -142,7 +142,7 @@ def shard(tensors: Mapping[str, Header], max_bytes: int) -> list[list[str]]:
 
 
 class ShardWriter:
-    """Writes a model as safetensors shards with an index, tensor by tensor, in any order.
+    """A writer of a model as safetensors shards with an index, tensor by tensor, in any order.
 
     All headers are written and all space is reserved at once, so a full disk is known before the first tensor.
 

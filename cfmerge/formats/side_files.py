@@ -1,7 +1,7 @@
 """The files that an output has besides weights: config, tokenizer, code, licence, small tensors of other libraries.
 
 Everything that lies beside the base's weights is carried, at any depth, but for copies of the weights in other formats
-(in the output they would be the base's old ones), what a training run leaves, and what is hidden.
+(in the output they would be the base's old ones), leftovers of a training run, and hidden files.
 """
 
 import fnmatch
@@ -43,7 +43,7 @@ class Beside(NamedTuple):
     files: dict[str, Path]
     tensors: list[str]
     copies: list[str]  # left out: the base's weights once more
-    training: list[str]  # left out: what a training run leaves
+    training: list[str]  # left out: leftovers of a training run
     missing: list[str]  # left out: links to nothing
 
 
@@ -131,7 +131,7 @@ def check_whole(files: Mapping[str, Path]) -> None:
 
 
 def about(beside: Beside, path: Path) -> tuple[str, ...]:
-    """Notes on what is not in an output though it is in the base's directory, or is there unmerged."""
+    """Notes on files of the base's directory that the output lacks, or holds unmerged."""
     notes = []
     if beside.tensors:
         notes.append(

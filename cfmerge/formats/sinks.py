@@ -1,6 +1,6 @@
-"""Where a merged model goes: a directory of safetensors as its base lies, or one `.safetensors` file.
+"""Sinks of merged models: a directory of safetensors as its base lies, or one `.safetensors` file.
 
-Both appear whole or not at all, and say what is wrong with the disk in the words of `CfmergeError`.
+Both appear whole or not at all, and turn errors of the disk into `CfmergeError`s.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class DirectorySink:
         shard_bytes: how large a shard becomes at most.
         side_files: `{name in the directory: path}`, copied when the tensors are written.
         edits: `{name of a JSON side file: {key: value}}`, set in the copy.
-        metadata: of every file of tensors, beside that of its folder.
+        metadata: entries for every file of tensors, beside those of its folder.
         overwrite, digest, keep: see `StagedDirectory`.
         inputs: files and directories that are read, and so not written into.
     """
@@ -71,7 +71,7 @@ class DirectorySink:
 
     @property
     def path(self) -> Path:
-        """Where the output lies until it is committed."""
+        """The output's place until it is committed."""
         return self._staged.path
 
     def __enter__(self) -> "DirectorySink":

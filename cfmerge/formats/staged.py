@@ -19,7 +19,7 @@ class StagedDirectory:
     """`with StagedDirectory(target) as staged:` write into `staged.path`, then `staged.commit()`.
 
     The staging directory lies beside the target and is locked while its process lives. Without a commit it is
-    removed; what a killed process left behind is removed by the next merge to the same target. With `overwrite`
+    removed; the leftovers of a killed process are removed by the next merge to the same target. With `overwrite`
     the old directory is set aside until the new one is in place; a kill between the two is mended likewise.
 
     Args:
@@ -92,7 +92,7 @@ class StagedDirectory:
         return not self.target.exists() or _is_empty(self.target)
 
     def _may_be_replaced(self) -> bool:
-        """Whether what is there is a model: a mistyped output does not cost a home directory."""
+        """Whether the target is a model: a mistyped output does not cost a home directory."""
         patterns = ["*.safetensors", "*.safetensors.index.json"]
         if any((self.target / name).is_file() for name in ("modules.json", "model_index.json")):
             patterns.append("*/*.safetensors")
@@ -122,7 +122,7 @@ class StagedDirectory:
                 parent.rmdir()
 
     def _mend(self) -> None:
-        """Finishes what was cut off between the two renames of `commit`, or after them."""
+        """Finishes a `commit` that was cut off between its two renames, or after them."""
         if self._previous.exists():
             if self.target.exists() and not _is_empty(self.target):
                 shutil.rmtree(self._previous, ignore_errors=True)

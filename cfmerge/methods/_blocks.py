@@ -28,7 +28,7 @@ def leading(matrices: Float[Array, "T m n"], k: int, largest: Float[Array, " T"]
     """The leading triplets of each matrix.
 
     Args:
-        largest: what a singular value must be measured against to count as zero; none: the matrix's own largest.
+        largest: the value against which a singular value counts as zero; None: the matrix's own largest.
     """
     cutoff = linalg.rank_cutoff(matrices.shape[1:], matrices.dtype)
 

@@ -85,10 +85,10 @@ def least_squares(
     """The method of a solution, `statistic -> (merged, report)`.
 
     Args:
-        estimate: of the covariance of one delta.
+        estimate: the estimate of a covariance from one delta.
         key: names the estimate; methods with the same one (and `normalise`, `form`) share their statistic. None:
             it cannot be shared.
-        normalise: what `a_t` is.
+        normalise: the choice of `a_t`.
         form: "full" builds the Gram, "low-rank" stacks rows (fewer than inputs, or an error), "auto" stacks them
             as long as they are fewer than the inputs.
         rank: a bound on the rank of the deltas, for the low-rank form.

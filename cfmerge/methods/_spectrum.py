@@ -102,7 +102,7 @@ def ridge_path(
     """The merged deltas for a grid of relative ridges, from one eigendecomposition.
 
     Args:
-        statistic: of any method of this family.
+        statistic: the statistic of any method of this family.
         ridges: relative to the mean eigenvalue of the Gram.
         anchor: "zero", "mean", "sum", or a merged delta.
 
@@ -127,7 +127,7 @@ def gcv(
     Design and targets are made from the same deltas, so it sees the variance of the estimate, not its bias.
 
     Args:
-        statistic: of any method of this family, or its `spectrum`.
+        statistic: the statistic of any method of this family, or its `spectrum`.
         ridges: relative to the mean eigenvalue of the Gram.
         anchor: "zero", "mean", "sum", or a merged delta (a spectrum has its own).
 
@@ -178,7 +178,7 @@ def rank_of(values: Float[Array, " n"], rule: Rule, share: Number, shape: tuple[
         rule: participation `ceil((sum l)^2 / sum l^2)`, of the root spectrum with "_sqrt"; entropy
             `ceil(exp H(l / sum l))`, of the squared spectrum with "_squared"; "cumulative": the fewest that hold
             `share` of the sum; stable rank `ceil(sum l^2 / max l^2)`; Gavish and Donoho's threshold.
-        shape: of one delta.
+        shape: the shape of one delta.
         count: number of rows that the Gram is made from.
     """
     if rule == "all":

@@ -31,7 +31,7 @@ def cart(scale: Number = 1.0, rank_fraction: float = 0.08) -> Method:
     """The mean of the deltas, plus the leading directions of what each expert has of its own.
 
     Args:
-        scale: of the sum of what is the experts' own (the paper's lambda); usually tuned.
+        scale: a factor of the sum of the experts' own parts (the paper's lambda); usually tuned.
         rank_fraction: the share of min(out, in) that is kept of each, at least rank 1; the paper uses up to 0.5.
 
     Source: Choi et al., Revisiting Weight Averaging for Model Merging, arXiv 2412.12153.

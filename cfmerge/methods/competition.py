@@ -50,8 +50,8 @@ def pcb(ratio: float = 0.1, clip: float = 1e-4, scale: Number = 1.2, inter: Inte
     Args:
         ratio: share of each expert's entries that compete; the others get no weight.
         clip: share of each expert's entries whose magnitude is clipped, at either end.
-        scale: of the merged delta; the authors search it.
-        inter: what each delta is multiplied with to see whether it agrees with the others: "deltas", their sum; or
+        scale: a factor of the merged delta; the authors search it.
+        inter: the tensor that multiplies each delta, to see whether it agrees with the others: "deltas", their sum; or
             "ranks", the sum of their signed v, as in the authors' script for vision models (there with a clip of
             0.01 and a ratio of 0.05).
 

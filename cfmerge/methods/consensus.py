@@ -52,7 +52,7 @@ def ties(
 
     Args:
         density: share of each expert's entries that is kept.
-        scale: of the merged delta; none: 1, in fusion_bench's variant 0.3.
+        scale: a factor of the merged delta; none: 1, in fusion_bench's variant 0.3.
         variant: whose rules hold where nothing else is said. "paper": density of the whole model; "official", the
             published code: the same, one entry more and all that tie, cancelled votes go to the majority;
             "mergekit": density of each tensor, rounded down, cancelled votes are positive; "fusion_bench": the
@@ -61,7 +61,7 @@ def ties(
         count: how density becomes a number of entries, see `trim`; none: the variant's.
         elect: whose sign is elected, see `disjoint_mean`.
         combine: "mean", "sum" or "max" of those that agree; none: the variant's.
-        zero: what is elected where votes cancel, see `disjoint_mean`; none: the variant's.
+        zero: the sign that is elected where votes cancel, see `disjoint_mean`; none: the variant's.
         rescale: the norm of each tensor that trimming restores: "l1" (an option of mergekit), "l2", "linf", "none".
 
     Source: Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708.
@@ -84,7 +84,7 @@ def dare_linear(
 
     Args:
         p: the probability of an entry to be dropped.
-        scale: of the sum, as in task arithmetic.
+        scale: a factor of the sum, as in task arithmetic.
         rescale: "inverse", see `drop`; mergekit: "l1".
         normalise: the weighted mean instead of the sum.
 
@@ -105,10 +105,10 @@ def dare_ties(
 
     Args:
         p: the probability of an entry to be dropped.
-        scale: of the merged delta.
+        scale: a factor of the merged delta.
         rescale: "inverse", see `drop`; mergekit: "l1".
         combine: "mean", "sum" (mergekit's default) or "max" of those that agree.
-        zero: what is elected where votes cancel, see `disjoint_mean`; mergekit: "positive".
+        zero: the sign that is elected where votes cancel, see `disjoint_mean`; mergekit: "positive".
 
     Source: Yu et al., Language Models are Super Mario (DARE), ICML 2024, arXiv 2311.03099.
     """
@@ -129,10 +129,10 @@ def della(
     Args:
         density: the mean probability of an entry to be kept.
         epsilon: half the range of the probabilities within a row; mergekit: 0.15.
-        scale: of the merged delta.
+        scale: a factor of the merged delta.
         rescale: "inverse", see `drop_by_rank`; mergekit: "l1".
         combine: "mean", "sum" or "max" of those that agree.
-        zero: what is elected where votes cancel, see `disjoint_mean`; mergekit: "positive".
+        zero: the sign that is elected where votes cancel, see `disjoint_mean`; mergekit: "positive".
 
     Source: Deep et al., DELLA-Merging, arXiv 2406.11617.
     """
@@ -152,7 +152,7 @@ def della_linear(
     Args:
         density: the mean probability of an entry to be kept.
         epsilon: half the range of the probabilities within a row; mergekit: 0.15.
-        scale: of the sum, as in task arithmetic.
+        scale: a factor of the sum, as in task arithmetic.
         rescale: "inverse", see `drop_by_rank`; mergekit: "l1".
         normalise: the weighted mean instead of the sum.
 
@@ -174,7 +174,7 @@ def breadcrumbs(
     Args:
         density: share of the entries of each tensor that is kept.
         gamma: share of the largest that are dropped, see `outliers`.
-        scale: of the sum, as in task arithmetic.
+        scale: a factor of the sum, as in task arithmetic.
         rescale: the norm of each tensor that is restored: "l1", "l2", "linf", or "none".
         normalise: the weighted mean instead of the sum.
 
@@ -197,10 +197,10 @@ def breadcrumbs_ties(
     Args:
         density: share of the entries of each tensor that is kept.
         gamma: share of the largest that are dropped, see `outliers`.
-        scale: of the merged delta.
+        scale: a factor of the merged delta.
         rescale: the norm of each tensor that is restored: "l1", "l2", "linf", or "none".
         combine: "mean", "sum" (mergekit's default) or "max" of those that agree.
-        zero: what is elected where votes cancel, see `disjoint_mean`; mergekit: "positive".
+        zero: the sign that is elected where votes cancel, see `disjoint_mean`; mergekit: "positive".
 
     Source: Davari and Belilovsky, Model Breadcrumbs, ECCV 2024, arXiv 2312.06795, with the vote of TIES as mergekit.
     """

@@ -39,8 +39,8 @@ def dc_merge(
     Args:
         alpha: scale of the merged delta; usually tuned.
         rank: triplets kept of each expert; none: min(out, in) / T, as for full fine-tuning (16 for adapters).
-        smoothing: of each expert's singular values, their sum kept: "average" makes them equal, "linear" lets them
-            fall evenly. Published for adapters only.
+        smoothing: a change of each expert's singular values that keeps their sum: "average" makes them equal, "linear"
+            lets them fall evenly. Published for adapters only.
         rho: the largest ratio of the first to the last value after linear smoothing.
         density: share of the entries of each expert's core that is kept, at least one.
 

@@ -39,9 +39,10 @@ def disjoint_mean(elect: Elect = "mass", combine: Combine = "mean", zero: Zero =
     Args:
         elect: whose sign: "mass", that of the sum; "norm_fraction", that of the delta that is largest relative to
             its expert's norm over the model; "norm_mass", that of the sum of signed squares over squared norms.
-        combine: of those that agree: "mean", their weighted mean; "sum"; or "max", the largest magnitude.
-        zero: what is elected where the votes cancel: "drop", nothing; "positive"; or "majority", the sign that is
-            elected in more entries of the model, and the negative one if there is none.
+        combine: a combination of the deltas that agree: "mean", their weighted mean; "sum"; or "max", the largest
+            magnitude.
+        zero: the sign that is elected where the votes cancel: "drop", nothing; "positive"; or "majority", the sign that
+            is elected in more entries of the model, and the negative one if there is none.
 
     Source: Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708.
     """

@@ -36,8 +36,8 @@ def iso_c(alpha: Number = 1.0, target: Literal["mean", "rms", "largest", "one"] 
 
     Args:
         alpha: scale of the merged delta; usually tuned (about 1 to 1.9 in the paper).
-        target: what the singular values become: the mean of all min(out, in) of them, their root mean square (keeps
-            the norm), the largest, or 1.
+        target: the value that the singular values get: the mean of all min(out, in) of them, their root mean square
+            (keeps the norm), the largest, or 1.
 
     Source: Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces,
         ICML 2025, arXiv 2502.04959.
@@ -71,7 +71,7 @@ def iso_c(alpha: Number = 1.0, target: Literal["mean", "rms", "largest", "one"] 
 
 
 def dimensions(shape: tuple[int, ...], experts: int, common: float) -> tuple[int, int]:
-    """`kc, nt`: of the common space, and of each expert's own. Halves are rounded to even, as published."""
+    """`kc, nt`: dimensions of the common space and of each expert's own. Halves are rounded to even, as published."""
     r = min(shape)
     own = min(round((r - int(r * common)) / experts), r // experts)
     return r - own * experts, own

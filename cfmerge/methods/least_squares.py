@@ -37,7 +37,7 @@ from cfmerge.methods._least_squares import (
 )
 from cfmerge.methods._spectrum import gcv, inverse, ridge_filter, spectrum
 
-GRID = tuple(10 ** (k / 4) for k in range(-16, 9))  # of relative ridges, 1e-4 to 100
+GRID = tuple(10 ** (k / 4) for k in range(-16, 9))  # relative ridges, 1e-4 to 100
 
 
 def hashable(number: Any) -> Any:
@@ -67,7 +67,7 @@ def actmat(
     """Least squares with each delta's own Gram as its input covariance, solved by the pseudo-inverse.
 
     Args:
-        normalise: what each Gram is divided by: nothing, the delta's norm, or its square ("energy"; then the result
+        normalise: the divisor of each Gram: nothing, the delta's norm, or its square ("energy"; then the result
             is the minimum of WUDI's loss).
         ridge: relative to the mean eigenvalue of the Gram, towards zero, instead of the pseudo-inverse (0.01 in the
             authors' "uniform ridge").
@@ -147,7 +147,7 @@ def anchored(
             cross-validation over 25 values from 1e-4 to 100.
         anchor: "mean" or "sum" of the deltas, or "zero".
         towards: a method whose merge is the anchor instead, such as iso_c or task_arithmetic.
-        normalise: what each Gram is divided by: nothing, the delta's norm, or its square.
+        normalise: the divisor of each Gram: nothing, the delta's norm, or its square.
         form: "full", "low-rank" or "auto", see actmat.
 
     Source: Bayesian model merging, arXiv 2605.12843, with covariances of the deltas in place of activations.
@@ -231,7 +231,7 @@ def power(
         ridge: relative to the mean eigenvalue of the Gram; `a / (1 - a)` mixes a share `a` of the identity into
             every covariance (1/4 is a fifth).
         anchor: "mean" or "sum" of the deltas, or "zero".
-        normalise: what each power is divided by: nothing, its "trace", the delta's "norm", or its square ("energy").
+        normalise: the divisor of each power: nothing, its "trace", the delta's "norm", or its square ("energy").
         form: "full", "low-rank" or "auto", see actmat.
 
     Source: of this project, unpublished; the exponent 1 is ACTMat, arXiv 2604.01329, with a ridge.

@@ -29,7 +29,7 @@ def magmax(scale: Number = 0.5, ties: Literal["later", "first"] = "later") -> Me
     """The delta of largest magnitude in each entry, times a scale.
 
     Args:
-        scale: of the merged delta.
+        scale: a factor of the merged delta.
         ties: which of two equal magnitudes: that of the "later" or of the "first" expert.
 
     Source: Marczak et al., MagMax, ECCV 2024, arXiv 2407.06322.
@@ -60,7 +60,7 @@ def consensus(threshold: Number = 0.4, agree: int = 2, scale: Number = 0.3) -> M
     Args:
         threshold: the published code tries 0.2 to 0.6.
         agree: to how many experts an entry must matter to be kept (all of them where there are fewer); 0 keeps all.
-        scale: of the sum, as in task arithmetic.
+        scale: a factor of the sum, as in task arithmetic.
 
     Source: Wang et al., Localizing Task Information (TALL masks), ICML 2024, arXiv 2405.07813.
     """
@@ -87,7 +87,7 @@ def sce(density: Number = 1.0, uniform_below: Number = 0.0) -> Method:
     """Weights each expert by its energy in the entries where the experts differ most, and drops minority signs.
 
     select: the entries of largest variance over the experts; calculate: `w_t = ||D_t||^2 / sum_s ||D_s||^2` in
-    these; erase: what has not the sign of `sum_t D_t`; the weighted mean of the rest.
+    these; erase: entries without the sign of `sum_t D_t`; the weighted mean of the rest.
 
     Args:
         density: share of the entries with any variance that is selected, in each tensor; 1 selects all entries.

@@ -177,7 +177,7 @@ def regmean(a: Number = 0.9, ridge: Number = 0.0) -> Method:
     """Least squares on the outputs of each layer, for the inputs that each expert has seen (Grams are given).
 
     Args:
-        a: what the Grams' off-diagonal entries are multiplied by; 0.9 is the paper's (0.1 for DeBERTa); 1 leaves them,
+        a: the factor of the Grams' off-diagonal entries; 0.9 is the paper's (0.1 for DeBERTa); 1 leaves them,
             0 weighs each input by itself.
         ridge: shrinkage to the mean of the deltas, relative to the mean eigenvalue of the experts' Grams; the paper
             has none.

@@ -37,7 +37,7 @@ def model_stock(
 
     Args:
         filter_wise: one ratio for each output (row) instead of one for the tensor.
-        angle: of more than two experts, "cosine" averages the cosines of their pairs, as the paper and mergekit do;
+        angle: for more than two experts, "cosine" averages the cosines of their pairs, as the paper and mergekit do;
             "degrees" averages the angles, as fusion_bench does, and keeps all deltas for it.
         clamp: a negative mean cosine leaves the tensor at the base. Without it the ratio is negative too (the
             result moves away from the experts), with a pole at a cosine of -1 / (T - 1).

@@ -1,4 +1,4 @@
-"""OrthoMerge: what experts rotated is merged as rotations, the rest by another method.
+"""OrthoMerge: the rotations of the experts are merged as rotations, the rest by another method.
 
 S. Yang, K. Shi, W. Liu, Orthogonal Model Merging, arXiv 2602.05943. With base `W_0` and experts `W_t`
 
@@ -44,7 +44,7 @@ class Experts(NamedTuple):
 
 @register
 def orthomerge(residual: Part | None = None) -> Method:
-    """Rotations of the base's inputs merged on their own, what is not a rotation by another method.
+    """Rotations of the base's inputs merged on their own, the rest of the deltas by another method.
 
     It takes full weights, not deltas: its cost is cubic in the inputs, for every expert.
 

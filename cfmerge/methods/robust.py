@@ -123,8 +123,8 @@ def two_sided(
     Args:
         output_power: exponent of `D D^T`, the covariance of the outputs' gradients; 1 and 1 overshoot.
         input_power: exponent of `D^T D`, the covariance of the inputs.
-        iterations: of conjugate gradients; to stop early is the regulariser (10 to 100).
-        scale: of the merged delta.
+        iterations: steps of conjugate gradients; to stop early is the regulariser (10 to 100).
+        scale: a factor of the merged delta.
 
     Source: Tam et al., Merging by Matching Models in Task Subspaces (MaTS), TMLR 2024, arXiv 2312.04339; without data.
     """

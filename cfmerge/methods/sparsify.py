@@ -38,7 +38,7 @@ Count = Literal["ceil", "floor", "round", "official"]
 
 @register
 def scale(factor: Number = 1.0) -> Transform:
-    """Times a number: of each delta in front of a method, of the merged delta behind it.
+    """Deltas times a number: each delta in front of a method, the merged delta behind it.
 
     Args:
         factor: the number.
@@ -60,8 +60,9 @@ def trim(
 
     Args:
         density: share of the entries that are kept.
-        scope: "tensor": that share of every tensor; "model": of the whole model, by one threshold for each expert,
-            found exactly in passes over the model before the merge. A tensor merged by itself is the whole model.
+        scope: "tensor": that share of every tensor; "model": that share of the whole model, by one threshold for each
+            expert, found exactly in passes over the model before the merge. A tensor merged by itself is the whole
+            model.
         count: how the share becomes a number of entries: "ceil", "floor" or "round", of entries that tie those of
             lower index; or "official", TIES' published code: floor + 1, and all that tie.
         rescale: the norm of each tensor that is restored afterwards: "l1", "l2", "linf", or "none".
@@ -155,7 +156,7 @@ def trim_energy(share: PerExpert = 0.9, keep_last: bool = False) -> Transform:
     """Keeps the fewest entries of largest magnitude that hold a share of the tensor's squared norm.
 
     Args:
-        share: of the squared norm. Entries that tie with the last are kept.
+        share: the share of the squared norm that is kept. Entries that tie with the last are kept.
         keep_last: keeps the tensor's last entry whatever its size, as the published code does by a slip.
 
     Source: published code of Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708 (option "nf").

@@ -60,7 +60,7 @@ def wudi_adam(steps: int = 300, learning_rate: Number = 1e-5, form: Form = "auto
     with the Gram, whatever the number of experts.
 
     Args:
-        steps: of Adam; 300 in the paper.
+        steps: steps of Adam; 300 in the paper.
         learning_rate: 1e-5 in the paper; an entry moves by about this much in a step.
         form: "full", "low-rank" or "auto", see wudi.
 
@@ -108,20 +108,20 @@ def swudi(
     noise: Number = 1e-4,
     form: Form = "auto",
 ) -> Method:
-    """WUDI through a filter on the Gram's spectrum, and a cut: what stopping Adam early does, in closed form.
+    """WUDI through a filter on the Gram's spectrum, and a cut: the effect of stopping Adam early, in closed form.
 
     Args:
         filter: `h(l)` of the eigenvalues: "exponential" `1 - exp(-l time)`, "tikhonov" `l / (l + alpha)`,
             "landweber" `1 - (1 - step_size l / max l)^steps`, "wiener" `l^2 / (l^2 + noise)`, "none" 1.
-        time: of the exponential filter; 1300 on ViT-B/32, 1800 on B/16, 300 on Llama (and without a cut).
+        time: the exponential filter's time; 1300 on ViT-B/32, 1800 on B/16, 300 on Llama (and without a cut).
         keep: share of the eigenvalues that are filtered, the largest, rounded up; below, the anchor's part stays.
             0.65 on ViT, 0.85 on Llama; none: all.
         anchor: "sum" or "mean" of the deltas, or "zero".
-        alpha: of the Tikhonov filter, which is an absolute ridge to the anchor (the eigenvalues' sum is the number
+        alpha: the Tikhonov filter's alpha, which is an absolute ridge to the anchor (the eigenvalues' sum is the number
             of experts).
-        steps: of Landweber's iteration.
-        step_size: of Landweber's iteration, relative to the inverse of the largest eigenvalue.
-        noise: of the Wiener filter; h is 1/2 at its square root.
+        steps: steps of Landweber's iteration.
+        step_size: the step of Landweber's iteration, relative to the inverse of the largest eigenvalue.
+        noise: the Wiener filter's noise; h is 1/2 at its square root.
         form: "full", "low-rank" or "auto", see wudi.
 
     Source: SWUDI and ASWUDI, arXiv 2606.07289.
@@ -158,7 +158,7 @@ def aswudi(
             "entropy" `ceil(exp H)`, "entropy_squared" that of the squares, "cumulative", "stable_rank"
             `ceil(sum l^2 / max l^2)`, "gavish_donoho" (for Llama), "gavish_donoho_released" with the constant of the
             authors' code, or "all".
-        share: of the eigenvalues' sum that "cumulative" holds.
+        share: the share of the eigenvalues' sum that "cumulative" holds.
         anchor: "sum" or "mean" of the deltas, or "zero".
         form: "full", "low-rank" or "auto", see wudi.
 

@@ -1,4 +1,4 @@
-"""What is known of models: kinds of tensors and their layouts, families, heads, ties, buffers, other names."""
+"""Knowledge of models: kinds of tensors and their layouts, families, heads, ties, buffers, other names."""
 
 from cfmerge.models.buffers import is_attention_mask as is_attention_mask
 from cfmerge.models.buffers import is_buffer as is_buffer

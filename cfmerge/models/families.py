@@ -1,4 +1,4 @@
-"""What families of models call their tensors: embeddings, patches, and the experts of a mixture."""
+"""Families of models and their names of tensors: embeddings, patches, and the experts of a mixture."""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def is_embedding(name: str, axes: int, with_bias: bool) -> bool:
     """Whether a tensor is a table of rows, or the layer that reads it out.
 
     Args:
-        name: of the tensor.
+        name: the tensor's.
         axes: how many it has, without an axis of stacked layers.
         with_bias: whether a bias lies beside it: a table has none, a dense layer called `x_embedder` does.
     """

@@ -28,8 +28,8 @@ def is_head(name: str, names: Iterable[str] | Mapping[str, object] = ()) -> bool
     """Whether a tensor is a task's own output layer.
 
     Args:
-        name: of the tensor.
-        names: of the whole model: the dense layers of VGG's `classifier.0`, `.3`, `.6` are the trunk's but the last.
+        name: the tensor's.
+        names: the whole model's: the dense layers of VGG's `classifier.0`, `.3`, `.6` are the trunk's but the last.
     """
     numbered = NUMBERED.search(name)
     if numbered:

@@ -1,4 +1,4 @@
-"""What a parameter is to a merge (its kind), and what names, shapes and config.json say of it."""
+"""Kinds: the roles of parameters in a merge, read off names, shapes and config.json."""
 
 import dataclasses
 import enum
@@ -15,12 +15,12 @@ from cfmerge.models.layouts import Shape, check_layout
 
 
 class Kind(enum.StrEnum):
-    """What a parameter is to a merge."""
+    """The role of a parameter in a merge."""
 
     MATRIX = "matrix"  # a dense layer: methods of all families apply
     CONVOLUTION = "convolution"  # the same, its window folded into the inputs
     EMBEDDING = "embedding"  # a table of rows, or the layer that reads it out; patch and position embeddings
-    VECTOR = "vector"  # biases, norms, scalars, and what has no known matrix form
+    VECTOR = "vector"  # biases, norms, scalars, and tensors without a known matrix form
     HEAD = "head"  # a task's own output layer
     OTHER = "other"  # integers, booleans and running statistics
 
@@ -59,7 +59,7 @@ class Parameter:
         return "(" + ", ".join(words[letter] for letter in self.layout) + ")" if self.layout else "-"
 
 
-# --- what a name says -------------------------------------------------------------------------------------------
+# --- kinds by name ----------------------------------------------------------------------------------------------
 
 RUNNING = re.compile(r"(running_mean|running_var|num_batches_tracked|batch_stats[./].*)$")
 CONV1D = re.compile(r"(^|[./])(attn|crossattention|mlp)[./](c_attn|c_proj|c_fc|q_attn)[./]weight$")
@@ -67,7 +67,7 @@ CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp
 TORCH_MATRIX = re.compile(r"(weight|_weight)$")
 FLAX_KERNEL = re.compile(r"(^|[./])kernel$")
 DEPTHWISE = "one input channel per filter (depthwise, or images of one channel): no common input matrix"
-BIAS = re.compile(r"(^|[./_])(bias|scale|A_log)$")  # of whatever shape, not a matrix
+BIAS = re.compile(r"(^|[./_])(bias|scale|A_log)$")  # never a matrix, whatever its shape
 
 
 def classify(shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any] | None = None) -> dict[str, Parameter]:

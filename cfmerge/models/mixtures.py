@@ -32,7 +32,7 @@ class View:
     """A tensor that is made of others when it is read.
 
     Attributes:
-        shape: of the tensor.
+        shape: the tensor's.
         sources: the names of those that it is made of.
         make: the tensor, given a function that reads these.
         slice: one of its entries along the first axis; none: it is no packed array, and made at once.

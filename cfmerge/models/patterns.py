@@ -24,7 +24,7 @@ def patterns(names: Sequence[str], among: Iterable[str] = ()) -> list[Pattern]:
     another (`model.layers.{0..31}.mlp.gate_proj.weight`).
 
     Args:
-        names: what is told.
+        names: the names that it stands for.
         among: names that no pattern may cover, unless they are told too.
     """
     told, found = set(names), []

@@ -1,4 +1,4 @@
-"""The same tensor under another name: what libraries renamed from version to version, and what wraps a model.
+"""Other names of the same tensor: renames from version to version of a library, and wrappers of a model.
 
 A name is brought to a canonical spelling; base and expert are paired where their canonical names are one. What is
 left is paired through a prefix that all names of a part have in one of the two models.
@@ -21,7 +21,7 @@ WRAPPERS = re.compile(
 RENAMES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
     (re.compile(pattern), canonical)
     for pattern, canonical in (
-        # what training frameworks put in front of a whole model
+        # wrappers that training frameworks put in front of a whole model
         (r"^(base_model\.model|(\d+\.)?auto_model|backbone)\.", ""),
         # TensorFlow's BERT, as it is on the hub
         (r"(\w*[Nn]orm\w*)\.gamma$", r"\1.weight"),
@@ -96,7 +96,7 @@ def canonical(name: str) -> str:
 
 
 def pair(base: Mapping[str, Shape], expert: Mapping[str, Shape]) -> Pairs:
-    """Which tensor of the expert is which of the base: by name, by a known rename, by a prefix.
+    """The tensor of the expert for each of the base: by name, by a known rename, by a prefix.
 
     Args:
         base, expert: `{name: shape}`; shapes decide between prefixes that fit equally well.
@@ -143,7 +143,7 @@ def _describe(renamed: Mapping[str, str]) -> str:
     return f"{len(renamed)} tensors are known under another name, such as {theirs!r} for the base's {ours!r}"
 
 
-Prefix = tuple[str, str]  # (taken off, put in front): what makes the base's names the expert's
+Prefix = tuple[str, str]  # (taken off, put in front), which turns the base's names into the expert's
 
 
 def describe_prefix(prefix: Prefix) -> str:

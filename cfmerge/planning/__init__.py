@@ -1,1 +1,1 @@
-"""Recipes resolved against headers: what is done with every tensor, in which units. No tensor is merged here."""
+"""Recipes resolved against headers: the action on every tensor, and its cost. No tensor is merged here."""

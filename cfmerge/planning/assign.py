@@ -1,4 +1,4 @@
-"""Which method merges which parameter."""
+"""The method, or another action, for every parameter."""
 
 import dataclasses
 import fnmatch
@@ -17,7 +17,7 @@ Action = Literal["merge", "keep-base", "skip"]
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A parameter and what is done with it. `method` is used when the action is `merge`."""
+    """A parameter and the action on it. `method` is used when the action is `merge`."""
 
     parameter: Parameter
     action: Action
@@ -38,7 +38,7 @@ class Assignment:
 def assign(
     parameters: Mapping[str, Parameter], method: Method, rules: Sequence[Rule] = (), others: Iterable[str] = ()
 ) -> dict[str, Assignment]:
-    """What is done with every parameter.
+    """The action on every parameter.
 
     By default matrices and convolutions go through the method, everything else that is floating-point gets the
     mean of the deltas, and integers stay as they are in the base; an entrywise method takes all floating-point

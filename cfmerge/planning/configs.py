@@ -25,7 +25,7 @@ SILENT = re.compile(
     r"|language|classifier\w*|summary_\w+|transformers\.js_config\w*|processor_class|image_processor_type"
     r"|feature_extractor_type|is_composition|cross_attention_hidden_size)(\.|$)"
 )
-# of these keys, one that only some of the models state is told too: libraries have other defaults
+# these keys are told too where only some of the models state them: libraries have other defaults
 STATED = re.compile(
     r"rope|theta|rotary|window|softcap|multiplier|logit_scale|attention_scale|_act$|_act_fn$|activation"
 )
@@ -33,7 +33,7 @@ DEFAULTS: Mapping[str, Any] = {
     "rope_theta": 10000, "rope.rope_type": "default", "partial_rotary_factor": 1, "rope.partial_rotary_factor": 1,
 }  # fmt: skip
 CONFIG = re.compile(r"config\.json$")
-OTHER_CONFIGS = re.compile(  # of how text is made and read, and of training
+OTHER_CONFIGS = re.compile(  # configs for generation, for reading text or images, and for training
     r"(^|/)(generation_config|tokenizer_config|\w*quant\w*_config|quantize_config|adapter_config|trainer_\w*)\.json$"
 )
 SHOWN = 8

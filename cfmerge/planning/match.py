@@ -1,4 +1,4 @@
-"""Whether the experts' tensors fit the base's, judged by headers alone: heads, buffers, and every problem."""
+"""The fit of the experts' tensors to the base's, judged by headers alone: heads, buffers, and every problem."""
 
 import dataclasses
 import fnmatch
@@ -36,7 +36,7 @@ def match_experts(
     ties: Ties,
     assignments: Mapping[str, Assignment],
 ) -> Matched:
-    """Applies the choice about heads, and collects every problem and note."""
+    """The match of base and experts: the choice about heads applied, every problem and note collected."""
     notes, problems = [*paired.notes, *ties.notes], [*paired.problems, *ties.problems]
     result = Matched(dict(assignments), paired.sources, {}, notes, problems)
     extras = [
@@ -49,7 +49,7 @@ def match_experts(
         _check_expert(base, spec, expert, sources, extra, result)
         _check_extra(recipe, spec, expert, sources, extra, _missing(sources, result), result)
     (result.problems if result.problems else result.notes).extend(paired.architectures)
-    for name, assignment in result.assignments.items():  # what only parts were fine-tuned of
+    for name, assignment in result.assignments.items():  # tensors that only partial experts changed
         if assignment.action == "merge" and specs and not any(name in sources for sources in result.sources):
             result.assignments[name] = dataclasses.replace(assignment, action="keep-base")
     return result
@@ -169,7 +169,7 @@ def _check_extra(
     missing: Sequence[str],
     result: Matched,
 ) -> None:
-    """Tensors that the base lacks: buffers, heads, what a rule leaves out, parts of another model, or a problem."""
+    """Tensors that the base lacks: buffers, heads, parts of another model, a rule's to skip, or a problem."""
     left = [name for name in extra if spec.partial or not may_be_head(name)]
     skipped = [name for name in left if any(_skips(rule, name) for rule in recipe.rules)]
     if skipped:

@@ -1,4 +1,4 @@
-"""Which tensor of an expert is which of the base: names, as the expert's own, renamed, wrapped or packed otherwise."""
+"""The tensor of an expert for each of the base: by its name, renamed, wrapped, or packed otherwise."""
 
 import dataclasses
 import re

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from cfmerge.errors import CfmergeError
 
-GROUP = "cfmerge.methods"  # of entry points: each is a module, or a factory, that registers methods when imported
+GROUP = "cfmerge.methods"  # entry points: each is a module, or a factory, that registers methods when imported
 
 
 def load_plugins(files: Sequence[str] = ()) -> None:
-    """Imports the Python files and all entry points: what they register can then be named in recipes.
+    """Imports the Python files and all entry points, so that recipes can name the methods that they register.
 
     Raises:
         CfmergeError: a file is missing, or importing it fails.

@@ -1,4 +1,4 @@
-"""The plan: recipes resolved against the checkpoints' headers. No tensor is read, but to see which are copies."""
+"""Plans: recipes resolved against the checkpoints' headers. Tensors are read only to see which are copies."""
 
 import dataclasses
 import functools
@@ -54,15 +54,15 @@ P = TypeVar("P", bound="Resolved")
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """Recipes resolved against headers: what a merge would do, and what it needs.
+    """Recipes resolved against headers: the action on every tensor, and the cost of the merge.
 
     Attributes:
-        results: by label: one, or those of a sweep, which share all that follows.
+        results: `{label: Planned}`: one, or those of a sweep, which share all that follows.
         base, experts, expert_specs: the checkpoints, opened, and what the recipe says of the experts.
-        work: what the loop does.
+        work: the work for the loop.
         exported: `{expert: its head tensors that are written beside the model}`.
-        notes: what the user should know.
-        shard_bytes, side_files: of the output.
+        notes: notes for the user.
+        shard_bytes, side_files: the output's.
         sums: methods are in the form whose statistic is a sum of fixed size.
     """
 
@@ -119,7 +119,7 @@ class Resolved:
 
     @property
     def folders(self) -> tuple[Folder, ...]:
-        """How the weights of the output lie: as the base's, without folders that have no tensor left."""
+        """The folders of the output: the base's, without those that have no tensor left."""
         names = self.output
         return tuple(f for f in self.base.folders if any(name.startswith(f.prefix) for name in names))
 
@@ -129,7 +129,7 @@ class Resolved:
 
     @property
     def bytes_to_write(self) -> int:
-        """Of one result."""
+        """Bytes of one result."""
         return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self.output.values())
 
     @property
@@ -164,7 +164,7 @@ class Resolved:
         return dataclasses.replace(self, results={label: self.results[label]}, work=work)
 
     def counts(self) -> Counter[tuple[str, str]]:
-        """How many tensors of each (kind, what is done)."""
+        """The number of tensors by (kind, action)."""
         return Counter((str(job.parameter.kind), job.assignment.label) for job in self.jobs)
 
 
@@ -175,11 +175,11 @@ def resolve(
     sums: bool = False,
     opened: Mapping[str, Source] | None = None,
 ) -> Resolved:
-    """Opens all checkpoints, reads their headers, and settles everything that can be settled from them.
+    """The recipes resolved: checkpoints opened, headers read, everything settled that headers can settle.
 
     Args:
         asked: recipes by label: one, or several that differ in method and parameters alone.
-        statistics: what was kept of other experts; none: what the recipe names, if it does.
+        statistics: the statistics of other experts; None: those that the recipe names, if it does.
         sums: methods in the form whose statistic is a sum of fixed size, as accumulating needs it.
         opened: checkpoints by path that are open already.
 
@@ -277,7 +277,7 @@ def _afresh(paired: Paired) -> Paired:
 
 
 def unsolved(jobs: Sequence[Job], method: Method) -> list[str]:
-    """What a matrix method does not solve, and why: all but embeddings, heads, buffers and what a rule says."""
+    """Notes on tensors that a matrix method does not solve, and why, but for embeddings, heads, buffers and rules."""
     if method.needs.scope != "matrix":
         return []
     reasons: dict[tuple[str, str], list[str]] = {}
@@ -297,7 +297,7 @@ def unsolved(jobs: Sequence[Job], method: Method) -> list[str]:
 
 
 def _of_files(recipe: Recipe, base: Source, experts: Mapping[str, Source]) -> list[str]:
-    """What has to be said of the models' files and configs.
+    """Notes on the models' files and configs.
 
     Raises:
         CfmergeError: a model is quantised, or one is a pipeline and another a component.

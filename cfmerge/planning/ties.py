@@ -1,4 +1,4 @@
-"""Which tensors are one in every model: bytes decide, and what libraries tie says where to look."""
+"""Tensors that are one in every model: bytes decide, and the ties of libraries say where to look."""
 
 import dataclasses
 import re
@@ -34,7 +34,7 @@ def settle_ties(
     sources: Sequence[dict[str, str]],
     apart: Callable[[str, str], bool],
 ) -> Ties:
-    """Finds what is one tensor, and completes `sources` through it.
+    """The tensors that are one; completes `sources` through them.
 
     Args:
         base, experts, specs, sources: the models, and the experts' names for the base's.
@@ -164,7 +164,7 @@ def _of_its_own(who: str, checkpoint: Source, alias: str, name: str) -> str:
 
 
 def _copies(base: Source, spec: Expert, expert: Source, names: dict[str, str], copies: set[str], result: Ties) -> None:
-    """What the expert stores once more under a name that the base does not store."""
+    """Copies that an expert stores under names that the base does not store."""
     used = set(names.values())
     for alias, name in base.ties.items():
         theirs, merged = names.get(alias), names.get(result.aliases.get(name, name))
@@ -190,7 +190,7 @@ def _copies(base: Source, spec: Expert, expert: Source, names: dict[str, str], c
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Piece by piece: a comparison makes an array of booleans."""
+    """Whether two arrays are equal byte by byte; compared in pieces, since a comparison makes an array of booleans."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     a, b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))

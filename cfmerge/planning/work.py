@@ -1,4 +1,4 @@
-"""What a run works on: the models that take part, and a job for each tensor of the output.
+"""The work of a run: the models that take part, and a job for each tensor of the output.
 
 Planning makes it, whether the models lie in files or in memory; the loop (`run.py`) asks nothing else.
 """
@@ -50,7 +50,7 @@ class Participant:
         name: the expert's name; "base" for the base.
         told: the model in messages, such as `expert 'math' (models/math)`.
         tensors: its arrays by name; of an expert deltas too.
-        moments: what was measured of it, by the base's names; none: nothing.
+        moments: its measurements, by the base's names; None: there are none.
     """
 
     name: str
@@ -66,8 +66,8 @@ class Job:
     Attributes:
         writes: the names that it is written under: its own and those tied to it.
         sources: its name in each expert, or None where the expert does not have it.
-        dtype: of the output.
-        weights: of the experts, for this tensor.
+        dtype: the output's.
+        weights: the experts', for this tensor.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Job:
 
     @property
     def matrices(self) -> int:
-        """How many canonical matrices the tensor holds: layers may be stacked."""
+        """The number of canonical matrices in the tensor: layers may be stacked."""
         return self.parameter.canonical[0] if self.layout else 1
 
     @property
@@ -150,10 +150,10 @@ def _dtype(name: str) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Base, experts, and what is done with every tensor.
+    """Base, experts, and the action on every tensor.
 
     Attributes:
-        statistics: what was kept of experts before these; they come first in the order of experts.
+        statistics: the statistics of earlier experts, which come first in the order of experts.
         precision: "auto", or the dtype that all is computed in.
         traced: some values are known to a transformation of JAX only; then nothing looks at values.
         from_files: options of a recipe exist, and messages may name them.
@@ -170,7 +170,7 @@ class Work:
 
     @property
     def before(self) -> int:
-        """How many experts are in the statistics: those of the work are numbered after them."""
+        """The number of experts in the statistics: those of the work are numbered after them."""
         return len(self.statistics.experts) if self.statistics else 0
 
     @property
@@ -191,16 +191,16 @@ def settled_jobs(
     statistics: Statistics | None = None,
     sums: bool = False,
 ) -> tuple[list[Job], list[str]]:
-    """The jobs, whose methods and weights have the numbers of their tensor; and what a user must be told.
+    """The jobs, whose methods and weights have the numbers of their tensor; and notes for the user.
 
     Args:
-        assignments: of each result: more than one in a sweep.
+        assignments: one mapping for each result; a sweep has several.
         experts, weights: names, and weights as a recipe gives them.
         before: names of the experts in the statistics.
         sources: `{name in the base: name in the expert}` of each expert; none: the same names.
         aliases: `{name: names tied to it}`.
         dtype_of: the output's dtype of a parameter.
-        statistics: what was kept of the experts before.
+        statistics: the statistics of the experts before.
         sums: take methods in the form whose statistic is a sum of fixed size.
 
     Raises:

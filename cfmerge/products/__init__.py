@@ -1,1 +1,1 @@
-"""What users call: merge, plan, sweep, accumulate and solve, and the same for trees in memory."""
+"""The public calls: merge, plan, sweep, accumulate and solve, and the same for trees in memory."""

@@ -49,23 +49,31 @@ def accumulate(
     progress: Progress | None = None,
     **options: Any,
 ) -> Statistics:
-    """What an additive method keeps of the experts, and all that it needs of them to merge them.
+    """The statistics of experts: all that an additive method needs of them to merge them.
 
-        stats = cfmerge.accumulate(base, {"math": a, "code": b}, "ace")
-        merged = cfmerge.solve(stats, base)                         as merging base and experts would give
-        stats = stats + cfmerge.accumulate(base, {"chat": c})       as if it had been there from the start
-        stats = stats - cfmerge.accumulate(base, {"math": a})       as if it had never been there
+        >>> base = {"weight": jnp.zeros((4, 3))}
+        >>> math, code = [{"weight": base["weight"] + step} for step in (1.0, 3.0)]
+        >>> statistics = cfmerge.accumulate(base, {"math": math, "code": code}, "average")
+        >>> statistics = statistics - cfmerge.accumulate(base, {"math": math}, "average")
+        >>> list(statistics.experts), float(cfmerge.solve(statistics, base)["weight"][0, 0])
+        (['code'], 3.0)
+
+    Checkpoints on disk are streamed into a directory of statistics:
+
+        >>> statistics = cfmerge.accumulate("base", ["math", "code"], "ace", output="statistics")
+        >>> list(statistics.experts)
+        ['math', 'code']
 
     Experts go by their names: in a list of pytrees they are called "0", "1", ..., on disk after their directories.
 
-    Exact up to the rounding of the sums: forgetting leaves an error of about the machine's precision times what was
-    kept (float32: 1e-7); accumulate in float64 (`precision="float64"`, on disk) where that matters.
+    The sums are exact up to rounding. Forgetting leaves an error of about the machine's precision times the sums
+    (float32: 1e-7); accumulate in float64 (`precision="float64"`, on disk) where that matters.
 
     Args:
         base, experts: checkpoints on disk, as for `cfmerge.merge`, or pytrees, as for `cfmerge.merge_params`.
-        method: an additive method: `solve` may use any other that keeps the same statistic.
-        output: of checkpoints: the directory of statistics that is made.
-        parameters: of the method, if it is given by name.
+        method: an additive method; `solve` may use any other that keeps the same statistic.
+        output: the directory of statistics to make, for checkpoints.
+        parameters: the method's, if it is given by name.
         overwrite, memory, progress: as for `cfmerge.merge`.
         **options: further arguments of `cfmerge.merge`, or of `cfmerge.merge_params`.
 
@@ -74,7 +82,7 @@ def accumulate(
     """
     if not isinstance(base, str | Path):
         if output is not None:
-            raise CfmergeError("accumulate of pytrees: save what is returned: accumulate(...).save(directory)")
+            raise CfmergeError("accumulate of pytrees: save the result: accumulate(...).save(directory)")
         return _of_trees(base, experts, parsed(method, parameters), **options)
     if output is None:
         raise CfmergeError("accumulate of checkpoints: name a directory for the statistics with output=")
@@ -202,14 +210,19 @@ def solve(
     parameters: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """The merged model from statistics: what merging the base with the experts that they were made of would give.
+    """The merged model from statistics, as a merge of the base with their experts would give it.
+
+        >>> statistics = cfmerge.accumulate("base", ["math", "code"], "average", output="statistics")
+        >>> result = cfmerge.solve("statistics", "base", "task_arithmetic(scale=0.5)", output="merged")
+        >>> result.output.name
+        'merged'
 
     Args:
-        statistics: what `accumulate` gave, or the directory that it made.
+        statistics: the `Statistics` from `accumulate`, or the directory that it made.
         base: the checkpoint, or the pytree, that they were accumulated over.
-        method: any method that keeps the same statistic; none: the one that they were accumulated for.
-        output: of checkpoints: the directory of the merged model.
-        parameters: of the method, if it is given by name.
+        method: any method that keeps the same statistic; None: the one that they were accumulated for.
+        output: the directory of the merged model, for checkpoints.
+        parameters: the method's, if it is given by name.
         **options: further arguments of `cfmerge.merge`.
 
     Returns:

@@ -25,7 +25,7 @@ from cfmerge.report.result import MergeResult
 
 
 def directory_name(label: str) -> str:
-    """The label as the name of a directory: what is not a letter, digit or one of `._-=,` becomes `_`."""
+    """The label as the name of a directory: `_` stands for all but letters, digits and `._-=,`."""
     return re.sub(r"[^\w.=,-]+", "_", label).strip("_.") or "_"
 
 

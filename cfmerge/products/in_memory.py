@@ -32,24 +32,30 @@ def merge_tensor(
     seed: int = 0,
     names: Sequence[str] | None = None,
 ) -> Float[Array, "out in"]:
-    """Merges one canonical weight: the mathematics alone.
+    """The merged weight of one layer: the mathematics alone.
+
+        >>> base = jnp.zeros((4, 3))
+        >>> merged = cfmerge.merge_tensor(base, [base + 1, base + 3], "average")
+        >>> merged.shape, float(merged[0, 0])
+        ((4, 3), 2.0)
 
     Args:
         base: the weight `(out, in)`, acting as `y = W x`; any shape for a method that takes it. ACE and its kin
-            average what is not two-dimensional.
+            average tensors that are not two-dimensional.
         experts: the fine-tuned weights, same shape.
         method: such as `cfmerge.methods.ace()`, or text such as `"ace(eps_rel=0.1)"`.
-        weights: one per expert; none: all 1.
-        moments: what was measured of each expert, for methods that need it: input Grams `(in, in)`, or diagonal
-            Fishers of the weight's shape.
-        seed: of random methods.
-        names: of the experts, for numbers that are given by name, and for random keys; none: "0", "1", ...
+        weights: one for each expert; None: all 1.
+        moments: measurements of each expert, for methods that need them: input Grams `(in, in)`, or diagonal Fishers
+            of the weight's shape.
+        seed: for random methods.
+        names: the experts' names, for numbers that are given by name, and for random keys; None: "0", "1", ...
 
     Returns:
         The merged weight, in the base's dtype. Computed in float32, or in float64 if that is what comes in.
 
     Raises:
-        CfmergeError: no experts, another shape, another number of weights, or moments that do not fit.
+        CfmergeError: no experts, another shape, another number of weights, moments that do not fit, or, outside
+            `jit`, a NaN or an infinity in a weight or in the result.
     """
     base = jnp.asarray(base)
     experts = [jnp.asarray(expert) for expert in experts]
@@ -79,7 +85,13 @@ def merge_params(
     moments: Sequence[Any] | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Any:
-    """Merges pytrees of parameters: dicts, FrozenDicts, `nnx.State`, any registered pytree.
+    """The merged pytree of parameters: dicts, FrozenDicts, `nnx.State`, any registered pytree.
+
+        >>> base = {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}
+        >>> experts = [jax.tree.map(lambda leaf: leaf + step, base) for step in (1.0, 3.0)]
+        >>> merged = cfmerge.merge_params(base, experts, "average", weights=[3.0, 1.0])
+        >>> float(merged["dense"]["bias"][0])
+        1.5
 
     Kinds and layouts are read off names and shapes (`.../kernel` is `(in, out)`, `...weight` is `(out, in)`, see
     `cfmerge.models`); tensors of one shape are solved together. Differentiable in base, experts and weights.
@@ -88,19 +100,20 @@ def merge_params(
         base: the base's parameters.
         experts: one tree per expert, of the same structure; a mapping `{name: tree}` names them in errors.
         method: such as `cfmerge.methods.ace()`, or text such as `"ace(eps_rel=0.1)"`.
-        weights: one per expert: numbers, or what a recipe takes (gradients over depth, values by name); none: all 1.
-            A mapping by the experts' names too: `jax.jit` hands over a dict of experts sorted by name, a list is not.
+        weights: one for each expert: numbers, or what a recipe takes (gradients over depth, values by name); None:
+            all 1. A mapping by the experts' names too: `jax.jit` hands over a dict of experts sorted by name, and a
+            list in its order.
         rules: as in a recipe, on names joined by `/`: `{"match": "*/w", "layout": "io"}`.
-        moments: one per expert, of what was measured of it: `{name: array}`, or a tree like `base` (Fishers). In a
-            list, or, as with weights, a mapping by the experts' names.
-        seed: of random methods.
+        moments: measurements of each expert: `{name: array}`, or a tree like `base` (Fishers). In a list, or, as with
+            weights, a mapping by the experts' names.
+        seed: for random methods.
 
     Returns:
         A tree like `base`, in its dtypes. Integers, booleans and keys are the base's.
 
     Raises:
-        CfmergeError: trees of another structure or shape, integers that do not agree, or weights or moments that do
-            not fit.
+        CfmergeError: trees of another structure or shape, integers that do not agree, weights or moments that do not
+            fit, or, outside `jit`, a NaN or an infinity in a tree or in the result.
     """
     return merge_params_by(base, experts, [method], weights=weights, rules=rules, moments=moments, seed=seed)[0]
 
@@ -115,7 +128,7 @@ def merge_params_by(
     moments: Sequence[Any] | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> list[Any]:
-    """`merge_params` by several methods, which share what they keep of the experts: one tree for each."""
+    """`merge_params` by several methods, which share their statistics: one tree for each."""
     problem = Problem.of(base, experts, [as_method(method) for method in by], rules)
     if not problem.names:
         raise CfmergeError(NO_EXPERTS)
@@ -127,7 +140,7 @@ def merge_params_by(
 
 
 def merge_assigned(base: Any, method: Method, kept: Statistics) -> dict[str, Array]:
-    """The merged leaves of the base, by name, from what was kept of experts."""
+    """The merged leaves of the base, by name, from statistics."""
     rules = kept.options["rules"]
     problem = Problem.of(base, {}, [method], rules)
     names = list(kept.kinds)
@@ -148,12 +161,12 @@ def merge_leaves(
     seed: int,
     kept: Statistics | None = None,
 ) -> dict[str, Array]:
-    """The merged tensors by name; `trees` are the base's and the experts', `kept` is of experts before them."""
+    """The merged tensors by name; `trees` are the base's and the experts', `kept` is statistics before them."""
     return _merged(work_of([assignments], trees, experts, weights, given, seed, kept), trees[0], 1)[0]
 
 
 def _merged(work: Work, base: Mapping[str, Any], results: int) -> list[dict[str, Array]]:
-    """The merged tensors by name, of each result; what the methods have to tell is warned of."""
+    """The merged tensors by name, of each result; notes of the methods become warnings."""
     sinks = [Kept() for _ in range(results)]
     account = run.merge(work, sinks)
     for note in (*account.told(), *filter(None, map(account.warning, range(results)))):

@@ -1,4 +1,4 @@
-"""`merge`: checkpoints in, one checkpoint out."""
+"""`merge`: one checkpoint from a base and its experts on disk."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,20 +26,30 @@ def merge(
     progress: Progress | None = None,
     **options: Any,
 ) -> MergeResult:
-    """Merges checkpoints on disk into one, streaming.
+    """The result of merging checkpoints on disk into one, streamed tensor by tensor.
+
+        >>> result = cfmerge.merge("base", ["math", "code"], "average", output="merged")
+        >>> result.output.name
+        'merged'
+        >>> cfmerge.open_checkpoint("merged").read("layer.weight").shape
+        (4, 3)
 
     Args:
         base: a Hugging Face directory (safetensors) or a `.safetensors` file.
-        experts: the same of each expert; a mapping gives them names, `Expert` weights too.
-        method: a registered method: its name, a chain as text, or the method itself; `parameters` are the
-            arguments of one that is named.
+        experts: the same for each expert; a mapping `{name: path}` gives them names, `Expert` gives weights too.
+        method: a registered method: its name, a chain as text, or the method itself. The default is ACE-Merging
+            (Xu et al., CVPR 2026, arXiv 2603.02945).
         output: the directory to make, or the `.safetensors` file. It appears when it is complete.
+        parameters: the arguments of a method that is given by its name.
         rules: `Rule`s, or mappings with their fields; the first whose pattern matches a tensor's name wins.
-        overwrite: replace a model directory that is there.
-        memory: bound of the working set, bytes or `"4GB"`; none: a quarter of what is free.
+        overwrite: replace a model that is there.
+        memory: bound of the working set, in bytes or as text such as `"4GB"`; None: a quarter of the free memory.
         progress: called with (tensor name, bytes read since the last call), from the working threads, one at a time.
-        **options: the other fields of `Recipe`: heads, on_nonfinite, allow, dtype, precision, shard_size,
-            side_files.
+        **options: the other fields of `Recipe`: rename, heads, on_nonfinite, allow, dtype, precision, shard_size,
+            side_files, seed, plugins, statistics.
+
+    Returns:
+        A `MergeResult`: the output, the plan, warnings and notes.
 
     Raises:
         CfmergeError: bad input; nothing is written then.
@@ -57,5 +67,18 @@ def merge_recipe(
     progress: Progress | None = None,
     statistics: Statistics | None = None,
 ) -> MergeResult:
-    """Carries out a recipe; see `merge`. `statistics` are what was kept of other experts, instead of a file of them."""
+    """The result of a recipe; see `merge`.
+
+        >>> recipe = cfmerge.Recipe(base="base", experts=["math", "code"], method="average")
+        >>> cfmerge.merge_recipe(recipe, "merged").plan.method.name
+        'average'
+
+    Args:
+        recipe: base, experts, method and options.
+        output, overwrite, memory, progress: as in `merge`.
+        statistics: statistics of other experts to begin from, in place of the recipe's directory.
+
+    Raises:
+        CfmergeError: bad input; nothing is written then.
+    """
     return make_plan(recipe, statistics).run(output, overwrite=overwrite, memory=memory, progress=progress)

@@ -1,4 +1,4 @@
-"""Plans: what a merge would do, made from headers; `run` does it."""
+"""Plans: a merge resolved from headers, which `run` carries out."""
 
 import contextlib
 import dataclasses
@@ -26,11 +26,25 @@ Experts = Sequence[str | Path | recipes.Expert] | Mapping[str, str | Path]
 
 
 class Plan(Resolved):
-    """What a merge would do, and what it needs; `run` does it.
+    """A merge resolved from headers: the action on every tensor, and the cost; `run` carries it out.
 
-    plan = cfmerge.plan(base, experts, "ace")
-    plan.counts(), plan.bytes_to_read, plan.notes
-    plan.run("merged")
+        >>> plan = cfmerge.plan("base", ["math", "code"], "average")
+        >>> plan.counts()["matrix", "average"], plan.bytes_to_write, plan.notes
+        (1, 64, ())
+        >>> plan.run("merged").output.name
+        'merged'
+
+    A sink takes the tensors in place of a directory:
+
+        >>> class Kept:
+        ...     tensors = {}
+        ...     def write(self, name, values, first=0):
+        ...         self.tensors[name] = values
+        >>> result = plan.run(Kept())
+        >>> Kept.tensors["layer.bias"].tolist()
+        [2.0, 2.0, 2.0, 2.0]
+
+    `cfmerge.plan` and `cfmerge.make_plan` make it. Sizes are in bytes, `flops` are floating-point operations.
     """
 
     def run(
@@ -41,11 +55,12 @@ class Plan(Resolved):
         memory: str | int | None = None,
         progress: Progress | None = None,
     ) -> Any:
-        """Does what the plan says.
+        """The result of the merge.
 
         Args:
-            output: the directory to make (of a sweep: one that gets a model directory for each label); or a sink
-                (of a sweep: one for each label), whose `write(name, values, first)` is called with every tensor.
+            output: the directory or `.safetensors` file to make (of a sweep: a directory that gets a model for each
+                label); or a sink (of a sweep: a mapping `{label: sink}`), whose `write(name, values, first)` is
+                called with every tensor. A large tensor comes in pieces: flat entries from entry `first` on.
             overwrite, memory, progress: as in `merge`.
 
         Returns:
@@ -97,7 +112,16 @@ def planned(asked: Mapping[str, Recipe], statistics: Statistics | None = None, *
 
 
 def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: bool = False) -> Plan:
-    """The plan of a recipe: checkpoints opened, headers checked, no tensor read; `sums` to accumulate statistics.
+    """The plan of a recipe: checkpoints opened, headers checked, no tensor merged.
+
+        >>> recipe = cfmerge.Recipe(base="base", experts=["math", "code"], method="ties")
+        >>> cfmerge.make_plan(recipe).counts()["vector", "ties"]
+        1
+
+    Args:
+        recipe: base, experts, method and options.
+        statistics: statistics of other experts to begin from.
+        sums: take methods in the form that has statistics, for `accumulate`.
 
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
@@ -113,7 +137,19 @@ def plan(
     parameters: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
-    """What `merge` with these arguments would do; `.run(output)` does it. Headers are read, tensors are not.
+    """The plan of a merge, made from headers; its `run(output)` merges.
+
+        >>> plan = cfmerge.plan("base", {"maths": "math", "coding": "code"}, "task_arithmetic(scale=0.5)")
+        >>> [expert.name for expert in plan.expert_specs]
+        ['maths', 'coding']
+        >>> plan.counts()["matrix", "task_arithmetic"]
+        1
+
+    Several results in one pass are several recipes by label:
+
+        >>> recipes = {name: cfmerge.Recipe("base", ["math", "code"], name) for name in ("average", "ties")}
+        >>> sorted(cfmerge.plan(recipes).run("runs"))
+        ['average', 'ties']
 
     Args:
         base: as in `merge`; or a `Recipe`, which says everything; or `{label: Recipe}` of several that differ in

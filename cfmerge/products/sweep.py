@@ -19,7 +19,10 @@ Methods = Mapping[str, Method | str] | Sequence[Method | str]
 
 
 def grid(method: str, **parameters: Any) -> dict[str, Method]:
-    """The method at every combination of parameters: `grid("ace", eps_rel=[0.01, 0.1], tau=0.3)`.
+    """The method at every combination of parameters, by label.
+
+        >>> list(cfmerge.grid("ace", eps_rel=[0.01, 0.1], tau=0.3))
+        ['ace(eps_rel=0.01)', 'ace(eps_rel=0.1)']
 
     Args:
         method: a registered method's name.
@@ -27,6 +30,9 @@ def grid(method: str, **parameters: Any) -> dict[str, Method]:
 
     Returns:
         `{label: method}`, labels such as `ace(eps_rel=0.01)`.
+
+    Raises:
+        CfmergeError: no parameter has a list, or the method does not know one.
     """
     keys = [key for key, value in parameters.items() if isinstance(value, list | tuple)]
     if not keys:
@@ -50,7 +56,13 @@ def sweep(
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Merges the same base and experts by several methods; each expert is read once.
+    """The results of merging the same base and experts by several methods; each expert is read once.
+
+        >>> base = {"weight": jnp.zeros((4, 3))}
+        >>> experts = [{"weight": base["weight"] + step} for step in (1.0, 3.0)]
+        >>> trees = cfmerge.sweep(base, experts, cfmerge.grid("task_arithmetic", scale=[0.5, 1.0]))
+        >>> {label: float(tree["weight"][0, 0]) for label, tree in trees.items()}
+        {'task_arithmetic(scale=0.5)': 2.0, 'task_arithmetic(scale=1.0)': 4.0}
 
     Methods that keep the same statistic share it: N ridges or scales cost one pass. Methods that differ in numbers
     alone are solved together: a ridge path from one eigendecomposition.
@@ -59,7 +71,7 @@ def sweep(
         base, experts: checkpoints on disk, as for `cfmerge.merge`, or pytrees, as for `cfmerge.merge_params`.
         methods: methods, or texts such as `"trim(density=0.2) >> disjoint_mean"`; a mapping labels the results
             (others are labelled by their text), see also `grid`.
-        output: of checkpoints: a directory that gets one model directory for each label.
+        output: for checkpoints, a directory that gets one model directory for each label.
         overwrite, memory, progress: as for `cfmerge.merge`.
         **options: further arguments of `cfmerge.merge`, or of `cfmerge.merge_params`.
 
@@ -88,7 +100,7 @@ def sweep_recipes(
     memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, MergeResult]:
-    """Carries out recipes that differ in method and parameters alone, in one pass; see `sweep`."""
+    """The results of recipes that differ in method and parameters alone, in one pass; see `sweep`."""
     return planned(asked).run(output, overwrite=overwrite, memory=memory, progress=progress)
 
 

@@ -1,4 +1,4 @@
-"""Trees of parameters as named arrays: what a base and its experts must have in common, and the work that they make."""
+"""Trees of parameters as named arrays: checks that base and experts fit together, and the work that they make."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -57,16 +57,16 @@ def _joined(pieces: list[tuple[int, Any]], shape: tuple[int, ...]) -> jax.Array:
 
 
 class Problem(NamedTuple):
-    """Trees as named arrays, the base's first, and what is done with each of them."""
+    """Trees as named arrays, the base's first, and the action on each array."""
 
     trees: list[Mapping[str, Any]]
     treedef: Any
-    names: list[str]  # of the experts
-    assignments: Sequence[Mapping[str, Assignment]]  # of each method
+    names: list[str]  # the experts'
+    assignments: Sequence[Mapping[str, Assignment]]  # one for each method
 
     @staticmethod
     def of(base: Any, experts: Any, by: Sequence[Method], rules: Sequence[Rule | Mapping[str, Any]]) -> "Problem":
-        """Checks that the trees fit together, and assigns the methods."""
+        """The problem that trees make: checked to fit together, methods assigned."""
         named = isinstance(experts, Mapping)
         trees = list(experts.values()) if named else list(experts)
         leaves, treedef = flatten(base)
@@ -86,7 +86,7 @@ class Problem(NamedTuple):
         return Problem([leaves, *others], treedef, names_of(labels if named else None, len(trees)), each)
 
     def by_expert(self, values: Any, what: str) -> Any:
-        """What is given by the experts' names, in the experts' order; else as it is."""
+        """Values in the experts' order, if they are given by the experts' names; else as they are."""
         if not isinstance(values, Mapping):
             return values
         if set(values) != set(self.names):
@@ -94,7 +94,7 @@ class Problem(NamedTuple):
         return [values[name] for name in self.names]
 
     def moments(self, given: Any) -> list[Any]:
-        """Of each expert, its leaves by name; None where there are none."""
+        """The leaves of each expert's moments by name; None where there are none."""
         values = self.by_expert(given, "moments")
         return [None] * len(self.names) if values is None else [flatten(moment)[0] for moment in values]
 
@@ -129,7 +129,7 @@ def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None
 
 
 def _is_key_count(name: str, leaves: Mapping[str, Any]) -> bool:
-    """How many keys an nnx stream has handed out: it lies beside the stream's key, and is the base's like it."""
+    """Whether a leaf counts the keys of an nnx stream: it lies beside the stream's key, and is the base's like it."""
     key = leaves.get(name.removesuffix("count") + "key")
     return name.endswith("count") and key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
@@ -161,7 +161,7 @@ def work_of(
     """The work that trees make.
 
     Args:
-        assignments: of each result.
+        assignments: one mapping for each result.
         trees: the base's leaves by name, then the experts'.
         experts: their names.
         weights, moments: one for each expert, see `cfmerge.merge_params`.

@@ -1,1 +1,1 @@
-"""What a merge tells: its result, and the model card."""
+"""The account of a merge: its result, and the model card."""

@@ -1,4 +1,4 @@
-"""The model card of a merge: what it is made of, and the recipe that makes it again."""
+"""The model card of a merge: its inputs, and the recipe that makes it again."""
 
 import importlib.metadata
 import platform
@@ -14,7 +14,7 @@ from cfmerge.planning.resolve import Resolved
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Versions of the packages that the result depends on."""
     packages = ("jax", "jaxlib", "numpy", "ml_dtypes")
     return {
         "cfmerge": cfmerge.__version__,

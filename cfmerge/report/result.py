@@ -11,15 +11,21 @@ from cfmerge.report.card import versions
 
 @dataclasses.dataclass(frozen=True)
 class MergeResult:
-    """What a merge did.
+    """The result of a merge.
+
+        >>> result = cfmerge.merge("base", ["math", "code"], output="merged")
+        >>> result.output.name, result.warnings, len(result.digests)
+        ('merged', (), 3)
+        >>> "ridge_ratio" in result.reports["layer.weight"]
+        True
 
     Attributes:
         output: the directory, or the file, of the merged model; None where a sink took it.
         plan: the plan that was carried out.
-        warnings: what speaks against using the model at all.
-        notes: what the user should know: of the plan, and of the methods while they ran.
-        reports: `{tensor: {name: value}}`, what the method tells of each tensor (ACE: gate, ridge ratio, ...).
-        digests: SHA-256 of every input file.
+        warnings: reasons not to use the model as a whole.
+        notes: remarks on single tensors, experts and files, from the plan and from the methods.
+        reports: `{tensor: {name: value}}`, the method's report on each tensor (ACE: gate, ridge ratio, ...).
+        digests: `{file: SHA-256}` of every input file.
         seconds: wall time.
     """
 
@@ -32,7 +38,7 @@ class MergeResult:
     warnings: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The result as plain values, for JSON."""
         return {
             "output": str(self.output),
             "method": self.plan.method.name,
