@@ -4,8 +4,10 @@ A recipe is a YAML file (or the front of a model card that cfmerge wrote, whose 
 relative to the current directory.
 """
 
+import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,8 +172,12 @@ def parse(content: Any, source: str) -> Recipe:
 
 def rule_option(match: str, method: str, layout: str = "") -> str:
     """A rule as the command line takes it, such as `--rule "match=*.bias, method=average"`."""
-    parts = {"match": match, "method": method, "layout": layout}
-    return '--rule "' + ", ".join(f"{key}={value}" for key, value in parts.items() if value) + '"'
+    parts = {key: value for key, value in {"match": match, "method": method, "layout": layout}.items() if value}
+    plain = match.isprintable() and match == match.strip() and not re.search(r"[,'\"(){}]", match)
+    plain = plain and match.count("[") == match.count("]")
+    pairs = ", ".join(f"{key}={value}" for key, value in parts.items())
+    text = pairs if plain else json.dumps(parts, ensure_ascii=False)
+    return "--rule " + (shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"')
 
 
 def parse_rule(content: Any) -> Rule:

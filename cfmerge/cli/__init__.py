@@ -105,6 +105,8 @@ def sweep(
         elif not quiet:
             show.line(f"{label}: {result.output}")
             show.warnings(result)
+    if not (json or quiet):
+        show.notes(list(dict.fromkeys(note for result in results.values() for note in result.notes)))
 
 
 @app.command(cls=o.Command, epilog=o.examples(
@@ -132,6 +134,7 @@ def accumulate(
         show.event("done", output=str(output), experts=dict(kept.experts), tensors=len(kept.kinds))
     elif not quiet:
         show.line(f"{output}: statistics of {', '.join(kept.experts)} for {kept.method}")
+        show.notes(planned.notes)
 
 
 @app.command(cls=o.Command)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.base import Folder
-from cfmerge.formats.magic import CONVERT, is_lfs_pointer, lfs_advice
+from cfmerge.formats.magic import CONVERT, is_lfs_pointer, lfs_advice, wrong_file
 from cfmerge.formats.side_files import COPY_FOLDERS, TENSORS, TRAINING_FOLDERS
 
 INDEX = "model.safetensors.index.json"
@@ -205,7 +205,12 @@ def _folders(directory: Path, declared: bool) -> dict[str, Weights]:
     for place, inside, _ in os.walk(directory):
         here = Path(place)
         inside[:] = sorted(name for name in inside if not _apart(here / name))
-        weights = find_weights(here) if here != directory else None
+        try:
+            weights = find_weights(here) if here != directory else None
+        except CfmergeError:
+            if declared:
+                raise
+            continue  # files of something else
         if weights and (declared or weights.index or weights.stem.partition(".")[0] in STEMS):
             found[here.relative_to(directory).as_posix()] = weights
     return dict(sorted(found.items(), key=lambda item: _numbers_first(item[0])))
@@ -228,7 +233,7 @@ def _nothing(directory: Path) -> str:
     """The message about a directory without safetensors: the files that are there instead, and the way out."""
     start = f"{directory}: no safetensors here"
     models = sorted(path.parent.name for path in directory.glob("*/*.safetensors"))
-    others = sorted(file.name for file in directory.iterdir() if file.suffix in TENSORS)
+    others = sorted(file for file in directory.iterdir() if file.suffix in TENSORS)
     pieces = sorted(file.name for file in directory.glob("consolidated.*.pth"))
     if pieces:
         return (
@@ -237,7 +242,17 @@ def _nothing(directory: Path) -> str:
     if (directory / "zero_to_fp32.py").is_file():
         return f"{start}, but a DeepSpeed checkpoint; join it first: python {directory}/zero_to_fp32.py {directory} OUT"
     if others:
-        return f"{start}, but {', '.join(others[:4])}; convert it with transformers: {CONVERT}"
+        return f"{start}, but {', '.join(file.name for file in others[:4])}. {_conversion(others)}"
     if models:
         return f"{start}, but in its folders {', '.join(list(dict.fromkeys(models))[:6])}; name the one that is meant"
     return f"{start}; a model directory holds model.safetensors, or shards and {INDEX}"
+
+
+def _conversion(files: list[Path]) -> str:
+    """How files of tensors in other formats become safetensors: told by the first bytes of one of them."""
+    for file in files:
+        with file.open("rb") as stream:
+            told = wrong_file(file, stream.read(64), file.stat().st_size) or ""
+        if "from_tf" in told or "gguf_file" in told or "LFS" in told:
+            return told
+    return f"Convert it with transformers: {CONVERT}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cfmerge.formats.base import Source, TensorInfo
-from cfmerge.models import is_float
+from cfmerge.models import is_buffer, is_float
 
 PACKED = re.compile(r"(^|[._/])(weight|kernel|qweight|weight_packed|W_q|_data|codes|blocks|weight_qdata)$")
 SCALES = re.compile(
@@ -81,6 +81,8 @@ def _is_packed(name: str, info: TensorInfo, owners: set[str], told: bool) -> boo
     dtype = info.dtype.name
     if is_float(dtype):
         return info.dtype.itemsize < 2
+    if told and len(info.shape) > 1 and dtype != "bool" and not is_buffer(name, info.shape):
+        return True
     if dtype not in INTEGERS or SCALES.search(name) or not info.shape:
         return False
     weight = bool(PACKED.search(name)) and (told or len(info.shape) > 1)
@@ -102,6 +104,9 @@ def _scheme(found: Sequence[str], tensors: Mapping[str, TensorInfo]) -> str:
         "MXFP4": some(r"_blocks$", found),
         "compressed-tensors": some(r"\.weight_packed$", found),
         "HQQ": some(r"\.W_q$", found),
+        "NVFP4": some(r"\.weight_scale_2$"),
+        "Quanto": some(r"\.weight\._data$", found),
+        "torchao": some(r"weight_qdata$", found),
         "fp8": eight and some("scale"),
         "fp8, without scales": eight,
         "MLX": some(r"\.scales$") and some(r"\.biases$"),

@@ -203,8 +203,8 @@ def open_sink(
     sink = FileSink(target, folders, metadata=metadata, **how)
     if side_files:
         sink.notes += (
-            f"{target.name} is one file, with its recipe in its metadata; {and_more(list(side_files))} of the base are "
-            "not beside it: name a directory to have them too",
+            f"{target.name} is one file, with its recipe in its metadata, and not beside it: "
+            f"{and_more(list(side_files))} of the base; name a directory to have that too",
         )
     return sink
 

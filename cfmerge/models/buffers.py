@@ -13,6 +13,7 @@ BUFFERS = re.compile(
     r"|mask|masked_bias|tril|alibi|alibi_slopes|num_batches_tracked"
     r"|mel_filters|mel_basis|mel_scale[./]fb|(hann_|stft[./]|spectrogram[./])window"  # audio
     r"|pixel_(mean|std)|image_(mean|std)"
+    r"|final_logits_bias"  # BART, Marian, Pegasus
     r")$"
 )
 # The noise schedule of a diffusion model, stored beside it by the files of Stable Diffusion 1 and 2.

@@ -10,14 +10,17 @@ HEAD = re.compile(
     r"|fc_head|logits|summary|classification_head|span_predictor|regressor|lm_classifier"
     r"|last_linear|head_dist|classif|AuxLogits|aux_?logits|aux\d*|aux_classifier)([./]|$)"
 )
-IN_A_TOWER = re.compile(r"(^|[./])(vision_tower|vision_model|visual)[./]head[./]")  # SigLIP's pooling
+IN_THE_TRUNK = re.compile(
+    r"(^|[./])(vision_tower|vision_model|visual|text_model)[./]head[./]"  # SigLIP's pooling and projection
+    r"|(^|[./])head[./](norm|pre_logits)[./]"  # timm's, before the last layer
+)
 # ResNet's `fc`, at the top of the model or below wrappers alone; deeper ones belong to a block.
 TOP_FC = re.compile(r"^((module|model|net|network|backbone|base_model|timm_model|\w*net\w*)[./])*_?fc[./](\w+)$")
 NUMBERED = re.compile(r"^(.*?(?:^|[./])classifier[./])(\d+)[./]")
 # Part of the trunk where all models have them in one shape.
 UNSHARED = re.compile(
     r"(^|[./])(pooler|lm_head|\w+_head|pre_classifier|vocab_(transform|layer_norm|projector)|lm_loss|pred_layer"
-    r"|generator_(predictions|lm_head)|discriminator_predictions|(class|bbox)_embed|classifier\w*)([./]|$)"
+    r"|(lm|mask)_predictions|generator_(predictions|lm_head)|discriminator_predictions|(class|bbox)_embed|classifier\w*)([./]|$)"
 )
 VOCABULARY = re.compile(
     r"(embed_tokens|word_embeddings|wte|lm_head|shared|predictions\.(decoder|bias)|embed_in|embed_out)"
@@ -35,7 +38,7 @@ def is_head(name: str, names: Iterable[str] | Mapping[str, object] = ()) -> bool
     if numbered:
         beside = [int(m[2]) for other in names if (m := NUMBERED.search(other)) and m[1] == numbered[1]]
         return int(numbered[2]) >= max(beside, default=0)
-    return bool(HEAD.search(name) or TOP_FC.search(name)) and not IN_A_TOWER.search(name)
+    return bool(HEAD.search(name) or TOP_FC.search(name)) and not IN_THE_TRUNK.search(name)
 
 
 def may_be_head(name: str) -> bool:

@@ -125,8 +125,9 @@ def _classify_one(
     else:
         layout = ""
     if not layout:
+        is_line = sum(size > 1 for size in inner) < 2  # a probe or a token of shape (1, 1, d)
         note = "its axes are not known from its name: give a rule with a layout to solve it"
-        return parameter(Kind.HEAD if head else Kind.VECTOR, note="" if BIAS.search(name) else note)
+        return parameter(Kind.HEAD if head else Kind.VECTOR, note="" if BIAS.search(name) or is_line else note)
     kind = Kind.CONVOLUTION if layout.count("i") > 1 and layout.count("o") == 1 else Kind.MATRIX
     if kind is Kind.CONVOLUTION and FLAX_KERNEL.search(name) and len(inner) == 3 and _is_attention_out(name):
         kind = Kind.MATRIX
@@ -144,7 +145,7 @@ def _is_running(name: str, shapes: Iterable[str]) -> bool:
     """Statistics of a batch norm: PyTorch's, linen's `batch_stats`, and nnx's, `mean` beside `var`."""
     found = re.search(r"(^|[./])(mean|var)$", name)
     beside = name[: found.start(2)] + {"mean": "var", "var": "mean"}[found[2]] if found else ""
-    return bool(RUNNING.search(name)) or beside in shapes
+    return bool(RUNNING.search(name)) or (bool(beside) and beside in shapes)
 
 
 def _is_depthwise(shape: Shape, layout: str) -> bool:

@@ -14,7 +14,7 @@ from cfmerge.models.layouts import Shape
 
 # Modules that frameworks put around a model or a part of it, at any depth.
 WRAPPERS = re.compile(
-    r"(^|(?<=[./]))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)[./]"
+    r"(^|(?<=[./]))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module|base_layer)[./]"
 )
 # (pattern, canonical spelling), applied in order; the comments name who writes which. The new names of transformers 5
 # are those of its conversion_mapping.py.
@@ -23,6 +23,7 @@ RENAMES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...
     for pattern, canonical in (
         # wrappers that training frameworks put in front of a whole model
         (r"^(base_model\.model|(\d+\.)?auto_model|backbone)\.", ""),
+        (r"^embedding\.weight$", "embeddings.weight"),  # Mamba
         # TensorFlow's BERT, as it is on the hub
         (r"(\w*[Nn]orm\w*)\.gamma$", r"\1.weight"),
         (r"(\w*[Nn]orm\w*)\.beta$", r"\1.bias"),

@@ -156,7 +156,8 @@ def _missing(sources: Mapping[str, str], result: Matched) -> list[str]:
     return [name for name, a in result.assignments.items() if a.action == "merge" and name not in sources]
 
 
-def _skips(rule: Rule, name: str) -> bool:
+def skips(rule: Rule, name: str) -> bool:
+    """Whether a rule leaves a tensor out that the base lacks."""
     return rule.method == "skip" and bool(rule.match) and fnmatch.fnmatchcase(name, rule.match)
 
 
@@ -171,7 +172,7 @@ def _check_extra(
 ) -> None:
     """Tensors that the base lacks: buffers, heads, parts of another model, a rule's to skip, or a problem."""
     left = [name for name in extra if spec.partial or not may_be_head(name)]
-    skipped = [name for name in left if any(_skips(rule, name) for rule in recipe.rules)]
+    skipped = [name for name in left if any(skips(rule, name) for rule in recipe.rules)]
     if skipped:
         result.notes.append(
             f"expert {spec.name!r}: {len(skipped)} tensors that the base lacks are left out by rule, such as "

@@ -21,6 +21,7 @@ from cfmerge.core.part import Part
 from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Folder, Source, open_checkpoint, quantised
+from cfmerge.formats.adapters import check_adapters
 from cfmerge.formats.folders import check_folders, same_folders
 from cfmerge.formats.side_files import check_whole, side_files
 from cfmerge.methods import Method
@@ -28,7 +29,7 @@ from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.models.patterns import patterns, tell
 from cfmerge.planning.assign import assign, treated_apart
 from cfmerge.planning.configs import config_notes
-from cfmerge.planning.match import match_experts
+from cfmerge.planning.match import match_experts, skips
 from cfmerge.planning.pair import Paired, pair_experts
 from cfmerge.planning.plugins import load_plugins
 from cfmerge.planning.ties import settle_ties
@@ -306,9 +307,10 @@ def _of_files(recipe: Recipe, base: Source, experts: Mapping[str, Source]) -> li
     if problems:
         raise CfmergeError("\n".join(problems))
     check_folders(base, experts)
+    of_adapters = check_adapters(base, experts, lambda name: any(skips(rule, name) for rule in recipe.rules))
     read = [*base.notes, *(f"expert {name!r}: {note}" for name, expert in experts.items() for note in expert.notes)]
     left_out = base.left_out if recipe.side_files is None else ()
-    return [*read, *left_out, *quantised.notes(base, experts), *config_notes(base, experts)]
+    return [*read, *left_out, *quantised.notes(base, experts), *of_adapters, *config_notes(base, experts)]
 
 
 def _parameters(checkpoint: Source) -> dict[str, Parameter]:

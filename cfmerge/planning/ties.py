@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from cfmerge.formats import Source
+from cfmerge.models import is_buffer
 from cfmerge.models.heads import may_be_head
 from cfmerge.models.patterns import tell
 from cfmerge.models.ties import stated
@@ -41,6 +42,7 @@ def settle_ties(
         apart: whether the rules treat two names otherwise, so that only a stated tie joins them.
     """
     result = Ties({}, [set() for _ in experts], [], [])
+    stored = [set(names.values()) for names in sources]
     found: list[str] = []
     for alias, name in _candidates(base):
         root = result.aliases.get(name, name)
@@ -64,6 +66,12 @@ def settle_ties(
         )
     for number, (spec, expert, names) in enumerate(zip(specs, experts, sources, strict=True)):
         _copies(base, spec, expert, names, result.copies[number], result)
+        alone = sorted(result.copies[number] - stored[number])
+        if alone:
+            result.notes.append(
+                f"expert {spec.name!r} stores {tell(alone)} as a copy of another tensor of its own; the base stores it "
+                "once, and so does the output"
+            )
         for name in [name for name in names if name not in base.tensors]:
             del names[name]
     return result
@@ -73,7 +81,8 @@ def _candidates(base: Source) -> list[tuple[str, str]]:
     """`(alias, name)` pairs of stored tensors that may be one, those that libraries tie first."""
     claimed = [(a, n) for a, n in base.ties.items() if a in base.tensors and n in base.tensors and a != n]
     groups: dict[bytes, list[str]] = defaultdict(list)
-    for name, sample in fingerprints(base, list(base.tensors)).items():
+    parameters = [name for name, info in base.tensors.items() if not is_buffer(name, info.shape)]
+    for name, sample in fingerprints(base, parameters).items():
         groups[sample].append(name)
     targets = {name for _, name in claimed}
     pairs = []
@@ -175,18 +184,13 @@ def _copies(base: Source, spec: Expert, expert: Source, names: dict[str, str], c
         else:
             result.problems.append(_of_its_own(f"expert {spec.name!r}", expert, alias, name))
         names.pop(alias)
-    extra = [name for name in expert.tensors if name not in used]
+    extra = [name for name, info in expert.tensors.items() if name not in used and not is_buffer(name, info.shape)]
     shapes = {expert.tensors[name].shape for name in extra}
     prints = fingerprints(expert, [n for n, info in expert.tensors.items() if info.shape in shapes])
     for name in extra:
         same = [other for other in prints if other != name and other in used and prints[other] == prints.get(name)]
         if any(same_bits(expert.read(name), expert.read(other)) for other in same):
             copies.add(name)
-    if copies:
-        result.notes.append(
-            f"expert {spec.name!r} stores {tell(sorted(copies))} as a copy of another tensor of its own; the base "
-            "stores it once, and so does the output"
-        )
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -1,12 +1,15 @@
 """What is written on the command line becomes the recipe that a file would say."""
 
+import shlex
+
 import msgspec
 import pytest
 import yaml
 
 from cfmerge.cli.texts import make_recipe, rename, rule, split, swept
 from cfmerge.errors import CfmergeError
-from cfmerge.recipe import Expert, Recipe, Rule
+from cfmerge.models.patterns import escape
+from cfmerge.recipe import Expert, Recipe, Rule, parse_rule, rule_option
 
 GIVEN = {"base": "base", "experts": ["a", "b"]}
 
@@ -149,3 +152,14 @@ def test_parameters_go_to_each_method_of_a_sweep():
     assert {label: (one.method, one.parameters) for label, one in made.items()} == {
         "task_arithmetic": ("task_arithmetic", {"scale": "3"}), "x": ("ties", {"scale": "3"}),
     }  # fmt: skip
+
+
+ODD = ["a.b", "a b.weight", "w[0].weight", "a,b", "it's", 'say "x"', "both'\".w", "$HOME.`x`.w", "a(b", "x]", "größe.重み",
+       " w", "tab\tname", "a=b", "{x}", "back\\slash", "wow!"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_rule_that_is_printed_can_be_pasted(name):
+    option, text = shlex.split(rule_option(escape(name), "keep-base"))
+    assert option == "--rule"
+    assert parse_rule(rule(text)) == Rule(match=escape(name), method="keep-base")

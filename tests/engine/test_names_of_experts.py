@@ -164,6 +164,29 @@ def test_copies_are_drawn_once(merge):
     assert any("y.output.weight" in note and "merged once" in note for note in result.notes)
 
 
+def test_copies_that_the_base_stores_too_are_no_copies_left_out(merge):
+    shapes = {"x.table.weight": (12, 8), UP: (16, 8)}
+    models = [with_copies(tensors(n, shapes), ("y.output.weight",), "x.table.weight") for n in range(3)]
+    _, result = merge(models[0], models[1:])
+    assert not any("stores it once" in note for note in result.notes)
+
+
+def test_buffers_that_are_alike_are_not_told_as_ties(merge):
+    masks = {f"h.{n}.attn.bias": np.tril(np.ones((1, 1, 4, 4), np.float32)) for n in range(2)}
+    _, result = merge(tensors() | masks, [tensors(n) | masks for n in (1, 2)])
+    assert [note for note in result.notes if "attn.bias" in note] == [
+        "h.{0..1}.attn.bias (2 tensors): buffers, which are no parameters; the output has the base's"
+    ]
+
+
+def test_the_bias_of_an_output_that_some_libraries_store(merge):
+    """BART's, which it makes anew: a model may lack it."""
+    bias = {"final_logits_bias": np.zeros((1, 12), np.float32)}
+    found, result = merge(tensors() | bias, [tensors(1), tensors(2) | bias])
+    assert np.array_equal(found["final_logits_bias"], bias["final_logits_bias"])
+    assert any("final_logits_bias" in note and "buffers" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("differs", ["base", "expert"])
 def test_what_differs_in_one_model_is_not_tied(merge, differs):
     """A family's custom is no judge: each tensor is merged by itself."""

@@ -135,3 +135,11 @@ def test_a_range_of_the_flat_tensor_is_read(tmp_path):
     assert model.grain("a") == 1
     with pytest.raises(IndexError, match="12 entries"):
         model.read("a", 10, 3)
+
+
+def test_files_of_something_else_in_a_folder(tmp_path):
+    """Which of them is a model is not asked, where nothing says that the folder belongs to the model."""
+    files = {f"loras/{name}.safetensors": ones(name) for name in "xy"}
+    model = open_checkpoint(laid(tmp_path, {"model.safetensors": ones("a"), **files}))
+    assert set(model.tensors) == {"a"}
+    assert any("loras/x.safetensors" in note for note in model.left_out)

@@ -46,6 +46,14 @@ SCHEMES = {
         {f"{Q}.weight": zeros(np.uint32, 8, 1), f"{Q}.scales": zeros(np.float16, 8, 1),
          f"{Q}.biases": zeros(np.float16, 8, 1)}, {"quantization": {"group_size": 64, "bits": 4}},
     ),
+    "spqr": (
+        {f"{Q}.dense_weights": zeros(np.int64, 8, 1), f"{Q}.row_offsets": zeros(np.int32, 9)},
+        {"quantization_config": {"quant_method": "spqr"}},
+    ),
+    "NVFP4": ({f"{Q}.weight": zeros(np.uint8, 8, 4), f"{Q}.weight_scale": zeros(F8, 8, 1),
+               f"{Q}.weight_scale_2": zeros(np.float32)}, {}),
+    "Quanto": ({f"{Q}.weight._data": zeros(np.int8, 8, 8), f"{Q}.weight._scale": zeros(np.float32, 8, 1)}, {}),
+    "torchao": ({f"{Q}.weight_qdata": zeros(np.int8, 8, 8), f"{Q}.weight_scale": zeros(np.float32, 8, 1)}, {}),
     "packed int8": ({f"{Q}.weight": zeros(np.int8, 8, 8)}, {}),
 }  # fmt: skip
 

@@ -51,3 +51,11 @@ def test_a_link_to_nothing(tmp_path):
     (tmp_path / "m").symlink_to("none")
     with pytest.raises(CfmergeError, match="is a link to none, which is not there"):
         open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize(("name", "way_out"), [("model.gguf", "gguf_file"), ("tf_model.h5", "from_tf")])
+def test_a_directory_of_another_format_only(tmp_path, name, way_out):
+    with pytest.raises(CfmergeError) as caught:
+        open_checkpoint(laid(tmp_path, {name: WRONG[name][0], "config.json": {}}))
+    for word in (str(tmp_path), name, way_out):
+        assert word in str(caught.value)

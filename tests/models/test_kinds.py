@@ -257,6 +257,18 @@ def test_conv1d_that_fits_no_bias_is_refused():
         classify({name + "weight": ((8, 2, 12), "float32")})
 
 
+def test_a_token_or_a_probe_is_no_matrix_that_was_not_solved():
+    found = classify({"vision_model.head.probe": ((1, 1, 8), "float32"), "mixer": ((2, 1, 8), "float32")})
+    assert [found[name].kind for name in found] == [Kind.VECTOR, Kind.VECTOR]
+    assert not found["vision_model.head.probe"].note
+    assert "axes are not known" in found["mixer"].note
+
+
+def test_a_tensor_without_a_name_changes_no_other():
+    found = classify({"": ((4,), "float32"), "a.weight": ((4, 4), "float32")})
+    assert found["a.weight"].kind is Kind.MATRIX
+
+
 def test_only_a_mask_is_taken_for_a_mask():
     """A bias that happens to be called `attn.bias` is merged."""
     shapes = {

@@ -31,6 +31,8 @@ SAME = [  # the same tensor in two versions of a library, or as a framework wrap
     ("module._orig_mod.layers.0.weight", "layers.0.weight"),
     ("model.module.layers.0._checkpoint_wrapped_module.mlp.weight", "model.layers.0.mlp.weight"),
     ("base_model.model.model.norm.weight", "model.norm.weight"),
+    ("base_model.model.layers.0.q_proj.base_layer.weight", "layers.0.q_proj.weight"),
+    ("backbone.embedding.weight", "backbone.embeddings.weight"),
     ("0.auto_model.encoder.layer.0.x.weight", "layers.0.x.weight"),
 ]
 
@@ -132,7 +134,11 @@ def test_heads_of_timm_and_torchvision(name):
     assert kinds({name: (10, 8)})[name][0] is Kind.HEAD
 
 
-@pytest.mark.parametrize("name", ["layers.0.mlp.fc.weight", "mlp.fc1.weight", "layer1.0.se.fc.weight", "fc1.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["layers.0.mlp.fc.weight", "mlp.fc1.weight", "layer1.0.se.fc.weight", "fc1.weight", "head.norm.weight",
+     "head.pre_logits.fc.weight", "text_model.head.weight"],
+)  # fmt: skip
 def test_fc_inside_a_network_is_no_head(name):
     assert not may_be_head(name)
     assert kinds({name: (10, 8)})[name] == (Kind.MATRIX, "oi")
