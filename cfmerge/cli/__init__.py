@@ -64,7 +64,7 @@ def merge(
     with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
         result = planned.run(output, overwrite=overwrite, memory=memory, progress=progress)
     if json:
-        show.event("done", **show.summary(result))
+        show.event("done", **result.summary())
     elif not quiet:
         show.merge_result(result)
 
@@ -101,7 +101,7 @@ def sweep(
         results = planned.run(output, overwrite=overwrite, memory=memory, progress=progress)
     for label, result in results.items():
         if json:
-            show.event("done", label=label, **show.summary(result))
+            show.event("done", label=label, **result.summary())
         elif not quiet:
             show.line(f"{label}: {result.output}")
             show.warnings(result)

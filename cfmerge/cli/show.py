@@ -64,11 +64,6 @@ def _json_progress(whole: int) -> Callable[[str, int], None]:
     return tell
 
 
-def summary(result: "MergeResult") -> dict[str, Any]:
-    """A result as plain values, for JSON."""
-    return result.summary()
-
-
 def merge_result(result: "MergeResult") -> None:
     console = out()
     console.print(f"merged by {escape(result.plan.method.name)}")

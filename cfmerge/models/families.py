@@ -40,7 +40,7 @@ def is_embedding(name: str, axes: int, with_bias: bool) -> bool:
     if leaf == "embedding":
         return True
     if leaf == "kernel":  # Flax calls a table `embedding`
-        return module in {"lm_head", "text_projection"}
+        return module in {"lm_head", "text_projection"} or module.startswith("patch_embed")
     if module in {"lm_head", "text_projection", "conv_proj", "embed_out", "output_layer"}:
         return True
     if not leaf and axes > 1 and re.search(r"token|embed|text_projection|rel_pos|position_bias", module):

@@ -1,7 +1,6 @@
 """Errors, warnings and notes: readable at 80 columns, and whole where they are to be pasted."""
 
 import io
-import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from cfmerge.cli import messages, show
+from cfmerge.cli import show
 from cfmerge.cli.messages import folded, tell
 
 RULE = '--rule "match=model.layers.*.self_attn.rotary_emb.inv_freq, method=keep-base" for all of the layers there are'
@@ -77,13 +76,3 @@ def test_warnings_stand_before_the_notes(capsys):
     )
     assert lines.index("note: a note") > lines.index(command)
     assert lines[-1].startswith("out ")
-
-
-def test_warnings_in_json():
-    assert show.summary(result(warnings=("beware",)))["warnings"] == ["beware"]
-    assert json.dumps(show.summary(result())) == '{"output": "out", "warnings": []}'
-
-
-def test_an_error_is_one_message(capsys):
-    messages.error(f"two problems:\n  {RULE}\n{PROSE}")
-    assert capsys.readouterr().err == f"error: two problems:\n  {RULE}\n{PROSE}\n"

@@ -63,6 +63,7 @@ def test_where_most_layers_outgrow_their_experts_one_warning_says_so_with_a_comm
     experts = [make_model(tmp_path / f"e{n}", adapted(llama, n, shared=True)) for n in range(1, 4)]
     result = cfmerge.merge(base, experts, output=tmp_path / "out")
     (warning,) = result.warnings
+    assert result.summary()["warnings"] == [warning]
     command = f"cfmerge merge {tmp_path / 'out' / 'README.md'} -m dc_merge -o {tmp_path / 'out'}-dc_merge"
     assert warning.endswith(command)
     card = (tmp_path / "out" / "README.md").read_text()

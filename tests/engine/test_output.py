@@ -197,7 +197,7 @@ def progress(total, *, json, quiet):
     def tell(name, count):
         nonlocal read
         before, read = read, read + count
-        if before < share * total() <= read:
+        if before < share * total <= read:
             print("waiting", flush=True)
             time.sleep(2)
     yield tell
