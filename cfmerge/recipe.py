@@ -200,10 +200,10 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
 
 
 def load(path: str | Path) -> Recipe:
-    """The recipe in a file, or in a model card (`.md`) that cfmerge wrote."""
+    """The recipe in a file, or in a model card (`.md`) or a `.safetensors` file that cfmerge wrote."""
     path = Path(path)
     try:
-        text = path.read_text()
+        text = _of_metadata(path) if path.suffix == ".safetensors" else path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise CfmergeError(f"recipe {path}: cannot be read: {error}") from None
     if path.suffix == ".md":
@@ -218,6 +218,16 @@ def load(path: str | Path) -> Recipe:
     if not isinstance(content, dict):
         raise CfmergeError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.__struct_fields__)}")
     return parse(content, str(path))
+
+
+def _of_metadata(path: Path) -> str:
+    """The recipe that a merged model in one file has in its metadata."""
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    try:
+        return json.loads(header)["__metadata__"]["cfmerge.recipe"]
+    except (ValueError, KeyError, TypeError):
+        raise CfmergeError(f"{path}: holds no recipe (cfmerge.recipe in its metadata)") from None
 
 
 def parse_size(text: str) -> int:

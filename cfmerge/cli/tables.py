@@ -16,7 +16,7 @@ from cfmerge.cli.messages import out, say, tell
 if TYPE_CHECKING:
     from cfmerge.formats import Source
     from cfmerge.methods import Entry
-    from cfmerge.planning.resolve import Resolved
+    from cfmerge.planning.resolved import Resolved
     from cfmerge.products.plan import Plan
     from cfmerge.recipe import Expert
 

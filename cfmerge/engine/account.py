@@ -9,7 +9,7 @@ import numpy as np
 from cfmerge.engine.precision import Outcome
 from cfmerge.engine.units import Unit
 from cfmerge.errors import and_more
-from cfmerge.planning.work import methods_of
+from cfmerge.planning.jobs import methods_of
 
 Report = Mapping[str, float]
 GROWTH = "growth"  # a report: the merged delta's length over that of the sum of as many unrelated deltas

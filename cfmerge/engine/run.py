@@ -20,16 +20,18 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from cfmerge.core.call import of_expert
 from cfmerge.core.survey import looked
 from cfmerge.engine.account import Account
 from cfmerge.engine.checks import kept_tensor
+from cfmerge.engine.cutting import units_of
 from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
 from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
-from cfmerge.engine.units import Unit, units_of
+from cfmerge.engine.units import Unit
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method
 from cfmerge.planning.work import Job, Progress, Work
@@ -74,8 +76,9 @@ def merge(
     def take(unit: Unit, outcome: Outcome) -> None:
         if not work.traced:
             account.add(unit, outcome)
+        tensors = np.asarray(outcome.tensors) if work.from_files else outcome.tensors
         for number, sink in enumerate(sinks):
-            own = outcome.tensors if len(sinks) == 1 else outcome.tensors[:, number]
+            own = tensors if len(sinks) == 1 else tensors[:, number]
             for job, first, values in unit.parts(own):
                 loop.behind(functools.partial(_write, sink, job, values, first))
 

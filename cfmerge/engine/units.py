@@ -20,20 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.core.call import of_expert
-from cfmerge.core.random import BLOCK, digest_of
+from cfmerge.core.random import digest_of
 from cfmerge.core.several import leaders, members
 from cfmerge.core.survey import Found
 from cfmerge.engine.steps import Inputs, Settings, settings_of
-from cfmerge.engine.surveys import Place, at_places, kind_of
-from cfmerge.errors import CfmergeError
+from cfmerge.engine.surveys import Place, at_places
 from cfmerge.methods import Method
 from cfmerge.models.deltas import Delta, Dense, Factors
 from cfmerge.planning.work import Job, Readable, Work
 from cfmerge.statistics import named_leaves, stacked
-
-ENTRIES = 1 << 22  # of a unit of an entrywise method
-ROW = BLOCK  # of a row, if a unit has as many: draws have a key for each block of entries
-STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,100 +278,3 @@ def _repeated(values: Sequence[Any], times: Any) -> Any:
 def layer_name(name: str, layer: int, layers: int) -> str:
     """The text that a random method's keys are made of: the tensor's name, and which of its stacked layers."""
     return name if layers == 1 else f"{name}[{layer}]"
-
-
-# --- cutting --------------------------------------------------------------------------------------------------------
-
-
-def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iterator[Unit]:
-    """All merge jobs as units, in about the order of the plan; the working set of a stack fits half of `memory`.
-
-    Under a transformation of JAX tensors are neither cut nor kept apart: its compiler sees all of them anyway.
-
-    Raises:
-        CfmergeError: one tensor alone does not fit.
-    """
-    waiting: dict[Any, list[Job]] = {}
-    filling: dict[Any, list[Segment]] = {}
-    for job in jobs:
-        if job.assignment.action != "merge" or job.parameter.size == 0:
-            continue
-        likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
-        if job.method.needs.scope == "entry" and not work.traced:
-            if work.from_files and job.method.survey is None:
-                yield from _rows(work, job, filling.setdefault(likes, []))
-                continue
-            if job.parameter.size > ENTRIES:
-                yield from _in_pieces(work, job)
-                continue
-        if job.layers_apart and not work.traced:
-            yield from _layers(work, job, memory)
-            continue
-        bucket = waiting.setdefault((job.parameter.shape, job.layout, *likes), [])
-        bucket.append(job)
-        if not work.traced and len(bucket) >= _stack(job, memory):
-            yield _whole(work, waiting.pop((job.parameter.shape, job.layout, *likes)))
-    for bucket in waiting.values():
-        yield _whole(work, bucket)
-    for segments in filling.values():
-        if segments:
-            yield Unit(work, tuple(segments), min(ROW, ENTRIES))
-
-
-def _whole(work: Work, jobs: Sequence[Job]) -> Unit:
-    return Unit(work, tuple(Segment(job) for job in jobs))
-
-
-def _in_pieces(work: Work, job: Job) -> Iterator[Unit]:
-    """A large tensor in pieces, each one row."""
-    for first in range(0, job.parameter.size, ENTRIES):
-        count = min(ENTRIES, job.parameter.size - first)
-        yield Unit(work, (Segment(job, first, count),), count)
-
-
-def _rows(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
-    """Units that a tensor fills, by itself or with the segments before it; its rest is left in `filling`."""
-    row, alone = min(ROW, ENTRIES), job.parameter.size // ENTRIES * ENTRIES
-    for first in range(0, alone, ENTRIES):  # units of its own, which need not be copied together
-        yield Unit(work, (Segment(job, first, ENTRIES),), row)
-    first = alone
-    while first < job.parameter.size:
-        used = sum(-(-(segment.count or 0) // row) for segment in filling)
-        room = (ENTRIES // row - used) * row
-        if room <= 0:
-            yield Unit(work, tuple(filling), row)
-            filling.clear()
-            continue
-        count = min(room, job.parameter.size - first)
-        filling.append(Segment(job, first, count))
-        first += count
-
-
-def _layers(work: Work, job: Job, memory: int | None) -> Iterator[Unit]:
-    """A tensor that stacks layers, some of them at a time."""
-    most = max(1, STACKED // math.prod(job.seen_shape))
-    if memory is not None:
-        check_memory(job, memory)
-        most = max(1, min(most, memory // 2 // max(job.working_bytes, 1)))
-    size = math.prod(job.seen_shape)
-    for layer in range(0, job.matrices, most):
-        count = min(most, job.matrices - layer)
-        yield Unit(work, (Segment(job, layer * size, count * size),))
-
-
-def _stack(job: Job, memory: int | None) -> int:
-    by_size = (ENTRIES if job.method.needs.scope == "entry" else STACKED) // job.parameter.size
-    if memory is None:
-        return max(1, by_size)
-    check_memory(job, memory)
-    return max(1, min(by_size, memory // 2 // max(job.working_bytes, 1)))
-
-
-def check_memory(job: Job, memory: int) -> None:
-    """Raises `CfmergeError` if one job alone needs more than `memory` bytes."""
-    if job.working_bytes > memory:
-        raise CfmergeError(
-            f"tensor {job.name!r} {job.parameter.shape} needs {job.working_bytes / 2**20:.1f} MiB with "
-            f"{job.assignment.label}, but the working set may be {memory / 2**20:.1f} MiB; raise --memory, or "
-            f'give it a rule: match: "{job.name}", method: average'
-        )

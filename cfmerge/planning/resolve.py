@@ -2,25 +2,16 @@
 
 import dataclasses
 import functools
-import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import ml_dtypes
-import msgspec
 import numpy as np
 
-import cfmerge
 from cfmerge import methods
-from cfmerge.core.chain import is_chain
-from cfmerge.core.expressions import expression
-from cfmerge.core.numbers import plain_number
-from cfmerge.core.part import Part
 from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import Folder, Source, open_checkpoint, quantised
+from cfmerge.formats import Source, open_checkpoint, quantised
 from cfmerge.formats.adapters import check_adapters
 from cfmerge.formats.folders import check_folders, same_folders
 from cfmerge.formats.side_files import check_whole, side_files
@@ -29,144 +20,19 @@ from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.models.patterns import patterns, tell
 from cfmerge.planning.assign import assign, treated_apart
 from cfmerge.planning.configs import config_notes
+from cfmerge.planning.jobs import check_count, check_moments, settled_jobs
 from cfmerge.planning.match import match_experts, skips
 from cfmerge.planning.pair import Paired, pair_experts
 from cfmerge.planning.plugins import load_plugins
+from cfmerge.planning.resolved import Planned, Resolved
 from cfmerge.planning.ties import settle_ties
-from cfmerge.planning.work import Job, Participant, Work, check_count, check_moments, methods_of, settled_jobs
+from cfmerge.planning.work import Job, Participant, Work
 from cfmerge.recipe import Expert, Recipe, parse_size, rule_option
 from cfmerge.statistics import Statistics, fingerprint
 
 OUTPUT_DTYPES = {
     "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """One result of a plan: the recipe that would make it alone, and its method."""
-
-    recipe: Recipe
-    method: Method
-
-
-P = TypeVar("P", bound="Resolved")
-
-
-@dataclasses.dataclass(frozen=True)
-class Resolved:
-    """Recipes resolved against headers: the action on every tensor, and the cost of the merge.
-
-    Attributes:
-        results: `{label: Planned}`: one, or those of a sweep, which share all that follows.
-        base, experts, expert_specs: the checkpoints, opened, and what the recipe says of the experts.
-        work: the work for the loop.
-        exported: `{expert: its head tensors that are written beside the model}`.
-        notes: notes for the user.
-        shard_bytes, side_files: the output's.
-        sums: methods are in the form whose statistic is a sum of fixed size.
-    """
-
-    results: Mapping[str, Planned]
-    base: Source
-    experts: tuple[Source, ...]
-    expert_specs: tuple[Expert, ...]
-    work: Work
-    exported: Mapping[str, tuple[str, ...]]
-    notes: tuple[str, ...]
-    shard_bytes: int
-    side_files: Mapping[str, Path]
-    sums: bool = False
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of the (first) result."""
-        return next(iter(self.results.values())).recipe
-
-    @property
-    def method(self) -> Method:
-        """The method of the (first) result."""
-        return next(iter(self.results.values())).method
-
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return self.work.jobs
-
-    @property
-    def statistics(self) -> Statistics | None:
-        return self.work.statistics
-
-    @property
-    def output(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Headers of the output's tensors, in the base's order."""
-        headers = {
-            name: (job.parameter.shape, job.dtype)
-            for job in self.jobs if job.assignment.action != "skip" for name in job.writes
-        }  # fmt: skip
-        return {name: headers[name] for name in self.base.tensors if name in headers}
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """A hash of everything that decides what is written: recipes, and the headers and files of the inputs."""
-        told = hashlib.sha256(cfmerge.__version__.encode())
-        for one in self.results.values():
-            told.update(one.recipe.to_yaml().encode())
-        for source in (self.base, *self.experts):
-            told.update(repr([(name, info.shape, info.dtype.name) for name, info in source.tensors.items()]).encode())
-            for file in source.files:
-                state = file.stat()
-                told.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}".encode())
-        return told.hexdigest()
-
-    @property
-    def folders(self) -> tuple[Folder, ...]:
-        """The folders of the output: the base's, without those that have no tensor left."""
-        names = self.output
-        return tuple(f for f in self.base.folders if any(name.startswith(f.prefix) for name in names))
-
-    @property
-    def bytes_to_read(self) -> int:
-        return sum(job.bytes_read * (1 + len(job.sources)) for job in self.jobs)
-
-    @property
-    def bytes_to_write(self) -> int:
-        """Bytes of one result."""
-        return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self.output.values())
-
-    @property
-    def flops(self) -> int:
-        return sum(job.flops for job in self.jobs)
-
-    @property
-    def largest(self) -> Job | None:
-        """The job that needs most memory at once."""
-        return max(self.jobs, key=lambda job: job.working_bytes, default=None)
-
-    @property
-    def explicit_recipe(self) -> Recipe:
-        """The recipe with every parameter of the method and every expert's name and weight written out."""
-        method, known = self.method.name, self.method.parameters
-        if is_chain(self.method):
-            method, known = self.recipe.method, {}
-        parameters = {k: expression(v) if isinstance(v, Part) else plain_number(v) for k, v in known.items()}
-        return msgspec.structs.replace(
-            self.recipe, method=method, parameters=parameters, experts=list(self.expert_specs)
-        )  # fmt: skip
-
-    def of(self: P, label: str) -> P:
-        """The plan of one result alone."""
-        number = list(self.results).index(label)
-        jobs = [
-            dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=methods_of(job)[number]))
-            if job.assignment.action == "merge" else job
-            for job in self.jobs
-        ]  # fmt: skip
-        work = dataclasses.replace(self.work, jobs=tuple(jobs))
-        return dataclasses.replace(self, results={label: self.results[label]}, work=work)
-
-    def counts(self) -> Counter[tuple[str, str]]:
-        """The number of tensors by (kind, action)."""
-        return Counter((str(job.parameter.kind), job.assignment.label) for job in self.jobs)
 
 
 def resolve(

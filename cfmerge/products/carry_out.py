@@ -18,7 +18,7 @@ from cfmerge.engine.checks import same_content
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.formats import Sink, Totals, check_directory_name, open_sink
 from cfmerge.models import is_float
-from cfmerge.planning.resolve import Resolved
+from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress
 from cfmerge.report.card import model_card
 from cfmerge.report.result import MergeResult

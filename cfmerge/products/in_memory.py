@@ -14,7 +14,8 @@ from cfmerge.formats.pytree import unflatten
 from cfmerge.methods import Method
 from cfmerge.models import Kind, Parameter
 from cfmerge.planning.assign import Assignment
-from cfmerge.planning.work import Work, as_method
+from cfmerge.planning.jobs import as_method
+from cfmerge.planning.work import Work
 from cfmerge.products.trees import Kept, Problem, names_of, work_of
 from cfmerge.recipe import Rule
 from cfmerge.statistics import Statistics, fingerprint, full_form

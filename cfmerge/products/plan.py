@@ -11,11 +11,12 @@ import msgspec
 
 from cfmerge import recipe as recipes
 from cfmerge.core.expressions import expression
-from cfmerge.engine.units import check_memory
+from cfmerge.engine.cutting import check_memory
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.formats import Sink
 from cfmerge.methods import Method
-from cfmerge.planning.resolve import Resolved, resolve
+from cfmerge.planning.resolve import resolve
+from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress
 from cfmerge.products.carry_out import carried_out
 from cfmerge.recipe import Recipe

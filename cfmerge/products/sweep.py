@@ -9,7 +9,8 @@ from cfmerge import methods as registered
 from cfmerge.core.expressions import expression
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
-from cfmerge.planning.work import Progress, as_method
+from cfmerge.planning.jobs import as_method
+from cfmerge.planning.work import Progress
 from cfmerge.products.in_memory import merge_params_by
 from cfmerge.products.plan import as_recipe, planned
 from cfmerge.recipe import Recipe

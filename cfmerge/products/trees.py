@@ -16,7 +16,8 @@ from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_float
 from cfmerge.models.deltas import Delta, Dense
 from cfmerge.planning.assign import Assignment, assign
-from cfmerge.planning.work import Participant, Work, check_moments, settled_jobs
+from cfmerge.planning.jobs import check_moments, settled_jobs
+from cfmerge.planning.work import Participant, Work
 from cfmerge.recipe import Rule, parse_rule
 from cfmerge.statistics import Statistics
 

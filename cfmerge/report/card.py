@@ -10,7 +10,7 @@ import yaml
 
 import cfmerge
 from cfmerge import hub, methods
-from cfmerge.planning.resolve import Resolved
+from cfmerge.planning.resolved import Resolved
 
 
 def versions() -> dict[str, str]:

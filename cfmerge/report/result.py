@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cfmerge.planning.resolve import Resolved
+from cfmerge.planning.resolved import Resolved
 from cfmerge.report.card import versions
 
 

@@ -10,7 +10,7 @@ import yaml
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import steps, units
+from cfmerge.engine import cutting, steps
 from cfmerge.errors import CfmergeError
 from cfmerge.planning import depth as resolve
 from cfmerge.recipe import load as load_recipe
@@ -224,7 +224,7 @@ def test_tensors_with_different_numbers_share_a_batch(family, tmp_path, load, mo
     text = method.format([{"match": f"*layers.{layer}.*", "value": value} for layer, value in values.items()]
                          + [{"value": 0.5}])  # fmt: skip
     seen = []
-    original = units.units_of
+    original = cutting.units_of
 
     def noted(*arguments):
         for batch in original(*arguments):

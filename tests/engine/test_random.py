@@ -7,7 +7,7 @@ import toys
 import cfmerge
 from cfmerge import methods
 from cfmerge.core import random as _random
-from cfmerge.engine import steps, units
+from cfmerge.engine import cutting, steps
 from cfmerge.errors import CfmergeError
 
 FLOAT = np.dtype(np.float32)
@@ -64,8 +64,8 @@ def test_batches_and_pieces_do_not_matter(merge, monkeypatch, method):
     monkeypatch.setattr(_random, "BLOCK", 8)
     steps.compiled.cache_clear()  # they hold the block's size
     whole = merge("whole", method)
-    monkeypatch.setattr(units, "ENTRIES", 24)
-    monkeypatch.setattr(units, "STACKED", 1)
+    monkeypatch.setattr(cutting, "ENTRIES", 24)
+    monkeypatch.setattr(cutting, "STACKED", 1)
     assert merge("cut", method) == whole
     assert merge("little", method, memory=24_000) == whole
     steps.compiled.cache_clear()

@@ -10,7 +10,7 @@ import toys
 
 import cfmerge
 from cfmerge import Statistics, methods
-from cfmerge.engine import units
+from cfmerge.engine import cutting
 from cfmerge.errors import CfmergeError
 from cfmerge.recipe import load as load_recipe
 
@@ -146,7 +146,7 @@ def test_on_disk(family, tmp_path, load, monkeypatch, text):
     expected = load(tmp_path / "merged")
     cfmerge.accumulate(family.base, family.experts, text, output=tmp_path / "whole")
     close(load(cfmerge.solve(tmp_path / "whole", family.base, output=tmp_path / "solved").output), expected)
-    monkeypatch.setattr(units, "ENTRIES", 16)
+    monkeypatch.setattr(cutting, "ENTRIES", 16)
     two = cfmerge.accumulate(family.base, only(family.experts, "m1", "m2"), text, output=tmp_path / "two")
     one = cfmerge.accumulate(family.base, only(family.experts, "m3"), text, output=tmp_path / "one")
     (two + one).save(tmp_path / "sum")

@@ -14,7 +14,7 @@ import yaml
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import units
+from cfmerge.engine import cutting
 from cfmerge.recipe import load as load_recipe
 
 METHODS = {
@@ -47,7 +47,7 @@ def test_stacks_and_pieces_do_not_matter(family, tmp_path, monkeypatch, method):
     """Tensors alone, in stacks, or in pieces of 64 entries: the same bytes."""
     cfmerge.merge(family.base, family.experts, method, output=tmp_path / "whole")
     for constant in ("ENTRIES", "STACKED"):
-        monkeypatch.setattr(units, constant, 64)
+        monkeypatch.setattr(cutting, constant, 64)
     cfmerge.merge(family.base, family.experts, method, output=tmp_path / "cut")
     assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "cut")
 

@@ -7,7 +7,7 @@ import toys
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import units
+from cfmerge.engine import cutting
 from cfmerge.errors import CfmergeError
 
 
@@ -106,7 +106,7 @@ def test_on_disk_and_in_memory(family, tmp_path, load, monkeypatch, text):
     cfmerge.merge(family.base, family.experts, text, output=tmp_path / "whole")
     check(load(tmp_path / "whole"), family, expected)
     check(cfmerge.merge_params(family.tensors[0], family.trees, methods.make(text)), family, expected)
-    monkeypatch.setattr(units, "ENTRIES", 16)
+    monkeypatch.setattr(cutting, "ENTRIES", 16)
     cfmerge.merge(family.base, family.experts, text, output=tmp_path / "cut")
     check(load(tmp_path / "cut"), family, expected)
 

@@ -11,9 +11,12 @@ import toys
 import cfmerge
 from cfmerge import methods
 from cfmerge.core.several import several
-from cfmerge.engine import units
+from cfmerge.engine import cutting, run
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.huggingface import HuggingFaceSource
 from cfmerge.products.carry_out import directory_name
+from cfmerge.products.plan import as_recipe
+from cfmerge.products.trees import Kept
 from cfmerge.recipe import load as load_recipe
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -65,7 +68,7 @@ def test_a_sweep_of_one(family, tmp_path, load):
 
 def test_pieces_rules_weights_and_dtype(family, tmp_path, load, monkeypatch):
     """Options hold for all; a rule's tensors are the same in every result."""
-    monkeypatch.setattr(units, "ENTRIES", 16)
+    monkeypatch.setattr(cutting, "ENTRIES", 16)
     experts = [cfmerge.Expert(str(path), name, {"gradient": [1.0, 3.0]} if name == "m1" else 1.0)
                for name, path in family.experts.items()]  # fmt: skip
     options = {"rules": [{"match": "*norm*", "method": "task_arithmetic(scale=2)"}], "dtype": "float16"}
@@ -113,14 +116,15 @@ def test_reports_by_result(family, tmp_path):
 
 def test_every_tensor_is_read_once(family, tmp_path, monkeypatch):
     reads = collections.Counter()
-    original = units.Unit.read
+    original = HuggingFaceSource.read
 
-    def counted(self, checkpoint, names):
-        reads.update((str(checkpoint.path), name) for name in names)
-        return original(self, checkpoint, names)
+    def counted(self, name, first=0, count=None):
+        reads.update([(str(self.path), name)])
+        return original(self, name, first, count)
 
-    monkeypatch.setattr(units.Unit, "read", counted)
-    cfmerge.sweep(family.base, family.experts, TEXTS, output=tmp_path / "out")
+    plan = cfmerge.plan({text: as_recipe(family.base, family.experts, text, None, {}) for text in TEXTS})
+    monkeypatch.setattr(HuggingFaceSource, "read", counted)
+    run.merge(plan.work, [Kept() for _ in TEXTS])
     assert set(reads.values()) == {1}
     assert len(reads) == 4 * len(family.tensors[0])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cfmerge
-from cfmerge.engine import steps, units
+from cfmerge.engine import cutting, steps
 
 ODD = {f"layer{n}.weight": shape for n, shape in enumerate([(3, 5), (7, 2), (4, 4), (1, 9), (40, 3)])}
 ODD |= {f"layer{n}.bias": (n + 2,) for n in range(4)}
@@ -24,10 +24,10 @@ def odd(make_model, tmp_path):
 
 @pytest.mark.parametrize("entries", [16, 24, 1 << 22])
 def test_rows_hold_every_entry_once(odd, monkeypatch, entries):
-    monkeypatch.setattr(units, "ENTRIES", entries)
+    monkeypatch.setattr(cutting, "ENTRIES", entries)
     plan = cfmerge.plan(*odd, "average")
     seen = collections.Counter()
-    for unit in units.units_of(plan.work, plan.work.merged):
+    for unit in cutting.units_of(plan.work, plan.work.merged):
         assert unit.base().shape == (unit.stack, unit.row)
         flat = unit.base()
         for (job, first, values), segment in zip(unit.parts(flat), unit.segments, strict=True):
@@ -62,8 +62,8 @@ def test_layers_of_a_stack_are_merged_some_at_a_time(make_model, tmp_path, load,
     job = next(job for job in plan.jobs if job.name.endswith("gate_up_proj"))
     assert job.layers_apart
     assert job.method.name == "ace"
-    monkeypatch.setattr(units, "STACKED", 1)
-    assert [len(unit.layers) for unit in units.units_of(plan.work, [job])] == [1] * 4
+    monkeypatch.setattr(cutting, "STACKED", 1)
+    assert [len(unit.layers) for unit in cutting.units_of(plan.work, [job])] == [1] * 4
     cfmerge.merge(base, experts, "ace", output=tmp_path / "cut", memory=max(job.working_bytes for job in plan.jobs))
     whole, cut = load(tmp_path / "whole"), load(tmp_path / "cut")
     assert all(np.array_equal(whole[name], cut[name]) for name in whole | cut)

@@ -7,7 +7,7 @@ import pytest
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import units
+from cfmerge.engine import cutting
 from cfmerge.linalg import selection
 from cfmerge.methods import _thresholds
 
@@ -124,7 +124,7 @@ def test_a_model_on_disk_in_pieces(make_model, tmp_path, monkeypatch, load):
     trees = [{n: np.round(2 * rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()} for _ in range(2)]
     base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     paths = [make_model(tmp_path / str(n), tree, None) for n, tree in enumerate([base, *trees])]
-    monkeypatch.setattr(units, "ENTRIES", 64)
+    monkeypatch.setattr(cutting, "ENTRIES", 64)
     cfmerge.merge(paths[0], paths[1:], "trim(density=0.3, scope='model') >> task_arithmetic(scale=1)",
                   output=tmp_path / "out")  # fmt: skip
     got = load(tmp_path / "out")
