@@ -34,7 +34,6 @@ from cfmerge.core.checks import as_array, check
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Report
 from cfmerge.covariance import Estimate, energy, of_delta, of_rank
-from cfmerge.methods._stack import ratio
 
 Normalise = Literal["none", "norm", "energy", "trace"]
 Form = Literal["auto", "full", "low-rank"]
@@ -167,8 +166,8 @@ NOTES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 def growth(merged: Array, energy: Array, weight: Array, experts: Array) -> Report:
     """`||X|| / sqrt(T mean ||D_t||^2)`: at most about 1 of a merge that keeps every expert's part once."""
-    unrelated = jnp.sqrt(jnp.maximum(experts * ratio(energy, weight), 0))
-    return {"growth": lax.stop_gradient(ratio(linalg.norm(merged).reshape(()), unrelated))}
+    unrelated = jnp.sqrt(jnp.maximum(experts * linalg.ratio(energy, weight), 0))
+    return {"growth": lax.stop_gradient(linalg.ratio(linalg.norm(merged).reshape(()), unrelated))}
 
 
 # --- the statistic ------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def _softmax_bias(normalise: Normalise) -> Method:
         norms = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, 1)), 0)
         bias = jax.nn.softmax(norms)
         gram = jnp.sum(weights * bias) * jnp.eye(deltas.shape[2], dtype=deltas.dtype)
-        cross = jnp.tensordot(weights * bias, deltas, 1, precision=linalg.HIGHEST)
+        cross = linalg.weighted_sum(weights * bias, deltas)
         for delta, scale in zip(deltas, weights * (1 - bias), strict=True):
             own = linalg.gram(delta)
             gram, cross = gram + scale * own, cross + scale * linalg.times_gram(delta, delta, own)

@@ -215,7 +215,8 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
     def denoised(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
         experts, m, n = deltas.shape
         k = min(rank or max(1, min(m, n) // experts), min(m, n))
-        mean = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST) / jnp.maximum(jnp.sum(weights), 1e-30)
+        total = linalg.weighted_sum(weights, deltas)
+        mean = linalg.weighted_mean(total, jnp.sum(weights))
         size = jax.vmap(energy)(deltas)
         scales = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, weights / jnp.where(size > 0, size, 1), 1)), 0)
 
@@ -229,7 +230,6 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
 
         f, z = lax.map(one, (deltas, scales))
         f, z = f.reshape(-1, n), jnp.moveaxis(z, 0, 1).reshape(m, -1)
-        total = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST)
         grams = Grams(linalg.gram(f), linalg.matmul(z, f), jnp.sum(z * z))
         zero = jnp.zeros_like(size[0])
         return solve_ridge(Statistic(total, jnp.sum(weights), zero, zero, grams), ridge, anchor)
