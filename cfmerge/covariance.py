@@ -138,7 +138,7 @@ def unit_trace(estimate: Estimate) -> Estimate:
         >>> float(jnp.trace(covariance.dense(found)).round(5))
         1.0
     """
-    return scaled(estimate, linalg.ratio(1, energy(estimate.rows)))
+    return scaled(estimate, linalg.ratio(1.0, energy(estimate.rows)))
 
 
 def dense(estimate: Estimate) -> Float[Array, "in in"]:

@@ -44,11 +44,12 @@ class Grams(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One expert: `S_t = rows^T rows`, and `left = D_t rows^T`."""
+    """One expert: `S_t = rows^T rows`, `left = D_t rows^T`, and the relative error of the estimate."""
 
     rows: Float[Array, "r n"]
     left: Float[Array, "m r"]
     weight: Float[Array, ""]
+    error: Float[Array, ""]
 
 
 class Sums(NamedTuple):
@@ -156,7 +157,8 @@ def _with_rows(
     if not isinstance(weight, jax.core.Tracer) and float(weight) < 0:
         raise CfmergeError("least_squares.add: these sums keep rows, which cannot be forgotten; use init(base)")
     left = linalg.matmul(delta, estimate.rows.T) if estimate.left is None else estimate.left
-    return (*experts, Rows(estimate.rows, left, jnp.asarray(weight, delta.dtype))), energy(estimate.rows)
+    w, error = jnp.asarray(weight, delta.dtype), jnp.asarray(estimate.error, delta.dtype)
+    return (*experts, Rows(estimate.rows, left, w, error)), energy(estimate.rows)
 
 
 def full(sums: Sums) -> Sums:
@@ -171,7 +173,7 @@ def full(sums: Sums) -> Sums:
     if isinstance(sums.experts, Grams):
         return sums
     grams = _no_grams(sums.total)
-    for rows, left, w in sums.experts:
+    for rows, left, w, _ in sums.experts:
         gram, cross, kappa = linalg.gram(rows), linalg.matmul(left, rows), jnp.sum(left * left)
         grams = Grams(grams.gram + w * gram, grams.cross + w * cross, grams.kappa + w * kappa)
     return sums._replace(experts=grams)
@@ -286,6 +288,5 @@ def _by_cholesky(residual: Array, gram: Array, ridge: Array, inputs: int) -> tup
 
 def growth(merged: Array, energy: Array, weight: Array, experts: Array) -> Float[Array, ""]:
     """`||X|| / sqrt(T mean ||D_t||^2)`: at most about 1 of a merge that keeps every expert's part once."""
-    unrelated = jnp.sqrt(jnp.maximum(experts * linalg.weighted_mean(energy, weight), 0))
-    length = linalg.norm(merged).reshape(())
-    return lax.stop_gradient(jnp.where(unrelated > 0, length / jnp.where(unrelated > 0, unrelated, 1), 0))
+    unrelated = linalg.root(experts * linalg.weighted_mean(energy, weight))
+    return lax.stop_gradient(linalg.ratio(linalg.norm(merged).reshape(()), unrelated))
