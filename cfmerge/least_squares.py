@@ -231,7 +231,8 @@ def solve(
     """The merged delta `X`, and a report on the solve.
 
     Args:
-        ridge: relative to the mean eigenvalue of `G`, which is `trace(G)/in`; none: the pseudo-inverse.
+        ridge: relative to the mean eigenvalue of `G`, which is `trace(G)/in`; none: the pseudo-inverse. 0 is for
+            covariances that leave no direction out.
         anchor: what the ridge draws to: "zero", the "mean" or the "sum" of the deltas, or a merged delta. In
             directions where the covariances are zero the merged delta is the anchor.
         rtol: eigenvalues up to this share of the largest count as zero in the pseudo-inverse; none: `in` times
@@ -257,33 +258,45 @@ def solve(
         raise CfmergeError(f"least_squares.solve: ridge must not be negative, got {ridge}")
     if sums.experts == ():
         raise CfmergeError("least_squares.solve: the sums hold no experts; add one first")
-    target, dtype, n = anchor_of(sums, anchor), sums.total.dtype, sums.total.shape[1]
+    target, n = anchor_of(sums, anchor), sums.total.shape[1]
     if isinstance(sums.experts, Grams):
         gram, cross, _ = sums.experts
-        residual = cross if target is None else cross - linalg.matmul(target, gram)
+        sides, f = gram, None
     else:
-        f, z = stacked(sums.experts)
-        gram = linalg.matmul(f, f.T)
-        residual = z if target is None else z - linalg.matmul(target, f.T)
+        f, cross = stacked(sums.experts)
+        gram, sides = linalg.matmul(f, f.T), f.T
 
-    if ridge is None:
-        inverse, _, least = linalg.pseudo_inverse(gram, jnp.asarray(n * CUT if rtol is None else rtol, dtype))
-        core, told = linalg.matmul(residual, inverse), {"ridge_ratio": least, "no_cholesky": jnp.zeros((), bool)}
+    rho = None if ridge is None else _absolute(ridge, gram, n)
+    whole = f is None and rho is not None  # (K + rho X_a)(G + rho I)^{-1}: no product X_a G
+    if target is not None:
+        cross = cross + rho * target if whole else cross - linalg.matmul(target, sides)
+    if rho is None:
+        merged, told = _by_pseudo_inverse(cross, gram, n * CUT if rtol is None else rtol)
     else:
-        core, told = _by_cholesky(residual, gram, jnp.asarray(ridge, dtype), n)
-    change = core if isinstance(sums.experts, Grams) else linalg.matmul(core, f)
-    merged = change if target is None else target + change
+        merged, told = _by_cholesky(cross, gram, rho)
+    merged = merged if f is None else linalg.matmul(merged, f)
+    merged = merged if target is None or whole else target + merged
     return merged, told | {"growth": growth(merged, sums.energy, sums.weight, sums.samples / sums.total.shape[0])}
 
 
-def _by_cholesky(residual: Array, gram: Array, ridge: Array, inputs: int) -> tuple[Array, Report]:
-    """`residual (gram + rho I)^{-1}`, with `rho = ridge trace(gram)/inputs`."""
+def _absolute(ridge: float | Numbers, gram: Array, inputs: int) -> Float[Array, ""]:
+    """`rho = ridge trace(gram)/inputs`; 1 where the Gram is zero, so that the anchor is what is left."""
     trace = jnp.trace(gram)
-    rho = ridge * jnp.where(trace > 0, trace / inputs, 1)
+    return jnp.where(trace > 0, jnp.asarray(ridge, gram.dtype) * trace / inputs, 1)
+
+
+def _by_cholesky(right: Array, gram: Array, rho: Array) -> tuple[Array, Report]:
+    """`right (gram + rho I)^{-1}`."""
     system = gram + rho * jnp.eye(len(gram), dtype=gram.dtype)
-    core, held = linalg.solve_right(residual, system)
+    solution, held = linalg.solve_right(right, system)
     largest = jnp.maximum(linalg.largest_eigenvalue(system), jnp.finfo(gram.dtype).tiny)
-    return core, {"ridge_ratio": jnp.where(trace > 0, rho / largest, 1), "no_cholesky": ~held & (trace > 0)}
+    return solution, {"ridge_ratio": rho / largest, "no_cholesky": ~held}
+
+
+def _by_pseudo_inverse(right: Array, gram: Array, cutoff: float | Numbers) -> tuple[Array, Report]:
+    """`right gram^+`."""
+    inverse, _, least = linalg.pseudo_inverse(gram, jnp.asarray(cutoff, gram.dtype))
+    return linalg.matmul(right, inverse), {"ridge_ratio": least, "no_cholesky": jnp.zeros((), bool)}
 
 
 def growth(merged: Array, energy: Array, weight: Array, experts: Array) -> Float[Array, ""]:
