@@ -150,9 +150,16 @@ def _patches(layer: Any, inputs: Any) -> Any:
     size, channels = _tuple(layer.kernel_size), inputs.shape[-1]
     width = math.prod(size) * channels
     convolution = linen.Conv(
-        width, size, layer.strides, layer.padding, layer.input_dilation, layer.kernel_dilation,
-        use_bias=False, precision=linalg.HIGHEST, parent=None,
-    )  # fmt: skip
+        width,
+        size,
+        layer.strides,
+        layer.padding,
+        layer.input_dilation,
+        layer.kernel_dilation,
+        use_bias=False,
+        precision=linalg.HIGHEST,
+        parent=None,
+    )
     kernel = jnp.eye(width, dtype=inputs.dtype).reshape(*size, channels, width)
     patches: Any = convolution.apply({"params": {"kernel": kernel}}, inputs)
     return patches.reshape(-1, width)

@@ -87,8 +87,11 @@ class DirectorySink:
             _check_space(self._staged, headers)
             self._folder_of = {name: self._find_folder(name) for name in headers}
             for folder in self._folders:
-                mine = {name.removeprefix(folder.prefix): header for name, header in headers.items()
-                        if self._folder_of[name] is folder}  # fmt: skip
+                mine = {
+                    name.removeprefix(folder.prefix): header
+                    for name, header in headers.items()
+                    if self._folder_of[name] is folder
+                }
                 if mine:
                     self._writers[folder.prefix] = self._open(folder, mine)
 
@@ -162,9 +165,7 @@ class FileSink(DirectorySink):
             )
         stem = target.name.removesuffix(".safetensors")
         folder = dataclasses.replace(folders[0], name="", stem=stem, sharded=False)
-        super().__init__(
-            target, [folder], shard_bytes=UNBOUNDED, metadata=metadata, overwrite=overwrite, inputs=inputs
-        )  # fmt: skip
+        super().__init__(target, [folder], shard_bytes=UNBOUNDED, metadata=metadata, overwrite=overwrite, inputs=inputs)
 
     def _stage(self, target: Path, overwrite: bool, inputs: Iterable[Path]) -> StagedDirectory:
         return StagedFile(target, overwrite=overwrite, inputs=inputs)
@@ -196,9 +197,14 @@ def open_sink(
     """
     if target.suffix != ".safetensors":
         return DirectorySink(
-            target, folders, shard_bytes=shard_bytes, side_files=side_files, edits=edits, overwrite=overwrite,
+            target,
+            folders,
+            shard_bytes=shard_bytes,
+            side_files=side_files,
+            edits=edits,
+            overwrite=overwrite,
             inputs=inputs,
-        )  # fmt: skip
+        )
     if heads:
         raise CfmergeError(f"output {target}: exported heads lie beside the model; name a directory")
     metadata = FORMAT | ({"cfmerge.recipe": recipe} if recipe else {})
