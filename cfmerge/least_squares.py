@@ -124,8 +124,7 @@ def add(
     if len(shape) != 2 or shape[1] != n or (estimate is None and shape[0] != n):
         wanted = f"({n}, {n}), as (in, in)" if estimate is None else f"(any, {n}), as (rows, in)"
         raise CfmergeError(f"least_squares.add: the covariance has shape {shape}, expected {wanted}")
-    dtype = sums.total.dtype
-    delta, w = jnp.asarray(delta, dtype), jnp.asarray(weight, dtype)
+    delta, w = (jnp.asarray(given, sums.total.dtype) for given in (delta, weight))
     experts: Grams | tuple[Rows, ...]
     if isinstance(sums.experts, Grams):
         experts, size = _with_gram(sums.experts, delta, covariance, w)
@@ -271,7 +270,8 @@ def solve(
     if target is not None:
         cross = cross + rho * target if whole else cross - linalg.matmul(target, sides)
     if rho is None:
-        merged, told = _by_pseudo_inverse(cross, gram, n * CUT if rtol is None else rtol)
+        inverse, _, least = linalg.pseudo_inverse(gram, jnp.asarray(n * CUT if rtol is None else rtol, gram.dtype))
+        merged, told = linalg.matmul(cross, inverse), {"ridge_ratio": least, "no_cholesky": jnp.zeros((), bool)}
     else:
         merged, told = _by_cholesky(cross, gram, rho)
     merged = merged if f is None else linalg.matmul(merged, f)
@@ -291,12 +291,6 @@ def _by_cholesky(right: Array, gram: Array, rho: Array) -> tuple[Array, Report]:
     solution, held = linalg.solve_right(right, system)
     largest = jnp.maximum(linalg.largest_eigenvalue(system), jnp.finfo(gram.dtype).tiny)
     return solution, {"ridge_ratio": rho / largest, "no_cholesky": ~held}
-
-
-def _by_pseudo_inverse(right: Array, gram: Array, cutoff: float | Numbers) -> tuple[Array, Report]:
-    """`right gram^+`."""
-    inverse, _, least = linalg.pseudo_inverse(gram, jnp.asarray(cutoff, gram.dtype))
-    return linalg.matmul(right, inverse), {"ridge_ratio": least, "no_cholesky": jnp.zeros((), bool)}
 
 
 def growth(merged: Array, energy: Array, weight: Array, experts: Array) -> Float[Array, ""]:
