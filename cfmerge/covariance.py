@@ -138,8 +138,7 @@ def unit_trace(estimate: Estimate) -> Estimate:
         >>> float(jnp.trace(covariance.dense(found)).round(5))
         1.0
     """
-    trace = energy(estimate.rows)
-    return scaled(estimate, jnp.where(trace > 0, 1 / jnp.where(trace > 0, trace, 1), 0))
+    return scaled(estimate, linalg.ratio(1.0, energy(estimate.rows)))
 
 
 def dense(estimate: Estimate) -> Float[Array, "in in"]:

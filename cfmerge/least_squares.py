@@ -44,15 +44,16 @@ class Grams(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """One expert: `S_t = rows^T rows`, and `left = D_t rows^T`."""
+    """One expert: `S_t = rows^T rows`, `left = D_t rows^T`, and the relative error of the estimate."""
 
     rows: Float[Array, "r n"]
     left: Float[Array, "m r"]
     weight: Float[Array, ""]
+    error: Float[Array, ""]
 
 
 class Sums(NamedTuple):
-    """The sums over the experts.
+    """What is kept of the experts.
 
     Attributes:
         total: `sum_t w_t D_t`.
@@ -123,8 +124,7 @@ def add(
     if len(shape) != 2 or shape[1] != n or (estimate is None and shape[0] != n):
         wanted = f"({n}, {n}), as (in, in)" if estimate is None else f"(any, {n}), as (rows, in)"
         raise CfmergeError(f"least_squares.add: the covariance has shape {shape}, expected {wanted}")
-    dtype = sums.total.dtype
-    delta, w = jnp.asarray(delta, dtype), jnp.asarray(weight, dtype)
+    delta, w = (jnp.asarray(given, sums.total.dtype) for given in (delta, weight))
     experts: Grams | tuple[Rows, ...]
     if isinstance(sums.experts, Grams):
         experts, size = _with_gram(sums.experts, delta, covariance, w)
@@ -156,7 +156,8 @@ def _with_rows(
     if not isinstance(weight, jax.core.Tracer) and float(weight) < 0:
         raise CfmergeError("least_squares.add: these sums keep rows, which cannot be forgotten; use init(base)")
     left = linalg.matmul(delta, estimate.rows.T) if estimate.left is None else estimate.left
-    return (*experts, Rows(estimate.rows, left, jnp.asarray(weight, delta.dtype))), energy(estimate.rows)
+    w, error = jnp.asarray(weight, delta.dtype), jnp.asarray(estimate.error, delta.dtype)
+    return (*experts, Rows(estimate.rows, left, w, error)), energy(estimate.rows)
 
 
 def full(sums: Sums) -> Sums:
@@ -171,7 +172,7 @@ def full(sums: Sums) -> Sums:
     if isinstance(sums.experts, Grams):
         return sums
     grams = _no_grams(sums.total)
-    for rows, left, w in sums.experts:
+    for rows, left, w, _ in sums.experts:
         gram, cross, kappa = linalg.gram(rows), linalg.matmul(left, rows), jnp.sum(left * left)
         grams = Grams(grams.gram + w * gram, grams.cross + w * cross, grams.kappa + w * kappa)
     return sums._replace(experts=grams)
@@ -229,9 +230,10 @@ def solve(
     """The merged delta `X`, and a report on the solve.
 
     Args:
-        ridge: relative to the mean eigenvalue of `G`, which is `trace(G)/in`; none: the pseudo-inverse.
-        anchor: the delta towards which the ridge draws: "zero", the "mean" or the "sum" of the deltas, or a merged
-            delta. In directions where the covariances are zero the merged delta is the anchor.
+        ridge: relative to the mean eigenvalue of `G`, which is `trace(G)/in`; none: the pseudo-inverse. 0 is for
+            covariances that leave no direction out.
+        anchor: what the ridge draws to: "zero", the "mean" or the "sum" of the deltas, or a merged delta. In
+            directions where the covariances are zero the merged delta is the anchor.
         rtol: eigenvalues up to this share of the largest count as zero in the pseudo-inverse; none: `in` times
             float32's epsilon.
 
@@ -255,37 +257,43 @@ def solve(
         raise CfmergeError(f"least_squares.solve: ridge must not be negative, got {ridge}")
     if sums.experts == ():
         raise CfmergeError("least_squares.solve: the sums hold no experts; add one first")
-    target, dtype, n = anchor_of(sums, anchor), sums.total.dtype, sums.total.shape[1]
+    target, n = anchor_of(sums, anchor), sums.total.shape[1]
     if isinstance(sums.experts, Grams):
         gram, cross, _ = sums.experts
-        residual = cross if target is None else cross - linalg.matmul(target, gram)
+        sides, f = gram, None
     else:
-        f, z = stacked(sums.experts)
-        gram = linalg.matmul(f, f.T)
-        residual = z if target is None else z - linalg.matmul(target, f.T)
+        f, cross = stacked(sums.experts)
+        gram, sides = linalg.matmul(f, f.T), f.T
 
-    if ridge is None:
-        inverse, _, least = linalg.pseudo_inverse(gram, jnp.asarray(n * CUT if rtol is None else rtol, dtype))
-        core, told = linalg.matmul(residual, inverse), {"ridge_ratio": least, "no_cholesky": jnp.zeros((), bool)}
+    rho = None if ridge is None else _absolute(ridge, gram, n)
+    whole = f is None and rho is not None  # (K + rho X_a)(G + rho I)^{-1}: no product X_a G
+    if target is not None:
+        cross = cross + rho * target if whole else cross - linalg.matmul(target, sides)
+    if rho is None:
+        inverse, _, least = linalg.pseudo_inverse(gram, jnp.asarray(n * CUT if rtol is None else rtol, gram.dtype))
+        merged, told = linalg.matmul(cross, inverse), {"ridge_ratio": least, "no_cholesky": jnp.zeros((), bool)}
     else:
-        core, told = _by_cholesky(residual, gram, jnp.asarray(ridge, dtype), n)
-    change = core if isinstance(sums.experts, Grams) else linalg.matmul(core, f)
-    merged = change if target is None else target + change
+        merged, told = _by_cholesky(cross, gram, rho)
+    merged = merged if f is None else linalg.matmul(merged, f)
+    merged = merged if target is None or whole else target + merged
     return merged, told | {"growth": growth(merged, sums.energy, sums.weight, sums.samples / sums.total.shape[0])}
 
 
-def _by_cholesky(residual: Array, gram: Array, ridge: Array, inputs: int) -> tuple[Array, Report]:
-    """`residual (gram + rho I)^{-1}`, with `rho = ridge trace(gram)/inputs`."""
+def _absolute(ridge: float | Numbers, gram: Array, inputs: int) -> Float[Array, ""]:
+    """`rho = ridge trace(gram)/inputs`; 1 where the Gram is zero, so that the anchor is what is left."""
     trace = jnp.trace(gram)
-    rho = ridge * jnp.where(trace > 0, trace / inputs, 1)
+    return jnp.where(trace > 0, jnp.asarray(ridge, gram.dtype) * trace / inputs, 1)
+
+
+def _by_cholesky(right: Array, gram: Array, rho: Array) -> tuple[Array, Report]:
+    """`right (gram + rho I)^{-1}`."""
     system = gram + rho * jnp.eye(len(gram), dtype=gram.dtype)
-    core, held = linalg.solve_right(residual, system)
+    solution, held = linalg.solve_right(right, system)
     largest = jnp.maximum(linalg.largest_eigenvalue(system), jnp.finfo(gram.dtype).tiny)
-    return core, {"ridge_ratio": jnp.where(trace > 0, rho / largest, 1), "no_cholesky": ~held & (trace > 0)}
+    return solution, {"ridge_ratio": rho / largest, "no_cholesky": ~held}
 
 
 def growth(merged: Array, energy: Array, weight: Array, experts: Array) -> Float[Array, ""]:
     """`||X|| / sqrt(T mean ||D_t||^2)`: at most about 1 of a merge that keeps every expert's part once."""
-    unrelated = jnp.sqrt(jnp.maximum(experts * linalg.weighted_mean(energy, weight), 0))
-    length = linalg.norm(merged).reshape(())
-    return lax.stop_gradient(jnp.where(unrelated > 0, length / jnp.where(unrelated > 0, unrelated, 1), 0))
+    unrelated = linalg.root(experts * linalg.weighted_mean(energy, weight))
+    return lax.stop_gradient(linalg.ratio(linalg.norm(merged).reshape(()), unrelated))

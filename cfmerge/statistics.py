@@ -126,8 +126,9 @@ class Statistics:
         with statistics_sink(directory, self.metadata(), overwrite, inputs) as sink:
             headers = {
                 f"{name}:{leaf}": (tuple(array.shape), np.dtype(array.dtype))
-                for name in self.kinds for leaf, array in self.tensors[name].items()
-            }  # fmt: skip
+                for name in self.kinds
+                for leaf, array in self.tensors[name].items()
+            }
             sink.declare(headers)
             for name in self.kinds:
                 for leaf, array in self.tensors[name].items():

@@ -18,35 +18,24 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge import covariance, linalg
+from cfmerge import covariance
+from cfmerge.activations.inputs import Seen, see, together, wide
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import safetensors
 from cfmerge.formats.pytree import flatten
 
 Grams = dict[str, Any]  # {kernel's name: (in, in), or (stack, in, in) where layers are stacked}
-Forward = Callable[[Any, Any], dict[str, "Seen"]]  # (variables or state, batch) -> what was seen
+Forward = Callable[[Any, Any], dict[str, Seen]]  # (variables or state, batch) -> what was seen
 
 FIELD = "cfmerge_inputs"  # of a layer, while the model runs
 COLLECTION = "intermediates"  # of linen: models that scan over layers often carry it along
 PATCHING = threading.Lock()
-
-
-class Seen(NamedTuple):
-    """The inputs of one layer: `gram = X^T X`, their number, the layer's place in the order of first calls.
-
-    `axes` is how many axes the layer's own kernel has: those in front of them are stacked layers.
-    """
-
-    gram: Any
-    tokens: Any
-    order: Any
-    axes: Any
 
 
 def collect_linen(
@@ -56,11 +45,11 @@ def collect_linen(
 
     Args:
         model: the `flax.linen.Module`.
-        variables: one expert's, as for `model.apply`: `{"params": ...}`.
+        variables: of one expert, as for `model.apply`: `{"params": ...}`.
         batches: a tuple holds the arguments of a call, a mapping those by name, anything else is the only argument.
         match: which kernels, by name.
         prefix: put before each name, such as `"params/"` if all of `variables` is to be merged.
-        options: options of `model.apply`, the same for all batches: `method`, `rngs`, `train=False`, ...
+        options: of `model.apply`, the same for all batches: `method`, `rngs`, `train=False`, ...
 
     Raises:
         CfmergeError: no batches, or no layer that is known.
@@ -100,7 +89,7 @@ def gram_of(activations: Any) -> Any:
     rows = jnp.asarray(activations)
     if rows.ndim < 2:
         raise CfmergeError(f"activations must have shape (tokens, in), found {rows.shape}")
-    return covariance.from_activations(_wide(rows).reshape(-1, rows.shape[-1]))
+    return covariance.from_activations(wide(rows).reshape(-1, rows.shape[-1]))
 
 
 def save(grams: Mapping[str, Any], path: str | Path) -> None:
@@ -123,61 +112,11 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
     return {name: np.array(file.read(name)) for name in file.tensors}
 
 
-# --- what a layer is given ----------------------------------------------------------------------------------------
-
-
-def _see(layer: Any, inputs: Any, order: Iterator[int]) -> Seen | None:
-    """The input of a layer of either kind, linen or nnx, in one call; None if it has no common input matrix."""
-    if hasattr(layer, "kernel_size"):
-        if layer.feature_group_count != 1:
-            return None
-        rows, own = _patches(layer, _wide(inputs)), len(_tuple(layer.kernel_size)) + 2
-    else:
-        axes = sorted(axis % inputs.ndim for axis in _tuple(getattr(layer, "axis", -1)))
-        stacked = len(getattr(layer, "batch_dims", ()) or getattr(layer, "batch_axis", ()))
-        rows = jnp.moveaxis(_wide(inputs), axes, range(-len(axes), 0))
-        width = math.prod(inputs.shape[axis] for axis in axes)
-        rows = rows.reshape(*rows.shape[:stacked], -1, width)
-        own = len(axes) + len(_tuple(getattr(layer, "out_features" if hasattr(layer, "out_features") else "features")))
-    tokens = jnp.asarray(rows.shape[-2], rows.dtype)
-    return Seen(linalg.matmul(rows.mT, rows), tokens, jnp.asarray(next(order)), jnp.asarray(own))
-
-
-def _patches(layer: Any, inputs: Any) -> Any:
-    """`(tokens, window * channels)`: the layer's own convolution with the identity as kernel, so padded as it pads."""
-    from flax import linen
-
-    size, channels = _tuple(layer.kernel_size), inputs.shape[-1]
-    width = math.prod(size) * channels
-    convolution = linen.Conv(
-        width, size, layer.strides, layer.padding, layer.input_dilation, layer.kernel_dilation,
-        use_bias=False, precision=linalg.HIGHEST, parent=None,
-    )  # fmt: skip
-    kernel = jnp.eye(width, dtype=inputs.dtype).reshape(*size, channels, width)
-    patches: Any = convolution.apply({"params": {"kernel": kernel}}, inputs)
-    return patches.reshape(-1, width)
-
-
-def _wide(array: Any) -> Any:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-def _tuple(value: Any) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _together(known: Seen | None, seen: Seen) -> Seen:
-    if known is None:
-        return seen
-    order = jnp.minimum(known.order, seen.order)
-    return Seen(known.gram + seen.gram, known.tokens + seen.tokens, order, seen.axes)
-
-
 # --- running a model, and looking on ------------------------------------------------------------------------------
 
 
 def linen_forward(model: Any, wanted: Callable[[str], bool], options: Mapping[str, Any]) -> Forward:
-    """`f(variables, batch)`: the inputs of the wanted kernels of a linen model. To be jitted."""
+    """`f(variables, batch)`: what the wanted kernels of a linen model are given. To be jitted."""
     from flax import linen, traverse_util
 
     kinds = (linen.Dense, linen.DenseGeneral, linen.Conv)
@@ -191,9 +130,9 @@ def linen_forward(model: Any, wanted: Callable[[str], bool], options: Mapping[st
             layer = context.module
             known = isinstance(layer, kinds) and context.method_name == "__call__"
             if known and layer.is_mutable_collection(COLLECTION) and wanted("/".join((*layer.path, "kernel"))):
-                seen = _see(layer, args[0] if args else kwargs["inputs"], order)
+                seen = see(layer, args[0] if args else kwargs["inputs"], order)
                 if seen is not None:
-                    layer.sow(COLLECTION, FIELD, seen, reduce_fn=_together, init_fn=lambda: None)
+                    layer.sow(COLLECTION, FIELD, seen, reduce_fn=together, init_fn=lambda: None)
             return following(*args, **kwargs)
 
         args, kwargs = _arguments(batch)
@@ -206,7 +145,7 @@ def linen_forward(model: Any, wanted: Callable[[str], bool], options: Mapping[st
 
 
 def nnx_forward(graph: Any, wanted: Callable[[str], bool], method: str, options: Mapping[str, Any]) -> Forward:
-    """`f(state, batch)`: the inputs of the wanted kernels of an nnx model. To be jitted."""
+    """`f(state, batch)`: what the wanted kernels of an nnx model are given. To be jitted."""
     from flax import nnx
 
     def forward(state: Any, batch: Any) -> dict[str, Seen]:
@@ -236,10 +175,10 @@ def _looking_on(nnx: Any, order: Iterator[int]) -> Iterator[None]:
     def looking(call: Any) -> Any:
         @functools.wraps(call)
         def look(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            seen = _see(layer, args[0] if args else kwargs["inputs"], order)
+            seen = see(layer, args[0] if args else kwargs["inputs"], order)
             if seen is not None:
                 known = getattr(layer, FIELD, None)
-                setattr(layer, FIELD, nnx.Intermediate(_together(None if known is None else _value(known), seen)))
+                setattr(layer, FIELD, nnx.Intermediate(together(None if known is None else _value(known), seen)))
             return call(layer, *args, **kwargs)
 
         return look
@@ -267,7 +206,7 @@ def collect(forward: Forward, variables: Any, batches: Iterable[Any]) -> dict[st
     count = 0
     for count, batch in enumerate(batches, 1):  # noqa: B007
         for name, seen in forward(variables, batch).items():
-            total[name] = _together(total.get(name), seen)
+            total[name] = together(total.get(name), seen)
     if not total:
         layers = "no layer that is wanted was called: known are Dense, DenseGeneral and Conv, Linear and LinearGeneral"
         raise CfmergeError("no batches: Grams need at least one" if count == 0 else layers)

@@ -43,12 +43,15 @@ def _main(
     pass
 
 
-@app.command(cls=o.Command, epilog=o.examples(
-    "cfmerge merge --base BASE -e EXPERT -e code=PATH@0.5 -o OUT",
-    "cfmerge merge --base BASE -e A -e B -m ties -p density=0.3 -o OUT",
-    "cfmerge merge recipe.yaml -r 'match=*.embed*, method=keep-base' -o OUT",
-    "cfmerge merge OUT/README.md -o AGAIN",
-))  # fmt: skip
+@app.command(
+    cls=o.Command,
+    epilog=o.examples(
+        "cfmerge merge --base BASE -e EXPERT -e code=PATH@0.5 -o OUT",
+        "cfmerge merge --base BASE -e A -e B -m ties -p density=0.3 -o OUT",
+        "cfmerge merge recipe.yaml -r 'match=*.embed*, method=keep-base' -o OUT",
+        "cfmerge merge OUT/README.md -o AGAIN",
+    ),
+)
 @o.takes_recipe()
 def merge(
     asked: Recipe,
@@ -69,10 +72,13 @@ def merge(
         show.merge_result(result)
 
 
-@app.command(cls=o.Command, epilog=o.examples(
-    "cfmerge sweep --base BASE -e A -e B --grid eps_rel=0.01,0.1,1 -o RUNS",
-    "cfmerge sweep recipe.yaml -m average -m light='ties(density=0.1)' -o RUNS",
-))  # fmt: skip
+@app.command(
+    cls=o.Command,
+    epilog=o.examples(
+        "cfmerge sweep --base BASE -e A -e B --grid eps_rel=0.01,0.1,1 -o RUNS",
+        "cfmerge sweep recipe.yaml -m average -m light='ties(density=0.1)' -o RUNS",
+    ),
+)
 @o.takes_recipe()
 def sweep(
     asked: Recipe,
@@ -109,11 +115,14 @@ def sweep(
         show.notes(list(dict.fromkeys(note for result in results.values() for note in result.notes)))
 
 
-@app.command(cls=o.Command, epilog=o.examples(
-    "cfmerge accumulate --base BASE -e A -e B -o STATS",
-    "cfmerge combine STATS OTHERS -o ALL",
-    "cfmerge merge --base BASE --statistics ALL -o OUT",
-))  # fmt: skip
+@app.command(
+    cls=o.Command,
+    epilog=o.examples(
+        "cfmerge accumulate --base BASE -e A -e B -o STATS",
+        "cfmerge combine STATS OTHERS -o ALL",
+        "cfmerge merge --base BASE --statistics ALL -o OUT",
+    ),
+)
 @o.takes_recipe("dtype", "shard_size", "side_files")
 def accumulate(
     asked: Recipe,

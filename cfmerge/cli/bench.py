@@ -59,9 +59,17 @@ def accuracy(
     console = Console(stderr=True)
     zoos, seeds = (suite.QUICK_ZOOS, suite.SEEDS[:1]) if quick else (suite.ZOOS, suite.SEEDS)
     asked = suite.Options(
-        output, zoo or zoos, seed or seeds, method or (), variants, quick, scale, engine,
-        shlex.join(["cfmerge", *sys.argv[1:]]), workers.default_jobs() if jobs is None else jobs,
-    )  # fmt: skip
+        output,
+        zoo or zoos,
+        seed or seeds,
+        method or (),
+        variants,
+        quick,
+        scale,
+        engine,
+        shlex.join(["cfmerge", *sys.argv[1:]]),
+        workers.default_jobs() if jobs is None else jobs,
+    )
     cache.keep_compiled()
     suite.run(asked, (lambda line: None) if quiet else (lambda line: console.print(line, highlight=False)))
     report.summary(output, Console())

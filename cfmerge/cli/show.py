@@ -43,9 +43,12 @@ def progress(total: int, *, json: bool, quiet: bool) -> Iterator[Callable[[str, 
     )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
-    )  # fmt: skip
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("merging", total=total)
         yield lambda name, count: bar.update(task, advance=count, description=escape(name[-48:]))

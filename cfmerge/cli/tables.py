@@ -3,7 +3,7 @@
 import itertools
 import json as json_module
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +16,7 @@ from cfmerge.cli.messages import out, say, tell
 if TYPE_CHECKING:
     from cfmerge.formats import Source
     from cfmerge.methods import Entry
+    from cfmerge.models import Parameter
     from cfmerge.planning.resolved import Resolved
     from cfmerge.products.plan import Plan
     from cfmerge.recipe import Expert
@@ -47,9 +48,8 @@ def _tensors(console: Console, headers: Sequence[str], rows: Sequence[Sequence[s
     """A row for each tensor, its name broken behind dots; each remark once, below, and its number in the rows."""
     numbers = {remark: f"({n})" for n, remark in enumerate(dict.fromkeys(filter(None, remarks)), 1)}
     cells = [
-        (*row[:-1], f"{row[-1]} {numbers.get(remark, '')}".rstrip())
-        for row, remark in zip(rows, remarks, strict=True)
-    ]  # fmt: skip
+        (*row[:-1], f"{row[-1]} {numbers.get(remark, '')}".rstrip()) for row, remark in zip(rows, remarks, strict=True)
+    ]
     widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
     widths[0] = max(min(widths[0], console.width - sum(widths[1:]) - 2 * len(widths[1:])), 20)
 
@@ -120,10 +120,8 @@ def _list_jobs(console: Console, plan: "Plan") -> None:
     rows, remarks = [], []
     for job in plan.jobs:
         parameter, rule = job.parameter, job.assignment.rule
-        rows.append(
-            (job.name, str(parameter.kind), parameter.describe_layout(), str(parameter.shape), str(job.dtype),
-             job.assignment.label)
-        )  # fmt: skip
+        kind, layout, shape = str(parameter.kind), parameter.describe_layout(), str(parameter.shape)
+        rows.append((job.name, kind, layout, shape, str(job.dtype), job.assignment.label))
         remarks.append(f"by the rule for {rule.match or 'its kind'}" if rule else parameter.note)
     _tensors(console, ("tensor", "kind", "layout", "shape", "dtype", "what"), rows, remarks)
 
@@ -157,6 +155,31 @@ def _plan_summary(plan: "Plan", need: int, limit: int) -> dict[str, Any]:
     }
 
 
+def _checkpoint_summary(
+    checkpoint: "Source", parameters: "Mapping[str, Parameter]", ties: Mapping[str, str]
+) -> dict[str, Any]:
+    return {
+        "path": str(checkpoint.path),
+        "model_type": checkpoint.config.get("model_type"),
+        "bytes": sum(info.nbytes for info in checkpoint.tensors.values()),
+        "parameters": sum(p.size for p in parameters.values()),
+        "files": [file.name for file in checkpoint.files],
+        "ties": dict(ties),
+        "tensors": [
+            {
+                "name": name,
+                "kind": p.kind,
+                "layout": p.describe_layout(),
+                "shape": p.shape,
+                "dtype": p.dtype,
+                "file": checkpoint.tensors[name].file.name,
+                "note": p.note,
+            }
+            for name, p in parameters.items()
+        ],
+    }
+
+
 def checkpoint(checkpoint: "Source", json: bool) -> None:
     """A checkpoint: its tensors by file, its ties, its size."""
     from cfmerge.models import classify
@@ -167,16 +190,7 @@ def checkpoint(checkpoint: "Source", json: bool) -> None:
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     files = {name: checkpoint.tensors[name].file.name for name in parameters}
     if json:
-        print(json_module.dumps({
-            "path": str(checkpoint.path), "model_type": checkpoint.config.get("model_type"), "bytes": total,
-            "parameters": sum(p.size for p in parameters.values()),
-            "files": [file.name for file in checkpoint.files], "ties": stored,
-            "tensors": [
-                {"name": name, "kind": p.kind, "layout": p.describe_layout(), "shape": p.shape, "dtype": p.dtype,
-                 "file": files[name], "note": p.note}
-                for name, p in parameters.items()
-            ],
-        }, indent=2))  # fmt: skip
+        print(json_module.dumps(_checkpoint_summary(checkpoint, parameters, stored), indent=2))
         return
     console = out()
     for file, names in itertools.groupby(parameters, files.__getitem__):
@@ -201,14 +215,17 @@ def methods(entries: Sequence["Entry"], json: bool, full: bool) -> None:
     if json:
         described = [
             {
-                "name": entry.name, "kind": entry.kind, "summary": entry.summary, "source": entry.source,
+                "name": entry.name,
+                "kind": entry.kind,
+                "summary": entry.summary,
+                "source": entry.source,
                 "parameters": {
                     name: {"default": _default(parameter.default), "doc": entry.describe(name)}
                     for name, parameter in entry.signature.items()
                 },
             }
             for entry in entries
-        ]  # fmt: skip
+        ]
         print(json_module.dumps(described, indent=2))
     elif full:
         for entry in entries:

@@ -99,8 +99,8 @@ def _chosen(path: Path, weights: Weights, opened: Sequence[SafetensorsFile]) -> 
     for name, place in weights.where.items():
         found = next((file for file in holders.get(name, ()) if file.path.name == place), None)
         if found is None:
-            twice = next((f"; {n!r} is in both {f[0].path.name} and {f[1].path.name}"
-                          for n, f in holders.items() if len(f) > 1), "")  # fmt: skip
+            both = [f"; {n!r} is in both {f[0].path.name} and {f[1].path.name}" for n, f in holders.items() if f[1:]]
+            twice = both[0] if both else ""
             raise CfmergeError(f"{index}: tensor {name!r} should be in {place}, and is not{twice}; fetch it again")
         chosen[name] = found
     unlisted = sorted(set(holders) - set(chosen))

@@ -8,20 +8,26 @@ PICKLE = (
     "this is a PyTorch pickle, not safetensors; it is not opened, because pickles run code. Convert it with "
     f"transformers: {CONVERT}"
 )
+GGUF = (
+    "is a GGUF file, quantised for llama.cpp; merge the model that it was made from, or turn it back with "
+    "transformers: AutoModelForCausalLM.from_pretrained(DIR, gguf_file=NAME).save_pretrained(OUT)"
+)
+HDF5 = (
+    "is an HDF5 file (TensorFlow or Keras); convert it with transformers: "
+    "AutoModel.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)"
+)
 ARCHIVE = "is an archive; unpack it, and name the directory that it held"
 BEGINS = (  # (first bytes, what the file is and the way out)
     (b"\x80\x02", PICKLE),
     (b"\x80\x04", PICKLE),
-    (b"GGUF", "is a GGUF file, quantised for llama.cpp; merge the model that it was made from, or turn it back with "
-              "transformers: AutoModelForCausalLM.from_pretrained(DIR, gguf_file=NAME).save_pretrained(OUT)"),
-    (b"\x89HDF", "is an HDF5 file (TensorFlow or Keras); convert it with transformers: "
-                 "AutoModel.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)"),
+    (b"GGUF", GGUF),
+    (b"\x89HDF", HDF5),
     (b"\x93NUMPY", "is a NumPy array, not a model; name a model directory or a .safetensors file"),
     (b"\x1f\x8b", ARCHIVE),
     (b"BZh", ARCHIVE),
     (b"\xfd7zXZ", ARCHIVE),
     (b"\x28\xb5\x2f\xfd", ARCHIVE),
-)  # fmt: skip
+)
 TEXT = {".json", ".md", ".txt", ".yaml", ".yml", ".model", ".py", ".jinja"}
 
 

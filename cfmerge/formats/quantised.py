@@ -20,10 +20,22 @@ SCALES = re.compile(
 )
 INTEGERS = {"int8", "uint8", "int32", "uint32", "int16", "uint16"}  # 64 bits and booleans are buffers
 NAMES = {
-    "bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "fp8": "fp8", "fbgemm_fp8": "fp8 (FBGEMM)",
-    "compressed-tensors": "compressed-tensors", "mxfp4": "MXFP4", "nvfp4": "NVFP4", "hqq": "HQQ", "aqlm": "AQLM",
-    "quanto": "Quanto", "torchao": "torchao", "eetq": "EETQ", "bitnet": "BitNet", "modelopt": "ModelOpt",
-}  # fmt: skip
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "fp8": "fp8",
+    "fbgemm_fp8": "fp8 (FBGEMM)",
+    "compressed-tensors": "compressed-tensors",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+    "hqq": "HQQ",
+    "aqlm": "AQLM",
+    "quanto": "Quanto",
+    "torchao": "torchao",
+    "eetq": "EETQ",
+    "bitnet": "BitNet",
+    "modelopt": "ModelOpt",
+}
 SIDE = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 WAYS_OUT = {  # the call of transformers that gives plain weights, by the beginning of the scheme's name
     "bitsandbytes": ").dequantize()",
@@ -151,5 +163,6 @@ def notes(base: Source, experts: Mapping[str, Source]) -> list[str]:
         f"{who} ({source.path}): its config.json says that it is quantised ({scheme}), but its weights are plain "
         "floats: they are read as dequantised"
         + ("; take the entry out of the output's config.json too" if source is base else "")
-        for who, source in models.items() if (scheme := told_scheme(source)) and not quantised(source)
-    ]  # fmt: skip
+        for who, source in models.items()
+        if (scheme := told_scheme(source)) and not quantised(source)
+    ]

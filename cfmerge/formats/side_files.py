@@ -17,22 +17,59 @@ from cfmerge.formats.magic import is_lfs_pointer, lfs_advice
 TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".npz", ".ot")
 # the weights in other formats, as libraries and converters name them; a folder's name stands for all in it
 COPIES = (
-    "*.safetensors", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.onnx.data", "*.tflite", "*.mlmodel", "*.keras",
-    "*.nemo", "*.llamafile", "*.distcp", "saved_model.pb", "openvino_model.*", "pytorch_lora_weights.*",
+    "*.safetensors",
+    "*.gguf",
+    "*.ggml",
+    "*.onnx",
+    "*.onnx_data",
+    "*.onnx.data",
+    "*.tflite",
+    "*.mlmodel",
+    "*.keras",
+    "*.nemo",
+    "*.llamafile",
+    "*.distcp",
+    "saved_model.pb",
+    "openvino_model.*",
+    "pytorch_lora_weights.*",
     "adapter_model.*",
-)  # fmt: skip
+)
 COPIES_BESIDE = (  # such files of tensors, where they lie beside weights that are read
-    "*.h5", "*.msgpack", "*.ot", "*.ckpt", "pytorch_model*", "diffusion_pytorch_model*", "open_clip_pytorch_model*",
-    "model*", "consolidated*", "ggml-*", "tf_model*", "flax_model*",
-)  # fmt: skip
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.ckpt",
+    "pytorch_model*",
+    "diffusion_pytorch_model*",
+    "open_clip_pytorch_model*",
+    "model*",
+    "consolidated*",
+    "ggml-*",
+    "tf_model*",
+    "flax_model*",
+)
 COPY_FOLDERS = ("onnx", "openvino", "coreml", "original", "gguf", "metal", "tflite", "saved_model", "*.mlpackage")
 TRAINING = (
-    "optimizer*", "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*", "random_states*", "training_args.bin",
-    "trainer_state.json", "events.out.tfevents*", "zero_to_fp32.py",
-)  # fmt: skip
+    "optimizer*",
+    "scheduler.pt",
+    "scheduler.bin",
+    "scaler.pt",
+    "rng_state*",
+    "random_states*",
+    "training_args.bin",
+    "trainer_state.json",
+    "events.out.tfevents*",
+    "zero_to_fp32.py",
+)
 TRAINING_FOLDERS = (
-    "checkpoint-*", "global_step*", "optimizer_*", "pytorch_model_fsdp_*", "runs", "wandb", "__pycache__",
-)  # fmt: skip
+    "checkpoint-*",
+    "global_step*",
+    "optimizer_*",
+    "pytorch_model_fsdp_*",
+    "runs",
+    "wandb",
+    "__pycache__",
+)
 REPLACED = {"README.md"}  # the output has its own
 LARGE = 64_000_000  # bytes: a file of tensors beside the weights that is larger, and no small part of them, is a copy
 

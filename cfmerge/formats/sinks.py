@@ -89,8 +89,11 @@ class DirectorySink:
             _check_space(self._staged, headers)
             self._folder_of = {name: self._find_folder(name) for name in headers}
             for folder in self._folders:
-                mine = {name.removeprefix(folder.prefix): header for name, header in headers.items()
-                        if self._folder_of[name] is folder}  # fmt: skip
+                mine = {
+                    name.removeprefix(folder.prefix): header
+                    for name, header in headers.items()
+                    if self._folder_of[name] is folder
+                }
                 if mine:
                     self._writers[folder.prefix] = self._open(folder, mine)
 
@@ -163,9 +166,7 @@ class FileSink(DirectorySink):
             )
         stem = target.name.removesuffix(".safetensors")
         folder = dataclasses.replace(folders[0], name="", stem=stem, sharded=False)
-        super().__init__(
-            target, [folder], shard_bytes=UNBOUNDED, metadata=metadata, **how
-        )  # fmt: skip
+        super().__init__(target, [folder], shard_bytes=UNBOUNDED, metadata=metadata, **how)
 
     def _stage(self, target: Path, **how: Any) -> StagedDirectory:
         return StagedFile(target, **how)

@@ -26,10 +26,12 @@ from cfmerge.linalg.products import HIGHEST as HIGHEST
 from cfmerge.linalg.products import gram as gram
 from cfmerge.linalg.products import matmul as matmul
 from cfmerge.linalg.products import norm as norm
+from cfmerge.linalg.products import ratio as ratio
 from cfmerge.linalg.products import root as root
 from cfmerge.linalg.products import times_gram as times_gram
 from cfmerge.linalg.products import unit as unit
 from cfmerge.linalg.products import weighted_mean as weighted_mean
+from cfmerge.linalg.products import weighted_sum as weighted_sum
 from cfmerge.linalg.selection import kth_largest as kth_largest
 from cfmerge.linalg.selection import largest as largest
 from cfmerge.linalg.selection import magnitude_keys as magnitude_keys

@@ -43,6 +43,17 @@ def norm(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     return jnp.where(nonzero, scale * jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)
 
 
+def ratio(above: float | Array, below: Array, otherwise: float = 0.0) -> Array:
+    """`above / below`, or `otherwise` where `below` is zero (or denormal); its derivative is zero there.
+
+    Example:
+        >>> linalg.ratio(jnp.array([1.0, 2.0]), jnp.array([4.0, 0.0])).tolist()
+        [0.25, 0.0]
+    """
+    zero = jnp.abs(below) < jnp.finfo(below.dtype).tiny
+    return jnp.where(zero, otherwise, above / jnp.where(zero, 1, below))
+
+
 def unit(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     """`x / norm(x)` over the axes, and zero where `x` is zero.
 
@@ -50,8 +61,17 @@ def unit(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
         >>> linalg.unit(jnp.array([[0.0, 4.0], [0.0, 0.0]]), axis=1).tolist()
         [[0.0, 1.0], [0.0, 0.0]]
     """
-    length = norm(x, axis)
-    return jnp.where(length > 0, x / jnp.where(length > 0, length, 1), 0)
+    return ratio(x, norm(x, axis))
+
+
+def weighted_sum(weights: Float[Array, " T"], arrays: Float[Array, "T ..."]) -> Float[Array, "..."]:
+    """`sum_t w_t A_t`.
+
+    Example:
+        >>> linalg.weighted_sum(jnp.array([2.0, -1.0]), jnp.array([[1.0, 3.0], [0.0, 4.0]])).tolist()
+        [2.0, 2.0]
+    """
+    return jnp.tensordot(weights, arrays, 1, precision=HIGHEST)
 
 
 def weighted_mean(total: Float[Array, "..."], weight: float | Float[Array, ""]) -> Float[Array, "..."]:

@@ -17,9 +17,7 @@ from cfmerge import linalg
 from cfmerge.core.checks import as_array
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Report
-from cfmerge.methods._least_squares import Anchor, Grams, Statistic, anchor_of, stacked
-
-CUT = 2.0**-23  # times n: singular to float32, whatever the precision that is computed in
+from cfmerge.least_squares import CUT, Anchor, Grams, Sums, anchor_of, stacked
 
 
 class Spectrum(NamedTuple):
@@ -60,11 +58,11 @@ class Spectrum(NamedTuple):
         }
 
 
-def spectrum(statistic: Statistic, anchor: Anchor | Array = "zero") -> Spectrum:
+def spectrum(sums: Sums, anchor: Anchor | Array = "zero") -> Spectrum:
     """One eigendecomposition of `G` (or of `F F^T`), from which any filter and any ridge follow at little cost."""
-    target = anchor_of(statistic, anchor)
-    if isinstance(statistic.experts, Grams):
-        gram, cross, kappa = statistic.experts
+    target = anchor_of(sums, anchor)
+    if isinstance(sums.experts, Grams):
+        gram, cross, kappa = sums.experts
         values, vectors = linalg.symmetric_eigen(gram)
         values = jnp.maximum(values, 0)
         coordinates, basis = linalg.matmul(cross, vectors), vectors.T
@@ -74,14 +72,14 @@ def spectrum(statistic: Statistic, anchor: Anchor | Array = "zero") -> Spectrum:
             coordinates = coordinates - there * values
         energies = jnp.sum(coordinates * coordinates, axis=0)
     else:
-        f, z = stacked(statistic.experts)
+        f, z = stacked(sums.experts)
         values, vectors = linalg.symmetric_eigen(linalg.matmul(f, f.T))
         values = jnp.maximum(values, 0)
         difference = z if target is None else z - linalg.matmul(target, f.T)
         kappa = jnp.sum(difference * difference)
         coordinates, basis = linalg.matmul(difference, vectors), linalg.matmul(vectors.T, f)
         energies = values * jnp.sum(coordinates * coordinates, axis=0)
-    return Spectrum(values, coordinates, basis, energies, kappa, statistic.samples, target)
+    return Spectrum(values, coordinates, basis, energies, kappa, sums.samples, target)
 
 
 def inverse(values: Float[Array, " k"], inputs: int, rtol: Number | None = None) -> Float[Array, " k"]:
@@ -97,27 +95,27 @@ def ridge_filter(values: Array, rho: Array) -> Array:
 
 
 def ridge_path(
-    statistic: Statistic, ridges: Sequence[float] | Float[Array, " k"], anchor: Anchor | Array = "zero"
+    sums: Sums, ridges: Sequence[float] | Float[Array, " k"], anchor: Anchor | Array = "zero"
 ) -> Float[Array, "k m n"]:
     """The merged deltas for a grid of relative ridges, from one eigendecomposition.
 
     Args:
-        statistic: the statistic of any method of this family.
+        sums: of any method of this family.
         ridges: relative to the mean eigenvalue of the Gram.
         anchor: "zero", "mean", "sum", or a merged delta.
 
     Example:
         >>> method, delta = methods.anchored(), jnp.arange(6.0).reshape(2, 3)
-        >>> statistic = method.update(method.init(delta), delta)
-        >>> methods.ridge_path(statistic, [0.01, 0.1, 1.0], anchor="mean").shape
+        >>> sums = method.update(method.init(delta), delta)
+        >>> methods.ridge_path(sums, [0.01, 0.1, 1.0], anchor="mean").shape
         (3, 2, 3)
     """
-    found = spectrum(statistic, anchor)
+    found = spectrum(sums, anchor)
     return lax.map(lambda r: found.filtered(ridge_filter(found.values, found.ridge(r))), jnp.asarray(ridges))
 
 
 def gcv(
-    statistic: Statistic | Spectrum, ridges: Sequence[float] | Float[Array, " k"], anchor: Anchor | Array = "zero"
+    sums: Sums | Spectrum, ridges: Sequence[float] | Float[Array, " k"], anchor: Anchor | Array = "zero"
 ) -> Float[Array, " k"]:
     """Generalised cross-validation of a grid of relative ridges; the smallest value is the one to choose.
 
@@ -127,18 +125,18 @@ def gcv(
     Design and targets are made from the same deltas, so it sees the variance of the estimate, not its bias.
 
     Args:
-        statistic: the statistic of any method of this family, or its `spectrum`.
+        sums: of any method of this family, or its `spectrum`.
         ridges: relative to the mean eigenvalue of the Gram.
         anchor: "zero", "mean", "sum", or a merged delta (a spectrum has its own).
 
     Example:
         >>> method, delta = methods.anchored(), jnp.arange(6.0).reshape(2, 3)
-        >>> statistic = method.update(method.update(method.init(delta), delta), delta[::-1])
+        >>> sums = method.update(method.update(method.init(delta), delta), delta[::-1])
         >>> ridges = [0.01, 0.1, 1.0]
-        >>> ridges[int(jnp.argmin(methods.gcv(statistic, ridges)))] in ridges
+        >>> ridges[int(jnp.argmin(methods.gcv(sums, ridges)))] in ridges
         True
     """
-    found = statistic if isinstance(statistic, Spectrum) else spectrum(statistic, anchor)
+    found = sums if isinstance(sums, Spectrum) else spectrum(sums, anchor)
     known = found.values > found.basis.shape[1] * CUT * jnp.max(found.values)
     explained = jnp.where(known, found.energies / jnp.where(known, found.values, 1), 0)
     count = jnp.maximum(found.samples, 1)
@@ -178,7 +176,7 @@ def rank_of(values: Float[Array, " n"], rule: Rule, share: Number, shape: tuple[
         rule: participation `ceil((sum l)^2 / sum l^2)`, of the root spectrum with "_sqrt"; entropy
             `ceil(exp H(l / sum l))`, of the squared spectrum with "_squared"; "cumulative": the fewest that hold
             `share` of the sum; stable rank `ceil(sum l^2 / max l^2)`; Gavish and Donoho's threshold.
-        shape: the shape of one delta.
+        shape: of one delta.
         count: number of rows that the Gram is made from.
     """
     if rule == "all":

@@ -41,7 +41,7 @@ class Sphere(NamedTuple):
 
     def direction(self, shares: Array) -> tuple[Array, Array]:
         """`||sum_t p_t u_t||`, and whether it is zero to working precision."""
-        mean = jnp.tensordot(shares, self.units, 1, precision=linalg.HIGHEST)
+        mean = linalg.weighted_sum(shares, self.units)
         q = linalg.norm(mean).reshape(())
         return q, q <= 16 * jnp.finfo(q.dtype).eps * jnp.sum(jnp.abs(shares))
 
@@ -50,10 +50,10 @@ class Sphere(NamedTuple):
         q, cancelled = self.direction(shares)
         opposed = cancelled | opposed
         q = jnp.where(opposed | (q == 0), 1, q)
-        mean = jnp.tensordot(shares, self._at_mean_length(of_lengths), 1, precision=linalg.HIGHEST)
+        mean = linalg.weighted_sum(shares, self._at_mean_length(of_lengths))
         within = spread(shares, self.chords)
         on_sphere = mean / q + within / (q * (1 + q)) * self.base
-        plain = jnp.tensordot(of_lengths, self.deltas, 1, precision=linalg.HIGHEST)
+        plain = linalg.weighted_sum(of_lengths, self.deltas)
         return jnp.where(opposed, plain, on_sphere), opposed & jnp.any(self.directed)
 
     def _at_mean_length(self, of_lengths: Array) -> Array:
@@ -71,7 +71,7 @@ def sphere_of(base: Array, deltas: Array) -> Sphere:
     axes = tuple(range(1, deltas.ndim))
     tensors = base + deltas
     lengths = linalg.norm(tensors, axes)
-    units = jnp.where(lengths > 0, tensors / jnp.where(lengths > 0, lengths, 1), 0)
+    units = linalg.ratio(tensors, lengths)
     sums = lengths + lengths[0]
     middle = (tensors + tensors[0]) / jnp.where(sums > 0, sums, 1)
     longer = jnp.sum((deltas - deltas[0]) * middle, axis=axes)
@@ -88,8 +88,7 @@ def shares_of(weights: Array, sphere: Sphere) -> tuple[Array, Array]:
 
 
 def normalised(weights: Array) -> Array:
-    total = jnp.sum(weights)
-    return weights / jnp.where(total == 0, 1, total)
+    return linalg.weighted_mean(weights, jnp.sum(weights))
 
 
 def spread(shares: Array, chords: Array) -> Array:

@@ -4,7 +4,6 @@ import functools
 import operator
 from collections.abc import Iterable
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -16,9 +15,3 @@ def weighted(deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> list
 def total(items: Iterable[Array]) -> Array:
     """The sum of arrays, of which there is at least one."""
     return functools.reduce(operator.add, items)
-
-
-def ratio(above: Array, below: Array, otherwise: float = 0.0) -> Array:
-    """`above / below`, or `otherwise` where `below` is (in effect) 0; so are its derivatives."""
-    zero = jnp.abs(below) < jnp.finfo(below.dtype).tiny
-    return jnp.where(zero, otherwise, above / jnp.where(zero, 1, below))

@@ -33,6 +33,7 @@ from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Report
 from cfmerge.core.registry import register
 from cfmerge.covariance import centred, energy
+from cfmerge.least_squares import growth
 from cfmerge.methods._ace_rows import factor, gram_of_rows, solve_rows
 from cfmerge.methods._ace_sums import (
     TINY,
@@ -49,7 +50,6 @@ from cfmerge.methods._ace_sums import (
     scalars_of,
 )
 from cfmerge.methods._least_squares import NOTES as SHARED_NOTES
-from cfmerge.methods._least_squares import growth
 
 
 @register
@@ -138,7 +138,7 @@ def ace(
             "no_cholesky": ~solved.held,
             "factor_error": solved.factor_error,
             "one_output": jnp.asarray(solved.merged.shape[0] == 1),
-            **growth(merged, scalars.energy, scalars.weight, scalars.experts),
+            "growth": growth(merged, scalars.energy, scalars.weight, scalars.experts),
         }
 
     def formed(bound: int | None) -> Method | None:

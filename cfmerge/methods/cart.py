@@ -40,14 +40,9 @@ def cart(scale: Number = 1.0, rank_fraction: float = 0.08) -> Method:
     check(0 < rank_fraction <= 1, f"cart: rank_fraction must lie in (0, 1], got {rank_fraction}")
 
     def about_mean(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> Float[Array, "m n"]:
-        weight = jnp.sum(weights)
-        mean = _sum(weights, deltas) / jnp.where(weight == 0, 1, weight)
+        mean = linalg.weighted_mean(linalg.weighted_sum(weights, deltas), jnp.sum(weights))
         k = rank_of(rank_fraction, mean.shape)
         own = lax.map(lambda delta: linalg.truncated(delta - mean, k), deltas)
-        return mean + as_array(scale, mean.dtype) * _sum(weights, own)
+        return mean + as_array(scale, mean.dtype) * linalg.weighted_sum(weights, own)
 
     return of_deltas(about_mean, Needs(normalises=True))
-
-
-def _sum(weights: Float[Array, " T"], matrices: Float[Array, "T m n"]) -> Float[Array, "m n"]:
-    return jnp.tensordot(weights, matrices, 1, precision=linalg.HIGHEST)

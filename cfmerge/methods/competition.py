@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cfmerge import linalg
 from cfmerge.core.checks import check, check_number
 from cfmerge.core.deltas import of_deltas
 from cfmerge.core.numbers import Number
@@ -27,7 +28,6 @@ from cfmerge.core.part import Method, Needs, Seen
 from cfmerge.core.registry import register
 from cfmerge.core.survey import Look, Survey
 from cfmerge.linalg.selection import kth_largest, magnitude_keys, magnitude_of, value_keys, value_of
-from cfmerge.methods._stack import ratio as over
 from cfmerge.methods._stack import total
 from cfmerge.methods._thresholds import Search, found_keys, search
 
@@ -108,7 +108,7 @@ def _scores(deltas: Array, limits: Sequence[Pair], inter: Inter) -> tuple[list[A
         (high.astype(delta.dtype), low.astype(delta.dtype)) for (high, low), delta in zip(limits, deltas, strict=True)
     ]
     clipped = [jnp.clip(jnp.abs(delta), low, high) for delta, (high, low) in zip(deltas, limits, strict=True)]
-    v = [over(c - low, high - low) for c, (high, low) in zip(clipped, limits, strict=True)]
+    v = [linalg.ratio(c - low, high - low) for c, (high, low) in zip(clipped, limits, strict=True)]
     signs = [jnp.sign(delta) for delta in deltas]
     others = total(deltas) if inter == "deltas" else total(sign * x for sign, x in zip(signs, v, strict=True))
     scores = [jnp.exp(T * (x**2 - 1)) * jnp.tanh(delta * others) for x, delta in zip(v, deltas, strict=True)]
@@ -119,7 +119,7 @@ def _share(score: Array, limits: Pair, delta: Array) -> Array:
     """`b`, 0 at q whatever the rounding; where no score exceeds q, all that reach it (and are not zero) count alike."""
     highest, q = (limit.astype(score.dtype) for limit in limits)
     alike = ((score >= q) & (delta != 0)).astype(score.dtype)
-    share = jnp.clip(over(score - q, highest - q), 0, 1)
+    share = jnp.clip(linalg.ratio(score - q, highest - q), 0, 1)
     share = jnp.where(share > 64 * jnp.finfo(share.dtype).eps, share, 0)
     return jnp.where(highest > q, share, alike)
 

@@ -22,7 +22,6 @@ from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Report
 from cfmerge.core.registry import register
 from cfmerge.methods._blocks import NOTES, cover, leading, scaled, told
-from cfmerge.methods._stack import ratio
 from cfmerge.methods.tsv import share
 
 
@@ -85,14 +84,14 @@ def smoothed(s: Float[Array, " k"], smoothing: str, rho: Array) -> Float[Array, 
     else:
         count = jnp.sum(kept, dtype=s.dtype)
         least = jnp.min(jnp.where(kept, s, s[0]))
-        first = jnp.minimum(rho, ratio(s[0], least, 1.0))
+        first = jnp.minimum(rho, linalg.ratio(s[0], least, 1.0))
         steps = jnp.arange(len(s), dtype=s.dtype) / jnp.maximum(count - 1, 1)
         profile = jnp.where(kept, first + (1 - first) * steps, 0)
-    return profile * ratio(jnp.sum(s), jnp.sum(profile))
+    return profile * linalg.ratio(jnp.sum(s), jnp.sum(profile))
 
 
 def elected(cores: Float[Array, "T q q"]) -> Float[Array, "q q"]:
     """The mean of the entries that have the sign of their sum."""
     sign = jnp.sign(jnp.sum(cores, axis=0))
     agree = (jnp.sign(cores) == sign) & (sign != 0)
-    return ratio(jnp.sum(jnp.where(agree, cores, 0), axis=0), jnp.sum(agree, axis=0).astype(cores.dtype))
+    return linalg.ratio(jnp.sum(jnp.where(agree, cores, 0), axis=0), jnp.sum(agree, axis=0).astype(cores.dtype))

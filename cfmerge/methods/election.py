@@ -14,11 +14,12 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from cfmerge import linalg
 from cfmerge.core.deltas import of_deltas
 from cfmerge.core.part import Method, Needs, Seen
 from cfmerge.core.registry import register
 from cfmerge.core.survey import Look, Measure, Survey, xp_of
-from cfmerge.methods._stack import ratio, total, weighted
+from cfmerge.methods._stack import total, weighted
 
 Elect = Literal["mass", "norm_fraction", "norm_mass"]
 Combine = Literal["mean", "sum", "max"]
@@ -51,7 +52,7 @@ def disjoint_mean(elect: Elect = "mass", combine: Combine = "mean", zero: Zero =
         if elect == "mass":
             return jnp.sign(total(items))
         norms = energies if energies is not None else jnp.stack([jnp.sum(delta**2) for delta in deltas])
-        shares = [ratio(delta, jnp.sqrt(norm)) ** 2 for delta, norm in zip(deltas, norms, strict=True)]
+        shares = [linalg.ratio(delta, jnp.sqrt(norm)) ** 2 for delta, norm in zip(deltas, norms, strict=True)]
         if elect == "norm_mass":
             return jnp.sign(total(share * jnp.sign(item) for share, item in zip(shares, items, strict=True)))
         winner, sign = shares[0], jnp.sign(items[0])

@@ -18,7 +18,7 @@ from cfmerge.core.part import Needs, Seen, Transform
 from cfmerge.core.registry import register
 from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
 from cfmerge.covariance import energy
-from cfmerge.methods._stack import ratio, total
+from cfmerge.methods._stack import total
 
 
 @register
@@ -89,10 +89,10 @@ def larv(low: Number = 0.8, high: Number = 1.2, tiers: Literal[2, 3] = 3) -> Tra
     def measure(merged: Array, seen: Seen) -> dict[str, Array]:
         if merged.ndim != 2:
             return {"score": jnp.zeros((), merged.dtype), "matrix": jnp.zeros((), jnp.int32)}
-        contrast = ratio(effective_rank(seen.base), effective_rank(merged))
+        contrast = linalg.ratio(effective_rank(seen.base), effective_rank(merged))
         items = [weight * delta for weight, delta in zip(seen.weights, seen.deltas, strict=True)]
         together, apart = linalg.norm(total(items)), total(linalg.norm(item) for item in items)
-        return {"score": contrast * ratio(together, apart).reshape(()), "matrix": jnp.ones((), jnp.int32)}
+        return {"score": contrast * linalg.ratio(together, apart).reshape(()), "matrix": jnp.ones((), jnp.int32)}
 
     def look(entries: int, own: Sequence[Any]) -> Look:
         measured = yield Measure(measure, joint=True, by_tensor=True)

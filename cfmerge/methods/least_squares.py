@@ -25,16 +25,8 @@ from cfmerge.core.numbers import Number
 from cfmerge.core.part import NO_CONTEXT, Context, Method, Needs, Report
 from cfmerge.core.registry import register
 from cfmerge.covariance import energy, of_largest, of_power
-from cfmerge.methods._least_squares import (
-    NOTES,
-    Anchor,
-    Form,
-    Normalise,
-    Solution,
-    Statistic,
-    least_squares,
-    solve_ridge,
-)
+from cfmerge.least_squares import Anchor, Sums, solve
+from cfmerge.methods._least_squares import NOTES, Form, Normalise, Solution, least_squares
 from cfmerge.methods._spectrum import gcv, inverse, ridge_filter, spectrum
 
 GRID = tuple(10 ** (k / 4) for k in range(-16, 9))  # relative ridges, 1e-4 to 100
@@ -48,12 +40,12 @@ def hashable(number: Any) -> Any:
 def _pinv_or_ridge(rtol: Number | None, ridge: Number | None) -> Solution:
     """`X = K G^+`, or with a ridge towards zero."""
 
-    def by_pinv(statistic: Statistic) -> tuple[Array, Report]:
-        found = spectrum(statistic)
+    def by_pinv(sums: Sums) -> tuple[Array, Report]:
+        found = spectrum(sums)
         phi = inverse(found.values, found.basis.shape[1], rtol)
         return found.filtered(phi), found.told(phi)
 
-    return by_pinv if ridge is None else lambda statistic: solve_ridge(statistic, ridge)
+    return by_pinv if ridge is None else lambda sums: solve(sums, ridge)
 
 
 @register
@@ -97,7 +89,7 @@ def _softmax_bias(normalise: Normalise) -> Method:
         norms = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, 1)), 0)
         bias = jax.nn.softmax(norms)
         gram = jnp.sum(weights * bias) * jnp.eye(deltas.shape[2], dtype=deltas.dtype)
-        cross = jnp.tensordot(weights * bias, deltas, 1, precision=linalg.HIGHEST)
+        cross = linalg.weighted_sum(weights * bias, deltas)
         for delta, scale in zip(deltas, weights * (1 - bias), strict=True):
             own = linalg.gram(delta)
             gram, cross = gram + scale * own, cross + scale * linalg.times_gram(delta, delta, own)
@@ -170,21 +162,21 @@ ANCHORED_NOTES = {
 
 
 def _to_anchor(ridge: Number | None, anchor: Anchor | Array) -> Solution:
-    def by_gcv(statistic: Statistic) -> tuple[Array, Report]:
-        found = spectrum(statistic, anchor)
+    def by_gcv(sums: Sums) -> tuple[Array, Report]:
+        found = spectrum(sums, anchor)
         best = jnp.argmin(gcv(found, GRID))
         chosen = jnp.asarray(GRID, found.values.dtype)[best]
         phi = ridge_filter(found.values, found.ridge(chosen))
         at_end = ((best == 0) | (best == len(GRID) - 1)) & (jnp.max(found.values) > 0)
         return found.filtered(phi), {**found.told(phi), "ridge": chosen, "ridge_at_end": at_end}
 
-    return by_gcv if ridge is None else lambda statistic: solve_ridge(statistic, ridge, anchor)
+    return by_gcv if ridge is None else lambda sums: solve(sums, ridge, anchor)
 
 
 class Beside(NamedTuple):
     """The statistic of the least squares, and that of the method whose merge is the anchor."""
 
-    own: Statistic
+    own: Sums
     anchor: Any
 
 

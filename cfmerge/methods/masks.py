@@ -20,7 +20,7 @@ from cfmerge.core.part import Context, Method, Needs
 from cfmerge.core.random import draws
 from cfmerge.core.registry import register
 from cfmerge.linalg.selection import largest, magnitude_keys
-from cfmerge.methods._stack import ratio, total, weighted
+from cfmerge.methods._stack import total, weighted
 from cfmerge.methods._thresholds import share_of
 
 
@@ -103,13 +103,13 @@ def sce(density: Number = 1.0, uniform_below: Number = 0.0) -> Method:
         selected = _selected(list(stack), density)
         deltas = [jnp.where(selected, delta, 0) for delta in stack]
         size = _largest(deltas)
-        squares = [jnp.mean(ratio(delta, size) ** 2) for delta in deltas]
+        squares = [jnp.mean(linalg.ratio(delta, size) ** 2) for delta in deltas]
         even = total(squares) * size**2 < jnp.asarray(uniform_below, size.dtype)
-        shares = [jnp.where(even, 1 / len(deltas), ratio(square, total(squares))) for square in squares]
+        shares = [jnp.where(even, 1 / len(deltas), linalg.ratio(square, total(squares))) for square in squares]
         sign = jnp.where(total(deltas) >= 0, 1, -1)
         agree = [jnp.sign(delta) == sign for delta in deltas]
         summed = total(jnp.where(a, w * d, 0) for a, w, d in zip(agree, shares, deltas, strict=True))
-        return ratio(summed, total(jnp.where(a, w, 0) for a, w in zip(agree, shares, strict=True)))
+        return linalg.ratio(summed, total(jnp.where(a, w, 0) for a, w in zip(agree, shares, strict=True)))
 
     return of_deltas(chosen, Needs("tensor", weights="none"))
 
@@ -117,7 +117,7 @@ def sce(density: Number = 1.0, uniform_below: Number = 0.0) -> Method:
 def _selected(deltas: list[Array], density: Any) -> Array:
     """The entries of largest variance over the experts; all where there is none."""
     size = _largest(deltas)
-    moved = [ratio(delta - deltas[0], size) for delta in deltas]  # exactly 0 where all are the same
+    moved = [linalg.ratio(delta - deltas[0], size) for delta in deltas]  # exactly 0 where all are the same
     mean = total(moved) / len(moved)
     variance = total((each - mean) ** 2 for each in moved)
     differing = jnp.sum(variance > 0, dtype=jnp.int32)

@@ -117,13 +117,12 @@ def _fisher(floor: Number, below: str, found: Found | tuple[()] | None, survey: 
 
     def solve(statistic: FisherSums) -> tuple[Float[Array, "..."], Report]:
         weighted, information, total, weight = statistic
-        weight = jnp.where(weight == 0, 1, weight)
-        mean = information / weight
+        mean = linalg.weighted_mean(information, weight)
         least = jnp.asarray(jnp.finfo(mean.dtype).tiny, mean.dtype)
         if below == "average":
             least = jnp.maximum(least, as_array(floor, mean.dtype))
         counts = mean >= least
-        merged = jnp.where(counts, weighted / jnp.where(counts, information, 1), total / weight)
+        merged = jnp.where(counts, weighted / jnp.where(counts, information, 1), linalg.weighted_mean(total, weight))
         return merged, {"below_floor": jnp.mean(~counts, dtype=mean.dtype)}
 
     return Method(
@@ -200,7 +199,7 @@ def regmean(a: Number = 0.9, ridge: Number = 0.0) -> Method:
         used = diagonal + rho > jnp.finfo(gram.dtype).tiny
         scale = jnp.where(used, 1 / jnp.sqrt(jnp.where(used, diagonal + rho, 1)), 0)
 
-        anchor = total / jnp.where(weight == 0, 1, weight)
+        anchor = linalg.weighted_mean(total, weight)
         system = (gram * scale[:, None]) * scale
         system = jnp.where(jnp.eye(n, dtype=bool), 1, system)
         residual = (cross - linalg.matmul(anchor, gram)) * scale

@@ -28,7 +28,6 @@ from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Report, Seen
 from cfmerge.core.registry import register
 from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
-from cfmerge.methods._stack import ratio
 
 
 class Running(NamedTuple):
@@ -47,7 +46,7 @@ def init(base: Float[Array, "..."]) -> Running:
 def clean(total: Float[Array, "m n"], delta: Float[Array, "m n"], alpha: Array) -> Float[Array, "m n"]:
     """The delta without its part along, and among the leading, singular directions of the total."""
     u, s, vt = linalg.svd(total)
-    shares = jnp.cumsum(s) * ratio(jnp.ones((), s.dtype), jnp.sum(s))
+    shares = linalg.ratio(jnp.cumsum(s), jnp.sum(s))
     kept = linalg.nonzero(s, s[0], linalg.rank_cutoff(total.shape, total.dtype))
     leading = (shares <= alpha) & kept
     overlap = linalg.matmul(linalg.matmul(u.T, delta), vt.T)
@@ -85,7 +84,7 @@ def _opcm(alpha: Any, found: Found | None) -> Method:
         total, norms, count = statistic
         if found is not None:
             return as_array(found.model, total.dtype) * total, {}
-        return ratio(norms, count) * linalg.unit(total), {}
+        return linalg.ratio(norms, count) * linalg.unit(total), {}
 
     def measure(seen: Seen) -> dict[str, Array]:
         statistic = init(seen.base)

@@ -27,7 +27,6 @@ from cfmerge import linalg
 from cfmerge.core.checks import check
 from cfmerge.core.part import NO_CONTEXT, Context, Method, Part, Report
 from cfmerge.core.registry import register
-from cfmerge.methods._stack import ratio
 from cfmerge.methods.sums import task_arithmetic
 
 REFLECTED = 2.5e-4  # (1 + cos angle) / 2, up to which a direction counts as turned round
@@ -181,6 +180,6 @@ def turned(base: Float[Array, "m n"], skew: Float[Array, "n n"]) -> Float[Array,
 
 def merged_skew(skews: Float[Array, "T n n"], weights: Float[Array, " T"]) -> Float[Array, "n n"]:
     """Their direction, at their mean norm."""
-    total = jnp.tensordot(weights, skews, 1, precision=linalg.HIGHEST)
+    total = linalg.weighted_sum(weights, skews)
     norms = linalg.norm(skews, (1, 2)).ravel()
-    return linalg.unit(total) * ratio(jnp.sum(weights * norms), jnp.sum(weights))
+    return linalg.unit(total) * linalg.ratio(jnp.sum(weights * norms), jnp.sum(weights))

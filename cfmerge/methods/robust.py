@@ -98,14 +98,14 @@ def _reweighted(
 
     def step(state: Settling) -> Settling:
         a = scales(state.merged)
-        gram = jnp.tensordot(a, grams, 1, precision=linalg.HIGHEST) + jitter * jnp.eye(n, dtype=dtype)
-        merged, held = linalg.solve_right(jnp.tensordot(a, crosses, 1, precision=linalg.HIGHEST), gram)
+        gram = linalg.weighted_sum(a, grams) + jitter * jnp.eye(n, dtype=dtype)
+        merged, held = linalg.solve_right(linalg.weighted_sum(a, crosses), gram)
         new, old = lax.stop_gradient((merged, state.merged))
         change = (linalg.norm(new - old) / jnp.maximum(linalg.norm(new), tiny))[0, 0]
         ratio = jitter / linalg.largest_eigenvalue(lax.stop_gradient(gram))
         return Settling(merged, change, state.steps + 1, held & state.held, ratio)
 
-    mean = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST) / jnp.maximum(jnp.sum(weights), tiny)
+    mean = linalg.weighted_mean(linalg.weighted_sum(weights, deltas), jnp.sum(weights))
     state = Settling(mean, jnp.ones((), dtype), jnp.zeros((), jnp.int32), jnp.ones((), bool), jnp.ones((), dtype))
     state = lax.fori_loop(  # not a while loop: that could not be differentiated backwards
         0, iterations, lambda _, s: lax.cond(s.change > tolerance, step, lambda s: s, s), state
@@ -134,8 +134,7 @@ def two_sided(
     check(iterations >= 0, f"two_sided: iterations must not be negative, got {iterations}")
 
     def matched(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
-        mean = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST)
-        mean = mean / jnp.maximum(jnp.sum(weights), jnp.finfo(deltas.dtype).tiny)
+        mean = linalg.weighted_mean(linalg.weighted_sum(weights, deltas), jnp.sum(weights))
         sides = lax.map(lambda delta: _sides(delta, output_power, input_power), deltas)
 
         def times(x: Array) -> Array:  # sum_t w_t A_t X B_t

@@ -29,7 +29,6 @@ from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
 from cfmerge.linalg import selection
 from cfmerge.linalg.selection import magnitude_keys
 from cfmerge.methods import _thresholds
-from cfmerge.methods._stack import ratio
 from cfmerge.methods._thresholds import Search, share_of
 
 Norm = Literal["none", "l1", "l2", "linf"]
@@ -143,7 +142,7 @@ def trim_deviation(factor: PerExpert = 1.0) -> Transform:
 
     def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
         size = jnp.max(jnp.abs(delta))
-        unit = ratio(delta, size)
+        unit = linalg.ratio(delta, size)
         far = jnp.abs(unit - jnp.mean(unit))
         variance = jnp.sum(far**2) / max(delta.size - 1, 1)
         return jnp.where(far**2 > jnp.asarray(factor, delta.dtype) ** 2 * variance, delta, 0)
@@ -165,7 +164,7 @@ def trim_energy(share: PerExpert = 0.9, keep_last: bool = False) -> Transform:
 
     def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
         keys = magnitude_keys(delta)
-        energies = lax.stop_gradient(ratio(delta, jnp.max(jnp.abs(delta)))) ** 2
+        energies = lax.stop_gradient(linalg.ratio(delta, jnp.max(jnp.abs(delta)))) ** 2
         least = jnp.asarray(share, delta.dtype) * jnp.sum(energies)
         kept, _ = selection.around(keys, lambda mask: jnp.sum(jnp.where(mask, energies, 0)) >= least)
         kept &= least > 0
@@ -218,7 +217,7 @@ def drop(p: PerExpert = 0.9, rescale: Literal["inverse", "none", "l1", "l2", "li
         drawn = draws(context, delta)
         kept = jnp.where(drawn >= jnp.asarray(p, drawn.dtype), delta, 0)
         if rescale == "inverse":
-            return ratio(kept, 1 - jnp.asarray(p, delta.dtype))
+            return linalg.ratio(kept, 1 - jnp.asarray(p, delta.dtype))
         return _rescaled(delta, kept, rescale)
 
     return Transform("drop", apply, needs=Needs("entry" if rescale in {"inverse", "none"} else "tensor", random=True))
@@ -255,7 +254,7 @@ def drop_by_rank(
     def apply(delta: Float[Array, "..."], context: Context) -> Float[Array, "..."]:
         keep = keep_probabilities(delta, density, epsilon)
         kept = jnp.where(draws(context, delta) < keep, delta, 0)
-        return ratio(kept, keep) if rescale == "inverse" else _rescaled(delta, kept, rescale)
+        return linalg.ratio(kept, keep) if rescale == "inverse" else _rescaled(delta, kept, rescale)
 
     return Transform("drop_by_rank", apply, needs=Needs("tensor", random=True))
 
@@ -273,7 +272,7 @@ def _rescaled(before: Array, after: Array, norm: str) -> Array:
     """The entries that are left, brought to the norm that was there before; as they are where nothing is left."""
     if norm == "none":
         return after
-    return after * ratio(_size(before, norm), _size(after, norm), 1.0)
+    return after * linalg.ratio(_size(before, norm), _size(after, norm), 1.0)
 
 
 def _size(x: Array, norm: str) -> Array:

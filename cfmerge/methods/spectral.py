@@ -20,7 +20,6 @@ from cfmerge.core.checks import as_array, check, check_number
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Needs, Seen, Transform
 from cfmerge.core.registry import register
-from cfmerge.methods._stack import ratio
 from cfmerge.methods.cart import rank_of
 
 
@@ -59,7 +58,7 @@ def star(eta: Number = 0.4) -> Transform:
         u, s, vt, _ = _parts(delta)
         before = jnp.cumsum(s) - s
         kept = jnp.where((before < as_array(eta, s.dtype) * jnp.sum(s)) | (jnp.arange(len(s)) == 0), s, 0)
-        return linalg.matmul(u * kept * ratio(jnp.sum(s), jnp.sum(kept)), vt)
+        return linalg.matmul(u * kept * linalg.ratio(jnp.sum(s), jnp.sum(kept)), vt)
 
     return Transform("star", apply, needs=Needs("matrix"))
 
@@ -78,7 +77,7 @@ def subspace_boosting(beta: Number = 0.01, energy: Literal["values", "squares"] 
 
     def apply(merged: Float[Array, "m n"]) -> Float[Array, "m n"]:
         u, s, vt, kept = _parts(merged)
-        amount = s if energy == "values" else (s * ratio(jnp.ones((), s.dtype), s[0])) ** 2
+        amount = s if energy == "values" else linalg.ratio(s, s[0]) ** 2
         at = jnp.sum(jnp.cumsum(amount) <= as_array(beta, s.dtype) * jnp.sum(amount))
         last = jnp.maximum(jnp.sum(kept) - 1, 0)
         level = s[jnp.minimum(at, last)]
@@ -100,9 +99,9 @@ def half_flatten(q: Number = 0.5) -> Transform:
 
     def apply(merged: Float[Array, "m n"]) -> Float[Array, "m n"]:
         u, s, vt, kept = _parts(merged)
-        relative = jnp.where(kept, s * ratio(jnp.ones((), s.dtype), s[0]), 1)
+        relative = jnp.where(kept, linalg.ratio(s, s[0]), 1)
         powers = jnp.where(kept, relative ** as_array(q, s.dtype), 0)
-        return linalg.matmul(u * powers * ratio(jnp.sum(s), jnp.sum(powers)), vt)
+        return linalg.matmul(u * powers * linalg.ratio(jnp.sum(s), jnp.sum(powers)), vt)
 
     return Transform("half_flatten", apply, needs=Needs("matrix"))
 
@@ -133,10 +132,11 @@ def svc(alpha: Number = 0.1) -> Transform:
             own = linalg.matmul(u.T, delta)
             scale = jnp.maximum(jnp.max(jnp.abs(own), axis=1), jnp.finfo(own.dtype).tiny)
             unit = own / scale[:, None]
-            return jnp.maximum(floor, ratio(jnp.sum(rows / scale[:, None] * unit, axis=1), jnp.sum(unit**2, axis=1)))
+            along = jnp.sum(rows / scale[:, None] * unit, axis=1)
+            return jnp.maximum(floor, linalg.ratio(along, jnp.sum(unit**2, axis=1)))
 
         counts = (seen.weights != 0).astype(merged.dtype)
-        gamma = ratio(jnp.sum(counts), jnp.sum(counts[:, None] * lax.map(shares, seen.deltas), axis=0), 1.0)
+        gamma = linalg.ratio(jnp.sum(counts), jnp.sum(counts[:, None] * lax.map(shares, seen.deltas), axis=0), 1.0)
         return linalg.matmul(u * gamma, rows)
 
     return Transform("svc", apply, needs=Needs("matrix", seen=True))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cfmerge import linalg
 from cfmerge.core.checks import as_array, check_number
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Context, Method, Needs, Report
@@ -42,7 +43,7 @@ def update(statistic: Sum, delta: Float[Array, "..."], weight: float | Array = 1
 
 def mean(statistic: Sum) -> Float[Array, "..."]:
     """`total / weight`, or the total where the weights sum to 0."""
-    return statistic.total / jnp.where(statistic.weight == 0, 1, statistic.weight)
+    return linalg.weighted_mean(statistic.total, statistic.weight)
 
 
 @register

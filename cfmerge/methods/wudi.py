@@ -25,7 +25,8 @@ from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Report
 from cfmerge.core.registry import register
 from cfmerge.covariance import energy
-from cfmerge.methods._least_squares import NOTES, Anchor, Form, Grams, Statistic, least_squares, solve_ridge, stacked
+from cfmerge.least_squares import Anchor, Grams, Sums, solve, stacked
+from cfmerge.methods._least_squares import NOTES, Form, least_squares
 from cfmerge.methods._spectrum import CUT, Rule, rank_of, spectrum
 
 FLOOR = 1e-8  # of the eigenvalues of G, whose sum is the number of experts
@@ -45,7 +46,7 @@ def wudi(ridge: Number = 0.1, anchor: Anchor = "sum", form: Form = "auto") -> Me
     """
     check_number("wudi: ridge", ridge, 0)
     return least_squares(
-        lambda statistic: solve_ridge(statistic, ridge, anchor),
+        lambda sums: solve(sums, ridge, anchor),
         normalise="energy",
         form=form,
         normalises=anchor == "mean",
@@ -69,8 +70,8 @@ def wudi_adam(steps: int = 300, learning_rate: Number = 1e-5, form: Form = "auto
     check(steps >= 0, f"wudi_adam: steps must not be negative, got {steps}")
     check_number("wudi_adam: learning_rate", learning_rate, 0)
 
-    def solution(statistic: Statistic) -> tuple[Array, Report]:
-        start, gradient = statistic.total, _gradient(statistic)
+    def solution(sums: Sums) -> tuple[Array, Report]:
+        start, gradient = sums.total, _gradient(sums)
         adam = optax.adam(as_array(learning_rate, start.dtype), eps_root=1e-30)  # has a derivative where it rests
 
         def step(_: int | Array, state: tuple[Array, optax.OptState]) -> tuple[Array, optax.OptState]:
@@ -84,12 +85,12 @@ def wudi_adam(steps: int = 300, learning_rate: Number = 1e-5, form: Form = "auto
     return least_squares(solution, normalise="energy", form=form)
 
 
-def _gradient(statistic: Statistic) -> Callable[[Array], Array]:
+def _gradient(sums: Sums) -> Callable[[Array], Array]:
     """`2 (X G - K)`, on the rows where they are few."""
-    if isinstance(statistic.experts, Grams):
-        gram, cross, _ = statistic.experts
+    if isinstance(sums.experts, Grams):
+        gram, cross, _ = sums.experts
         return lambda x: 2 * (linalg.matmul(x, gram) - cross)
-    f, z = stacked(statistic.experts)
+    f, z = stacked(sums.experts)
     if 2 * f.shape[0] < f.shape[1]:
         return lambda x: 2 * linalg.matmul(linalg.matmul(x, f.T) - z, f)
     gram, cross = linalg.gram(f), linalg.matmul(z, f)
@@ -141,7 +142,7 @@ def swudi(
             return 1 - jnp.maximum(rest, 0) ** as_array(steps, values.dtype)
         return values**2 / (values**2 + as_array(noise, values.dtype)) if filter == "wiener" else jnp.ones_like(values)
 
-    def count(values: Array, _: Statistic) -> Array:
+    def count(values: Array, _: Sums) -> Array:
         return jnp.asarray(len(values) if keep is None else max(1, int(len(values) * keep + 0.999)))
 
     return least_squares(_filtered(count, response, anchor), normalise="energy", form=form, notes=CUT_NOTES)
@@ -166,9 +167,9 @@ def aswudi(
     """
     check_number("aswudi: share", share, 0, 1)
 
-    def count(values: Array, statistic: Statistic) -> Array:
-        m, n = statistic.total.shape
-        return rank_of(values, rule, share, (m, n), statistic.samples)
+    def count(values: Array, sums: Sums) -> Array:
+        m, n = sums.total.shape
+        return rank_of(values, rule, share, (m, n), sums.samples)
 
     return least_squares(_filtered(count, jnp.ones_like, anchor), normalise="energy", form=form, notes=CUT_NOTES)
 
@@ -177,16 +178,16 @@ CUT_NOTES = {"capped": (bool, "the Gram has fewer directions than were to be kep
 
 
 def _filtered(
-    count: Callable[[Array, Statistic], Array], response: Callable[[Array], Array], anchor: Anchor
-) -> Callable[[Statistic], tuple[Array, Report]]:
+    count: Callable[[Array, Sums], Array], response: Callable[[Array], Array], anchor: Anchor
+) -> Callable[[Sums], tuple[Array, Report]]:
     """`X = X_a + (K - X_a G) Q diag(h/l) Q^T`, `h` the response on the `count` largest eigenvalues, else 0."""
 
-    def solution(statistic: Statistic) -> tuple[Array, Report]:
-        found = spectrum(statistic, anchor)
+    def solution(sums: Sums) -> tuple[Array, Report]:
+        found = spectrum(sums, anchor)
         n = found.basis.shape[1]
         values = jnp.maximum(found.values, FLOOR)
         missing = jnp.full(n - len(values), FLOOR, values.dtype)  # those that stacked rows leave out
-        kept = count(jnp.concatenate([missing, values]), statistic)
+        kept = count(jnp.concatenate([missing, values]), sums)
         first = jnp.arange(n)[n - len(values) :] >= n - kept
         known = found.values > n * CUT * jnp.max(found.values)
         phi = jnp.where(first, response(values) / values, 0)
@@ -215,9 +216,10 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
     def denoised(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
         experts, m, n = deltas.shape
         k = min(rank or max(1, min(m, n) // experts), min(m, n))
-        mean = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST) / jnp.maximum(jnp.sum(weights), 1e-30)
+        total = linalg.weighted_sum(weights, deltas)
+        mean = linalg.weighted_mean(total, jnp.sum(weights))
         size = jax.vmap(energy)(deltas)
-        scales = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, weights / jnp.where(size > 0, size, 1), 1)), 0)
+        scales = linalg.root(linalg.ratio(weights, size))
 
         def one(arguments: tuple[Array, Array]) -> tuple[Array, Array]:
             delta, scale = arguments
@@ -229,10 +231,9 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
 
         f, z = lax.map(one, (deltas, scales))
         f, z = f.reshape(-1, n), jnp.moveaxis(z, 0, 1).reshape(m, -1)
-        total = jnp.tensordot(weights, deltas, 1, precision=linalg.HIGHEST)
         grams = Grams(linalg.gram(f), linalg.matmul(z, f), jnp.sum(z * z))
-        zero = jnp.zeros_like(size[0])
-        return solve_ridge(Statistic(total, jnp.sum(weights), zero, zero, grams), ridge, anchor)
+        sums = Sums(total, jnp.sum(weights), jnp.dot(weights, size), m * jnp.sum(size > 0), grams)
+        return solve(sums, ridge, anchor)
 
     needs = Needs(weights="positive", normalises=True)
     return of_deltas(denoised, needs, notes={"no_cholesky": NOTES["no_cholesky"]})

@@ -19,9 +19,11 @@ from cfmerge.models.renames import canonical
 
 SPLIT = re.compile(r"^(?P<at>.*[./]experts[./])(?P<expert>\d+)[./](?P<what>gate_proj|up_proj|down_proj)[./]weight$")
 PARTS = {
-    "gate_up_proj": ("gate_proj", "up_proj"), "gate_proj": ("gate_proj",), "up_proj": ("up_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
-}  # fmt: skip
+}
 Headers = Mapping[str, tuple[Shape, str]]
 Config = Mapping[str, Any]
 Read = Callable[[str], np.ndarray]

@@ -7,9 +7,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 _TABLES = (
-    "model.embed_tokens.weight", "transformer.wte.weight", "shared.weight", "model.decoder.embed_tokens.weight",
-    "model.shared.weight", "transformer.word_embeddings.weight", "model.language_model.embed_tokens.weight",
-)  # fmt: skip
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "shared.weight",
+    "model.decoder.embed_tokens.weight",
+    "model.shared.weight",
+    "transformer.word_embeddings.weight",
+    "model.language_model.embed_tokens.weight",
+)
 # (alias, the tensor it is): output layers, tied where config.tie_word_embeddings holds
 OUTPUTS = (
     *(("lm_head.weight", table) for table in _TABLES),

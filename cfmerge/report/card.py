@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -32,37 +32,50 @@ def model_card(plan: Resolved, digests: Mapping[Path, str], notes: Sequence[str]
         "library_name": _library(plan),
         "tags": ["merge", "cfmerge", *re.findall(r"\w+", plan.method.name)],
     }
-    names = [Path(plan.recipe.base).name, *(spec.name for spec in plan.expert_specs)]
-    lines = [
-        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
-        f"# A merge of {len(plan.experts)} experts by {plan.method.name}", "",
-        *(line for warning in warnings for line in ("> **Warning.** " + warning.replace("\n", "\n>\n> "), "")),
-        "Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training.",
-        f"Method: **{plan.method.name}**. {entry.summary if entry else ''} "
-        f"{'Source: ' + entry.source if entry and entry.source else ''}".rstrip(), "",
-        "## What was done", "", "| kind | what | tensors |", "|---|---|---|",
-        *(f"| {kind} | {what} | {count} |" for (kind, what), count in sorted(plan.counts().items())),
-        "", "## Inputs", "", "| model | weight | file | SHA-256 |", "|---|---|---|---|",
-    ]  # fmt: skip
+    source = f"Source: {entry.source}" if entry and entry.source else ""
+    paragraphs = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
+        f"# A merge of {len(plan.experts)} experts by {plan.method.name}",
+        *("> **Warning.** " + warning.replace("\n", "\n>\n> ") for warning in warnings),
+        "Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training.\n"
+        f"Method: **{plan.method.name}**. {entry.summary if entry else ''} {source}".rstrip(),
+        "## What was done",
+        _table("kind", "what", "tensors", rows=[(*key, count) for key, count in sorted(plan.counts().items())]),
+        "## Inputs",
+        _table("model", "weight", "file", "SHA-256", rows=_inputs(plan, digests)),
+    ]
+    if plan.notes or notes:
+        paragraphs += ["## Notes", "\n".join(f"- {note}" for note in (*plan.notes, *notes))]
+    paragraphs += [
+        "## Recipe",
+        "`cfmerge merge README.md -o OUT`, with this card, repeats the merge (paths are relative to the directory "
+        "that it was run in).",
+        f"```yaml\n{plan.explicit_recipe.to_yaml().strip()}\n```",
+        "## Versions",
+        ", ".join(f"{package} {version}" for package, version in versions().items()),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _table(*head: str, rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = (head, *rows)
+    first, *others = (f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+    return "\n".join((first, "|---" * len(head) + "|", *others))
+
+
+def _inputs(plan: Resolved, digests: Mapping[Path, str]) -> Iterator[tuple[str, ...]]:
+    """A row for every file of the base and the experts."""
+    names = ["base", *(spec.name for spec in plan.expert_specs)]
     weights = [
         "",
         *(format(w, "g") if isinstance(w := spec.weight, int | float) else "by tensor" for spec in plan.expert_specs),
     ]
-    for name, weight, checkpoint in zip(names, weights, (plan.base, *plan.experts), strict=True):
-        role = "base" if weight == "" else name
+    for role, weight, checkpoint in zip(names, weights, (plan.base, *plan.experts), strict=True):
         if cached := hub.snapshot(checkpoint.path):
             role += f" ({cached.repository}{'@' if cached.commit else ''}{cached.commit[:12]})"
-        lines += [f"| {role} | {weight} | {file.name} | `{digests[file]}` |" for file in checkpoint.files]
-    if plan.notes or notes:
-        lines += ["", "## Notes", "", *(f"- {note}" for note in (*plan.notes, *notes))]
-    lines += [
-        "", "## Recipe", "",
-        "`cfmerge merge README.md -o OUT`, with this card, repeats the merge (paths are relative to the directory "
-        "that it was run in).", "",
-        "```yaml", plan.explicit_recipe.to_yaml().strip(), "```", "", "## Versions", "",
-        ", ".join(f"{package} {version}" for package, version in versions().items()), "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+        for file in checkpoint.files:
+            yield role, weight, file.name, f"`{digests[file]}`"
 
 
 def _library(plan: Resolved) -> str:
