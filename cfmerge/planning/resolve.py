@@ -107,7 +107,7 @@ class Resolved:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of everything that decides what is written: recipes, and the headers and files of the inputs."""
+        """A hash of everything that decides the output: recipes, and the headers and files of the inputs."""
         told = hashlib.sha256(cfmerge.__version__.encode())
         for one in self.results.values():
             told.update(one.recipe.to_yaml().encode())
