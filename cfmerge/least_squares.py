@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is kept of the experts.
+    """The sums over the experts.
 
     Attributes:
         total: `sum_t w_t D_t`.
@@ -268,7 +268,7 @@ def solve(
     rho = None if ridge is None else _absolute(ridge, gram, n)
     whole = f is None and rho is not None  # (K + rho X_a)(G + rho I)^{-1}: no product X_a G
     if target is not None:
-        cross = cross + rho * target if whole else cross - linalg.matmul(target, sides)
+        cross = cross + rho * target if f is None and rho is not None else cross - linalg.matmul(target, sides)
     if rho is None:
         inverse, _, least = linalg.pseudo_inverse(gram, jnp.asarray(n * CUT if rtol is None else rtol, gram.dtype))
         merged, told = linalg.matmul(cross, inverse), {"ridge_ratio": least, "no_cholesky": jnp.zeros((), bool)}

@@ -1,4 +1,4 @@
-"""What a layer is given in one call: the Gram of its inputs, by the layer's kind."""
+"""The inputs of a layer in one call: their Gram, by the layer's kind."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Seen(NamedTuple):
 
 
 def see(layer: Any, inputs: Any, order: Iterator[int]) -> Seen | None:
-    """What a layer of either kind, linen or nnx, is given in one call; None if it has no common input matrix."""
+    """The inputs of a layer, linen or nnx, in one call; None if it has no common input matrix."""
     if hasattr(layer, "kernel_size"):
         if layer.feature_group_count != 1:
             return None

@@ -1,4 +1,4 @@
-"""What a run has to tell: notes of the methods with the tensors that they are about, and reports by tensor."""
+"""The account of a run: notes of the methods with the tensors that they are about, and reports by tensor."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ SAFER = "dc_merge"  # the method that is best over all of docs/results, and hold
 
 @dataclasses.dataclass
 class Account:
-    """Filled while a run goes on.
+    """The notes and reports of a run, filled while it goes on.
 
     Attributes:
-        reports: of each result `{tensor: {name: value}}`.
+        reports: `{result: {tensor: {name: value}}}`.
         notes: `{(result, method, message): {tensor: value}}`; a message may hold `{value}`.
         float64: how many tensors needed float64.
     """
@@ -58,7 +58,7 @@ class Account:
         ]
 
     def lines(self) -> list[str]:
-        """All notes."""
+        """All notes of the run."""
         double = [f"float64 was used for {self.float64} ill-conditioned tensors"] if self.float64 else []
         return [*self.told(), *double]
 

@@ -1,4 +1,4 @@
-"""Recognising deltas of low rank (LoRA fine-tuning merged into the weights) from a small block of each."""
+"""Deltas of low rank (LoRA fine-tuning merged into the weights), recognised from a small block of each."""
 
 from collections.abc import Iterable
 

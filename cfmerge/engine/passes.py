@@ -1,4 +1,4 @@
-"""What a pass does with one unit: steps that start from the base, see the experts one by one, and finish.
+"""The steps of a pass for one unit: they start from the base, see the experts one by one, and finish.
 
 Additive     a statistic of a fixed size, then its solution
 Unsolved     the statistic itself
@@ -21,7 +21,7 @@ from cfmerge.engine.units import Unit
 
 
 class UnitSteps(Protocol):
-    """What a pass does with one unit; `experts` are the numbers of those that it sees."""
+    """The steps of a pass for one unit; `experts` are the numbers of the experts that they see."""
 
     @property
     def experts(self) -> Sequence[int]: ...
@@ -34,7 +34,7 @@ class UnitSteps(Protocol):
 
 
 class _Merging:
-    """What all steps that merge share: the compiled code, the numbers, and the checks of values."""
+    """The common part of all steps that merge: the compiled code, the numbers, and the checks of values."""
 
     def __init__(self, attempt: Attempt) -> None:
         self.unit, self.attempt = attempt.unit, attempt

@@ -44,7 +44,7 @@ class Attempt(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an attempt gave: `tensors (segments, *stored)`, or `(segments, results, *stored)` of a sweep."""
+    """The outcome of an attempt: `tensors (segments, *stored)`, or `(segments, results, *stored)` of a sweep."""
 
     tensors: Any
     reports: Reports

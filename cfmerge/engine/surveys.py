@@ -1,4 +1,4 @@
-"""Surveys: which tensors each of them sees, and how findings reach the methods that asked."""
+"""Surveys: the tensors that each of them sees, and the way of the findings to the methods that asked."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

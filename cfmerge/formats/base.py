@@ -108,9 +108,9 @@ class Source(Protocol):
         ...
 
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
-        """The same of an expert's delta, as the format has it.
+        """An expert's delta, in the form that the format has, of a tensor or of so many flat entries.
 
-        A model's own tensor is `Dense`: its delta is what it has more than the base. An adapter has `Factors` and no
+        A model's own tensor is `Dense`: its delta is the tensor less the base's. An adapter has `Factors` and no
         tensor: its delta is their product, exactly, wherever its base lies.
         """
         ...

@@ -117,7 +117,7 @@ def _with_room(sums: Sums, more: int, form: Form) -> Sums:
 
 
 def _told_of(sums: Sums, merged: Float[Array, "m n"]) -> Report:
-    """What is told of every solution."""
+    """The report that every solution has."""
     experts = () if isinstance(sums.experts, Grams) else sums.experts
     zero = jnp.zeros((), merged.dtype)
     return {

@@ -12,7 +12,7 @@ class Dense(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """A delta as a product, `left @ right` in the rows and columns of the stored tensor; of a piece that piece's."""
+    """A delta as a product, `left @ right` in the rows and columns of the stored tensor, or of a piece of it."""
 
     left: Any
     right: Any
@@ -21,7 +21,7 @@ class Factors:
 
     @property
     def product(self) -> Any:
-        """The delta itself, of the shape of the tensor; flat of a piece."""
+        """The delta itself, in the shape of the tensor; flat for a piece."""
         if self.count is None:
             return self.left @ self.right
         columns = self.right.shape[1]

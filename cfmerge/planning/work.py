@@ -42,13 +42,13 @@ class Participant:
     Attributes:
         name: the expert's name; "base" for the base.
         told: the model in messages, such as `expert 'math' (models/math)`.
-        tensors: its arrays by name; of an expert deltas too.
+        tensors: its arrays by name; an expert's also as deltas.
         moments: its measurements, by the base's names; None: there are none.
     """
 
     name: str
     told: str
-    tensors: Any  # Readable; of an expert Tuned
+    tensors: Any  # Readable; for an expert Tuned
     moments: Readable | None = None
 
 
