@@ -82,7 +82,7 @@ def accumulate(
     """
     if not isinstance(base, str | Path):
         if output is not None:
-            raise CfmergeError("accumulate of pytrees: save the result: accumulate(...).save(directory)")
+            raise CfmergeError("accumulate of pytrees: save what is returned: accumulate(...).save(directory)")
         return _of_trees(base, experts, parsed(method, parameters), **options)
     if output is None:
         raise CfmergeError("accumulate of checkpoints: name a directory for the statistics with output=")
