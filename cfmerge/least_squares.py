@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The sums over the experts.
+    """What is kept of the experts.
 
     Attributes:
         total: `sum_t w_t D_t`.
@@ -265,11 +265,11 @@ def solve(
         f, cross = stacked(sums.experts)
         gram, sides = linalg.matmul(f, f.T), f.T
 
-    rho = None if ridge is None else _absolute(ridge, gram, n)
-    whole = f is None and rho is not None  # (K + rho X_a)(G + rho I)^{-1}: no product X_a G
+    rho = _absolute(0.0 if ridge is None else ridge, gram, n)
+    whole = f is None and ridge is not None  # (K + rho X_a)(G + rho I)^{-1}: no product X_a G
     if target is not None:
-        cross = cross + rho * target if f is None and rho is not None else cross - linalg.matmul(target, sides)
-    if rho is None:
+        cross = cross + rho * target if whole else cross - linalg.matmul(target, sides)
+    if ridge is None:
         inverse, _, least = linalg.pseudo_inverse(gram, jnp.asarray(n * CUT if rtol is None else rtol, gram.dtype))
         merged, told = linalg.matmul(cross, inverse), {"ridge_ratio": least, "no_cholesky": jnp.zeros((), bool)}
     else:

@@ -45,6 +45,8 @@ def thin_svd(
 ) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
     """`U, s, V^T` with `r = min(m, n)`, largest first; differentiable as `symmetric_eigen` is, and at zero.
 
+    Always LAPACK, where `svd` may take Grams: for small singular values that count, as powers of the spectrum do.
+
     On a CPU by divide and conquer, and by QR iteration where that fails on a finite matrix: LAPACK's divide and conquer
     does not always converge on many equal singular values; what it gives then is NaN.
 

@@ -223,11 +223,9 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
 
         def one(arguments: tuple[Array, Array]) -> tuple[Array, Array]:
             delta, scale = arguments
-            _, s, vt = linalg.thin_svd(delta)
-            u, own, rows = linalg.thin_svd(delta - mean)
-            target = linalg.matmul(u[:, :k] * own[:k], rows[:k]) + mean
-            factor = scale * s[:k, None] * vt[:k]
-            return factor, linalg.matmul(target, factor.T)
+            _, s, vt = linalg.leading(delta, k)
+            factor = scale * s[:, None] * vt
+            return factor, linalg.matmul(mean + linalg.truncated(delta - mean, k), factor.T)
 
         f, z = lax.map(one, (deltas, scales))
         f, z = f.reshape(-1, n), jnp.moveaxis(z, 0, 1).reshape(m, -1)
