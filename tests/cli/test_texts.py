@@ -154,8 +154,8 @@ def test_parameters_go_to_each_method_of_a_sweep():
     }  # fmt: skip
 
 
-ODD = ["a.b", "a b.weight", "w[0].weight", "a,b", "it's", 'say "x"', "both'\".w", "$HOME.`x`.w", "a(b", "x]", "größe.重み",
-       " w", "tab\tname", "a=b", "{x}", "back\\slash", "wow!"]  # fmt: skip
+ODD = ["a.b", "a b.weight", "w[0].weight", "a,b", "it's", 'say "x"', "both'\".w", "$HOME.`x`.w", "a(b", "x]",
+       "größe.重み", " w", "tab\tname", "a=b", "{x}", "back\\slash", "wow!"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ODD)
