@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from cfmerge.formats import Source, TensorInfo
 from cfmerge.models import Kind, is_buffer, is_float
+from cfmerge.models.buffers import is_optional
 from cfmerge.models.heads import VOCABULARY, is_output_layer, may_be_head
 from cfmerge.models.patterns import tell
 from cfmerge.planning.assign import Action, Assignment
@@ -134,8 +135,14 @@ def _settle_buffers(base: Source, experts: Sequence[Source], specs: Sequence[Exp
     kept = []
     for name, assignment in result.assignments.items():
         info = base.tensors[name]
-        if assignment.rule is not None or not is_buffer(name, info.shape):
+        lacking = any(name not in n and not s.partial for s, n in zip(specs, result.sources, strict=True))
+        optional = lacking and is_optional(name)
+        if assignment.rule is not None or not (optional or is_buffer(name, info.shape)):
             continue
+        if optional:
+            result.assignments[name] = dataclasses.replace(assignment, action="keep-base")
+            for names in result.sources:
+                names.pop(name, None)
         alike = [
             names.get(name) in expert.tensors and _alike(info, expert.tensors[names[name]])
             for expert, names in zip(experts, result.sources, strict=True)
@@ -187,7 +194,8 @@ def _check_extra(
     left = [name for name in left if name not in skipped]
     buffers = [
         name for name in left
-        if not is_float(expert.tensors[name].dtype.name) or is_buffer(name, expert.tensors[name].shape)
+        if not is_float(expert.tensors[name].dtype.name) or is_optional(name)
+        or is_buffer(name, expert.tensors[name].shape)
     ]  # fmt: skip
     if buffers:
         result.notes.append(

@@ -7,12 +7,12 @@ from cfmerge.errors import nearest
 from cfmerge.formats import TensorInfo
 from cfmerge.models import Shape, is_float
 from cfmerge.models.heads import VOCABULARY
-from cfmerge.models.patterns import patterns
+from cfmerge.models.patterns import Pattern, patterns
 from cfmerge.recipe import Expert, rule_option
 
 SHOWN = 5  # patterns of one kind of problem
 SHOWN_EXPERTS = 3
-LACKS, HAS, DIFFERS = (" lacks ", " each lacks "), (" has ", " each has "), (": ", ": ")
+LACKS, HAS, DIFFERS = (" lacks ", ": each lacks "), (" has ", ": each has "), (": ", ": ")
 Compared = Mapping[
     str, tuple[TensorInfo, str, TensorInfo]
 ]  # {name: (the base's header, the expert's name, its header)}
@@ -128,34 +128,31 @@ def other_headers(spec: Expert, compared: Compared) -> list[Misfit]:
 def _of_kind(spec: Expert, kind: str, names: Sequence[str], compared: Compared) -> list[Misfit]:
     # a table and the output layer that reads it are named one by one: the counts of their rows may differ
     found = patterns(names, list(compared)) if kind != "vocabulary" else [p for n in names for p in patterns([n])]
-    misfits = []
-    for pattern in found[:SHOWN]:
-        name = pattern.names[0]
-        ours, own_name, theirs = compared[name]
-        count = len(pattern.names)
-        rule = rule_option(pattern.glob, "keep-base")
-        start = f"tensor {own_name!r}" if count == 1 else f"{count} tensors, {pattern.text}, such as {own_name!r}:"
-        if kind == "dtype":
-            text = (
-                f"{start} is {theirs.dtype.name}, in the base {ours.dtype.name}; quantised models must be dequantised "
-                "first"
-            )
-        elif kind == "vocabulary":
-            text = (
-                f"{start}: vocabulary sizes differ: {theirs.shape[0]} rows, {ours.shape[0]} in the base. Either give "
-                f"all models one vocabulary (model.resize_token_embeddings), or leave the base's: {rule}"
-            )
-        else:
-            it = "it" if count == 1 else "them"
-            text = f"{start} has shape {theirs.shape}, in the base {ours.shape}; to leave {it} at the base: {rule}"
-        misfits.append(Misfit(f"{spec.name!r} ({theirs.file})", DIFFERS, text))
+    misfits = [
+        Misfit(f"{spec.name!r} ({compared[pattern.names[0]][2].file})", DIFFERS, _differing(kind, pattern, compared))
+        for pattern in found[:SHOWN]
+    ]
     if len(found) > SHOWN:
         count = sum(len(pattern.names) for pattern in found[SHOWN:])
-        other = "dtype" if kind == "dtype" else "shape"
-        misfits.append(
-            Misfit(
-                f"{spec.name!r} ({spec.path})", HAS,
-                f"{count} more tensors of another {other} than the base's: is it a fine-tuned copy of this base?",
-            )
-        )  # fmt: skip
+        text = f"{count} more tensors of another {kind} than the base's: is it a fine-tuned copy of this base?"
+        misfits.append(Misfit(f"{spec.name!r} ({spec.path})", HAS, text))
     return misfits
+
+
+def _differing(kind: str, pattern: Pattern, compared: Compared) -> str:
+    ours, own_name, theirs = compared[pattern.names[0]]
+    count = len(pattern.names)
+    start = "" if count == 1 else f"{count} tensors of another {kind}: {pattern.text}, such as: "
+    start += f"tensor {own_name!r}"
+    rule = rule_option(pattern.glob, "keep-base")
+    if kind == "dtype":
+        return (
+            f"{start} is {theirs.dtype.name}, in the base {ours.dtype.name}; quantised models must be dequantised first"
+        )
+    if kind == "vocabulary":
+        return (
+            f"{start}: vocabulary sizes differ: {theirs.shape[0]} rows, {ours.shape[0]} in the base. Either give all "
+            f"models one vocabulary (model.resize_token_embeddings), or leave the base's: {rule}"
+        )
+    them = "it" if count == 1 else "them"
+    return f"{start} has shape {theirs.shape}, in the base {ours.shape}; to leave {them} at the base: {rule}"

@@ -93,7 +93,7 @@ def test_many_problems_are_cut(family, refused, make_model, tmp_path):
 def test_experts_with_the_same_problem_are_told_together(family, refused):
     for expert in family.experts:
         rewrite(expert, lambda tensors: tensors.pop(Q))
-    message = refused(["experts 'm1'", str(family.experts[1]), "'m3'", "each lacks tensor " + repr(Q)], family.base,
+    message = refused(["experts 'm1'", str(family.experts[1]), "'m3'", ": each lacks tensor " + repr(Q)], family.base,
                       family.experts)  # fmt: skip
     assert message.count("--rule") == 1
 
@@ -106,7 +106,8 @@ def test_a_rule_that_is_given_twice_counts_once(family, tmp_path):
 def test_a_model_of_another_size_is_told_by_patterns(family, refused, make_model, tmp_path, llama):
     large = {name: np.ones(tuple(2 * n for n in tensor.shape), np.float32) for name, tensor in llama().items()}
     message = refused(
-        ["tensors, model.layers.{0..1}.self_attn.q_proj.weight", "more tensors of another shape", "fine-tuned copy",
+        ["2 tensors of another shape: model.layers.{0..1}.self_attn.q_proj.weight", "more tensors of another shape",
+         "fine-tuned copy",
          '--rule "match=model.layers.*.self_attn.q_proj.weight, method=keep-base"'],
         family.base, [make_model(tmp_path / "large", large), family.experts[0]],
     )  # fmt: skip
