@@ -8,7 +8,8 @@ from cfmerge.formats.base import Source
 from cfmerge.models.patterns import tell
 
 FACTORS = re.compile(
-    r"(^|[./])(lora_(A|B|embedding_A|embedding_B|magnitude_vector|down|up|mid)|hada_w\d_[ab]|lokr_w\d(_[ab])?)([./]|$)"
+    r"((^|[./_])lora[./_](A|B|embedding_A|embedding_B|magnitude_vector|down|up|mid)"
+    r"|[./](hada_w\d_[ab]|lokr_w\d(_[ab])?))([./]|$)"
 )
 
 

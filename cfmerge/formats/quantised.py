@@ -140,7 +140,11 @@ def problem(who: str, source: Source, found: Quantised, base: Source | None = No
 
 
 def _way_out(source: Source, scheme: str) -> str:
-    """The call by which transformers dequantises it, where it can."""
+    """How transformers dequantises it, where it can; floats of 8 bits without scales are plain numbers."""
+    if scheme == "fp8, without scales":
+        return " (torch: save_file({name: t.to(torch.bfloat16) for name, t in load_file(FILE).items()}, OUT))"
+    if not source.config:
+        return ""
     call = next((call for start, call in WAYS_OUT.items() if scheme.startswith(start)), "")
     directory = source.path if source.path.is_dir() else source.path.parent
     model = next(iter(source.config.get("architectures") or ()), "AutoModel")

@@ -13,7 +13,6 @@ BUFFERS = re.compile(
     r"|mask|masked_bias|tril|alibi|alibi_slopes|num_batches_tracked"
     r"|mel_filters|mel_basis|mel_scale[./]fb|(hann_|stft[./]|spectrogram[./])window"  # audio
     r"|pixel_(mean|std)|image_(mean|std)"
-    r"|final_logits_bias"  # BART, Marian, Pegasus
     r")$"
 )
 # The noise schedule of a diffusion model, stored beside it by the files of Stable Diffusion 1 and 2.
@@ -24,6 +23,14 @@ SCHEDULE = re.compile(
 # T5's first files hold a bias that its decoder never used.
 UNREAD = re.compile(r"EncDecAttention[./]relative_attention_bias[./]weight$")
 ATTENTION_BIAS = re.compile(r"attn(ention)?[./](attention[./])?(bias|masked_bias)$")
+
+# A buffer that may hold what was learned (Marian's), and that BART and Pegasus make anew where a file lacks it.
+OPTIONAL = re.compile(r"(^|[./])final_logits_bias$")
+
+
+def is_optional(name: str) -> bool:
+    """Whether a model may lack a tensor that is merged where all have it; otherwise the base's is kept."""
+    return bool(OPTIONAL.search(name))
 
 
 def is_buffer(name: str, shape: Shape) -> bool:

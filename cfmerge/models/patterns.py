@@ -1,6 +1,7 @@
 """Many names told as a few patterns with counts, and as globs that can be pasted into a rule."""
 
 import dataclasses
+import fnmatch
 import re
 from collections.abc import Collection, Iterable, Sequence
 
@@ -27,43 +28,49 @@ def patterns(names: Sequence[str], among: Iterable[str] = ()) -> list[Pattern]:
         names: the names that it stands for.
         among: names that no pattern may cover, unless they are told too.
     """
-    told, found = set(names), []
-    left = list(dict.fromkeys(names))
+    told = set(names)
     others = [name for name in among if name not in told]
-    parts = _whole_parts(left, others)
-    for part in parts:
-        inside = tuple(name for name in left if name.startswith(part))
-        found.append(Pattern(part + "*", escape(part) + "*", inside))
-        left = [name for name in left if not name.startswith(part)]
+    found, left = _whole_parts(list(dict.fromkeys(names)), others)
     families: dict[tuple[str, ...], list[str]] = {}
     for name in left:
         families.setdefault(tuple(re.split(r"\d+", name)), []).append(name)
+    mixed: list[str] = []
     for pieces, members in families.items():
-        found += _numbered(pieces, members, others)
+        one = _numbered(pieces, members, others) if len(members) > 1 else None
+        found += [one] if one else []
+        mixed += [] if one else members
+    layers, single = _whole_parts(mixed, others, numbered=True)
+    found += [*layers, *(Pattern(name, escape(name), (name,)) for name in single)]
     return sorted(found, key=lambda pattern: -len(pattern.names))
 
 
-def _whole_parts(names: Sequence[str], others: Collection[str]) -> list[str]:
-    """The shortest prefixes that hold several of the names, and none of the others."""
+def _whole_parts(
+    names: Sequence[str], others: Collection[str], numbered: bool = False
+) -> tuple[list[Pattern], list[str]]:
+    """Parts of the model that hold several of the names and none of the others; and the names in no such part.
+
+    Args:
+        numbered: a part may be one of several that differ in a number, such as a layer.
+    """
     taken = {prefix for other in others for prefix in _prefixes(other)}
-    if not taken:
-        return []
-    counts: dict[str, int] = {}
-    for name in names:
+    parts: dict[str, list[str]] = {}
+    for name in names if taken else ():
         shortest = next((prefix for prefix in _prefixes(name) if prefix not in taken), None)
-        if shortest is not None and not re.search(r"(^|[./])\d+[./]$", shortest):
-            counts[shortest] = counts.get(shortest, 0) + 1
-    return [prefix for prefix, count in counts.items() if count > 1]
+        if shortest is not None and (numbered or not re.search(r"(^|[./])\d+[./]$", shortest)):
+            parts.setdefault(shortest, []).append(name)
+    found = [
+        Pattern(part + "*", escape(part) + "*", tuple(inside)) for part, inside in parts.items() if len(inside) > 1
+    ]
+    covered = {name for pattern in found for name in pattern.names}
+    return found, [name for name in names if name not in covered]
 
 
 def _prefixes(name: str) -> list[str]:
     return [name[: match.end()] for match in re.finditer(r"[./]", name)]
 
 
-def _numbered(pieces: tuple[str, ...], members: Sequence[str], others: Collection[str]) -> list[Pattern]:
-    """One pattern of names that differ in numbers, or one each where its glob would take others too."""
-    if len(members) == 1:
-        return [Pattern(members[0], escape(members[0]), (members[0],))]
+def _numbered(pieces: tuple[str, ...], members: Sequence[str], others: Collection[str]) -> Pattern | None:
+    """The pattern of names that differ in numbers; None where its glob would take others too."""
     columns = list(zip(*(re.findall(r"\d+", name) for name in members), strict=True))
     text, glob = pieces[0], escape(pieces[0])
     for values, piece in zip(columns, pieces[1:], strict=True):
@@ -75,10 +82,9 @@ def _numbered(pieces: tuple[str, ...], members: Sequence[str], others: Collectio
             shown = f"{distinct[0]}..{distinct[-1]}" if whole else ",".join(map(str, distinct[:4]))
             shown, hidden = "{" + shown + (",..." if not whole and len(distinct) > 4 else "") + "}", "*"
         text, glob = text + shown + piece, glob + hidden + escape(piece)
-    matcher = re.compile("".join(".*" if c == "*" else re.escape(c) for c in glob))
-    if any(matcher.fullmatch(other) for other in others):
-        return [Pattern(name, escape(name), (name,)) for name in members]
-    return [Pattern(text, glob, tuple(members))]
+    if any(fnmatch.fnmatchcase(other, glob) for other in others):
+        return None
+    return Pattern(text, glob, tuple(members))
 
 
 def escape(text: str) -> str:

@@ -133,8 +133,8 @@ def _explicit(parameter: Parameter, method: Method, rule: Rule) -> Assignment:
 
 def _check_used(rules: Sequence[Rule], used: Iterable[bool], names: Iterable[str], others: Iterable[str]) -> None:
     names, others = list(names), list(others)
-    for rule, was_used in zip(rules, used, strict=True):
-        if was_used or (rule.method == "skip" and any(_fits(name, rule) for name in others)):
+    for number, (rule, was_used) in enumerate(zip(rules, used, strict=True)):
+        if was_used or rule in rules[:number] or (rule.method == "skip" and any(_fits(name, rule) for name in others)):
             continue
         shadowed = any(_fits(name, rule) for name in names) and not rule.kinds
         raise CfmergeError(

@@ -28,6 +28,7 @@ SILENT = re.compile(
 # these keys are told too where only some of the models state them: libraries have other defaults
 STATED = re.compile(
     r"rope|theta|rotary|window|softcap|multiplier|logit_scale|attention_scale|_act$|_act_fn$|activation"
+    r"|experts_per|top_?k_prob|scaling_factor|scale_embedding|attn_scalar|position_embedding_type|pool|is_decoder|causal"
 )
 DEFAULTS: Mapping[str, Any] = {
     "rope_theta": 10000, "rope.rope_type": "default", "partial_rotary_factor": 1, "rope.partial_rotary_factor": 1,

@@ -4,17 +4,16 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
 
-from cfmerge.errors import nearest
 from cfmerge.formats import Source, TensorInfo
 from cfmerge.models import Kind, is_buffer, is_float
+from cfmerge.models.buffers import is_optional
 from cfmerge.models.heads import VOCABULARY, is_output_layer, may_be_head
-from cfmerge.models.patterns import escape, patterns, tell
+from cfmerge.models.patterns import tell
 from cfmerge.planning.assign import Action, Assignment
+from cfmerge.planning.misfits import Misfit, less_than_the_base, more_than_the_base, other_headers, told
 from cfmerge.planning.pair import Paired
 from cfmerge.planning.ties import Ties
-from cfmerge.recipe import Expert, Recipe, Rule, rule_option
-
-SHOWN = 5  # patterns of one kind of problem
+from cfmerge.recipe import Expert, Recipe, Rule
 
 
 @dataclasses.dataclass
@@ -26,6 +25,7 @@ class Matched:
     exported: dict[str, tuple[str, ...]]
     notes: list[str]
     problems: list[str]
+    told: set[str] = dataclasses.field(default_factory=set)  # heads that a problem speaks of already
 
 
 def match_experts(
@@ -45,9 +45,11 @@ def match_experts(
     ]
     _settle_heads(recipe, base, paired.experts, specs, extras, result)
     _settle_buffers(base, paired.experts, specs, result)
+    misfits: list[Misfit] = []
     for spec, expert, sources, extra in zip(specs, paired.experts, result.sources, extras, strict=True):
-        _check_expert(base, spec, expert, sources, extra, result)
-        _check_extra(recipe, spec, expert, sources, extra, _missing(sources, result), result)
+        misfits += _check_expert(base, spec, expert, sources, extra, result)
+        misfits += _check_extra(recipe, spec, expert, sources, extra, result)
+    result.problems += told(misfits)
     (result.problems if result.problems else result.notes).extend(paired.architectures)
     for name, assignment in result.assignments.items():  # tensors that only partial experts changed
         if assignment.action == "merge" and specs and not any(name in sources for sources in result.sources):
@@ -98,6 +100,9 @@ def _settle_heads(
             "--heads keep-base (the base's heads, if any), drop (a trunk without heads), or export (the trunk, and "
             "each expert's heads beside it in heads/NAME.safetensors)"
         )
+        everywhere = [name for name in base_heads if all(name in result.sources[number] for number in whole)]
+        heads = {name for name in base_heads if result.assignments[name].parameter.kind is Kind.HEAD}
+        result.told |= heads.union(everywhere)
     for name in base_heads if recipe.heads else ():
         action: Action = "skip" if recipe.heads == "drop" else "keep-base"
         result.assignments[name] = dataclasses.replace(result.assignments[name], action=action)
@@ -130,8 +135,14 @@ def _settle_buffers(base: Source, experts: Sequence[Source], specs: Sequence[Exp
     kept = []
     for name, assignment in result.assignments.items():
         info = base.tensors[name]
-        if assignment.rule is not None or not is_buffer(name, info.shape):
+        lacking = any(name not in n and not s.partial for s, n in zip(specs, result.sources, strict=True))
+        optional = lacking and is_optional(name)
+        if assignment.rule is not None or not (optional or is_buffer(name, info.shape)):
             continue
+        if optional:
+            result.assignments[name] = dataclasses.replace(assignment, action="keep-base")
+            for names in result.sources:
+                names.pop(name, None)
         alike = [
             names.get(name) in expert.tensors and _alike(info, expert.tensors[names[name]])
             for expert, names in zip(experts, result.sources, strict=True)
@@ -149,11 +160,14 @@ def _alike(ours: TensorInfo, theirs: TensorInfo) -> bool:
     return ours.shape == theirs.shape and is_float(ours.dtype.name) == is_float(theirs.dtype.name)
 
 
-# --- what does not fit --------------------------------------------------------------------------------------------
+# --- what does not fit: see `misfits` -----------------------------------------------------------------------------
 
 
 def _missing(sources: Mapping[str, str], result: Matched) -> list[str]:
-    return [name for name, a in result.assignments.items() if a.action == "merge" and name not in sources]
+    return [
+        name for name, a in result.assignments.items()
+        if a.action == "merge" and name not in sources and name not in result.told
+    ]  # fmt: skip
 
 
 def skips(rule: Rule, name: str) -> bool:
@@ -167,9 +181,8 @@ def _check_extra(
     expert: Source,
     sources: Mapping[str, str],
     extra: Sequence[str],
-    missing: Sequence[str],
     result: Matched,
-) -> None:
+) -> list[Misfit]:
     """Tensors that the base lacks: buffers, heads, parts of another model, a rule's to skip, or a problem."""
     left = [name for name in extra if spec.partial or not may_be_head(name)]
     skipped = [name for name in left if any(skips(rule, name) for rule in recipe.rules)]
@@ -181,7 +194,8 @@ def _check_extra(
     left = [name for name in left if name not in skipped]
     buffers = [
         name for name in left
-        if not is_float(expert.tensors[name].dtype.name) or is_buffer(name, expert.tensors[name].shape)
+        if not is_float(expert.tensors[name].dtype.name) or is_optional(name)
+        or is_buffer(name, expert.tensors[name].shape)
     ]  # fmt: skip
     if buffers:
         result.notes.append(
@@ -193,21 +207,9 @@ def _check_extra(
     if spec.partial:
         if floats:
             result.notes.append(f"expert {spec.name!r}: {tell(floats, among)} are not in the base, and left out")
-        return
-    found = patterns(floats, among)
-    for pattern in found[:SHOWN]:
-        rule = f"a rule with method skip: {rule_option(pattern.glob, 'skip')}"
-        name = pattern.names[0]
-        result.problems.append(
-            f"expert {spec.name!r} ({spec.path}) has a tensor that the base lacks: {name!r} "
-            f"{expert.tensors[name].shape}{nearest(name, missing) if missing else ''} (to leave it out: {rule})"
-            if len(pattern.names) == 1
-            else f"expert {spec.name!r} ({spec.path}) has {len(pattern.names)} tensors that the base lacks: "
-            f"{pattern.text}, such as {name!r} {expert.tensors[name].shape} (to leave them out: {rule})"
-        )
-    if len(found) > SHOWN:
-        count = sum(len(pattern.names) for pattern in found[SHOWN:])
-        result.problems.append(f"expert {spec.name!r} has {count} more tensors that the base lacks")
+        return []
+    shapes = {name: expert.tensors[name].shape for name in floats}
+    return more_than_the_base(spec, shapes, among, _missing(sources, result))
 
 
 def _check_expert(
@@ -217,56 +219,21 @@ def _check_expert(
     sources: Mapping[str, str],
     extra: Sequence[str],
     result: Matched,
-) -> None:
+) -> list[Misfit]:
     """Tensors of the base that an expert lacks, or has in another shape or dtype."""
-    for name, assignment in result.assignments.items():
-        if name in sources and (assignment.action == "merge" or assignment.agree):
-            theirs = expert.tensors[sources[name]]
-            problem = _header_problem(name, base.tensors[name], spec, sources[name], theirs)
-            result.problems += [problem] if problem else []
+    compared = {
+        name: (base.tensors[name], sources[name], expert.tensors[sources[name]])
+        for name, assignment in result.assignments.items()
+        if name in sources and (assignment.action == "merge" or assignment.agree) and name not in result.told
+    }
+    found = other_headers(spec, compared)
     missing = _missing(sources, result)
-    has = list(sources)
     if spec.partial:
         if missing:
             result.notes.append(
-                f"expert {spec.name!r} is partial: {tell(missing, has)} are merged without it, or stay at the base"
+                f"expert {spec.name!r} is partial: {tell(missing, list(sources))} are merged without it, or stay at "
+                "the base"
             )
-        return
+        return found
     floats = [name for name in extra if is_float(expert.tensors[name].dtype.name)]
-    found = patterns(missing, has)
-    for pattern in found[:SHOWN]:
-        rule = f"a rule with method keep-base: {rule_option(pattern.glob, 'keep-base')}"
-        name, count = pattern.names[0], len(pattern.names)
-        result.problems.append(
-            f"expert {spec.name!r} ({spec.path}) lacks tensor {name!r} {base.tensors[name].shape}"
-            f"{nearest(name, floats) if floats else ''} (to leave it at the base: {rule})"
-            if count == 1
-            else f"expert {spec.name!r} ({spec.path}) lacks {count} tensors of the base: {pattern.text}, such as "
-            f"{name!r} {base.tensors[name].shape} (to leave them at the base: {rule})"
-        )
-    if len(found) > SHOWN:
-        count = sum(len(pattern.names) for pattern in found[SHOWN:])
-        result.problems.append(f"expert {spec.name!r} lacks {count} more tensors of the base")
-    if len(missing) > SHOWN:
-        result.problems.append(
-            f"(if expert {spec.name!r} is meant to be a part of the base: 'partial: true' beside its path; if it has "
-            "other names: 'rename: [{from: REGEX, to: TEXT}]')"
-        )
-
-
-def _header_problem(name: str, ours: TensorInfo, spec: Expert, their_name: str, theirs: TensorInfo) -> str | None:
-    if is_float(ours.dtype.name) != is_float(theirs.dtype.name):
-        return (
-            f"expert {spec.name!r} ({theirs.file}): tensor {their_name!r} is {theirs.dtype.name}, in the base "
-            f"{ours.dtype.name}; quantised models must be dequantised first"
-        )
-    if ours.shape == theirs.shape:
-        return None
-    place = f"expert {spec.name!r} ({theirs.file}): tensor {their_name!r}"
-    rule = rule_option(escape(name), "keep-base")
-    if VOCABULARY.search(name) and ours.shape[1:] == theirs.shape[1:]:
-        return (
-            f"{place}: vocabulary sizes differ: {theirs.shape[0]} rows, {ours.shape[0]} in the base. Either give "
-            f"all models one vocabulary (model.resize_token_embeddings), or leave the base's: {rule}"
-        )
-    return f"{place} has shape {theirs.shape}, in the base {ours.shape}; to leave it at the base: {rule}"
+    return found + less_than_the_base(spec, {name: base.tensors[name].shape for name in missing}, list(sources), floats)

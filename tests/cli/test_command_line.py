@@ -366,3 +366,17 @@ def test_reasons_are_told_once(cli):
     ).out.splitlines()
     assert sum(line.endswith("average (1)") for line in lines) == 2
     assert "(1) by the rule for *.q_proj.*" in lines
+
+
+def test_accumulate_and_sweep_tell_what_a_merge_would_tell(models, tmp_path, make_model, llama, capsys, monkeypatch):
+    """In this process: notes stand on the terminal, not in cards alone."""
+    from cfmerge.cli import main
+
+    wrapped = make_model(tmp_path / "wrapped", {"module." + name: tensor for name, tensor in llama(1).items()})
+    inputs = ("--base", str(models / "base"), "-e", str(wrapped), "-e", str(models / "e2"))
+    for command in (("accumulate", "-m", "average"), ("sweep", "-m", "average", "-m", "task_arithmetic(scale=1)")):
+        monkeypatch.setattr(sys, "argv", ["cfmerge", *command, *inputs, "-o", str(tmp_path / command[0])])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0
+        assert capsys.readouterr().out.count("known under another name") == 1

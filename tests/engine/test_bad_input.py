@@ -90,6 +90,43 @@ def test_many_problems_are_cut(family, refused, make_model, tmp_path):
     assert len(message.split("\n")) <= 6
 
 
+def test_experts_with_the_same_problem_are_told_together(family, refused):
+    for expert in family.experts:
+        rewrite(expert, lambda tensors: tensors.pop(Q))
+    message = refused(["experts 'm1'", str(family.experts[1]), "'m3'", ": each lacks tensor " + repr(Q)], family.base,
+                      family.experts)  # fmt: skip
+    assert message.count("--rule") == 1
+
+
+def test_a_rule_that_is_given_twice_counts_once(family, tmp_path):
+    rules = [{"match": Q, "method": "keep-base"}] * 2
+    assert len(cfmerge.plan(family.base, family.experts, "average", rules=rules).jobs) > 1
+
+
+def test_a_model_of_another_size_is_told_by_patterns(family, refused, make_model, tmp_path, llama):
+    large = {name: np.ones(tuple(2 * n for n in tensor.shape), np.float32) for name, tensor in llama().items()}
+    message = refused(
+        ["2 tensors of another shape: model.layers.{0..1}.self_attn.q_proj.weight", "more tensors of another shape",
+         "fine-tuned copy",
+         '--rule "match=model.layers.*.self_attn.q_proj.weight, method=keep-base"'],
+        family.base, [make_model(tmp_path / "large", large), family.experts[0]],
+    )  # fmt: skip
+    assert len(message.split("\n")) <= 7
+
+
+def test_a_model_with_fewer_layers(family, refused, tmp_path):
+    """A rule for each layer takes all that is missing."""
+
+    def without_last(tensors):
+        for name in [name for name in tensors if ".layers.1." in name]:
+            del tensors[name]
+
+    rewrite(family.experts[0], without_last)
+    refused(["lacks", "tensors of the base: model.layers.1.*", "partial: true"], family.base, family.experts)
+    rules = [{"match": "model.layers.1.*", "method": "keep-base"}]
+    assert cfmerge.plan(family.base, family.experts, "average", rules=rules).jobs
+
+
 def test_shape_mismatch(family, refused):
     """mergekit leaves such a tensor at the base, with a warning."""
     rewrite(family.experts[1], lambda tensors: tensors.update({UP: np.ones((24, 8), np.float32)}))

@@ -22,6 +22,8 @@ TOLD = {
     "a window": ({"sliding_window": 4096}, {"sliding_window": None}),
     "ties": ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
     "a key of a new library": ({"warp_factor": 1}, {"warp_factor": 2}),
+    "experts at work that one of them does not state": ({"num_experts_per_tok": 2}, {}),
+    "a scale that one of them does not state": ({}, {"routed_scaling_factor": 2.5}),
     "a multiplier": ({"embedding_multiplier": 12.0}, {"embedding_multiplier": 1.0}),
 }
 SILENT = {

@@ -180,11 +180,16 @@ def test_buffers_that_are_alike_are_not_told_as_ties(merge):
 
 
 def test_the_bias_of_an_output_that_some_libraries_store(merge):
-    """BART's, which it makes anew: a model may lack it."""
-    bias = {"final_logits_bias": np.zeros((1, 12), np.float32)}
-    found, result = merge(tensors() | bias, [tensors(1), tensors(2) | bias])
-    assert np.array_equal(found["final_logits_bias"], bias["final_logits_bias"])
+    """BART makes it anew where it is missing; it is merged where all models have it."""
+    base, one, two = ({"final_logits_bias": np.full((1, 12), value, np.float32)} for value in (0, 1, 3))
+    found, _ = merge(tensors() | base, [tensors(1) | one, tensors(2) | two])
+    assert (found["final_logits_bias"] == 2).all()
+    found, result = merge(tensors() | base, [tensors(1), tensors(2) | two])
+    assert (found["final_logits_bias"] == 0).all()
     assert any("final_logits_bias" in note and "buffers" in note for note in result.notes)
+    found, result = merge(tensors(), [tensors(1), tensors(2) | two])
+    assert "final_logits_bias" not in found
+    assert any("final_logits_bias" in note and "the base lacks" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("differs", ["base", "expert"])

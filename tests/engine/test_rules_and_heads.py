@@ -177,6 +177,7 @@ def test_heads_without_a_choice(headed, refused):
         headed[0], headed[1:],
     )  # fmt: skip
     assert "two:" not in message
+    assert "--rule" not in message, "heads are told once, with the choice"
 
 
 def test_heads_that_an_expert_lacks(headed, refused, make_model, tmp_path, llama):

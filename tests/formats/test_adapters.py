@@ -13,6 +13,7 @@ PEFT = ones(f"{Q}.lora_A.default.weight", f"{Q}.lora_B.default.weight")
 NAMES = [
     *PEFT, "base_model.model.h.0.lora_A.weight", "emb.lora_embedding_A", "h.lora_magnitude_vector",
     "lora_unet_x.lora_down.weight", "x.hada_w1_a", "x.lokr_w2",
+    "unet.x.lora.down.weight", "attn1.processor.to_q_lora.up.weight",
 ]  # fmt: skip
 OTHERS = ["attn.w_lora.lora.0.weight", "q_a_proj.weight", "explorer.lora.weight"]
 

@@ -10,7 +10,7 @@ import pytest
 import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
-from cfmerge.formats.quantised import notes, quantised
+from cfmerge.formats.quantised import notes, problem, quantised
 from cfmerge.formats.safetensors import save
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -103,6 +103,16 @@ def test_all_quantised_models_are_named_at_once(family, refused, tmp_path, llama
     assert len(message.split("\n")) == 2
     for advice in ("keep-base", "method skip"):
         assert advice not in message
+
+
+def test_the_way_out_fits_the_model(tmp_path):
+    """A bare file is nothing that transformers opens; floats of 8 bits without scales are cast."""
+    for name, more, word in (("plain", {}, "torch.bfloat16"), ("scaled", {"w.weight_scale": zeros(np.float32)}, "")):
+        save(tmp_path, {"w.weight": zeros(F8, 4, 4), **more}, {}, name)
+        source = open_checkpoint(tmp_path / f"{name}.safetensors")
+        message = problem("base", source, quantised(source))
+        assert word in message
+        assert "from_pretrained" not in message
 
 
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E4M3B11"])

@@ -258,4 +258,9 @@ def test_a_pattern_takes_no_other_tensor():
     """The glob of layers 1 and 3 would take layer 2."""
     found = patterns(["a.1.w", "a.3.w"], ["a.2.w"])
     assert [pattern.glob for pattern in found] == ["a.1.w", "a.3.w"]
+    layers = [f"h.{n}.{x}.w" for n in range(8) for x in "qkv"]
+    found = patterns(layers[18:], layers[:18])
+    assert [(pattern.glob, len(pattern.names)) for pattern in found] == [("h.6.*", 3), ("h.7.*", 3)]
+    (one,) = patterns(layers[:3], layers[3:])
+    assert one.glob == "h.0.*"
     assert patterns(["a[0].w"], [])[0].glob == "a[[]0].w"
