@@ -33,6 +33,10 @@ def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
         if key in given:
             given[key] = joined(given[key], content.get(key))
     content |= given
+    if content.get("statistics") and "method" not in content:
+        from cfmerge.statistics import Statistics
+
+        content["method"] = Statistics.load(content["statistics"]).method  # that they were accumulated for
     needed = ("base",) if content.get("statistics") else ("base", "experts")
     missing = [key for key in needed if not content.get(key)]
     if missing:

@@ -8,8 +8,10 @@ import numpy as np
 from cfmerge.engine.units import Unit
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.models import Kind, is_float
+from cfmerge.models.patterns import escape
 from cfmerge.planning.ties import same_bits
 from cfmerge.planning.work import Job, Readable, Work
+from cfmerge.recipe import rule_option
 
 
 def check_finite(unit: Unit, base: Any, expert: int | None, flags: np.ndarray) -> None:
@@ -63,10 +65,10 @@ def kept_tensor(work: Work, job: Job) -> np.ndarray:
     if job.assignment.agree:
         for expert, source in zip(work.experts, job.sources, strict=True):
             if source is not None and not np.array_equal(expert.tensors.read(source), base):
+                kind = "integers" if np.issubdtype(base.dtype, np.integer) else "values"
                 raise CfmergeError(
-                    f"{expert.told}: integers {source!r} ({base.dtype.name}) differ from the "
-                    f"base's, and integers are not merged; a rule 'match: \"{job.name}\", method: keep-base' keeps "
-                    "the base's"
+                    f"{expert.told}: {kind} {source!r} ({base.dtype.name}) differ from the base's, and {kind} of this "
+                    f"dtype are not merged; to keep the base's: {rule_option(escape(job.name), 'keep-base')}"
                 )
     return kept
 

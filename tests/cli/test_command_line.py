@@ -380,3 +380,12 @@ def test_accumulate_and_sweep_tell_what_a_merge_would_tell(models, tmp_path, mak
             main()
         assert end.value.code == 0
         assert capsys.readouterr().out.count("known under another name") == 1
+
+
+def test_statistics_are_solved_by_the_method_that_they_were_made_for(cli, tmp_path):
+    sums, out = tmp_path / "sums", tmp_path / "out"
+    assert cli("accumulate", "--base", "base", *EXPERTS, "-m", "task_arithmetic(scale=0.5)", "-o", sums).code == 0
+    assert cli("merge", "--base", "base", "--statistics", sums, "-o", out).code == 0
+    recipe = load_recipe(out / "README.md")
+    assert recipe.method == "task_arithmetic"
+    assert recipe.parameters["scale"] == 0.5
