@@ -22,6 +22,7 @@ steps `Unsolved`, which return the statistics.
 
     run        the loop, its threads, the surveys
     units      the pieces of work
+    cutting    jobs cut into units
     passes     the steps of each kind of pass
     steps      the functions that are compiled
     precision  the decisions that are made while running
