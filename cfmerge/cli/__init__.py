@@ -56,7 +56,7 @@ def _main(
 def merge(
     asked: Recipe,
     *,
-    output: o.Output,
+    output: o.ModelOutput,
     overwrite: o.Overwrite = False,
     memory: o.Memory = None,
     quiet: o.Quiet = False,

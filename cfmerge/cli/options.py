@@ -99,6 +99,9 @@ Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the
 Memory = Annotated[
     str | None, option("--memory", metavar="SIZE", help="Bound such as 4GB. Default: 1/4 of free memory.")
 ]
+ModelOutput = Annotated[
+    Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or a .safetensors.")
+]
 Quiet = Annotated[bool, option("--quiet", "-q", help="No progress, no summary.")]
 Json = Annotated[bool, option("--json", help="JSON on stdout.")]
 Plugins = Annotated[list[str] | None, option("--plugin", metavar="FILE", help="Python code with methods; repeat.")]
