@@ -134,6 +134,9 @@ class _Loop:
         self._writing: deque[Future[None]] = deque()
 
     def __enter__(self) -> "_Loop":
+        if self.work.from_files:
+            for model in (self.work.base, *self.work.experts):
+                model.tensors.prepare()
         if not self.work.traced:
             self._context.enter_context(_blas().limit(limits=1, user_api="blas"))
         self._context.enter_context(warnings.catch_warnings())

@@ -89,7 +89,7 @@ class Source(Protocol):
     def prepare(self) -> None:
         """Looks at the whole model, where its tensors cannot be told before (a permutation that is matched, say).
 
-        It is called once, before the first `read`, and may read tensors. Most sources have nothing to do.
+        The loop calls it once, before it reads, and it may read tensors. Most sources have nothing to do.
         """
         ...
 

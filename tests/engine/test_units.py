@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import cfmerge
-from cfmerge.engine import cutting, steps
+from cfmerge.engine import cutting, run, steps
+from cfmerge.formats.huggingface import HuggingFaceSource
+from cfmerge.products.trees import Kept
 
 ODD = {f"layer{n}.weight": shape for n, shape in enumerate([(3, 5), (7, 2), (4, 4), (1, 9), (40, 3)])}
 ODD |= {f"layer{n}.bias": (n + 2,) for n in range(4)}
@@ -71,3 +73,20 @@ def test_layers_of_a_stack_are_merged_some_at_a_time(make_model, tmp_path, load,
     cfmerge.solve(tmp_path / "sums", base, output=tmp_path / "solved")
     for name, tensor in load(tmp_path / "solved").items():
         np.testing.assert_allclose(tensor, whole[name], atol=1e-4)
+
+
+def test_sources_are_prepared_once_and_before_they_are_read(odd, monkeypatch):
+    told = []
+    original = HuggingFaceSource.read
+
+    def read(self, name, first=0, count=None):
+        told.append(("read", self.path))
+        return original(self, name, first, count)
+
+    base, experts = odd
+    plan = cfmerge.plan(base, experts, "average")
+    monkeypatch.setattr(HuggingFaceSource, "prepare", lambda self: told.append(("prepare", self.path)))
+    monkeypatch.setattr(HuggingFaceSource, "read", read)
+    run.merge(plan.work, [Kept()])
+    assert told[:3] == [("prepare", path) for path in (base, *experts)]
+    assert {kind for kind, _ in told[3:]} == {"read"}
