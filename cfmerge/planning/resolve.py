@@ -68,6 +68,7 @@ def resolve(
     opened = opened or {}
     base = opened.get(recipe.base) or open_checkpoint(recipe.base)
     experts = [opened.get(spec.path) or open_checkpoint(spec.path) for spec in specs]
+    opened = {**dict(zip([spec.path for spec in specs], experts, strict=True)), recipe.base: base}
     for expert in experts:
         if not expert.config:  # a bare file: tied as the base is
             told = {alias: name for alias, name in base.ties.items() if name in expert.tensors}
@@ -134,7 +135,7 @@ def resolve(
     return Resolved(
         results, base, tuple(paired.experts), tuple(specs), work, matched[0].exported,
         (*notes, *numbers_told, *matched[0].notes, *unsolved(jobs, made[0])), parse_size(recipe.shard_size),
-        _side_files(recipe, base), sums,
+        _side_files(recipe, base), sums, opened,
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ class Resolved:
         notes: notes for the user.
         shard_bytes, side_files: the output's.
         sums: methods are in the form whose statistic is a sum of fixed size.
+        opened: `{path: source}` of base and experts as they lie, without the views that this plan takes of them.
     """
 
     results: Mapping[str, Planned]
@@ -59,6 +60,7 @@ class Resolved:
     shard_bytes: int
     side_files: Mapping[str, Path]
     sums: bool = False
+    opened: Mapping[str, Source] = dataclasses.field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:

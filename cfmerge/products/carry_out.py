@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shlex
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +113,10 @@ def _warned(account: Account, result: int, output: Path | None = None) -> tuple[
     """The warning about a whole model, with the command that makes another."""
     text = account.warning(result)
     if text and output is not None:
-        text += f":\n  cfmerge merge {output / 'README.md'} -m {SAFER} -o {output}-{SAFER}"
+        single = output.suffix == ".safetensors"  # it holds its recipe itself
+        recipe = output if single else output / "README.md"
+        other = output.with_stem(f"{output.stem}-{SAFER}") if single else f"{output}-{SAFER}"
+        text += f":\n  cfmerge merge {shlex.quote(str(recipe))} -m {SAFER} -o {shlex.quote(str(other))}"
     return (text,) if text else ()
 
 

@@ -101,9 +101,8 @@ class Plan(Resolved):
         least = 0 if self.statistics else 1 if self.sums else 2
         if len(kept) < least and ("one-expert" not in recipe.allow or not kept):
             raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
-        opened = {spec.path: expert for spec, expert in zip(self.expert_specs, self.experts, strict=True)}
         asked = {label: msgspec.structs.replace(one.recipe, experts=kept) for label, one in self.results.items()}
-        return planned(asked, self.statistics, sums=self.sums, opened={**opened, recipe.base: self.base})
+        return planned(asked, self.statistics, sums=self.sums, opened=self.opened)
 
 
 def planned(asked: Mapping[str, Recipe], statistics: Statistics | None = None, **how: Any) -> Plan:

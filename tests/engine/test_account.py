@@ -73,5 +73,9 @@ def test_where_most_layers_outgrow_their_experts_one_warning_says_so_with_a_comm
     from cfmerge.cli import app
 
     assert CliRunner().invoke(app, shlex.split(command)[1:]).exit_code == 0  # the command holds
+    (warning,) = cfmerge.merge(base, experts, output=tmp_path / "one file.safetensors").warnings
+    command = shlex.split(warning.splitlines()[-1])
+    assert CliRunner().invoke(app, command[1:]).exit_code == 0
+    assert (tmp_path / "one file-dc_merge.safetensors").is_file()
     own = [make_model(tmp_path / f"o{n}", adapted(llama, n, shared=False)) for n in range(1, 4)]
     assert cfmerge.merge(base, own, "average", output=tmp_path / "calm").warnings == ()

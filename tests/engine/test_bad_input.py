@@ -682,3 +682,17 @@ def test_rule_with_parameters_for_nothing(family, refused):
 
 def test_nothing_to_merge(family, refused):
     refused(["nothing to merge"], family.base, family.experts, rules=[Rule("*", "keep-base")])
+
+
+def test_an_expert_is_left_out_of_models_whose_names_are_renamed(make_model, llama, tmp_path):
+    """The plan without it is made of the files again, not of the names that the first plan saw."""
+    base = make_model(tmp_path / "base", llama())
+    paths = []
+    for number in (1, 2, 3):
+        tensors = {name.replace("layers", "blocks"): tensor for name, tensor in llama(number).items()}
+        if number == 3:
+            tensors["model.norm.weight"][0] = np.nan
+        paths.append(make_model(tmp_path / f"m{number}", tensors))
+    options = {"rename": [{"from": "blocks", "to": "layers"}], "on_nonfinite": "skip-expert"}
+    result = cfmerge.merge(base, paths, "average", output=tmp_path / "out", **options)
+    assert [spec.name for spec in result.plan.expert_specs] == ["m1", "m2"]
