@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from cfmerge import methods as registered
 from cfmerge.core.call import call_of, form_of, identity
 from cfmerge.core.expressions import expression
 from cfmerge.errors import CfmergeError
@@ -242,7 +241,3 @@ def fingerprint(tensors: Mapping[str, Any] | Source, names: Sequence[str]) -> st
         digest.update(name.encode() + b"\0")
         digest.update(np.asarray(array.reshape(-1)[:SAMPLE], np.float32).tobytes())
     return digest.hexdigest()
-
-
-def parsed(method: Method | str, parameters: Mapping[str, Any] | None = None) -> Method:
-    return full_form(method if isinstance(method, Method) else registered.make(method, parameters))

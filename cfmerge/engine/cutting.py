@@ -16,7 +16,9 @@ STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy a
 
 
 def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iterator[Unit]:
-    """All merge jobs as units, in about the order of the plan; the working set of a stack fits half of `memory`.
+    """The jobs as units, in about the order of the plan; the working set of a stack fits half of `memory`.
+
+    Each job merges something: see `Work.merged`.
 
     Under a transformation of JAX tensors are neither cut nor kept apart: its compiler sees all of them anyway.
 
@@ -26,8 +28,6 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
     waiting: dict[Any, list[Job]] = {}
     filling: dict[Any, list[Segment]] = {}
     for job in jobs:
-        if job.assignment.action != "merge" or job.parameter.size == 0:
-            continue
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
         if job.method.needs.scope == "entry" and not work.traced:
             if work.from_files and job.method.survey is None:
@@ -41,7 +41,7 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
             continue
         bucket = waiting.setdefault((job.parameter.shape, job.layout, *likes), [])
         bucket.append(job)
-        if not work.traced and len(bucket) >= _stack(job, memory):
+        if not work.traced and len(bucket) >= _at_once(job, job.parameter.size, memory):
             yield _whole(work, waiting.pop((job.parameter.shape, job.layout, *likes)))
     for bucket in waiting.values():
         yield _whole(work, bucket)
@@ -68,7 +68,7 @@ def _rows(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
         yield Unit(work, (Segment(job, first, ENTRIES),), row)
     first = alone
     while first < job.parameter.size:
-        used = sum(-(-(segment.count or 0) // row) for segment in filling)
+        used = sum(segment.rows(row) for segment in filling)
         room = (ENTRIES // row - used) * row
         if room <= 0:
             yield Unit(work, tuple(filling), row)
@@ -81,18 +81,16 @@ def _rows(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
 
 def _layers(work: Work, job: Job, memory: int | None) -> Iterator[Unit]:
     """A tensor that stacks layers, some of them at a time."""
-    most = max(1, STACKED // math.prod(job.seen_shape))
-    if memory is not None:
-        check_memory(job, memory)
-        most = max(1, min(most, memory // 2 // max(job.working_bytes, 1)))
     size = math.prod(job.seen_shape)
+    most = _at_once(job, size, memory)
     for layer in range(0, job.matrices, most):
         count = min(most, job.matrices - layer)
         yield Unit(work, (Segment(job, layer * size, count * size),))
 
 
-def _stack(job: Job, memory: int | None) -> int:
-    by_size = (ENTRIES if job.method.needs.scope == "entry" else STACKED) // job.parameter.size
+def _at_once(job: Job, size: int, memory: int | None) -> int:
+    """How many arrays of so many entries, tensors like the job's or its layers, are one unit."""
+    by_size = (ENTRIES if job.method.needs.scope == "entry" else STACKED) // size
     if memory is None:
         return max(1, by_size)
     check_memory(job, memory)

@@ -16,6 +16,7 @@ from cfmerge.core.several import reported
 from cfmerge.engine.low_rank import CUT, rank_bound
 from cfmerge.engine.units import Unit
 from cfmerge.methods import Found, Method
+from cfmerge.planning.work import Job, Work
 
 # Relative error of a merged delta, measured, times the smallest eigenvalue of the system over the largest (what a
 # method reports as `ridge_ratio`): when all is float32, and when float32 sums are solved in float64. For deltas that
@@ -56,7 +57,7 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
     """The attempts at a unit; returns the outcome that holds."""
     work, methods = unit.work, unit.methods
     usual = Attempt(unit, methods, found, "float32")
-    if work.precision == "float64" or compute_dtype(unit) == "float64":
+    if compute_dtype(work, unit.jobs) == "float64":
         return (yield usual._replace(compute="float64"))
     if work.traced:
         return (yield usual)
@@ -92,12 +93,11 @@ def _solved_again(attempt: Attempt, outcome: Outcome) -> Generator[Attempt, Outc
     return outcome._replace(tensors=tensors, float64=len(weak))
 
 
-def compute_dtype(unit: Unit) -> str:
-    """The dtype that a unit is computed in, if nothing else is asked for."""
-    dtype = np.dtype(unit.job.parameter.dtype) if unit.job.parameter.dtype == "float64" else None
-    if dtype is None or (unit.work.traced and not jax.config.read("jax_enable_x64")):
-        return "float32"
-    return "float64"
+def compute_dtype(work: Work, jobs: Sequence[Job]) -> str:
+    """The dtype that jobs are computed in from the start: float64 where it is asked for, or comes in."""
+    wide = work.precision == "float64" or any(job.parameter.dtype == "float64" for job in jobs)
+    there = not work.traced or jax.config.read("jax_enable_x64")
+    return "float64" if wide and there else "float32"
 
 
 def _low_rank_form(unit: Unit) -> Method | None:

@@ -110,7 +110,7 @@ def accumulate(
     """
     loop = _Loop(work, memory, progress, None)
     with loop:
-        loop.over(work.merged, lambda unit: loop.accumulated(unit, compute or compute_dtype(unit)), take)
+        loop.over(work.merged, lambda unit: loop.accumulated(unit, compute or compute_dtype(work, unit.jobs)), take)
 
 
 def _write(sink: Sink, job: Job, values: Any, first: int) -> None:
@@ -242,8 +242,7 @@ class _Loop:
 
     def _survey(self, method: Method, jobs: Sequence[Job]) -> Found:
         """The findings of one method: its look at the jobs, a pass for everything that it wants measured."""
-        double = self.work.precision == "float64" or any(job.parameter.dtype == "float64" for job in jobs)
-        compute = "float64" if double and (not self.work.traced or jax.config.read("jax_enable_x64")) else "float32"
+        compute = compute_dtype(self.work, jobs)
         experts = len(self.work.experts)
         entries = sum(job.parameter.size for job in jobs)
         look, totals = looked(method, [of_expert(method, t) for t in range(experts)], entries), None

@@ -39,6 +39,14 @@ class Segment:
     first: int = 0
     count: int | None = None
 
+    @property
+    def entries(self) -> int:
+        return self.job.parameter.size if self.count is None else self.count
+
+    def rows(self, row: int) -> int:
+        """How many rows of that length hold it."""
+        return -(-self.entries // row)
+
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
@@ -77,7 +85,7 @@ class Unit:
     @functools.cached_property
     def spans(self) -> tuple[slice, ...]:
         """Where each segment lies in the stack."""
-        sizes = [1 if self.row is None else -(-(segment.count or 0) // self.row) for segment in self.segments]
+        sizes = [1 if self.row is None else segment.rows(self.row) for segment in self.segments]
         ends = np.cumsum(sizes).tolist()
         return tuple(slice(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
@@ -90,7 +98,7 @@ class Unit:
     @property
     def entries(self) -> int:
         """How many entries of tensors its segments hold."""
-        return sum(segment.job.parameter.size if segment.count is None else segment.count for segment in self.segments)
+        return sum(segment.entries for segment in self.segments)
 
     @property
     def layers(self) -> range:
@@ -227,7 +235,7 @@ class Unit:
         own = [self.work.statistics.tensors[name] for name in self.names]
         shares = [{leaf: self._share(n, array) for leaf, array in leaves.items()} for n, leaves in enumerate(own)]
         if self.row is not None:
-            shares = [*shares, *([_nothing(shares[-1], self.stack - self.spans[-1].stop)])]
+            shares.append(_nothing(shares[-1], self.stack - self.spans[-1].stop))
         each = [stacked(shares, one, self.job.seen_shape, compute) for one in leaders(method)]
         return each[0] if members(method) == (method,) else tuple(each)
 
@@ -238,7 +246,7 @@ class Unit:
         segment, rows = self.segments[number], self.spans[number].stop - self.spans[number].start
         if leaf.ndim == 1:
             return np.repeat(leaf, rows)
-        flat = np.asarray(leaf.reshape(-1)[segment.first : segment.first + (segment.count or 0)])
+        flat = np.asarray(leaf.reshape(-1)[segment.first : segment.first + segment.entries])
         return np.pad(flat, (0, rows * self.row - flat.size)).reshape(rows, self.row)
 
     def shares(self, statistics: Any) -> Iterator[tuple[Job, int, dict[str, Any]]]:

@@ -20,6 +20,7 @@ from cfmerge.errors import CfmergeError
 from cfmerge.formats import Sink, Totals
 from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.methods import Method
+from cfmerge.planning.jobs import as_method
 from cfmerge.planning.plugins import load_plugins
 from cfmerge.planning.work import Job, Progress
 from cfmerge.products.in_memory import merge_assigned
@@ -29,8 +30,8 @@ from cfmerge.products.trees import Problem, work_of
 from cfmerge.statistics import (
     Statistics,
     fingerprint,
+    full_form,
     leaf_names,
-    parsed,
     pattern,
     statistic_name,
     statistics_sink,
@@ -83,11 +84,11 @@ def accumulate(
     if not isinstance(base, str | Path):
         if output is not None:
             raise CfmergeError("accumulate of pytrees: save what is returned: accumulate(...).save(directory)")
-        return _of_trees(base, experts, parsed(method, parameters), **options)
+        return _of_trees(base, experts, full_form(as_method(method, parameters)), **options)
     if output is None:
         raise CfmergeError("accumulate of checkpoints: name a directory for the statistics with output=")
-    text, given = (method, parameters or {}) if isinstance(method, str) else (expression(method), {})
-    return accumulate_recipe(as_recipe(base, experts, text, given, options), output, overwrite, memory, progress)
+    recipe = as_recipe(base, experts, method, parameters, options)
+    return accumulate_recipe(recipe, output, overwrite, memory, progress)
 
 
 def accumulate_recipe(
@@ -233,7 +234,7 @@ def solve(
     """
     kept = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
     load_plugins(options.get("plugins", ()))
-    chosen = parsed(method if method is not None else kept.method, parameters)
+    chosen = full_form(as_method(method if method is not None else kept.method, parameters))
     if not isinstance(base, str | Path):
         leaves, treedef = flatten(base)
         merged = merge_assigned(base, chosen, kept)

@@ -39,6 +39,7 @@ def carried_out(
     dropped: Sequence[str],
 ) -> dict[str, MergeResult]:
     """The results by label, written into directories or handed to sinks."""
+    plans = {label: plan.of(label) for label in plan.results}
     if not isinstance(output, str | Path):
         sinks = output if isinstance(output, Mapping) else {"": output}
         if set(sinks) != set(plan.results):
@@ -47,8 +48,8 @@ def carried_out(
         account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress)
         told = (*plan.notes, *notes, *account.lines())
         return {
-            label: MergeResult(None, plan.of(label), told, account.reports_of(n), {}, warnings=_warned(account, n))
-            for n, label in enumerate(plan.results)
+            label: MergeResult(None, own, told, account.reports_of(n), {}, warnings=_warned(account, n))
+            for n, (label, own) in enumerate(plans.items())
         }
     if "" not in plan.results:
         check_directory_name(Path(output))
@@ -60,8 +61,8 @@ def carried_out(
     places = [*inputs, *(checkpoint.path for checkpoint in checkpoints)]
     with contextlib.ExitStack() as stack:
         sinks = {
-            label: stack.enter_context(_sink(plan.of(label), target, overwrite, places))
-            for label, target in zip(plan.results, outputs, strict=True)
+            label: stack.enter_context(_sink(own, target, overwrite, places))
+            for (label, own), target in zip(plans.items(), outputs, strict=True)
         }
         notes = [*dropped, *_check_contents(plan)]
         for sink in sinks.values():
@@ -78,11 +79,11 @@ def carried_out(
         results = {}
         for number, (label, sink) in enumerate(sinks.items()):
             warned, shown = _warned(account, number, outputs[number]), [*notes, *sink.notes]
-            card = model_card(plan.of(label), digests.result(), shown, warned)
+            card = model_card(plans[label], digests.result(), shown, warned)
             sink.finish(Totals(card, _exported_heads(plan)))
             reports = account.reports_of(number)
             results[label] = MergeResult(
-                sink.target, plan.of(label), (*plan.notes, *shown), reports, digests.result(), warnings=warned
+                sink.target, plans[label], (*plan.notes, *shown), reports, digests.result(), warnings=warned
             )
         for sink in sinks.values():
             sink.commit()
