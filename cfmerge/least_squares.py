@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is kept of the experts.
+    """The sums over the experts.
 
     Attributes:
         total: `sum_t w_t D_t`.

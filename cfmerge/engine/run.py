@@ -16,7 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
 from cfmerge.engine.units import Unit
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method
-from cfmerge.planning.work import Job, Progress, Work
+from cfmerge.planning.work import Job, Progress, Work, Writable, silent
 
 WORKERS = 2  # units in work at once: one computes while another reads, or factorises on one core
 WRITE_BEHIND = 8  # finished tensors
@@ -44,25 +44,15 @@ TRACED = (
 )  # fmt: skip
 
 
-class Sink(Protocol):
-    """Where named arrays go; pieces of a tensor come in any order, `first` being a piece's first entry."""
-
-    def write(self, name: str, values: Any, first: int = 0) -> None: ...
-
-
-def _silent(name: str, count: int) -> None:
-    pass
-
-
 # --- what is asked of the loop --------------------------------------------------------------------------------------
 
 
 def merge(
     work: Work,
-    sinks: Sequence[Sink],
+    sinks: Sequence[Writable],
     *,
     memory: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     stop: threading.Event | None = None,
 ) -> Account:
     """Merges every job into the sinks, one for each result of its method.
@@ -101,7 +91,7 @@ def accumulate(
     *,
     compute: str | None = None,
     memory: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> None:
     """Hands every unit, in order, with the statistics of its tensors to `take`.
 
@@ -113,7 +103,7 @@ def accumulate(
         loop.over(work.merged, lambda unit: loop.accumulated(unit, compute or compute_dtype(work, unit.jobs)), take)
 
 
-def _write(sink: Sink, job: Job, values: Any, first: int) -> None:
+def _write(sink: Writable, job: Job, values: Any, first: int) -> None:
     for name in job.writes:
         sink.write(name, values, first)
 
@@ -218,7 +208,7 @@ class _Loop:
             with self._precision(attempt.compute):
                 base = jnp.asarray(attempt.unit.base())
                 return each.finish(jax.tree.map(_doubled, attempt.statistics), base)
-        return self.passed_over(attempt.unit, each, attempt.compute, _silent if attempt.silent else self.tell)
+        return self.passed_over(attempt.unit, each, attempt.compute, silent if attempt.silent else self.tell)
 
     def accumulated(self, unit: Unit, compute: str) -> Any:
         """The statistics of a unit's tensors when all experts were seen."""
@@ -272,7 +262,7 @@ class _Loop:
                 by_place[place] = jax.tree.map(operator.itemgetter(number), values)
 
         steps_of = functools.partial(Measuring, measures=measures)
-        self.over(jobs, lambda unit: self.passed_over(unit, steps_of(unit), measures.compute, _silent), take)
+        self.over(jobs, lambda unit: self.passed_over(unit, steps_of(unit), measures.compute, silent), take)
         return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
 
 

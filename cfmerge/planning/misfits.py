@@ -20,7 +20,7 @@ Compared = Mapping[
 
 @dataclasses.dataclass(frozen=True)
 class Misfit:
-    """What is wrong with one expert; experts with the same `text` are told together.
+    """A fault of one expert; experts with the same `text` are told together.
 
     Attributes:
         expert: the expert, and the file.
@@ -60,35 +60,24 @@ def _sentence(experts: Sequence[str], verb: tuple[str, str], text: str) -> str:
 def less_than_the_base(
     spec: Expert, missing: Mapping[str, Shape], has: Sequence[str], others: Sequence[str]
 ) -> list[Misfit]:
-    """What the expert lacks.
+    """The misfits of an expert that lacks tensors.
 
     Args:
         spec: the expert.
         missing: the base's names and shapes.
-        has: the base's names of what the expert has.
+        has: names of the base that the expert has.
         others: names of the expert that the base lacks, one of which may be meant.
     """
-    who, found = f"{spec.name!r} ({spec.path})", patterns(list(missing), has)
-    lines = []
-    for pattern in found[:SHOWN]:
-        rule = f"a rule with method keep-base: {rule_option(pattern.glob, 'keep-base')}"
-        name, count = pattern.names[0], len(pattern.names)
-        lines.append(
-            f"tensor {name!r} {missing[name]}{nearest(name, others) if others else ''} (to leave it at the base: "
-            f"{rule})"
-            if count == 1
-            else f"{count} tensors of the base: {pattern.text}, such as {name!r} {missing[name]} (to leave them at the "
-            f"base: {rule})"
-        )
-    if len(found) > SHOWN:
-        lines.append(f"{sum(len(pattern.names) for pattern in found[SHOWN:])} more tensors of the base")
-    return [Misfit(who, LACKS, line, part=len(missing) > 1) for line in lines]
+    return _on_one_side(
+        spec, LACKS, missing, has, others, ("tensor ", "tensors of the base"), "leave {} at the base", "keep-base",
+        part=len(missing) > 1,
+    )  # fmt: skip
 
 
 def more_than_the_base(
     spec: Expert, extra: Mapping[str, Shape], paired: Sequence[str], missing: Sequence[str]
 ) -> list[Misfit]:
-    """What the expert has and the base has not.
+    """The misfits of an expert that has tensors which the base lacks.
 
     Args:
         spec: the expert.
@@ -96,25 +85,47 @@ def more_than_the_base(
         paired: the expert's other names.
         missing: names of the base that the expert lacks, one of which may be meant.
     """
-    who, found = f"{spec.name!r} ({spec.path})", patterns(list(extra), paired)
+    words = "a tensor that the base lacks: ", "tensors that the base lacks"
+    return _on_one_side(spec, HAS, extra, paired, missing, words, "leave {} out", "skip")
+
+
+def _on_one_side(
+    spec: Expert,
+    verb: tuple[str, str],
+    alone: Mapping[str, Shape],
+    both: Sequence[str],
+    others: Sequence[str],
+    words: tuple[str, str],
+    way_out: str,
+    method: str,
+    part: bool = False,
+) -> list[Misfit]:
+    """A line for each pattern of the tensors that one side has alone.
+
+    Args:
+        both: names that both sides have.
+        others: names that the other side has alone.
+        words: before one tensor's name; after the number of several.
+        way_out: what a rule with that method does with `{}`.
+    """
+    who, found = f"{spec.name!r} ({spec.path})", patterns(list(alone), both)
     lines = []
     for pattern in found[:SHOWN]:
-        rule = f"a rule with method skip: {rule_option(pattern.glob, 'skip')}"
-        name = pattern.names[0]
-        lines.append(
-            f"a tensor that the base lacks: {name!r} {extra[name]}{nearest(name, missing) if missing else ''} (to "
-            f"leave it out: {rule})"
-            if len(pattern.names) == 1
-            else f"{len(pattern.names)} tensors that the base lacks: {pattern.text}, such as {name!r} {extra[name]} "
-            f"(to leave them out: {rule})"
-        )
+        name, count = pattern.names[0], len(pattern.names)
+        such = f"{name!r} {alone[name]}"
+        if count == 1:
+            line = f"{words[0]}{such}{nearest(name, others) if others else ''}"
+        else:
+            line = f"{count} {words[1]}: {pattern.text}, such as {such}"
+        rule = f"a rule with method {method}: {rule_option(pattern.glob, method)}"
+        lines.append(f"{line} (to {way_out.format('it' if count == 1 else 'them')}: {rule})")
     if len(found) > SHOWN:
-        lines.append(f"{sum(len(pattern.names) for pattern in found[SHOWN:])} more tensors that the base lacks")
-    return [Misfit(who, HAS, line) for line in lines]
+        lines.append(f"{sum(len(pattern.names) for pattern in found[SHOWN:])} more {words[1]}")
+    return [Misfit(who, verb, line, part=part) for line in lines]
 
 
 def other_headers(spec: Expert, compared: Compared) -> list[Misfit]:
-    """What the expert has in another shape, or not in floating point where the base is."""
+    """The misfits of tensors in another shape, or not in floating point where the base is."""
     kinds: dict[str, list[str]] = {}
     for name, (ours, _, theirs) in compared.items():
         if is_float(ours.dtype.name) != is_float(theirs.dtype.name):

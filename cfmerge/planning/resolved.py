@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -95,7 +95,10 @@ class Resolved:
         told = hashlib.sha256(cfmerge.__version__.encode())
         for one in self.results.values():
             told.update(one.recipe.to_yaml().encode())
-        for source in (self.base, *self.experts):
+        if self.statistics:
+            told.update(repr(self.statistics.metadata()).encode())
+        moments: list[Any] = [expert.moments for expert in self.work.experts if expert.moments is not None]
+        for source in (self.base, *self.experts, *moments):
             told.update(repr([(name, info.shape, info.dtype.name) for name, info in source.tensors.items()]).encode())
             for file in source.files:
                 state = file.stat()

@@ -21,6 +21,10 @@ from cfmerge.statistics import Statistics
 Progress = Callable[[str, int], None]  # (tensor name, bytes read since the last call)
 
 
+def silent(name: str, count: int) -> None:
+    """Progress that nobody is told of."""
+
+
 class Readable(Protocol):
     """Named arrays: a `Source`, or a tree in memory."""
 
@@ -33,6 +37,14 @@ class Tuned(Readable, Protocol):
     """An expert's arrays, also as deltas; see `cfmerge.formats.Source`."""
 
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta: ...
+
+
+class Writable(Protocol):
+    """The part of a `Sink` that the loop knows."""
+
+    def write(self, name: str, values: Any, first: int = 0) -> None:
+        """Takes a tensor, or a piece of the flat one from entry `first` on; pieces come in any order."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.methods import Method
 from cfmerge.planning.jobs import as_method
 from cfmerge.planning.plugins import load_plugins
-from cfmerge.planning.work import Job, Progress
+from cfmerge.planning.work import Job, Progress, silent
 from cfmerge.products.in_memory import merge_assigned
 from cfmerge.products.merge import merge_recipe
 from cfmerge.products.plan import Plan, as_recipe, make_plan
@@ -110,7 +110,7 @@ def accumulate_plan(
     progress: Progress | None = None,
 ) -> Statistics:
     """The statistics of a plan's experts, streamed into a directory; see `accumulate`."""
-    tell = progress or (lambda *_: None)
+    tell = progress or silent
     return plan.attempted(memory, lambda plan, limit, _: _streamed(plan, Path(output), overwrite, limit, tell))
 
 

@@ -13,11 +13,10 @@ from cfmerge import recipe as recipes
 from cfmerge.core.expressions import expression
 from cfmerge.engine.cutting import check_memory
 from cfmerge.errors import CfmergeError, NonFiniteError
-from cfmerge.formats import Sink
 from cfmerge.methods import Method
 from cfmerge.planning.resolve import resolve
 from cfmerge.planning.resolved import Resolved
-from cfmerge.planning.work import Progress
+from cfmerge.planning.work import Progress, Writable, silent
 from cfmerge.products.carry_out import carried_out
 from cfmerge.recipe import Recipe
 from cfmerge.statistics import Statistics
@@ -50,7 +49,7 @@ class Plan(Resolved):
 
     def run(
         self,
-        output: str | Path | Sink | Mapping[str, Sink],
+        output: str | Path | Writable | Mapping[str, Writable],
         *,
         overwrite: bool = False,
         memory: str | int | None = None,
@@ -72,7 +71,7 @@ class Plan(Resolved):
         """
         started = time.monotonic()
         done = self.attempted(memory, lambda plan, limit, dropped: carried_out(
-            plan, output, overwrite, limit, progress or (lambda *_: None), dropped
+            plan, output, overwrite, limit, progress or silent, dropped
         ))  # fmt: skip
         seconds = time.monotonic() - started
         results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
