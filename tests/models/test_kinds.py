@@ -288,6 +288,11 @@ FLAX = {  # name: shape, kind, layout; L = 3 stacked layers
     "params/depthwise_conv/kernel": ((3, 3, 1, 6), Kind.VECTOR, ""),
     "params/Embed_0/embedding": ((5, 8), Kind.EMBEDDING, "oi"),
     "params/embedding/kernel": ((4, 4, 3, 8), Kind.EMBEDDING, ""),  # ViT's patches
+    "image_embedding.kernel": ((784, 256), Kind.EMBEDDING, "io"),  # the demo's: its last module is an embedding
+    "image_embedding.bias": ((256,), Kind.VECTOR, ""),
+    "params/patch_embedding/kernel": ((48, 64), Kind.EMBEDDING, "io"),
+    "params/time_embedding/linear_1/kernel": ((8, 16), Kind.MATRIX, "io"),
+    "params/x_embedder/kernel": ((8, 16), Kind.MATRIX, "io"),
     "params/LayerNorm_0/scale": ((6,), Kind.VECTOR, ""),
     "params/attention/query/kernel": ((8, 2, 3), Kind.MATRIX, "ioo"),
     "params/attention/query/bias": ((2, 3), Kind.VECTOR, ""),
