@@ -39,10 +39,9 @@ def is_embedding(name: str, axes: int, with_bias: bool) -> bool:
         return module == "decoder"
     if leaf == "embedding":
         return True
-    if (
-        leaf == "kernel"
-    ):  # Flax calls a table `embedding`; a dense layer from images or patches is called so by its name
-        return module.startswith("patch_embed") or bool(TABLE.search(module) and not DENSE.search(module))
+    if leaf == "kernel":  # Flax calls a table `embedding`; `image_embedding`, `patch_embed` read images
+        named = module != "embedding" and TABLE.search(module) and not DENSE.search(module)
+        return bool(named) or module.startswith("patch_embed")
     if module in {"lm_head", "text_projection", "conv_proj", "embed_out", "output_layer"}:
         return True
     if not leaf and axes > 1 and re.search(r"token|embed|text_projection|rel_pos|position_bias", module):
