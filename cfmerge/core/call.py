@@ -165,3 +165,13 @@ def form_of(method: Method, rank: int | None = None) -> Method | None:
     if method.form is None:
         return method if rank is None and method.additive else None
     return method.form(rank)
+
+
+def in_pieces(part: P) -> P:
+    """The part of scope "entry" that looks within each tensor first; see `Part.pieces`.
+
+    Its call makes it again with other numbers.
+    """
+    assert part.pieces is not None
+    call = Call.of(in_pieces, {"part": part}, frozenset())
+    return dataclasses.replace(part.pieces(), name=part.name, call=call, pieces=None)

@@ -21,7 +21,7 @@ from cfmerge.core.part import (
     Transform,
     with_context,
 )
-from cfmerge.core.survey import Found, Measure, Survey, looked
+from cfmerge.core.survey import Found, Measure, Order, Survey, looked
 from cfmerge.errors import CfmergeError
 
 
@@ -68,9 +68,12 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
     name = " >> ".join(part.name for part in parts)
     scope = max((part.needs.scope for part in parts), key=SCOPES.index)
     random = any(part.needs.random for part in parts)
-    survey = None
+    survey, pieces = None, None
     if any(part.survey for part in parts):
-        survey = Survey(_look_in_turn, lambda found: _chain_of(_informed_of(parts, found)), own=parts)
+        within = next(part.survey.within for part in parts if part.survey)
+        survey = Survey(_look_in_turn, lambda found: _chain_of(_informed_of(parts, found)), parts, within)
+    elif any(part.pieces for part in parts) and all(_by_entry(part) for part in parts):
+        pieces = lambda: _chain_of(tuple(part.pieces() if part.pieces else part for part in parts))  # noqa: E731
     call = Call.of(_chain_of, {"parts": parts}, frozenset())
 
     def apply(delta: Array, context: Context = NO_CONTEXT) -> Array:
@@ -79,7 +82,7 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
         return delta
 
     if at == len(parts):
-        return Transform(name, apply, needs=Needs(scope, random=random), survey=survey, call=call)
+        return Transform(name, apply, needs=Needs(scope, random=random), survey=survey, call=call, pieces=pieces)
     inner = parts[at]
     seen = any(part.needs.seen for part in after)
 
@@ -117,7 +120,13 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
         survey=survey,
         notes=inner.notes,
         call=call,
+        pieces=pieces,
     )
+
+
+def _by_entry(part: Part) -> bool:
+    """Whether the part takes entries, or can after a look within the tensor."""
+    return part.pieces is not None or (part.needs.scope == "entry" and not part.needs.seen)
 
 
 def _check(parts: tuple[Any, ...], before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
@@ -137,7 +146,7 @@ def _check(parts: tuple[Any, ...], before: tuple[Any, ...], after: tuple[Any, ..
 Fronts = Sequence[tuple[Any, ...]]  # for every expert, the parts before the one that looks
 
 
-def _look_in_turn(entries: int, own: Sequence[tuple[Any, ...]]) -> Generator[Measure, Any, Found]:
+def _look_in_turn(entries: int, own: Sequence[tuple[Any, ...]]) -> Generator[Measure | Order, Any, Found]:
     """The looks of a chain's parts, one after the other: each sees what those before it, informed, let through.
 
     Args:
@@ -175,7 +184,7 @@ def _informed_of(parts: tuple[Any, ...], found: Found) -> tuple[Any, ...]:
     )
 
 
-def _through(fronts: Fronts, look: Generator[Measure, Any, Found]) -> Generator[Measure, Any, Found]:
+def _through(fronts: Fronts, look: Generator[Measure | Order, Any, Found]) -> Generator[Measure | Order, Any, Found]:
     """The look, at what comes through the parts in front."""
     totals = None
     while True:
@@ -186,7 +195,7 @@ def _through(fronts: Fronts, look: Generator[Measure, Any, Found]) -> Generator[
         totals = yield wanted if not fronts[0] else _measured_behind(fronts, wanted)
 
 
-def _measured_behind(fronts: Fronts, wanted: Measure) -> Measure:
+def _measured_behind(fronts: Fronts, wanted: Measure | Order) -> Measure | Order:
     if wanted.joint:
         return wanted._replace(of=lambda seen: _jointly(fronts, wanted.of, seen))
     each = zip(fronts, wanted.each(len(fronts)), strict=True)

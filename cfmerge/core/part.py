@@ -104,6 +104,8 @@ class Part:
         needs: see `Needs`.
         survey: the look at the whole model before the merge, if it needs one.
         call: the registered call that made it, from which it can be made again with other numbers.
+        pieces: `pieces()` is the same part of scope "entry" after a look within each tensor, so that a large tensor can
+            be merged in pieces; None where there is no such form. Ask by `in_pieces`.
     """
 
     name: str
@@ -111,6 +113,7 @@ class Part:
     needs: Needs = Needs()
     survey: "Survey | None" = None
     call: "Call | None" = None
+    pieces: "Callable[[], Part] | None" = None
 
     @property
     def parameters(self) -> Mapping[str, Any]:

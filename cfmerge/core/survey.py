@@ -1,4 +1,4 @@
-"""Looks at the whole model before the merge.
+"""Looks at the whole model, or at a whole tensor, before the merge.
 
 A look is a generator: it yields a `Measure`, gets the totals over the whole model back, and returns its findings.
 
@@ -7,16 +7,19 @@ A look is a generator: it yields a `Measure`, gets the totals over the whole mod
         return energies / energies.sum()
 
     Survey(look, informed=lambda found: Method(...))                     # the part that knows `found.model`
+
+An `Order` asks for order statistics, such as the k-th largest of all magnitudes, and gets them exactly.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from cfmerge.core.part import Part
+from cfmerge.core.part import Context, Part
 
 
 class Measure(NamedTuple):
@@ -33,6 +36,7 @@ class Measure(NamedTuple):
             each tensor; for a transform behind a method `of(merged, seen)`. A tuple holds one for each expert.
         joint: it takes all experts at once.
         by_tensor: the measures are not summed over the model.
+        total: "sum", or "max": the totals are the largest of the measures.
 
     The totals that come back are sums over all tensors, of measures that are not joint stacked over the experts; if
     `by_tensor` `{place: measures}`, places in order. On the host they have 64 bits; under `jit` they are traced.
@@ -41,13 +45,67 @@ class Measure(NamedTuple):
     of: Any
     joint: bool = False
     by_tensor: bool = False
+    total: Literal["sum", "max"] = "sum"
 
     def each(self, experts: int) -> tuple[Callable[..., Any], ...]:
         """The measure of every expert."""
         return self.of if isinstance(self.of, tuple) else (self.of,) * experts
 
 
-Look = Generator[Measure, Any, Any]
+class Order(NamedTuple):
+    """Order statistics of each expert's keys, see `cfmerge.linalg.selection`; a look yields it and gets `Ordered`.
+
+    Attributes:
+        of: `of(delta)` or `of(delta, context)` of each expert: keys in the delta's shape. If `joint`, `of(seen)` of
+            each tensor: a list of them.
+        ranks: for each expert, or for each of the list, its ranks from the largest, from 1; 0 is above all.
+        joint: it takes all experts at once.
+        ties: the ends are wanted too.
+    """
+
+    of: Any
+    ranks: Sequence[tuple[Any, ...]]
+    joint: bool = False
+    ties: bool = True
+
+    @property
+    def by_tensor(self) -> bool:
+        """Keys are not summed."""
+        return True
+
+    def each(self, experts: int) -> tuple[Callable[..., Any], ...]:
+        """The keys of every expert."""
+        return self.of if isinstance(self.of, tuple) else (self.of,) * experts
+
+
+class Ordered(NamedTuple):
+    """The keys `(T, R)` at the ranks that were asked for, and which of the entries that tie with them belong to these.
+
+    Attributes:
+        keys: of rank 0 the largest integer.
+        ends: entries of a tensor that tie with the key belong to the ranks up to it if their number in the tensor is
+            less than this: `(T, R)`, in a look at the whole model `{place: (T, R)}`. None where they were not wanted.
+    """
+
+    keys: Any
+    ends: Any = None
+
+
+def reached(keys: Array, key: Array, end: Array | None, context: Context) -> Array:
+    """Which entries are of the rank of a key or above: exactly so many as the rank says, or without `end` all that tie.
+
+    Args:
+        keys: of a tensor, or of the piece of it that begins at `context.start`.
+        key, end: of one rank, see `Ordered`.
+    """
+    key = jnp.asarray(key).astype(keys.dtype)
+    if end is None:
+        return keys >= key
+    number = jnp.asarray(context.start, jnp.uint32) + jnp.arange(keys.size, dtype=jnp.uint32).reshape(keys.shape)
+    return (keys > key) | ((keys == key) & (number < jnp.asarray(end).astype(jnp.uint32)))
+
+
+Look = Generator[Measure | Order, Any, Any]
 
 
 class Found(NamedTuple):
@@ -82,11 +140,16 @@ class Survey(NamedTuple):
             list with each expert's `own`.
         informed: `informed(found)` is the part that knows the findings.
         own: numbers of the part that may differ by expert, for `look`.
+        within: "model", or "tensor": the look is at each tensor by itself, see `Part.pieces`.
+
+    A look within a tensor is taken again inside compiled code, where all numbers are traced: it must ask the same
+    whatever they are. There `entries` are the tensor's, and `Ordered.ends` is an array.
     """
 
     look: Callable[[int, Sequence[Any]], Look]
     informed: Callable[[Found], Any]
     own: Any = None
+    within: Literal["model", "tensor"] = "model"
 
 
 def xp_of(*values: Any) -> Any:
@@ -94,7 +157,7 @@ def xp_of(*values: Any) -> Any:
     return jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)) else np
 
 
-def looked(part: Part, each: Sequence[Part], entries: int) -> Generator[Measure, Any, Found]:
+def looked(part: Part, each: Sequence[Part], entries: Any) -> Generator[Measure | Order, Any, Found]:
     """The look of a part, given the part with every expert's own numbers."""
     survey = part.survey
     assert survey is not None

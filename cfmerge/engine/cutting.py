@@ -1,10 +1,12 @@
 """Jobs cut into units: what is stacked, what is cut, and what fits the memory."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cfmerge.engine.surveys import kind_of
+from cfmerge.core.call import in_pieces
+from cfmerge.engine.surveys import kind_of, looks_within
 from cfmerge.engine.units import Segment, Unit
 from cfmerge.errors import CfmergeError
 from cfmerge.planning.work import Job, Work
@@ -14,8 +16,10 @@ ROW = 1 << 16  # of a row, if a unit has as many
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
 
 
-def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iterator[Unit]:
+def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, pieces: bool = False) -> Iterator[Unit]:
     """The jobs as units, in about the order of the plan; the working set of a stack fits half of `memory`.
+
+    With `pieces`, methods that can look within a tensor first and then take its entries do so, and see rows.
 
     Each job merges something: see `Work.merged`.
 
@@ -27,7 +31,12 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
     waiting: dict[Any, list[Job]] = {}
     filling: dict[Any, list[Segment]] = {}
     for job in jobs:
+        if pieces and _takes_pieces(work, job):
+            job = dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=in_pieces(job.method)))
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
+        if looks_within(job.method):
+            yield from _apart(work, job, filling.setdefault(likes, []))
+            continue
         if job.method.needs.scope == "entry" and not work.traced:
             if work.from_files and job.method.survey is None:
                 yield from _rows(work, job, filling.setdefault(likes, []))
@@ -76,6 +85,26 @@ def _rows(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
         count = min(room, job.parameter.size - first)
         filling.append(Segment(job, first, count))
         first += count
+
+
+def _takes_pieces(work: Work, job: Job) -> bool:
+    """Whether the method has a form that looks within a tensor, and findings by expert have a place for each."""
+    everybody = len(job.experts) == len(work.experts) and work.statistics is None
+    return work.from_files and everybody and job.method.pieces is not None
+
+
+def _apart(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
+    """Units that hold whole tensors, or pieces of one."""
+    row, size = min(ROW, ENTRIES), job.parameter.size
+    if size > ENTRIES:
+        for first in range(0, size, ENTRIES):
+            yield Unit(work, (Segment(job, first, min(ENTRIES, size - first)),), row)
+        return
+    segment = Segment(job, 0, size)
+    if filling and sum(one.rows(row) for one in filling) + segment.rows(row) > ENTRIES // row:
+        yield Unit(work, tuple(filling), row)
+        filling.clear()
+    filling.append(segment)
 
 
 def _layers(work: Work, job: Job, memory: int | None) -> Iterator[Unit]:

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 
 from cfmerge.core.call import of_expert
-from cfmerge.core.survey import Measure, xp_of
+from cfmerge.core.survey import Measure, Order, xp_of
 from cfmerge.engine.checks import check_finite
 from cfmerge.engine.precision import Attempt, Outcome
-from cfmerge.engine.steps import Inputs, Settings, Steps, Views, compiled, measured, steps
+from cfmerge.engine.steps import Inputs, Settings, Steps, Views, compiled, finite, measured, steps
 from cfmerge.engine.units import Unit
+
+_finite = jax.jit(finite)
 
 
 class UnitSteps(Protocol):
@@ -100,9 +102,15 @@ class Together(_Merging):
 class Measures:
     """A survey's measure, compiled for every shape that it meets."""
 
-    def __init__(self, wanted: Measure, experts: int, compute: str) -> None:
+    def __init__(self, wanted: Measure | Order, experts: int, compute: str) -> None:
         self.wanted, self.compute, self.each = wanted, compute, wanted.each(experts)
         self._made: dict[Any, Any] = {}
+
+    def join(self, total: Any, values: Any) -> Any:
+        """The total with the values of another unit."""
+        if isinstance(self.wanted, Measure) and self.wanted.total == "max":
+            return xp_of(total, values).maximum(total, values)
+        return total + values
 
     def function(self, measure: Any, unit: Unit) -> Any:
         key = (measure, unit.job.layout, unit.job.method.needs)
@@ -141,8 +149,22 @@ class Measuring:
     def _check(self, base: jax.Array, array: jax.Array, number: int | None) -> None:
         """A NaN would go from a survey into every tensor."""
         if not self.unit.work.traced:
-            finite = np.isfinite(np.asarray(array)).reshape(self.unit.stack, -1).all(axis=1)
-            check_finite(self.unit, base, number, finite)
+            check_finite(self.unit, base, number, np.asarray(_finite(array)))
+
+
+class Keying(Measuring):
+    """Every expert's keys of a unit, each `(stack, *shape)`, for order statistics."""
+
+    def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
+        self._check(base, expert, number)
+        return {**state, number: (expert, inputs)}
+
+    def finish(self, state: Any, base: jax.Array) -> list[Any]:
+        experts, inputs = [list(column) for column in zip(*state.values(), strict=True)]
+        if self.wanted.joint:
+            return list(self.measures.function(self.wanted.of, self.unit)([base, *experts], inputs))
+        each = zip(self.measures.each, experts, inputs, strict=True)
+        return [self.measures.function(one, self.unit)([base, expert], [own]) for one, expert, own in each]
 
 
 def _on_host(values: Any) -> Any:

@@ -14,7 +14,7 @@ import operator
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,14 +24,16 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from cfmerge.core.call import of_expert
-from cfmerge.core.survey import looked
+from cfmerge.core.survey import Order, Ordered, looked
 from cfmerge.engine.account import Account
 from cfmerge.engine.checks import kept_tensor
 from cfmerge.engine.cutting import units_of
-from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
+from cfmerge.engine.orders import SMALL, on_host, sample_of, traced
+from cfmerge.engine.passes import Additive, Keying, Measures, Measuring, Together, UnitSteps, Unsolved
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
-from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
+from cfmerge.engine.surveys import Place, by_member, found_for, kind_of, looks_within
 from cfmerge.engine.units import Unit
+from cfmerge.engine.within import found_within
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method
 from cfmerge.planning.work import Job, Progress, Work, Writable, silent
@@ -81,7 +83,7 @@ def merge(
                     _write(sink, job, kept, 0)
                 loop.tell(job.name, job.bytes_read * (1 + len(job.sources)))
         found = loop.surveys(work.merged)
-        loop.over(work.merged, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take)
+        loop.over(work.merged, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take, pieces=True)
     return account
 
 
@@ -117,6 +119,7 @@ class _Loop:
     def __init__(self, work: Work, memory: int | None, progress: Progress, stop: threading.Event | None) -> None:
         self.work, self.memory, self._progress, self._stop = work, memory, progress, stop
         self._lock, self._context = threading.Lock(), contextlib.ExitStack()
+        self._looks: dict[str, Future[Found]] = {}  # within tensors that come in pieces
         largest = max((job.working_bytes for job in work.merged), default=0) if memory is not None else 0
         self._workers = WORKERS if memory is None or largest * WORKERS <= memory else 1
         if not work.from_files:
@@ -145,10 +148,19 @@ class _Loop:
                     pool.shutdown(cancel_futures=True)
             self._context.close()
 
-    def over(self, jobs: Sequence[Job], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
+    def over(
+        self,
+        jobs: Sequence[Job],
+        do: Callable[[Unit], Any],
+        take: Callable[[Unit, Any], None],
+        pieces: bool = False,
+    ) -> None:
         """`take(unit, do(unit))` for every unit of the jobs, in order; `do` runs in the threads."""
+        self.over_units(units_of(self.work, jobs, self.memory, pieces=pieces), do, take)
+
+    def over_units(self, units: Iterable[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
         waiting: deque[tuple[Unit, Future[Any]]] = deque()
-        for unit in units_of(self.work, jobs, self.memory):
+        for unit in units:
             self.check_stop()
             if self._pool is None:
                 take(unit, do(unit))
@@ -194,6 +206,8 @@ class _Loop:
 
     def merged(self, unit: Unit, found: Found | None) -> Outcome:
         """The merged tensors of a unit."""
+        if looks_within(unit.job.method):
+            found = self._within(unit)
         asking = ways(unit, found)
         attempt = next(asking)
         while True:
@@ -239,7 +253,9 @@ class _Loop:
         with self._precision(compute):
             while True:
                 try:
-                    totals = self._measured(Measures(look.send(totals), experts, compute), jobs)
+                    wanted = look.send(totals)
+                    measures = Measures(wanted, experts, compute)
+                    totals = (self._ordered if isinstance(wanted, Order) else self._measured)(measures, jobs)
                 except StopIteration as done:
                     return done.value
                 except TRACED:
@@ -256,7 +272,7 @@ class _Loop:
         def take(unit: Unit, values: Any) -> None:
             nonlocal total
             if not measures.wanted.by_tensor:
-                total = values if total is None else jax.tree.map(operator.add, total, values)
+                total = values if total is None else jax.tree.map(measures.join, total, values)
                 return
             for number, place in enumerate(unit.places):
                 by_place[place] = jax.tree.map(operator.itemgetter(number), values)
@@ -264,6 +280,57 @@ class _Loop:
         steps_of = functools.partial(Measuring, measures=measures)
         self.over(jobs, lambda unit: self.passed_over(unit, steps_of(unit), measures.compute, silent), take)
         return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
+
+    def _ordered(self, measures: Measures, jobs: Sequence[Job]) -> Ordered:
+        """The order statistics of all the jobs' tensors together."""
+        units = list(units_of(self.work, jobs, self.memory))
+
+        def keys_of(unit: Unit) -> Any:
+            return self.passed_over(unit, Keying(unit, measures), measures.compute, silent)
+
+        if self.work.traced:
+            return traced(measures.wanted, units, keys_of)
+        entries = sum(job.parameter.size for job in jobs)
+        cut = self.work.from_files and jobs[0].method.needs.scope == "entry" and entries > SMALL
+        sample = sample_of(self.work, jobs) if cut else None
+        return on_host(measures.wanted, units, entries, keys_of, self.over_units, sample)
+
+    # --- looks within a tensor ----------------------------------------------------------------------------------------
+
+    def _within(self, unit: Unit) -> Found:
+        """The findings about the tensors of a unit; those of a tensor in pieces are found once, by whom comes first."""
+        (first, *_), compute = unit.segments, compute_dtype(self.work, unit.jobs)
+
+        def pass_over(unit: Unit, each: UnitSteps) -> Any:
+            return self.passed_over(unit, each, compute, silent)
+
+        if first.entries == first.job.parameter.size:
+            return Found(None, found_within([unit], pass_over, _one_by_one, compute))
+        name = first.job.name
+        with self._lock:
+            mine = name not in self._looks
+            future = self._looks.setdefault(name, Future())
+        if mine:
+            try:
+                pieces = list(units_of(self.work, [first.job], self.memory))
+                with ThreadPoolExecutor(WORKERS, "look") as pool:
+                    over = functools.partial(_side_by_side, pool)
+                    future.set_result(Found(None, found_within(pieces, pass_over, over, compute)))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+
+def _one_by_one(units: Sequence[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
+    for unit in units:
+        take(unit, do(unit))
+
+
+def _side_by_side(
+    pool: ThreadPoolExecutor, units: Sequence[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]
+) -> None:
+    for unit, done in zip(units, pool.map(do, units), strict=True):
+        take(unit, done)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from cfmerge.core.call import Call, call_of
 from cfmerge.core.part import Context, Method, Needs, Seen, with_context
 from cfmerge.core.random import key_from
 from cfmerge.core.several import members
-from cfmerge.core.survey import Found, Measure
+from cfmerge.core.survey import Found, Measure, Order
 from cfmerge.models import from_canonical, to_canonical
 
 
@@ -158,7 +158,10 @@ def steps(layout: str, compute: str) -> Steps:
 
     def made(settings: Settings, call: Call, tensor: Any) -> Method:
         method = jax.tree.map(lambda value: jnp.asarray(value, compute), call).part()
-        return method.survey.informed(Found(settings.model, tensor)) if method.survey else method
+        if method.survey is None:
+            return method
+        within = method.survey.within == "tensor"
+        return method.survey.informed(Found(tensor) if within else Found(settings.model, tensor))
 
     def start(settings: Settings, base: Array) -> Any:
         def one(call: Call, tensor: Any, base: Array) -> Any:
@@ -221,7 +224,7 @@ def steps(layout: str, compute: str) -> Steps:
     return Steps(start, step, finish, together)
 
 
-def measured(view: Views, wanted: Measure, measure: Callable[..., Any]) -> Callable[..., Any]:
+def measured(view: Views, wanted: Measure | Order, measure: Callable[..., Any]) -> Callable[..., Any]:
     """`f([base, *experts], [inputs])`: a measure of every tensor in the stack, or their sum."""
 
     def all_of_them(stored: list[Array], inputs: list[Inputs]) -> Any:
@@ -236,7 +239,7 @@ def measured(view: Views, wanted: Measure, measure: Callable[..., Any]) -> Calla
             return with_context(measure, (deltas[0],), contexts[0])
 
         stacks = [view.canonical(array) for array in stored], [view.given(i) for i in inputs]
-        return view.over(one, *stacks) if wanted.by_tensor else _sum(one, *stacks)
+        return view.over(one, *stacks) if wanted.by_tensor else _total(JOINS[wanted.total], one, *stacks)
 
     return all_of_them
 
@@ -253,11 +256,14 @@ def _map(function: Callable[..., Any], *stacks: Any) -> Any:
     return lax.map(one, stacks)
 
 
-def _sum(function: Callable[..., Any], *stacks: Any) -> Any:
-    """The sum over the stack, one by one: a measure may be larger than its tensor."""
+JOINS = {"sum": jnp.add, "max": jnp.maximum}
+
+
+def _total(join: Callable[..., Any], function: Callable[..., Any], *stacks: Any) -> Any:
+    """The sum (or what else joins two) over the stack, one by one: a measure may be larger than its tensor."""
     first, *others = [jax.tree.map(lambda leaf, at=at: leaf[at], stacks) for at in (0, slice(1, None))]
     start = function(*first)
-    return lax.scan(lambda total, own: (jax.tree.map(jnp.add, total, function(*own)), None), start, others[0])[0]
+    return lax.scan(lambda total, own: (jax.tree.map(join, total, function(*own)), None), start, others[0])[0]
 
 
 def _vmap(function: Callable[..., Any], *stacks: Any) -> Any:

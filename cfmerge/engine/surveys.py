@@ -18,9 +18,14 @@ def kind_of(method: Method) -> Any:
 
     All but the depth, which planning fills in: the model is surveyed, whatever the tensor's depth.
     """
-    if method.survey is None:
+    if method.survey is None or looks_within(method):
         return structure(method)
     return identity(call_of(method).mapped(lambda call, key, value: 0.0 if key == "depth" else value))
+
+
+def looks_within(method: Method) -> bool:
+    """Whether the method looks at each tensor before it merges it."""
+    return method.survey is not None and method.survey.within == "tensor"
 
 
 def by_member(methods: Sequence[Method]) -> dict[Any, tuple[Method, list[int]]]:

@@ -192,6 +192,10 @@ class Unit:
         sizes = [span.stop - span.start for span in self.spans]
         return [*sizes[:-1], sizes[-1] + self.stack - self.spans[-1].stop]
 
+    def repeated(self, leaf: Any) -> Any:
+        """Values of the segments `(segments, ...)`, for each of their rows."""
+        return np.repeat(np.asarray(leaf), self._repeats, axis=0)
+
     def inputs(self, number: int) -> Inputs:
         """The weights of an expert, and all that its context needs."""
         needs, expert = self.job.method.needs, self.work.experts[number]
@@ -226,6 +230,8 @@ class Unit:
         """The settings of start and solve, and then of each expert that takes part."""
         numbers = [0, *(self.work.before + t for t in self.experts)]
         known = at_places(found, self.places)
+        if known is not None and known.tensor is not None and self.row is not None:
+            known = known._replace(tensor=jax.tree.map(self.repeated, known.tensor))
         return [settings_of([of_expert(m, t) for m in methods], self._repeats, known) for t in numbers]
 
     def kept(self, method: Method, compute: str) -> Any:

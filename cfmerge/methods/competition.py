@@ -26,10 +26,9 @@ from cfmerge.core.deltas import of_deltas
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Seen
 from cfmerge.core.registry import register
-from cfmerge.core.survey import Look, Survey
-from cfmerge.linalg.selection import kth_largest, magnitude_keys, magnitude_of, value_keys, value_of
+from cfmerge.core.survey import Look, Order, Ordered, Survey
+from cfmerge.linalg.selection import key_dtype, kth_largest, magnitude_keys, magnitude_of, value_keys, value_of
 from cfmerge.methods._stack import total
-from cfmerge.methods._thresholds import Search, found_keys, search
 
 Inter = Literal["deltas", "ranks"]
 
@@ -37,8 +36,8 @@ Inter = Literal["deltas", "ranks"]
 class Quantiles(NamedTuple):
     """Order statistics of each expert: of its magnitudes (upper and lower clip), and of its scores (largest, q)."""
 
-    magnitudes: Search
-    scores: Search
+    magnitudes: Ordered
+    scores: Ordered
 
 
 @register
@@ -84,13 +83,13 @@ def pcb(ratio: float = 0.1, clip: float = 1e-4, scale: Number = 1.2, inter: Inte
         return jnp.asarray(scale, summed.dtype) * summed / jnp.maximum(total(shares), 1e-12)
 
     def look(entries: int, own: Sequence[Any]) -> Look:
-        magnitudes = yield from search(magnitude_keys, [clips(entries)] * len(own), entries)
+        magnitudes = yield Order(magnitude_keys, [clips(entries)] * len(own), ties=False)
 
         def keys(seen: Seen) -> list[Array]:
             scores, _ = _scores(seen.deltas, _found(magnitudes, magnitude_of), inter)
             return [value_keys(score) for score in scores]
 
-        return Quantiles(magnitudes, (yield from search(keys, [best(entries)] * len(own), entries, joint=True)))
+        return Quantiles(magnitudes, (yield Order(keys, [best(entries)] * len(own), joint=True, ties=False)))
 
     def made(quantiles: Quantiles | None) -> Method:
         return of_deltas(functools.partial(merged, quantiles), Needs("entry"), name="pcb")
@@ -129,5 +128,5 @@ def _limits(keys: Array, ranks: tuple[int, int], value: Callable[[Array], Array]
     return first, second
 
 
-def _found(known: Search, value: Callable[[Array], Array]) -> list[Pair]:
-    return [(value(high), value(low)) for high, low in found_keys(known)]
+def _found(known: Ordered, value: Callable[[Array], Array]) -> list[Pair]:
+    return [(value(high), value(low)) for high, low in jnp.asarray(known.keys).astype(key_dtype())]

@@ -12,12 +12,12 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.core.checks import check, check_number
@@ -25,11 +25,10 @@ from cfmerge.core.numbers import Number, PerExpert
 from cfmerge.core.part import NO_CONTEXT, Context, Needs, Transform
 from cfmerge.core.random import draws
 from cfmerge.core.registry import register
-from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
+from cfmerge.core.survey import Found, Look, Order, Ordered, Survey, reached
 from cfmerge.linalg import selection
 from cfmerge.linalg.selection import magnitude_keys
-from cfmerge.methods import _thresholds
-from cfmerge.methods._thresholds import Search, share_of
+from cfmerge.methods._thresholds import share_of
 
 Norm = Literal["none", "l1", "l2", "linf"]
 Count = Literal["ceil", "floor", "round", "official"]
@@ -70,41 +69,37 @@ def trim(
     """
     check_number("trim: density", density, 0, 1)
 
-    def wanted(size: Any) -> Any:
+    def wanted(density: Any, size: Any) -> Any:
         return _count(density, size, count)
 
     def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
-        keys = magnitude_keys(delta)
+        keys, many = magnitude_keys(delta), wanted(density, delta.size)
         if count == "official":
-            kept, _ = selection.around(keys, selection.reaching(wanted(delta.size)))
+            kept, _ = selection.around(keys, selection.reaching(many))
         else:
-            kept = selection.largest(keys, wanted(delta.size))
+            kept = selection.largest(keys, many)
         return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
 
-    if scope == "tensor":
-        return Transform("trim", apply, needs=Needs("tensor"))
-    needs = Needs("entry" if rescale == "none" else "tensor")
-
-    def look(entries: int, own: Sequence[Any]) -> Look:
-        asked = [(_count(density, entries, count),) for density in own]
-        search = yield from _thresholds.search(magnitude_keys, asked, entries)
-        if count == "official" or not search.tied:
-            return search
-        return (yield from _quotas(search))
+    def look(entries: Any, own: Sequence[Any]) -> Look:
+        asked = [(wanted(density, entries),) for density in own]
+        ordered = yield Order(magnitude_keys, asked, ties=count != "official")
+        return Found(ordered._replace(ends=None), ordered.ends) if scope == "model" else ordered
 
     def informed(found: Found) -> Transform:
+        ordered = found.model if scope == "tensor" else found.model._replace(ends=found.tensor)
+
         def applied(delta: Float[Array, "..."], context: Context = NO_CONTEXT) -> Float[Array, "..."]:
-            keys, number = magnitude_keys(delta), context.number
-            key = _thresholds.found_keys(found.model)[number, 0]
-            kept = keys >= key
-            if found.tensor is not None:
-                kept = (keys > key) | selection.first(keys == key, jnp.asarray(found.tensor)[number])
-            kept &= jnp.asarray(found.model.asked)[number, 0] > 0
+            key, end = (None if own is None else jnp.asarray(own)[context.number, 0] for own in ordered)
+            kept = reached(magnitude_keys(delta), key, end, context)
             return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
 
-        return Transform("trim", applied, needs=needs)
+        return Transform("trim", applied, needs=Needs("entry" if rescale == "none" else "tensor"))
 
-    return Transform("trim", apply, needs=needs, survey=Survey(look, informed, own=density))
+    survey = Survey(look, informed, own=density, within=scope)
+    if scope == "model":
+        return Transform("trim", apply, needs=informed(Found(Ordered(0))).needs, survey=survey)
+    pieces = partial(Transform, "trim", apply, survey=survey) if rescale == "none" else None
+    return Transform("trim", apply, needs=Needs("tensor"), pieces=pieces)
 
 
 def _count(density: Any, size: Any, count: Count) -> Any:
@@ -112,21 +107,6 @@ def _count(density: Any, size: Any, count: Count) -> Any:
         return share_of(density, size, count)
     many = share_of(density, size, "floor") + 1
     return min(many, int(size)) if isinstance(many, int) else jnp.minimum(many, size)
-
-
-def _quotas(search: Search) -> Look:
-    """A look that counts, place by place, the entries that tie with the threshold; the first of them are kept."""
-
-    def measure(delta: Float[Array, "..."], context: Context) -> Int[Array, ""]:
-        key = _thresholds.found_keys(search)[context.number, 0]
-        return jnp.sum(magnitude_keys(delta) == key, dtype=jnp.int32)
-
-    counts = yield Measure(measure, by_tensor=True)
-    left, quotas = search.ranks[:, 0], {}
-    for place, count in counts.items():
-        quotas[place] = xp_of(left, count).minimum(left, count).astype(np.int32)
-        left = left - quotas[place]
-    return Found(search, quotas)
 
 
 @register
@@ -190,14 +170,32 @@ def outliers(density: PerExpert = 0.9, gamma: PerExpert = 0.01, rescale: Norm = 
     check_number("outliers: density", density, 0, 1)
     check_number("outliers: gamma", gamma, 0, 1)
 
+    def ranks(density: Any, gamma: Any, size: Any) -> tuple[Any, Any]:
+        kept, top = share_of(density, size, "floor"), share_of(gamma, size, "floor")
+        top = jnp.minimum(top, size - kept)
+        return top, top + kept
+
     def apply(delta: Float[Array, "..."]) -> Float[Array, "..."]:
         keys = magnitude_keys(delta)
-        kept, top = share_of(density, delta.size, "floor"), share_of(gamma, delta.size, "floor")
-        top = jnp.minimum(top, delta.size - kept)
-        inside = selection.largest(keys, top + kept) & ~selection.largest(keys, top)
+        top, upto = ranks(density, gamma, delta.size)
+        inside = selection.largest(keys, upto) & ~selection.largest(keys, top)
         return _rescaled(delta, jnp.where(inside, delta, 0), rescale)
 
-    return Transform("outliers", apply, needs=Needs("tensor"))
+    def look(entries: Any, own: Sequence[Any]) -> Look:
+        return (yield Order(magnitude_keys, [ranks(density, gamma, entries) for density, gamma in own]))
+
+    def informed(found: Found) -> Transform:
+        def applied(delta: Float[Array, "..."], context: Context) -> Float[Array, "..."]:
+            keys = magnitude_keys(delta)
+            (top, upto), (top_end, end) = (jnp.asarray(own)[context.number] for own in found.model)
+            inside = reached(keys, upto, end, context) & ~reached(keys, top, top_end, context)
+            return jnp.where(inside, delta, 0)
+
+        return Transform("outliers", applied)
+
+    survey = Survey(look, informed, own=(density, gamma), within="tensor")
+    pieces = partial(Transform, "outliers", apply, survey=survey) if rescale == "none" else None
+    return Transform("outliers", apply, needs=Needs("tensor"), pieces=pieces)
 
 
 @register

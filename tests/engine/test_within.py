@@ -1,0 +1,96 @@
+"""Methods that look at a whole tensor first and then merge it in pieces: as if they had seen it whole."""
+
+import numpy as np
+import pytest
+
+import cfmerge
+from cfmerge.engine import cutting, orders
+from cfmerge.errors import CfmergeError
+
+SHAPES = {"a.weight": (40, 30), "b.weight": (6, 5), "c.bias": (7,), "d.weight": (30, 20), "e.scale": (1,)}
+METHODS = [
+    "ties(density=0.3, variant='mergekit')",
+    "ties(density=[0.1, 0.5, 0.9], scope='tensor')",
+    "ties(density=0.3, scope='tensor', count='official')",
+    "breadcrumbs(density=0.6, gamma=0.1)",
+    "breadcrumbs_ties(density=[0.8, 0.3, 0.0], gamma=[0.1, 0.0, 0.2])",
+    "scale(factor=2) >> trim(density=0.2) >> average >> scale(factor=0.5)",
+]
+
+
+def models(decimals):
+    """A base and three experts, whose deltas have many ties if rounded."""
+    rng = np.random.default_rng(0)
+    base = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+    def moved(tensor):
+        delta = 0.1 * rng.standard_normal(tensor.shape)
+        return (np.round(tensor, 1) + np.round(delta, decimals)).astype(np.float32)
+
+    base = {name: np.round(tensor, 1).astype(np.float32) for name, tensor in base.items()}
+    return [base, *({name: moved(tensor) for name, tensor in base.items()} for _ in range(3))]
+
+
+@pytest.fixture(params=[2, 8], ids=["ties", "no ties"])
+def family(request, make_model, tmp_path):
+    trees = models(request.param)
+    paths = [make_model(tmp_path / "in" / f"m{n}", tree, None) for n, tree in enumerate(trees)]
+    return trees, paths
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pieces_are_merged_as_the_whole(family, tmp_path, load, monkeypatch, method):
+    """In rows of whole tensors, in pieces, and in pieces of which a sample brackets the order statistics."""
+    trees, (base, *experts) = family
+    expected = cfmerge.merge_params(trees[0], trees[1:], method)
+    cfmerge.merge(base, experts, method, output=tmp_path / "rows")
+    monkeypatch.setattr(cutting, "ROW", 16)
+    monkeypatch.setattr(cutting, "ENTRIES", 64)
+    cfmerge.merge(base, experts, method, output=tmp_path / "pieces")
+    monkeypatch.setattr(orders, "BLOCK", 8)
+    monkeypatch.setattr(orders, "BLOCKS", 20)
+    monkeypatch.setattr("cfmerge.engine.within.SMALL", 100)
+    cfmerge.merge(base, experts, method, output=tmp_path / "sampled")
+    for run in ("rows", "pieces", "sampled"):
+        merged = load(tmp_path / run)
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(merged[name], np.asarray(tensor), rtol=0, atol=2e-7, err_msg=f"{run} {name}")
+
+
+def test_a_bracket_that_misses_is_widened(family, tmp_path, load, monkeypatch):
+    """A sample that does not see the largest entries: above the bracket, and below it."""
+    trees, (base, *experts) = family
+    monkeypatch.setattr(cutting, "ROW", 16)
+    monkeypatch.setattr(cutting, "ENTRIES", 64)
+    monkeypatch.setattr("cfmerge.engine.within.SMALL", 100)
+    for share in (0.02, 0.98):
+        method = f"trim(density={share}) >> average"
+        expected = cfmerge.merge_params(trees[0], trees[1:], method)
+        for number, (low, high) in enumerate([(0, 1), (2**31 - 2, 2**31 - 1)]):
+            monkeypatch.setattr(orders, "_bracket", lambda ranks, *_, low=low, high=high: (
+                np.full(ranks.shape, low, np.uint64), np.full(ranks.shape, high, np.uint64)
+            ))  # fmt: skip
+            cfmerge.merge(base, experts, method, output=tmp_path / f"{share}-{number}")
+            merged = load(tmp_path / f"{share}-{number}")
+            for name, tensor in expected.items():
+                np.testing.assert_allclose(merged[name], np.asarray(tensor), rtol=0, atol=2e-7)
+
+
+def test_numbers_by_depth_and_tensor_share_what_is_compiled(family, tmp_path, load):
+    trees, (base, *experts) = family
+    rules = [{"match": "b.*", "method": "ties", "parameters": {"density": 0.7, "variant": "mergekit"}}]
+    options = {"rules": rules, "parameters": {"density": 0.2, "variant": "mergekit"}}
+    cfmerge.merge(base, experts, "ties", output=tmp_path / "out", **options)
+    merged = load(tmp_path / "out")
+    for part, density in (("b.weight", 0.7), ("a.weight", 0.2)):
+        expected = cfmerge.merge_params(trees[0], trees[1:], f"ties(density={density}, variant='mergekit')")
+        np.testing.assert_allclose(merged[part], np.asarray(expected[part]), rtol=0, atol=2e-7)
+
+
+def test_what_is_not_finite_is_named(family, make_model, tmp_path):
+    trees, (base, *experts) = family
+    broken = {name: tensor.copy() for name, tensor in trees[2].items()}
+    broken["d.weight"][3, 4] = np.nan
+    experts[1] = make_model(tmp_path / "broken", broken, None)
+    with pytest.raises(CfmergeError, match=r"broken.*'d.weight' holds NaN"):
+        cfmerge.merge(base, experts, "ties(variant='mergekit')", output=tmp_path / "out")
