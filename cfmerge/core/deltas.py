@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from cfmerge.core.part import Method, Needs, Note, Report, Seen
+from cfmerge.core.part import NO_CONTEXT, Context, Method, Needs, Note, Report, Seen
 from cfmerge.core.registry import register
 from cfmerge.errors import CfmergeError
 
@@ -26,24 +26,32 @@ MATRICES = Needs()
 
 
 def of_deltas(
-    function: Callable[..., Any], needs: Needs = MATRICES, *, name: str = "", notes: Mapping[str, Note] | None = None
+    function: Callable[..., Any],
+    needs: Needs = MATRICES,
+    *,
+    name: str = "",
+    notes: Mapping[str, Note] | None = None,
+    located: bool = False,
 ) -> Method:
     """The method whose merged delta is `function(base, deltas, weights)`.
 
     Args:
         function: it may return `(merged, report)` too.
         needs, notes: see `Method`.
+        located: the function takes a last argument, the number of the first entry in its tensor.
     """
 
     def init(base: Array) -> Seen:
         return Seen(base, (), ())  # type: ignore[arg-type]
 
-    def update(statistic: Seen, delta: Array, weight: float | Array = 1.0) -> Seen:
-        weight = jnp.asarray(weight, delta.dtype)
-        return Seen(statistic.base, (*statistic.deltas, delta), (*statistic.weights, weight))  # type: ignore[arg-type]
+    def update(statistic: Seen, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT) -> Seen:
+        weights = (*statistic.weights, jnp.asarray(weight, delta.dtype))
+        contexts = (Context(start=context.start),) if located else ()
+        return Seen(statistic.base, (*statistic.deltas, delta), weights, contexts)  # type: ignore[arg-type]
 
     def solve(statistic: Seen) -> tuple[Array, Report]:
-        found = function(statistic.base, jnp.stack(statistic.deltas), jnp.stack(statistic.weights))  # type: ignore[arg-type]
+        start = (statistic.contexts[0].start,) if located else ()
+        found = function(statistic.base, jnp.stack(statistic.deltas), jnp.stack(statistic.weights), *start)  # type: ignore[arg-type]
         return found if isinstance(found, tuple) else (found, {})
 
     return Method(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from cfmerge.core.part import Context, Part
+from cfmerge.core.part import Part
 
 
 class Measure(NamedTuple):
@@ -91,17 +91,17 @@ class Ordered(NamedTuple):
     ends: Any = None
 
 
-def reached(keys: Array, key: Array, end: Array | None, context: Context) -> Array:
+def reached(keys: Array, key: Array, end: Array | None, start: int | Array) -> Array:
     """Which entries are of the rank of a key or above: exactly so many as the rank says, or without `end` all that tie.
 
     Args:
-        keys: of a tensor, or of the piece of it that begins at `context.start`.
+        keys: of a tensor, or of the piece of it that begins with entry number `start`.
         key, end: of one rank, see `Ordered`.
     """
     key = jnp.asarray(key).astype(keys.dtype)
     if end is None:
         return keys >= key
-    number = jnp.asarray(context.start, jnp.uint32) + jnp.arange(keys.size, dtype=jnp.uint32).reshape(keys.shape)
+    number = jnp.asarray(start, jnp.uint32) + jnp.arange(keys.size, dtype=jnp.uint32).reshape(keys.shape)
     return (keys > key) | ((keys == key) & (number < jnp.asarray(end).astype(jnp.uint32)))
 
 

@@ -8,7 +8,8 @@ is `L sum_t p_t u_t / q`. Its part `X`, the change of the base, is formed withou
     1 - q^2 = sum_{s<t} p_s p_t ||u_s - u_t||^2
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +17,8 @@ from jaxtyping import Array
 
 from cfmerge import linalg
 from cfmerge.core.numbers import Number
+from cfmerge.core.part import Seen
+from cfmerge.core.survey import Look, Measure, xp_of
 
 
 class Sphere(NamedTuple):
@@ -25,6 +28,7 @@ class Sphere(NamedTuple):
         units, lengths: `u_t (T, ...)` and `||V_t|| (T,)`.
         longer: `||V_t|| - ||V_0||`.
         chords: `||u_s - u_t||^2 (T, T)`.
+        q: of a piece of the tensors, `||sum_t p_t u_t||` of the whole for some shares `p`.
     """
 
     base: Array
@@ -33,21 +37,27 @@ class Sphere(NamedTuple):
     lengths: Array
     longer: Array
     chords: Array
+    q: Array | None = None
 
     @property
     def directed(self) -> Array:
         """Which tensors are not zero `(T,)`."""
         return self.lengths > 0
 
-    def direction(self, shares: Array) -> tuple[Array, Array]:
-        """`||sum_t p_t u_t||`, and whether it is zero to working precision."""
-        mean = linalg.weighted_sum(shares, self.units)
-        q = linalg.norm(mean).reshape(())
+    def direction(self, shares: Array, number: int = 0) -> tuple[Array, Array]:
+        """`||sum_t p_t u_t||`, and whether it is zero to working precision.
+
+        Args:
+            number: which of the shares that `q` is about these are, where the sphere is of a piece.
+        """
+        q = linalg.norm(linalg.weighted_sum(shares, self.units)).reshape(()) if self.q is None else self.q[number]
         return q, q <= 16 * jnp.finfo(q.dtype).eps * jnp.sum(jnp.abs(shares))
 
-    def merged(self, shares: Array, of_lengths: Array, opposed: Array | bool = False) -> tuple[Array, Array]:
+    def merged(
+        self, shares: Array, of_lengths: Array, opposed: Array | bool = False, number: int = 0
+    ) -> tuple[Array, Array]:
         """`X` of the mean direction with those shares; or, if there is none, of the mean, and whether that is so."""
-        q, cancelled = self.direction(shares)
+        q, cancelled = self.direction(shares, number)
         opposed = cancelled | opposed
         q = jnp.where(opposed | (q == 0), 1, q)
         mean = linalg.weighted_sum(shares, self._at_mean_length(of_lengths))
@@ -65,6 +75,76 @@ class Sphere(NamedTuple):
         by_little = self.deltas + (jnp.where(near, change, 0) / safe).reshape(each) * (self.base + self.deltas)
         length = jnp.dot(of_lengths, self.lengths, precision=linalg.HIGHEST)
         return jnp.where(near.reshape(each), by_little, length * self.units - self.base)
+
+
+# --- in pieces ----------------------------------------------------------------------------------------------------
+
+
+class Extent(NamedTuple):
+    """All that a mean must know of whole tensors to be taken in pieces, see `Sphere`."""
+
+    lengths: Any
+    longer: Any
+    chords: Any
+    q: Any = None
+
+    def sphere(self, base: Array, deltas: Array) -> Sphere:
+        """The sphere of a piece of the tensors."""
+        lengths, longer, chords = (jnp.asarray(own, base.dtype) for own in self[:3])
+        units = linalg.ratio(base + deltas, _each(lengths, base))
+        q = None if self.q is None else jnp.asarray(self.q, base.dtype)
+        return Sphere(base, deltas, units, lengths, longer, chords, q)
+
+
+def look_at_sphere(of: Callable[[Seen], Seen], shares_for: Callable[[Sphere, Array], Sequence[Array]]) -> Look:
+    """A look within a tensor: its `Extent`.
+
+    Args:
+        of: base, deltas and weights of the tensors that are averaged, out of what is seen.
+        shares_for: `shares_for(sphere, weights)`: the shares of the mean directions whose lengths are wanted.
+    """
+
+    def sizes(seen: Seen) -> Array:
+        base, deltas, *_ = of(seen)
+        return jnp.max(jnp.abs(base + deltas).reshape(len(deltas), -1), axis=1, initial=0)
+
+    size = yield Measure(sizes, joint=True, total="max")
+
+    def squares(seen: Seen) -> tuple[Array, Array]:
+        base, deltas, *_ = of(seen)
+        tensors, scale = base + deltas, _each(size, base)
+        beyond = linalg.ratio(deltas - deltas[0], scale) * linalg.ratio(tensors + tensors[0], scale)
+        axes = tuple(range(1, tensors.ndim))
+        return jnp.sum(linalg.ratio(tensors, scale) ** 2, axis=axes), jnp.sum(beyond, axis=axes)
+
+    square, beyond = yield Measure(squares, joint=True)
+    xp = xp_of(square, size)
+    lengths = size * xp.sqrt(square)
+    sums = lengths + lengths[0]
+    known = Extent(lengths, beyond * size * (size / xp.where(sums > 0, sums, 1)), xp.zeros((len(lengths),) * 2))
+
+    def grams(seen: Seen) -> Array:
+        base, deltas, *_ = of(seen)
+        units = known.sphere(base, deltas).units
+        away = (units - units[0]).reshape(len(units), -1)
+        return linalg.matmul(away, away.T)
+
+    gram = yield Measure(grams, joint=True)
+    squared = xp.diagonal(gram)
+    known = known._replace(chords=xp.clip(squared[:, None] + squared - 2 * gram, 0, 4))
+
+    def means(seen: Seen) -> Array:
+        base, deltas, weights, _ = of(seen)
+        sphere = known.sphere(base, deltas)
+        each = [linalg.weighted_sum(shares, sphere.units) for shares in shares_for(sphere, weights)]
+        return jnp.stack([jnp.sum(mean**2) for mean in each])
+
+    return known._replace(q=xp.sqrt((yield Measure(means, joint=True))))
+
+
+def _each(numbers: Any, base: Array) -> Array:
+    """A number for each expert `(T,)`, as `(T, 1, ...)`."""
+    return jnp.asarray(numbers, base.dtype).reshape(-1, *(1,) * base.ndim)
 
 
 def sphere_of(base: Array, deltas: Array) -> Sphere:

@@ -7,6 +7,8 @@ ram         the mean over those that changed the entry                          
 random_expert   the delta of an expert drawn at random: a control for all of these
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -16,9 +18,10 @@ from cfmerge import linalg
 from cfmerge.core.checks import check_number
 from cfmerge.core.deltas import of_deltas
 from cfmerge.core.numbers import Number
-from cfmerge.core.part import Context, Method, Needs
+from cfmerge.core.part import Context, Method, Needs, Seen
 from cfmerge.core.random import draws
 from cfmerge.core.registry import register
+from cfmerge.core.survey import Found, Look, Measure, Order, Survey, reached
 from cfmerge.linalg.selection import largest, magnitude_keys
 from cfmerge.methods._stack import total, weighted
 from cfmerge.methods._thresholds import share_of
@@ -100,33 +103,82 @@ def sce(density: Number = 1.0, uniform_below: Number = 0.0) -> Method:
     check_number("sce: uniform_below", uniform_below, 0)
 
     def chosen(base: Array, stack: Float[Array, "T ..."], weights: Array) -> Float[Array, "..."]:
-        selected = _selected(list(stack), density)
-        deltas = [jnp.where(selected, delta, 0) for delta in stack]
-        size = _largest(deltas)
-        squares = [jnp.mean(linalg.ratio(delta, size) ** 2) for delta in deltas]
-        even = total(squares) * size**2 < jnp.asarray(uniform_below, size.dtype)
-        shares = [jnp.where(even, 1 / len(deltas), linalg.ratio(square, total(squares))) for square in squares]
-        sign = jnp.where(total(deltas) >= 0, 1, -1)
-        agree = [jnp.sign(delta) == sign for delta in deltas]
-        summed = total(jnp.where(a, w * d, 0) for a, w, d in zip(agree, shares, deltas, strict=True))
-        return linalg.ratio(summed, total(jnp.where(a, w, 0) for a, w in zip(agree, shares, strict=True)))
+        size = _largest(stack)
+        variance = _variance(stack, size)
+        differing = jnp.sum(variance > 0, dtype=jnp.int32)
+        selected = largest(magnitude_keys(variance), count(density, differing, variance.size))
+        return _erased(_where(selected, stack), shares(_energies(selected, stack, size), size, variance.size))
 
-    return of_deltas(chosen, Needs("tensor", weights="none"))
+    def count(density: Any, differing: Any, size: Any) -> Any:
+        """How many entries are selected."""
+        some = jnp.where(differing > 0, share_of(density, differing, "floor"), size)
+        return jnp.where(jnp.asarray(density) >= 1, size, some)
+
+    def shares(energies: Float[Array, " T"], size: Any, entries: Any) -> Float[Array, " T"]:
+        """`w_t`, from `||D_t / size||^2` where entries are selected."""
+        even = jnp.sum(energies) / entries * jnp.asarray(size) ** 2 < jnp.asarray(uniform_below, energies.dtype)
+        return jnp.where(even, 1 / len(energies), linalg.ratio(energies, jnp.sum(energies)))
+
+    def look(entries: Any, own: Sequence[Any]) -> Look:
+        size = yield Measure(lambda seen: _largest(seen.deltas), joint=True, total="max")
+        differing = yield Measure(
+            lambda seen: jnp.sum(jnp.any(seen.deltas != seen.deltas[0], axis=0), dtype=jnp.int32), joint=True
+        )
+
+        def keys(seen: Seen) -> list[Array]:
+            return [magnitude_keys(_variance(seen.deltas, jnp.asarray(size, seen.base.dtype)))]
+
+        ordered = yield Order(keys, [(count(own[0], differing, entries),)], joint=True)
+
+        def energies(seen: Seen) -> Array:
+            selected = reached(keys(seen)[0], ordered.keys[0, 0], ordered.ends[0, 0], seen.contexts[0].start)
+            return _energies(selected, seen.deltas, jnp.asarray(size, seen.base.dtype))
+
+        return size, ordered, jnp.asarray((yield Measure(energies, joint=True))), entries
+
+    def informed(found: Found) -> Method:
+        size, ordered, energies, entries = found.model
+
+        def pieces(base: Array, stack: Float[Array, "T ..."], weights: Array, start: Any) -> Array:
+            keys = magnitude_keys(_variance(stack, jnp.asarray(size, base.dtype)))
+            selected = reached(keys, ordered.keys[0, 0], ordered.ends[0, 0], start)
+            own = shares(jnp.asarray(energies, base.dtype), jnp.asarray(size, base.dtype), entries)
+            return _erased(_where(selected, stack), own)
+
+        return of_deltas(pieces, needs, name="sce", located=True)
+
+    survey = Survey(look, informed, own=density, within="tensor")
+    needs = Needs("entry", weights="none")
+    whole = of_deltas(chosen, needs.but(scope="tensor"))
+    return dataclasses.replace(whole, pieces=lambda: dataclasses.replace(whole, needs=needs, survey=survey))
 
 
-def _selected(deltas: list[Array], density: Any) -> Array:
-    """The entries of largest variance over the experts; all where there is none."""
-    size = _largest(deltas)
+def _where(selected: Array, deltas: Float[Array, "T ..."]) -> list[Array]:
+    return [jnp.where(selected, delta, 0) for delta in deltas]
+
+
+def _erased(deltas: list[Array], shares: Float[Array, " T"]) -> Float[Array, "..."]:
+    """The mean of the deltas that have the sign of their sum, weighted by the shares."""
+    sign = jnp.where(total(deltas) >= 0, 1, -1)
+    agree = [jnp.sign(delta) == sign for delta in deltas]
+    summed = total(jnp.where(a, w * d, 0) for a, w, d in zip(agree, shares, deltas, strict=True))
+    return linalg.ratio(summed, total(jnp.where(a, w, 0) for a, w in zip(agree, shares, strict=True)))
+
+
+def _energies(selected: Array, deltas: Float[Array, "T ..."], size: Array) -> Float[Array, " T"]:
+    """`||D_t / size||^2` of the selected entries."""
+    return jnp.stack([jnp.sum(linalg.ratio(delta, size) ** 2) for delta in _where(selected, deltas)])
+
+
+def _variance(deltas: Float[Array, "T ..."], size: Array) -> Float[Array, "..."]:
+    """The variance over the experts, of deltas over a size, times their number."""
     moved = [linalg.ratio(delta - deltas[0], size) for delta in deltas]  # exactly 0 where all are the same
     mean = total(moved) / len(moved)
-    variance = total((each - mean) ** 2 for each in moved)
-    differing = jnp.sum(variance > 0, dtype=jnp.int32)
-    count = jnp.where(differing > 0, share_of(density, differing, "floor"), variance.size)
-    return largest(magnitude_keys(variance), count) | (jnp.asarray(density) >= 1)
+    return total((each - mean) ** 2 for each in moved)
 
 
-def _largest(deltas: list[Array]) -> Array:
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(delta), initial=0) for delta in deltas]))
+def _largest(deltas: Float[Array, "T ..."]) -> Array:
+    return jnp.max(jnp.abs(deltas), initial=0)
 
 
 @register

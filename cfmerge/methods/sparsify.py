@@ -90,7 +90,7 @@ def trim(
 
         def applied(delta: Float[Array, "..."], context: Context = NO_CONTEXT) -> Float[Array, "..."]:
             key, end = (None if own is None else jnp.asarray(own)[context.number, 0] for own in ordered)
-            kept = reached(magnitude_keys(delta), key, end, context)
+            kept = reached(magnitude_keys(delta), key, end, context.start)
             return _rescaled(delta, jnp.where(kept, delta, 0), rescale)
 
         return Transform("trim", applied, needs=Needs("entry" if rescale == "none" else "tensor"))
@@ -188,7 +188,7 @@ def outliers(density: PerExpert = 0.9, gamma: PerExpert = 0.01, rescale: Norm = 
         def applied(delta: Float[Array, "..."], context: Context) -> Float[Array, "..."]:
             keys = magnitude_keys(delta)
             (top, upto), (top_end, end) = (jnp.asarray(own)[context.number] for own in found.model)
-            inside = reached(keys, upto, end, context) & ~reached(keys, top, top_end, context)
+            inside = reached(keys, upto, end, context.start) & ~reached(keys, top, top_end, context.start)
             return jnp.where(inside, delta, 0)
 
         return Transform("outliers", applied)

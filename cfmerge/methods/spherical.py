@@ -16,6 +16,8 @@ for slerp, and as `_sphere` says for the means.
 A tensor that is zero has no direction: it is left out of `m`, and slerp is linear where one of the two is zero.
 """
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -25,9 +27,10 @@ from cfmerge import linalg
 from cfmerge.core.checks import check, check_number
 from cfmerge.core.deltas import of_deltas
 from cfmerge.core.numbers import Number
-from cfmerge.core.part import Method, Needs, Report
+from cfmerge.core.part import Method, Needs, Note, Report, Seen
 from cfmerge.core.registry import register
-from cfmerge.methods._sphere import intrinsic_mean, normalised, shares_of, sphere_of
+from cfmerge.core.survey import Found, Survey
+from cfmerge.methods._sphere import Sphere, intrinsic_mean, look_at_sphere, normalised, shares_of, sphere_of
 
 On = Literal["weights", "deltas"]
 
@@ -139,17 +142,21 @@ def multislerp(normalise_weights: bool = True, on: On = "deltas", eps: Number = 
     """
     check_number("multislerp: eps", eps, 0)
 
-    def mean(base: Array, deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> tuple[Array, Report]:
-        total, base = jnp.sum(weights), _origin(base, on)
-        sphere = sphere_of(base, deltas)
-        directions, lengths = shares_of(weights, sphere)
-        directions = normalised(directions * sphere.lengths / (sphere.lengths + eps + ~sphere.directed))
-        merged, opposed = sphere.merged(directions, lengths)
+    def directions(sphere: Sphere, weights: Array) -> list[Array]:
+        shares, _ = shares_of(weights, sphere)
+        return [normalised(shares * sphere.lengths / (sphere.lengths + eps + ~sphere.directed))]
+
+    def mean(sphere: Sphere, weights: Float[Array, " T"]) -> tuple[Array, Report]:
+        (shares,), (_, lengths), total = directions(sphere, weights), shares_of(weights, sphere), jnp.sum(weights)
+        merged, opposed = sphere.merged(shares, lengths)
         if not normalise_weights:  # as many times as long, in the same direction
-            merged = jnp.abs(total) * merged + (jnp.abs(total) - 1) * base
+            merged = jnp.abs(total) * merged + (jnp.abs(total) - 1) * sphere.base
         return merged, {"opposed": opposed}
 
-    return of_deltas(mean, Needs("tensor", normalises=True), notes={"opposed": OPPOSED})
+    needs = Needs("tensor", normalises=True)
+    return _mean_of(
+        lambda seen: seen._replace(base=_origin(seen.base, on)), directions, mean, needs, {"opposed": OPPOSED}
+    )
 
 
 @register
@@ -167,24 +174,62 @@ def karcher(max_iter: int = 10, tol: Number = 1e-5, on: On = "weights", with_bas
     check(max_iter >= 0, f"karcher: max_iter must not be negative, got {max_iter}")
     check_number("karcher: tol", tol, 0)
 
-    def mean(base: Array, deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+    def of(seen: Seen) -> Seen:
+        base, deltas, weights, contexts = seen
         if with_base:
             deltas = jnp.concatenate([jnp.zeros_like(base)[None], deltas])
             weights = jnp.concatenate([jnp.ones_like(weights[:1]), weights])
-        base = _origin(base, on)
-        sphere = sphere_of(base, deltas)
-        directions, lengths = shares_of(weights, sphere)
-        place, residual = intrinsic_mean(directions, sphere.chords, max_iter, tol)
-        _, opposed = sphere.direction(directions)
+        return Seen(_origin(base, on), deltas, weights, contexts)
+
+    def directions(sphere: Sphere, weights: Array) -> list[Array]:
+        shares, _ = shares_of(weights, sphere)
+        return [intrinsic_mean(shares, sphere.chords, max_iter, tol)[0], shares]
+
+    def mean(sphere: Sphere, weights: Float[Array, " T"]) -> tuple[Array, Report]:
+        shares, lengths = shares_of(weights, sphere)
+        place, residual = intrinsic_mean(shares, sphere.chords, max_iter, tol)
+        _, opposed = sphere.direction(shares, 1)
         merged, opposed = sphere.merged(place, lengths, opposed)
-        least = jnp.maximum(jnp.asarray(tol, base.dtype), 32 * jnp.finfo(base.dtype).eps)
+        least = jnp.maximum(jnp.asarray(tol, residual.dtype), 32 * jnp.finfo(residual.dtype).eps)
         return merged, {"opposed": opposed, "residual": residual, "unfinished": ~opposed & (residual > least)}
 
     notes = {
         "opposed": OPPOSED,
         "unfinished": (bool, "the mean was not reached within tol: use a larger max_iter"),
     }
-    return of_deltas(mean, Needs("tensor", weights="positive", normalises=True), notes=notes)
+    return _mean_of(of, directions, mean, Needs("tensor", weights="positive", normalises=True), notes)
+
+
+def _mean_of(
+    of: Callable[[Seen], Seen],
+    directions: Callable[[Sphere, Array], Sequence[Array]],
+    mean: Callable[[Sphere, Array], tuple[Array, Report]],
+    needs: Needs,
+    notes: Mapping[str, Note],
+) -> Method:
+    """The method of a mean on the sphere, of whole tensors or in pieces.
+
+    Args:
+        of, directions: see `look_at_sphere`.
+        mean: the merged delta and the report, of a sphere and the weights.
+    """
+
+    def whole(base: Array, deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+        base, deltas, weights, _ = of(Seen(base, deltas, weights))
+        return mean(sphere_of(base, deltas), weights)
+
+    def informed(found: Found) -> Method:
+        def piece(base: Array, deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+            base, deltas, weights, _ = of(Seen(base, deltas, weights))
+            return mean(found.model.sphere(base, deltas), weights)
+
+        return of_deltas(piece, needs.but(scope="entry"), notes=notes)
+
+    survey = Survey(lambda entries, own: look_at_sphere(of, directions), informed, within="tensor")
+    method = of_deltas(whole, needs, notes=notes)
+    return dataclasses.replace(
+        method, pieces=lambda: dataclasses.replace(method, needs=needs.but(scope="entry"), survey=survey)
+    )
 
 
 OPPOSED = (
