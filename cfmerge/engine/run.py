@@ -27,6 +27,7 @@ from cfmerge.core.call import of_expert
 from cfmerge.core.survey import looked
 from cfmerge.engine.account import Account
 from cfmerge.engine.checks import kept_tensor
+from cfmerge.engine.compilation import cached
 from cfmerge.engine.cutting import units_of
 from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
@@ -127,6 +128,7 @@ class _Loop:
         if self.work.from_files:
             for model in (self.work.base, *self.work.experts):
                 model.tensors.prepare()
+            self._context.enter_context(cached())
         if not self.work.traced:
             self._context.enter_context(_blas().limit(limits=1, user_api="blas"))
         self._context.enter_context(warnings.catch_warnings())
