@@ -27,7 +27,7 @@ from cfmerge.planning.work import Work
 LIMIT = 256 << 20  # bytes; a merge of one model adds about one to three million
 ERRORS = "Error (reading|writing) persistent compilation cache entry"  # how JAX's warnings begin
 
-FEW = 1 << 21  # entries of base and experts together, up to which compiling well would take longer than it saves
+FEW = 1 << 20  # entries of base and experts together, up to which compiling well would take longer than it saves
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
@@ -186,7 +186,7 @@ def machine() -> str:
 
 
 def shrink(folder: Path, limit: int) -> None:
-    """Removes files, those that were not used for the longest time first, where all are larger than `limit` together."""
+    """Removes the files that were not used for the longest time, where all together are larger than `limit`."""
     files = []
     with contextlib.suppress(OSError):
         for file in folder.rglob("*"):
