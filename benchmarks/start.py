@@ -28,16 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = Size(layers=2, hidden=32, vocabulary=256)
 EXPERTS = 3
 COLUMNS = (
-    "method",
-    "cold, wall",
-    "cold, user",
-    "warm, wall",
-    "warm, user",
-    "programs",
-    "seconds",
-    "warm",
-    "same bytes",
-)
+    "method", "cold, wall", "cold, user", "warm, wall", "warm, user", "programs", "seconds", "warm", "same bytes",
+)  # fmt: skip
+SETTINGS = ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "ENABLE_COMPILATION_CACHE")
+EVENTS = {"compiled": "/backend_compile_duration", "from the cache": "/cache_retrieval_time_sec"}
 
 
 class Run(NamedTuple):
@@ -67,10 +61,7 @@ def work(told: Path, arguments: list[str]) -> None:
     counts, seconds = dict.fromkeys(EVENTS, 0), dict.fromkeys(EVENTS, 0.0)
 
     def listen(event: str, duration: float, **_: Any) -> None:
-        for name, end in {
-            "compiled": "/backend_compile_duration",
-            "from the cache": "/cache_retrieval_time_sec",
-        }.items():
+        for name, end in EVENTS.items():
             if event.endswith(end):
                 counts[name] += 1
                 seconds[name] += duration

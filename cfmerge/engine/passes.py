@@ -15,7 +15,7 @@ import numpy as np
 from cfmerge.core.call import of_expert
 from cfmerge.core.survey import Measure, xp_of
 from cfmerge.engine.checks import check_finite
-from cfmerge.engine.compilation import is_quick, options
+from cfmerge.engine.compiling import is_quick, options
 from cfmerge.engine.precision import Attempt, Outcome
 from cfmerge.engine.steps import Inputs, Settings, Steps, Views, compiled, measured, steps
 from cfmerge.engine.units import Unit

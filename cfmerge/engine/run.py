@@ -27,7 +27,7 @@ from cfmerge.core.call import of_expert
 from cfmerge.core.survey import looked
 from cfmerge.engine.account import Account
 from cfmerge.engine.checks import kept_tensor
-from cfmerge.engine.compilation import cached
+from cfmerge.engine.compiling import cached
 from cfmerge.engine.cutting import units_of
 from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways

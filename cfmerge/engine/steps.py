@@ -25,7 +25,7 @@ from cfmerge.core.part import Context, Method, Needs, Seen, with_context
 from cfmerge.core.random import key_from
 from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Measure
-from cfmerge.engine.compilation import options
+from cfmerge.engine.compiling import options
 from cfmerge.models import from_canonical, to_canonical
 
 
@@ -68,7 +68,7 @@ def compiled(layout: str, compute: str, quick: bool = False) -> Steps:
     Args:
         layout: of the stored tensors, see `cfmerge.models`; empty where there is no canonical view.
         compute: `float32` or `float64` (then call under `jax.enable_x64(True)`).
-        quick: compile quickly, for little work; see `cfmerge.engine.compilation`.
+        quick: compile quickly, for little work; see `cfmerge.engine.compiling`.
     """
     plain, how = steps(layout, compute), options(quick)
     return Steps(
