@@ -107,7 +107,7 @@ def _turned_on(folder: Path) -> Iterator[None]:
         finally:
             if jax.config.jax_compilation_cache_dir == settings["jax_compilation_cache_dir"]:
                 _set(before)
-            shrink(folder.parent, 0 if failed.is_set() else LIMIT)
+            shrink(folder.parent, -1 if failed.is_set() else LIMIT)
 
 
 def _set(settings: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ def machine() -> str:
 
 
 def shrink(folder: Path, limit: int) -> None:
-    """Removes the files that were not used for the longest time, where all together are larger than `limit`."""
+    """Removes the files that were not used for the longest time, where all together are larger than `limit`; all for -1."""
     files = []
     with contextlib.suppress(OSError):
         for file in folder.rglob("*"):

@@ -211,6 +211,9 @@ def test_the_files_that_were_not_used_for_the_longest_time_go_first(tmp_path):
     assert len(list(tmp_path.rglob("?"))) == 4
     compiling.shrink(tmp_path, 399)
     assert sorted(file.name for file in tmp_path.rglob("?")) == ["3"]
+    (tmp_path / "empty").touch()
+    compiling.shrink(tmp_path, -1)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
