@@ -186,7 +186,7 @@ def machine() -> str:
 
 
 def shrink(folder: Path, limit: int) -> None:
-    """Removes the files that were not used for the longest time, where all together are larger than `limit`; all for -1."""
+    """Removes the files that were not used for the longest time, where all are larger than `limit`; -1: all files."""
     files = []
     with contextlib.suppress(OSError):
         for file in folder.rglob("*"):
