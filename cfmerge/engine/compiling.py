@@ -107,7 +107,9 @@ def _turned_on(folder: Path) -> Iterator[None]:
         finally:
             if jax.config.jax_compilation_cache_dir == settings["jax_compilation_cache_dir"]:
                 _set(before)
-            shrink(folder.parent, -1 if failed.is_set() else LIMIT)
+            if failed.is_set():
+                shrink(folder, -1)
+            shrink(folder.parent, LIMIT)
 
 
 def _set(settings: dict[str, Any]) -> None:
@@ -133,14 +135,19 @@ def _catch_errors(failed: threading.Event) -> None:
     warnings.showwarning = shown
 
 
+def cache_directory() -> Path:
+    """`$CFMERGE_CACHE`, else `$XDG_CACHE_HOME/cfmerge`, else `~/.cache/cfmerge`."""
+    if chosen := os.environ.get("CFMERGE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cfmerge"
+
+
 def directory() -> Path:
-    """`cfmerge/compiled/MACHINE` in the user's cache directory: `$XDG_CACHE_HOME`, or `~/.cache`."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
+    """`compiled/MACHINE` in cfmerge's cache directory."""
     try:
-        cache = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+        return cache_directory().absolute() / "compiled" / machine()
     except RuntimeError as error:
         raise Unusable(f"there is no home directory ({error})") from None
-    return cache / "cfmerge" / "compiled" / machine()
 
 
 def prepared(folder: Path) -> Path:

@@ -21,6 +21,7 @@ SETTINGS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_pe
 def cache(tmp_path, monkeypatch):
     """The directory of cfmerge's cache, where the user has set none of JAX's; it is not there yet."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
+    monkeypatch.delenv("CFMERGE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
@@ -76,7 +77,7 @@ finally:
 
 
 def test_a_second_process_compiles_nothing(tmp_path, family):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "CFMERGE_"))}
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "JAX_PLATFORMS": "cpu"}
     experts = [word for path in family.experts for word in ("-e", str(path))]
     words = ["merge", "--base", str(family.base), *experts, "-m", "average", "--quiet", "--overwrite"]
@@ -170,11 +171,11 @@ def read_only(cache, monkeypatch):
 
 
 def no_home(cache, monkeypatch):
-    def home():
+    def home(path):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(Path, "expanduser", home)
 
 
 @pytest.mark.parametrize(
