@@ -3,6 +3,7 @@
 import json as json_module
 import signal
 import sys
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -59,6 +60,7 @@ def merge(
     output: o.ModelOutput,
     overwrite: o.Overwrite = False,
     memory: o.Memory = None,
+    no_compile_cache: o.NoCompileCache = False,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
@@ -95,6 +97,7 @@ def sweep(
     output: o.Output,
     overwrite: o.Overwrite = False,
     memory: o.Memory = None,
+    no_compile_cache: o.NoCompileCache = False,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
@@ -130,6 +133,7 @@ def accumulate(
     output: o.Output,
     overwrite: o.Overwrite = False,
     memory: o.Memory = None,
+    no_compile_cache: o.NoCompileCache = False,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
@@ -232,6 +236,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """The `cfmerge` command: runs it, and turns errors into messages and exit codes (1; 130 interrupted)."""
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.formatwarning = lambda message, *where, **how: f"warning: {message}\n"
     json = "--json" in sys.argv
     try:
         app()

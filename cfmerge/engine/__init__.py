@@ -25,6 +25,7 @@ steps `Unsolved`, which return the statistics.
     cutting    jobs cut into units
     passes     the steps of each kind of pass
     steps      the functions that are compiled
+    compiling  programs kept on disk between runs, and compiled quickly where they run briefly
     precision  the decisions that are made while running
     low_rank   deltas of low rank, recognised
     surveys    findings, and the methods that asked for them

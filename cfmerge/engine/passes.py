@@ -15,6 +15,7 @@ import numpy as np
 from cfmerge.core.call import of_expert
 from cfmerge.core.survey import Measure, Order, xp_of
 from cfmerge.engine.checks import check_finite
+from cfmerge.engine.compiling import is_quick, options
 from cfmerge.engine.precision import Attempt, Outcome
 from cfmerge.engine.steps import Inputs, Settings, Steps, Views, compiled, finite, measured, steps
 from cfmerge.engine.units import Unit
@@ -40,9 +41,11 @@ class _Merging:
 
     def __init__(self, attempt: Attempt) -> None:
         self.unit, self.attempt = attempt.unit, attempt
-        self.traced = attempt.unit.work.traced
-        make = steps if self.traced else compiled
-        self.by: Steps = make(self.unit.job.layout, attempt.compute)
+        work, layout = self.unit.work, self.unit.job.layout
+        self.traced = work.traced
+        self.by: Steps = (
+            steps(layout, attempt.compute) if self.traced else compiled(layout, attempt.compute, is_quick(work))
+        )
         self.settings: list[Settings] = self.unit.settings(attempt.methods, attempt.found)
         self.experts = self.unit.experts
         self.order = {number: place for place, number in enumerate(self.unit.experts, 1)}
@@ -94,6 +97,8 @@ class Together(_Merging):
         experts, inputs = [list(column) for column in zip(*state, strict=True)]
         out = self.unit.job.dtype.name
         merged, reports, finite = self.by.together(self.settings[1:], base, experts, inputs, out)
+        if not self.traced:
+            finite = np.asarray(finite)  # taken apart by JAX it would be one more program
         for flags, number in zip(finite, (*self.unit.experts, None), strict=True):
             self.checked(base, number, flags)
         return self.outcome(merged, reports)
@@ -116,7 +121,8 @@ class Measures:
         key = (measure, unit.job.layout, unit.job.method.needs)
         if key not in self._made:
             view = Views(unit.job.layout, self.compute, unit.job.method.needs)
-            self._made[key] = jax.jit(measured(view, self.wanted, measure))
+            how = options(is_quick(unit.work))
+            self._made[key] = jax.jit(measured(view, self.wanted, measure), compiler_options=how)
         return self._made[key]
 
 

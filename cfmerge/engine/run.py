@@ -27,6 +27,7 @@ from cfmerge.core.call import of_expert
 from cfmerge.core.survey import Order, Ordered, looked
 from cfmerge.engine.account import Account
 from cfmerge.engine.checks import kept_tensor
+from cfmerge.engine.compiling import cached
 from cfmerge.engine.cutting import units_of
 from cfmerge.engine.orders import SMALL, on_host, sample_of, traced
 from cfmerge.engine.passes import Additive, Keying, Measures, Measuring, Together, UnitSteps, Unsolved
@@ -130,6 +131,7 @@ class _Loop:
         if self.work.from_files:
             for model in (self.work.base, *self.work.experts):
                 model.tensors.prepare()
+            self._context.enter_context(cached())
         if not self.work.traced:
             self._context.enter_context(_blas().limit(limits=1, user_api="blas"))
         self._context.enter_context(warnings.catch_warnings())

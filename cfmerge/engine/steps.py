@@ -25,6 +25,7 @@ from cfmerge.core.part import Context, Method, Needs, Seen, with_context
 from cfmerge.core.random import key_from
 from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Measure, Order
+from cfmerge.engine.compiling import options
 from cfmerge.models import from_canonical, to_canonical
 
 
@@ -61,19 +62,20 @@ class Steps(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def compiled(layout: str, compute: str) -> Steps:
+def compiled(layout: str, compute: str, quick: bool = False) -> Steps:
     """The steps, jitted; compiled once for every method and shape that they meet. `step` uses up its statistics.
 
     Args:
         layout: of the stored tensors, see `cfmerge.models`; empty where there is no canonical view.
         compute: `float32` or `float64` (then call under `jax.enable_x64(True)`).
+        quick: compile quickly, for little work; see `cfmerge.engine.compiling`.
     """
-    plain = steps(layout, compute)
+    plain, how = steps(layout, compute), options(quick)
     return Steps(
-        jax.jit(plain.start),
-        jax.jit(plain.step, donate_argnums=1),
-        jax.jit(plain.finish, static_argnums=3),
-        jax.jit(plain.together, static_argnums=4),
+        jax.jit(plain.start, compiler_options=how),
+        jax.jit(plain.step, donate_argnums=1, compiler_options=how),
+        jax.jit(plain.finish, static_argnums=3, compiler_options=how),
+        jax.jit(plain.together, static_argnums=4, compiler_options=how),
     )
 
 

@@ -17,6 +17,7 @@ from cfmerge.core.call import of_expert
 from cfmerge.core.part import Needs, Seen, with_context
 from cfmerge.core.survey import Found, Order, Ordered, looked
 from cfmerge.engine.checks import check_finite
+from cfmerge.engine.compiling import is_quick, options
 from cfmerge.engine.orders import ALL, SMALL, KeysOf, on_host, places_of, sample_of
 from cfmerge.engine.passes import UnitSteps
 from cfmerge.engine.steps import Inputs, Views, finite
@@ -150,7 +151,8 @@ class Asking:
         calls = [settings.call for settings in unit.settings(unit.methods, None)[1:]]
         replies = by_row(unit, self.replies)
         entries = by_row(unit, {job.name: np.int32(job.parameter.size) for job in unit.jobs})
-        answers, flags = _answers(self.compute, unit.job.method.needs)(calls, replies, entries, base, experts, inputs)
+        asked = _answers(self.compute, unit.job.method.needs, is_quick(unit.work))
+        answers, flags = asked(calls, replies, entries, base, experts, inputs)
         for number, own in zip((None, *self.experts), np.asarray(flags), strict=True):
             check_finite(unit, base, number, own)
         return jax.tree.map(np.asarray, answers)
@@ -163,7 +165,7 @@ def by_row(unit: Unit, of_tensors: Mapping[str, Any]) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _answers(compute: str, needs: Needs) -> Callable[..., Any]:
+def _answers(compute: str, needs: Needs, quick: bool) -> Callable[..., Any]:
     """The answers to the question that looks ask after so many replies, for rows; and which rows are finite."""
     view = Views("", compute, needs)
 
@@ -185,7 +187,7 @@ def _answers(compute: str, needs: Needs) -> Callable[..., Any]:
         rows = jax.vmap(functools.partial(one, inputs=inputs))(calls, replies, entries, *stacks, given)
         return rows, jnp.stack([finite(stack) for stack in (base, *experts)])
 
-    return jax.jit(all_rows)
+    return jax.jit(all_rows, compiler_options=options(quick))
 
 
 def _replayed(look: Look, replies: Sequence[Any]) -> Any:

@@ -1,0 +1,155 @@
+"""How long a merge of a tiny model takes, as multiples of `import jax`: cold, and with the compilation cache filled.
+
+    python benchmarks/start.py [--method all] [--rounds 1] [--pythonpath CHECKOUT] [--json FILE] [--markdown FILE]
+
+The model is a LLaMA of two layers and 32 dimensions with three experts. For every method three processes run in turn,
+round after round: `python -c "import jax"`, a merge with an empty cache, and the same merge again. Medians of their
+ratios are told, round by round, of wall time and of the processor's time in user mode; how many programs the first
+merge compiles, and the second; the seconds that the compiler takes (of both threads together); and whether both merges
+write the same bytes.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama import chosen_methods, recipe
+from make_llama import Size, write
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = Size(layers=2, hidden=32, vocabulary=256)
+EXPERTS = 3
+COLUMNS = (
+    "method", "cold, wall", "cold, user", "warm, wall", "warm, user", "programs", "seconds", "warm", "same bytes",
+)  # fmt: skip
+SETTINGS = ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "ENABLE_COMPILATION_CACHE")
+EVENTS = {"compiled": "/backend_compile_duration", "from the cache": "/cache_retrieval_time_sec"}
+
+
+class Run(NamedTuple):
+    """One process: wall and user seconds; programs that were compiled, the compiler's seconds, and the output."""
+
+    wall: float
+    user: float
+    programs: int = 0
+    compiling: float = 0.0
+    output: str = ""
+
+
+def run(command: list[str], environment: dict[str, str], told: Path) -> Run:
+    told.unlink(missing_ok=True)
+    before, started = os.times(), time.monotonic()
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wall, user = time.monotonic() - started, os.times().children_user - before.children_user
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr.decode()[-2000:]}")
+    return Run(wall, user, **json.loads(told.read_text())) if told.exists() else Run(wall, user)
+
+
+def work(told: Path, arguments: list[str]) -> None:
+    """Runs the command line and writes what was compiled."""
+    import jax.monitoring
+
+    counts, seconds = dict.fromkeys(EVENTS, 0), dict.fromkeys(EVENTS, 0.0)
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        for name, end in EVENTS.items():
+            if event.endswith(end):
+                counts[name] += 1
+                seconds[name] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    from cfmerge.cli import main
+
+    sys.argv = ["cfmerge", *arguments]
+    try:
+        main()
+    finally:
+        programs = counts["compiled"] - counts["from the cache"]
+        compiling = seconds["compiled"] - seconds["from the cache"]
+        told.write_text(
+            json.dumps({"programs": programs, "compiling": compiling, "output": digest(told.parent / "out")})
+        )
+
+
+def digest(directory: Path) -> str:
+    found = hashlib.sha256()
+    for file in sorted(directory.rglob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def rounds(folder: Path, method: str, count: int, checkout: Path) -> list[tuple[Run, Run, Run]]:
+    """`(import jax, cold, warm)` of every round."""
+    environment = {name: value for name, value in os.environ.items() if name.removeprefix("JAX_") not in SETTINGS}
+    told, asked, found = folder / "told.json", recipe(folder, method, EXPERTS), []
+    merge = ["merge", str(asked), "--quiet", "--overwrite", "-o", str(folder / "out")]
+    ours = [sys.executable, __file__, "--work", str(told), *merge]
+    for _ in range(count):
+        environment |= {"PYTHONPATH": str(checkout), "XDG_CACHE_HOME": tempfile.mkdtemp(dir=folder)}
+        imported = run([sys.executable, "-c", "import jax"], environment, told)
+        found.append((imported, run(ours, environment, told), run(ours, environment, told)))
+    return found
+
+
+def row(method: str, found: list[tuple[Run, Run, Run]]) -> dict[str, Any]:
+    """The figures of a method, by column."""
+
+    def ratio(which: int, what: str) -> float:
+        return round(statistics.median(getattr(one[which], what) / getattr(one[0], what) for one in found), 2)
+
+    _, cold, warm = found[-1]
+    compiling = round(statistics.median(one[1].compiling for one in found), 1)
+    values = (
+        method, ratio(1, "wall"), ratio(1, "user"), ratio(2, "wall"), ratio(2, "user"), cold.programs, compiling,
+        warm.programs, "yes" if cold.output == warm.output else "NO",
+    )  # fmt: skip
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [COLUMNS, ["---"] + ["--:"] * (len(COLUMNS) - 1), *(each.values() for each in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--method", nargs="+", default=["all"], help="methods or expressions, or `all`")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--pythonpath", type=Path, default=ROOT, metavar="DIR", help="the checkout that merges")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    rows, imports = [], []
+    with tempfile.TemporaryDirectory(prefix="start-") as directory:
+        folder = Path(directory)
+        for number in (None, *range(EXPERTS)):
+            write(folder / ("base" if number is None else f"expert_{number}"), TINY, number)
+        for method in chosen_methods(args.method):
+            found = rounds(folder, method, args.rounds, args.pythonpath.resolve())
+            rows.append(row(method, found))
+            imports += [one[0] for one in found]
+            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    wall, user = (statistics.median(getattr(one, what) for one in imports) for what in ("wall", "user"))
+    print(f"import jax: {wall:.2f} s of wall time, {user:.2f} s in user mode; load {os.getloadavg()[0]:.1f}")
+    print(table(rows), end="")
+    if args.markdown:
+        args.markdown.write_text(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps({"import jax": {"wall": wall, "user": user}, "methods": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        work(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        main()

@@ -1,0 +1,212 @@
+"""How programs are compiled: kept on disk between runs, and quickly where there is little to compute.
+
+    with cached(): ...        JAX's persistent compilation cache is on, in the user's cache directory
+    jax.jit(function, compiler_options=options(quick))
+
+A program in the cache is code that this process will run. So the directory is the user's alone (mode 0700), and one
+that another user owns, or may write, is not used. Whatever is wrong with the cache, the merge goes on without it.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from cfmerge.planning.work import Work
+
+LIMIT = 256 << 20  # bytes; a merge of one model adds about one to three million
+ERRORS = "Error (reading|writing) persistent compilation cache entry"  # how JAX's warnings begin
+
+FEW = 1 << 20  # entries of base and experts together, up to which compiling well would take longer than it saves
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+# --- quickly --------------------------------------------------------------------------------------------------------
+
+
+def is_quick(work: Work) -> bool:
+    """Whether the programs of these files run so briefly that they are to be compiled quickly.
+
+    Trees in memory may come again and again, by calls that compile once.
+    """
+    return work.from_files and (1 + len(work.experts)) * sum(job.parameter.size for job in work.merged) <= FEW
+
+
+@functools.cache
+def options(quick: bool) -> dict[str, Any] | None:
+    """The compiler's options, for `jit`; none where XLA does not know them."""
+    if not quick or jax.default_backend() != "cpu":
+        return None
+    try:
+        jax.jit(lambda: 0, compiler_options=QUICK)()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return QUICK
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+class Unusable(Exception):
+    """Why a directory is not used."""
+
+
+class _Runs:
+    """The runs that use the cache now: the first turns it on, the last turns it off."""
+
+    lock, count, context = threading.Lock(), 0, contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def cached() -> Iterator[None]:
+    """Turns on JAX's persistent compilation cache, in `directory()`; afterwards JAX's settings are as they were.
+
+    A cache that the user has set, or turned off (`JAX_ENABLE_COMPILATION_CACHE=false`), stays as it is. A directory
+    that cannot be used is told in a warning.
+    """
+    with _Runs.lock:
+        if _Runs.count == 0 and jax.config.jax_enable_compilation_cache and not jax.config.jax_compilation_cache_dir:
+            try:
+                folder = prepared(directory())
+            except Unusable as why:
+                warnings.warn(f"compilation cache: {why}; programs are compiled anew in every run", stacklevel=3)
+            else:
+                _Runs.context.enter_context(_turned_on(folder))
+        _Runs.count += 1
+    try:
+        yield
+    finally:
+        with _Runs.lock:
+            _Runs.count -= 1
+            if _Runs.count == 0:
+                _Runs.context.close()
+
+
+@contextlib.contextmanager
+def _turned_on(folder: Path) -> Iterator[None]:
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before, failed = {name: getattr(jax.config, name) for name in settings}, threading.Event()
+    with warnings.catch_warnings():
+        _catch_errors(failed)
+        _set(settings)
+        try:
+            yield
+        finally:
+            if jax.config.jax_compilation_cache_dir == settings["jax_compilation_cache_dir"]:
+                _set(before)
+            if failed.is_set():
+                shrink(folder, -1)
+            shrink(folder.parent, LIMIT)
+
+
+def _set(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it has opened the directory that was set before
+
+
+def _catch_errors(failed: threading.Event) -> None:
+    """Sets the event at JAX's warnings of an entry that cannot be read or written, and shows all others.
+
+    JAX compiles then. But it never replaces an entry: one that was cut short by a kill or a full disk would stay.
+    """
+    show = warnings.showwarning
+
+    def shown(message: Any, *where: Any, **how: Any) -> None:
+        if "persistent compilation cache entry" in str(message):
+            failed.set()
+        else:
+            show(message, *where, **how)
+
+    warnings.filterwarnings("always", message=ERRORS)  # were they errors, they would end the merge
+    warnings.showwarning = shown
+
+
+def cache_directory() -> Path:
+    """`$CFMERGE_CACHE`, else `$XDG_CACHE_HOME/cfmerge`, else `~/.cache/cfmerge`."""
+    if chosen := os.environ.get("CFMERGE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cfmerge"
+
+
+def directory() -> Path:
+    """`compiled/MACHINE` in cfmerge's cache directory."""
+    try:
+        return cache_directory().absolute() / "compiled" / machine()
+    except RuntimeError as error:
+        raise Unusable(f"there is no home directory ({error})") from None
+
+
+def prepared(folder: Path) -> Path:
+    """The directory, made if need be, when it and the two around it are the user's alone.
+
+    Raises:
+        Unusable: it cannot be made or written, or another user owns it or may write it.
+    """
+    own = (folder.parent.parent, folder.parent, folder)
+    for one in (*reversed(own[0].parents), *own):
+        try:
+            if not one.is_dir():
+                one.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise Unusable(f"{one} cannot be made: {error.strerror}") from None
+    for one in own:
+        _check_private(one)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Unusable(f"{folder} cannot be written")
+    return folder
+
+
+def _check_private(folder: Path) -> None:
+    if not hasattr(os, "getuid"):  # Windows: a user's cache directory is his own
+        return
+    found = folder.stat()
+    if found.st_uid != os.getuid():
+        raise Unusable(f"{folder}, whose files are code that would run, belongs to another user ({found.st_uid})")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Unusable(f"{folder}, whose files are code that would run, can be written by others (chmod go-w)")
+
+
+@functools.cache
+def machine() -> str:
+    """A name for the class of processor: a home directory may be shared by machines, whose code differs."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = platform.processor()
+    digest = hashlib.sha256(features.encode()).hexdigest()[:8]
+    return f"{platform.machine() or 'machine'}-{digest}"
+
+
+def shrink(folder: Path, limit: int) -> None:
+    """Removes the files that were not used for the longest time, where all are larger than `limit`; -1: all files."""
+    files = []
+    with contextlib.suppress(OSError):
+        for file in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                if file.is_file():
+                    found = file.stat()
+                    files.append((max(found.st_atime, found.st_mtime), found.st_size, file))
+    size = sum(each for _, each, _ in files)
+    if size <= limit:
+        return
+    for _, each, file in sorted(files):
+        if size <= limit // 2:
+            break
+        with contextlib.suppress(OSError):
+            file.unlink()
+        size -= each
