@@ -17,6 +17,18 @@ class CfmergeError(ValueError):
     """
 
 
+class StoppedError(CfmergeError):
+    """A merge that something around it has stopped, such as a full disk: the same merge, run again, may go on.
+
+    Attributes:
+        reason: the message without what has become of the output.
+    """
+
+    def __init__(self, reason: str, left: str = "nothing was written"):
+        super().__init__(f"{reason}; {left}")
+        self.reason = reason
+
+
 class NonFiniteError(CfmergeError):
     """A NaN or an infinity in `tensor` of the checkpoint called `source`."""
 

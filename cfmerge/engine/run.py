@@ -10,6 +10,7 @@ depends on which thread was first. Where values are traced by JAX there are no t
 import contextlib
 import functools
 import importlib
+import itertools
 import operator
 import threading
 import warnings
@@ -25,9 +26,10 @@ from threadpoolctl import ThreadpoolController
 
 from cfmerge.core.call import of_expert
 from cfmerge.core.survey import looked
-from cfmerge.engine.account import Account
+from cfmerge.engine.account import Account, Told, told_of
 from cfmerge.engine.checks import kept_tensor
 from cfmerge.engine.cutting import units_of
+from cfmerge.engine.journal import Forgetful, Journal, bytes_of, ranges_of, remembered, whole
 from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
 from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
@@ -54,34 +56,44 @@ def merge(
     memory: int | None = None,
     progress: Progress = silent,
     stop: threading.Event | None = None,
+    journal: Journal | None = None,
 ) -> Account:
-    """Merges every job into the sinks, one for each result of its method.
+    """Merges every job into the sinks, one for each result of its method; passes over what the journal has done.
 
     Raises:
         NonFiniteError: a NaN or infinity in a model, or a result that does not fit its dtype.
         CfmergeError: integers that do not agree.
     """
-    account, loop = Account(), _Loop(work, memory, progress, stop)
+    journal = journal or Forgetful()
+    account, loop = Account(), _Loop(work, memory, progress, stop, journal)
+    for earlier in journal.told():
+        account.add(Told(*earlier), work.jobs)
 
     def take(unit: Unit, outcome: Outcome) -> None:
+        told = Told()
         if not work.traced:
-            account.add(unit, outcome)
+            account.add(told := told_of(unit, outcome), unit.jobs)
         tensors = np.asarray(outcome.tensors) if work.from_files else outcome.tensors
         for number, sink in enumerate(sinks):
             own = tensors if len(sinks) == 1 else tensors[:, number]
             for job, first, values in unit.parts(own):
                 loop.behind(functools.partial(_write, sink, job, values, first))
+        loop.behind(functools.partial(journal.mark, ranges_of(unit), told))
 
     with loop:
         for job in work.jobs:
             loop.check_stop()
             if job.assignment.action == "keep-base":
-                kept = kept_tensor(work, job)
-                for sink in sinks:
-                    _write(sink, job, kept, 0)
+                if not journal.done(whole(job)):
+                    kept = kept_tensor(work, job)
+                    for sink in sinks:
+                        _write(sink, job, kept, 0)
+                    journal.mark(whole(job), Told())
                 loop.tell(job.name, job.bytes_read * (1 + len(job.sources)))
         found = loop.surveys(work.merged)
-        loop.over(work.merged, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take)
+        loop.over(
+            work.merged, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take, loop.to_do
+        )  # fmt: skip
     return account
 
 
@@ -98,7 +110,7 @@ def accumulate(
     Raises:
         NonFiniteError: a NaN or infinity in a model.
     """
-    loop = _Loop(work, memory, progress, None)
+    loop = _Loop(work, memory, progress, None, Forgetful())
     with loop:
         loop.over(work.merged, lambda unit: loop.accumulated(unit, compute or compute_dtype(work, unit.jobs)), take)
 
@@ -114,14 +126,17 @@ def _write(sink: Writable, job: Job, values: Any, first: int) -> None:
 class _Loop:
     """One run's threads, progress and interruption; a context in which libraries behave."""
 
-    def __init__(self, work: Work, memory: int | None, progress: Progress, stop: threading.Event | None) -> None:
-        self.work, self.memory, self._progress, self._stop = work, memory, progress, stop
+    def __init__(
+        self, work: Work, memory: int | None, progress: Progress, stop: threading.Event | None, journal: Journal
+    ) -> None:
+        self.work, self.memory, self._progress, self._stop, self._journal = work, memory, progress, stop, journal
         self._lock, self._context = threading.Lock(), contextlib.ExitStack()
         largest = max((job.working_bytes for job in work.merged), default=0) if memory is not None else 0
         self._workers = WORKERS if memory is None or largest * WORKERS <= memory else 1
         if not work.from_files:
             self._workers = 0
         self._writing: deque[Future[None]] = deque()
+        self._unwritten = False  # something could not be written: nothing is marked as done behind it
 
     def __enter__(self) -> "_Loop":
         if self.work.from_files:
@@ -145,10 +160,16 @@ class _Loop:
                     pool.shutdown(cancel_futures=True)
             self._context.close()
 
-    def over(self, jobs: Sequence[Job], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
-        """`take(unit, do(unit))` for every unit of the jobs, in order; `do` runs in the threads."""
+    def over(
+        self,
+        jobs: Sequence[Job],
+        do: Callable[[Unit], Any],
+        take: Callable[[Unit, Any], None],
+        wanted: Callable[[Unit], bool] = lambda unit: True,
+    ) -> None:
+        """`take(unit, do(unit))` for every wanted unit of the jobs, in order; `do` runs in the threads."""
         waiting: deque[tuple[Unit, Future[Any]]] = deque()
-        for unit in units_of(self.work, jobs, self.memory):
+        for unit in filter(wanted, units_of(self.work, jobs, self.memory)):
             self.check_stop()
             if self._pool is None:
                 take(unit, do(unit))
@@ -165,9 +186,24 @@ class _Loop:
         """Runs it in the writing thread; waits while too much is unwritten."""
         if self._writer is None:
             return write()
-        self._writing.append(self._writer.submit(write))
+        self._writing.append(self._writer.submit(self._in_turn, write))
         while len(self._writing) > WRITE_BEHIND:
             self._writing.popleft().result()
+
+    def _in_turn(self, write: Callable[[], None]) -> None:
+        if self._unwritten:
+            return
+        self._unwritten = True
+        write()
+        self._unwritten = False
+
+    def to_do(self, unit: Unit) -> bool:
+        """Whether a unit is still to be merged; the progress of one that is done is told."""
+        if not self._journal.done(ranges_of(unit)):
+            return True
+        for name, count in bytes_of(unit).items():
+            self.tell(name, count)
+        return False
 
     def tell(self, name: str, count: int) -> None:
         with self._lock:
@@ -224,22 +260,28 @@ class _Loop:
         """The findings of the methods that survey the whole model, each of the tensors that it merges."""
         methods = [job.method for job in jobs]
         found = {
-            kind: self._survey(method, [jobs[number] for number in numbers])
-            for kind, (method, numbers) in by_member(methods).items()
+            kind: self._survey(place, method, [jobs[number] for number in numbers])
+            for place, (kind, (method, numbers)) in enumerate(by_member(methods).items())
         }
         surveying = {kind_of(method): method for method in methods if method.survey is not None}
         return {kind: found_for(method, found) for kind, method in surveying.items()}
 
-    def _survey(self, method: Method, jobs: Sequence[Job]) -> Found:
-        """The findings of one method: its look at the jobs, a pass for everything that it wants measured."""
+    def _survey(self, place: int, method: Method, jobs: Sequence[Job]) -> Found:
+        """The findings of one method: its look at the jobs, a pass for everything that it wants measured.
+
+        A pass that an earlier run has made is not made again: the look is sent the totals that it was sent then.
+        """
         compute = compute_dtype(self.work, jobs)
         experts = len(self.work.experts)
         entries = sum(job.parameter.size for job in jobs)
         look, totals = looked(method, [of_expert(method, t) for t in range(experts)], entries), None
         with self._precision(compute):
-            while True:
+            for number in itertools.count():
                 try:
-                    totals = self._measured(Measures(look.send(totals), experts, compute), jobs)
+                    wanted = look.send(totals)
+                    measure = functools.partial(self._measured, Measures(wanted, experts, compute), jobs)
+                    places = functools.partial(self._places, jobs) if wanted.by_tensor else None
+                    totals = remembered(self._journal, f"survey {place}, pass {number}", measure, places)
                 except StopIteration as done:
                     return done.value
                 except TRACED:
@@ -247,6 +289,9 @@ class _Loop:
                         f"{method.name} surveys the whole model before it merges, which cannot be done under jit; "
                         "call it outside"
                     ) from None
+
+    def _places(self, jobs: Sequence[Job]) -> list[Place]:
+        return [place for unit in units_of(self.work, jobs, self.memory) for place in unit.places]
 
     def _measured(self, measures: Measures, jobs: Sequence[Job]) -> Any:
         """The totals of a measure over the jobs' tensors."""

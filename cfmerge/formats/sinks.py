@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.errors import CfmergeError, and_more
+from cfmerge.errors import CfmergeError, StoppedError, and_more
 from cfmerge.formats.base import Folder, Header, Totals
+from cfmerge.formats.ranges import Covered
 from cfmerge.formats.safetensors import ShardWriter, save
 from cfmerge.formats.side_files import TENSORS
 from cfmerge.formats.staged import StagedDirectory, StagedFile
@@ -37,7 +38,7 @@ class DirectorySink:
         side_files: `{name in the directory: path}`, copied when the tensors are written.
         edits: `{name of a JSON side file: {key: value}}`, set in the copy.
         metadata: entries for every file of tensors, beside those of its folder.
-        overwrite, digest, keep: see `StagedDirectory`.
+        overwrite, digest, keep, resume: see `StagedDirectory`.
         inputs: files and directories that are read, and so not written into.
     """
 
@@ -54,6 +55,7 @@ class DirectorySink:
         inputs: Iterable[Path] = (),
         digest: str = "",
         keep: bool = False,
+        resume: bool = False,
     ):
         self.notes: tuple[str, ...] = ()
         self._folders = sorted(folders, key=lambda folder: len(folder.prefix), reverse=True)
@@ -61,7 +63,8 @@ class DirectorySink:
         self._shard_bytes, self._metadata = shard_bytes, dict(metadata)
         self._writers: dict[str, ShardWriter] = {}  # by the prefix of their folder
         self._folder_of: dict[str, Folder] = {}
-        self._staged = self._stage(target, overwrite=overwrite, inputs=inputs, digest=digest, keep=keep)
+        how = dict(overwrite=overwrite, inputs=inputs, digest=digest, keep=keep, resume=resume)
+        self._staged = self._stage(target, **how)
         self.target = self._staged.target
         self._asked = target  # as the user named it, for messages
 
@@ -84,9 +87,23 @@ class DirectorySink:
     ) -> None:
         self.abort()
 
-    def declare(self, headers: Mapping[str, Header]) -> None:
+    def keep(self) -> None:
+        """Without a commit, what is written stays in the staging directory."""
+        self._staged.keep = True
+
+    def declare(self, headers: Mapping[str, Header], done: Covered | None = None) -> None:
+        """See `Sink`.
+
+        Args:
+            done: ranges that an earlier run has written into the staging directory; none: it is emptied.
+
+        Raises:
+            Unfit: its files are not those of an earlier run.
+        """
         with disk_errors(self._asked):
-            _check_space(self._staged, headers)
+            if done is None:
+                self._staged.clear()
+                _check_space(self._staged, headers)
             self._folder_of = {name: self._find_folder(name) for name in headers}
             for folder in self._folders:
                 mine = {
@@ -95,12 +112,12 @@ class DirectorySink:
                     if self._folder_of[name] is folder
                 }
                 if mine:
-                    self._writers[folder.prefix] = self._open(folder, mine)
+                    self._writers[folder.prefix] = self._open(folder, mine, done)
 
     def _find_folder(self, name: str) -> Folder:
         return next(folder for folder in self._folders if name.startswith(folder.prefix))
 
-    def _open(self, folder: Folder, headers: Mapping[str, Header]) -> ShardWriter:
+    def _open(self, folder: Folder, headers: Mapping[str, Header], done: Covered | None) -> ShardWriter:
         place = self.path / folder.name
         place.mkdir(parents=True, exist_ok=True)
         size = total_bytes(headers)
@@ -110,15 +127,27 @@ class DirectorySink:
                 "says: no client looks for an index of that name",
             )
         most = self._shard_bytes if folder.sharded else UNBOUNDED
-        return ShardWriter(place, headers, most, {**self._metadata, **folder.metadata}, folder.stem, folder.index)
+        if done is not None:
+            mine = [(name.removeprefix(folder.prefix), *range) for name, *range in done.ranges()
+                    if self._folder_of.get(name) is folder]  # fmt: skip
+            done = Covered(mine)
+        metadata = {**self._metadata, **folder.metadata}
+        return ShardWriter(place, headers, most, metadata, folder.stem, folder.index, done)
 
     def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
         folder = self._folder_of[name]
         with disk_errors(self._asked):
             self._writers[folder.prefix].write(name.removeprefix(folder.prefix), values, first)
 
+    def sync(self) -> None:
+        """Makes safe on the disk what is written so far."""
+        with disk_errors(self._asked):
+            for writer in self._writers.values():
+                writer.sync()
+
     def finish(self, totals: Totals) -> None:
         with disk_errors(self._asked):
+            shutil.rmtree(self.path / HEADS, ignore_errors=True)  # of an earlier run, half written
             for writer in self._writers.values():
                 writer.close()
             for name, source in self._side_files.items():
@@ -191,7 +220,7 @@ def open_sink(
     Args:
         heads: heads will be written beside the model.
         recipe: kept in the metadata of a file, which has no card.
-        **how: overwrite, inputs, digest and keep, see `DirectorySink`.
+        **how: overwrite, inputs, digest, keep and resume, see `DirectorySink`.
 
     Raises:
         CfmergeError: it is the name of a file of another format, or one file cannot hold it all.
@@ -221,14 +250,18 @@ def check_directory_name(target: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(output: Path) -> Iterator[None]:
-    """Errors of the file system as `CfmergeError`."""
+    """Errors of the file system as `StoppedError`."""
     try:
         yield
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         reason = "the disk is full" if full else f"{error.strerror or error}"
         place = f" ({error.filename})" if error.filename else ""
-        raise CfmergeError(f"output {output}: {reason}{place}; nothing was written") from None
+        raise StoppedError(f"output {output}: {reason}{place}") from None
+
+
+def total_entries(headers: Mapping[str, Header]) -> int:
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape, _ in headers.values())
 
 
 def total_bytes(headers: Mapping[str, Header]) -> int:
