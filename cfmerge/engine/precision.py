@@ -77,9 +77,8 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
     for number in weak:
         single = Attempt(unit.only(number), [methods[number]], found, "float64", silent=True)
         tensors[number] = np.asarray((yield single).tensors)[0]
-    return outcome._replace(
-        tensors=tensors, float64=outcome.float64 if additive else tuple(weak.tolist()), statistics=None
-    )
+    double = outcome.float64 if additive else tuple(weak.tolist())
+    return outcome._replace(tensors=tensors, float64=double, statistics=None)
 
 
 def _solved_again(attempt: Attempt, outcome: Outcome) -> Generator[Attempt, Outcome, Outcome]:

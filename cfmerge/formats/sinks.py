@@ -63,8 +63,7 @@ class DirectorySink:
         self._shard_bytes, self._metadata = shard_bytes, dict(metadata)
         self._writers: dict[str, ShardWriter] = {}  # by the prefix of their folder
         self._folder_of: dict[str, Folder] = {}
-        how = dict(overwrite=overwrite, inputs=inputs, digest=digest, keep=keep, resume=resume)
-        self._staged = self._stage(target, **how)
+        self._staged = self._stage(target, overwrite=overwrite, inputs=inputs, digest=digest, keep=keep, resume=resume)
         self.target = self._staged.target
         self._asked = target  # as the user named it, for messages
 
