@@ -114,9 +114,8 @@ def sweep(
             show.line(f"{label}: {result.output}")
             show.warnings(result)
     if not (json or quiet):
-        show.notes(
-            list(dict.fromkeys(note for result in results.values() for note in (*result.resumed, *result.notes)))
-        )
+        told = [note for result in results.values() for note in (*result.resumed, *result.notes)]
+        show.notes(list(dict.fromkeys(told)))
 
 
 @app.command(
@@ -193,9 +192,9 @@ def clean(
     json: o.Json = False,
 ) -> None:
     """List what merges that ended early have left, and remove it."""
-    from cfmerge.cli import clean as command
+    from cfmerge.cli.leftovers import listed_and_removed
 
-    command.clean(places or [Path()], yes, json)
+    listed_and_removed(places or [Path()], yes, json)
 
 
 @app.command(cls=o.Command)

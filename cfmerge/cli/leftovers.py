@@ -14,7 +14,7 @@ from cfmerge.cli.tables import size
 from cfmerge.formats.leftovers import Leftover, leftovers
 
 
-def clean(places: Sequence[Path], yes: bool, json: bool) -> None:
+def listed_and_removed(places: Sequence[Path], yes: bool, json: bool) -> None:
     """Lists what is left at the places, and removes it: with `yes`, or if a user in a terminal says so."""
     found = list({one.path: one for place in places for one in leftovers(place)}.values())
     free = [one for one in found if not one.held]
@@ -33,10 +33,8 @@ def _listed(found: Sequence[Leftover]) -> None:
         show.line("nothing is left")
     for one in found:
         state = "a process writes it now" if one.held else f"last written {ago(one.seconds)} ago"
-        out().print(
-            f"[bold]{escape(str(one.target))}[/]  {one.done:.0%} done, {size(one.size)}, {state}\n  {escape(str(one.path))}",
-            soft_wrap=True,
-        )
+        told = f"{one.done:.0%} done, {size(one.size)}, {state}"
+        out().print(f"[bold]{escape(str(one.target))}[/]  {told}\n  {escape(str(one.path))}", soft_wrap=True)
 
 
 def _plain(one: Leftover, removed: bool) -> dict[str, object]:
