@@ -275,13 +275,14 @@ class _Loop:
         experts = len(self.work.experts)
         entries = sum(job.parameter.size for job in jobs)
         look, totals = looked(method, [of_expert(method, t) for t in range(experts)], entries), None
+        numbers = itertools.count()
         with self._precision(compute):
-            for number in itertools.count():
+            while True:
                 try:
                     wanted = look.send(totals)
                     measure = functools.partial(self._measured, Measures(wanted, experts, compute), jobs)
                     places = functools.partial(self._places, jobs) if wanted.by_tensor else None
-                    totals = remembered(self._journal, f"survey {place}, pass {number}", measure, places)
+                    totals = remembered(self._journal, f"survey {place}, pass {next(numbers)}", measure, places)
                 except StopIteration as done:
                     return done.value
                 except TRACED:

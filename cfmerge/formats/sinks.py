@@ -127,9 +127,8 @@ class DirectorySink:
             )
         most = self._shard_bytes if folder.sharded else UNBOUNDED
         if done is not None:
-            mine = [(name.removeprefix(folder.prefix), *range) for name, *range in done.ranges()
-                    if self._folder_of.get(name) is folder]  # fmt: skip
-            done = Covered(mine)
+            ranges = [one for one in done.ranges() if self._folder_of.get(one[0]) is folder]
+            done = Covered((name.removeprefix(folder.prefix), first, count) for name, first, count in ranges)
         metadata = {**self._metadata, **folder.metadata}
         return ShardWriter(place, headers, most, metadata, folder.stem, folder.index, done)
 

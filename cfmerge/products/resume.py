@@ -55,7 +55,7 @@ def resumed(
         check: notes on the models' contents, from a look at their tensors.
     """
     journal = FileJournal(output, [sink.path for sink in sinks])
-    header = {
+    header: dict[str, Any] = {
         "digest": plan.digest,
         "versions": {package: versions()[package] for package in COMPUTING},
         "entries": total_entries(plan.output),
