@@ -80,7 +80,7 @@ class Plan(Resolved):
         return results.get("", results)
 
     def attempted(self, memory: str | int | None, do: "Callable[[Plan, int, list[LeftOut]], T]") -> T:
-        """`do(plan, bound of memory, experts left out)`; again without one that is not finite, if it may be left out."""
+        """`do(plan, bound of memory, experts left out)`; again without one that is not finite, if that is allowed."""
         limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
         left_out: list[LeftOut] = []
         plan = self
