@@ -7,10 +7,10 @@
             for unit in units_of(work): totals += through(unit, Measuring)
         found = what the look returns
 
-    for unit in units_of(work):                            # the pass that writes
+    for unit in units_of(work), if not journal.done(unit): # the pass that writes
         for attempt in ways(unit, found):                  # low-rank form, float32, float64 where it is needed
             outcome = through(unit, Additive or Together)
-        account.add(reports), sink.write(outcome)
+        account.add(reports), sink.write(outcome), journal.mark(unit, reports)
 
     through(unit, steps):
         state = steps.start(base's share)
@@ -30,4 +30,6 @@ steps `Unsolved`, which return the statistics.
     surveys    findings, and the methods that asked for them
     checks     checks of values
     account    reports and notes
+    journal    what is done, by ranges of the output
+    writing    results written while others are computed
 """

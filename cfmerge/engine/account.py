@@ -1,7 +1,7 @@
 """The account of a run: notes of the methods with the tensors that they are about, and reports by tensor."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,15 +58,14 @@ class Account:
     _double: set[str] = dataclasses.field(default_factory=set)
     _past: set[tuple[int, str]] = dataclasses.field(default_factory=set)  # (result, tensor) past the bound of growth
 
-    def add(self, told: Told, jobs: Iterable[Job]) -> None:
-        """Adds all that is told of a unit; `jobs` are those of its tensors, and may be more."""
+    def add(self, told: Told, jobs: Mapping[str, Job]) -> None:
+        """Adds all that is told of a unit; `jobs` by the names of its tensors, and of others."""
         self._double.update(told.float64)
-        by_name = {job.name: job for job in jobs}
         for result, reports in enumerate(told.reports):
             own = self.reports.setdefault(result, {})
             for name, report in reports.items():
                 own[name] = merged = _larger(report, own.get(name, {}))
-                method = methods_of(by_name[name])[result]
+                method = methods_of(jobs[name])[result]
                 for key, (condition, message) in method.notes.items():
                     if key in merged and condition(merged[key]):
                         self._past |= {(result, name)} if key == GROWTH else set()

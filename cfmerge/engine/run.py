@@ -34,12 +34,12 @@ from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitS
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
 from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
 from cfmerge.engine.units import Unit
+from cfmerge.engine.writing import Writer, written
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method
 from cfmerge.planning.work import Job, Progress, Work, Writable, silent
 
 WORKERS = 2  # units in work at once: one computes while another reads, or factorises on one core
-WRITE_BEHIND = 8  # finished tensors
 TRACED = (
     jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError,
     jax.errors.TracerIntegerConversionError,
@@ -66,19 +66,16 @@ def merge(
     """
     journal = journal or Forgetful()
     account, loop = Account(), _Loop(work, memory, progress, stop, journal)
+    by_name = {job.name: job for job in work.jobs}
     for earlier in journal.told():
-        account.add(Told(*earlier), work.jobs)
+        account.add(Told(*earlier), by_name)
 
     def take(unit: Unit, outcome: Outcome) -> None:
-        told = Told()
-        if not work.traced:
-            account.add(told := told_of(unit, outcome), unit.jobs)
+        told = Told() if work.traced else told_of(unit, outcome)
+        account.add(told, by_name)
         tensors = np.asarray(outcome.tensors) if work.from_files else outcome.tensors
-        for number, sink in enumerate(sinks):
-            own = tensors if len(sinks) == 1 else tensors[:, number]
-            for job, first, values in unit.parts(own):
-                loop.behind(functools.partial(_write, sink, job, values, first))
-        loop.behind(functools.partial(journal.mark, ranges_of(unit), told))
+        each = [tensors] if len(sinks) == 1 else [tensors[:, number] for number in range(len(sinks))]
+        loop.writer.take(sinks, [unit.parts(own) for own in each], ranges_of(unit), told)
 
     with loop:
         for job in work.jobs:
@@ -87,13 +84,11 @@ def merge(
                 if not journal.done(whole(job)):
                     kept = kept_tensor(work, job)
                     for sink in sinks:
-                        _write(sink, job, kept, 0)
+                        written(sink, job, 0, kept)
                     journal.mark(whole(job), Told())
                 loop.tell(job.name, job.bytes_read * (1 + len(job.sources)))
         found = loop.surveys(work.merged)
-        loop.over(
-            work.merged, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take, loop.to_do
-        )  # fmt: skip
+        loop.over(work.merged, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take, loop.to_do)
     return account
 
 
@@ -115,11 +110,6 @@ def accumulate(
         loop.over(work.merged, lambda unit: loop.accumulated(unit, compute or compute_dtype(work, unit.jobs)), take)
 
 
-def _write(sink: Writable, job: Job, values: Any, first: int) -> None:
-    for name in job.writes:
-        sink.write(name, values, first)
-
-
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
@@ -135,8 +125,7 @@ class _Loop:
         self._workers = WORKERS if memory is None or largest * WORKERS <= memory else 1
         if not work.from_files:
             self._workers = 0
-        self._writing: deque[Future[None]] = deque()
-        self._unwritten = False  # something could not be written: nothing is marked as done behind it
+        self.writer = Writer(journal, threaded=self._workers > 0)
 
     def __enter__(self) -> "_Loop":
         if self.work.from_files:
@@ -147,17 +136,16 @@ class _Loop:
         self._context.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")  # where rows become a Gram
         self._pool = ThreadPoolExecutor(self._workers, "merge") if self._workers else None
-        self._writer = ThreadPoolExecutor(1, "write") if self._workers else None
         return self
 
     def __exit__(self, *error: Any) -> None:
         try:
-            while self._writing and error[0] is None:
-                self._writing.popleft().result()
+            if error[0] is None:
+                self.writer.finish()
         finally:
-            for pool in (self._pool, self._writer):
-                if pool is not None:
-                    pool.shutdown(cancel_futures=True)
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+            self.writer.close()
             self._context.close()
 
     def over(
@@ -181,21 +169,6 @@ class _Loop:
         while waiting:
             done, future = waiting.popleft()
             take(done, future.result())
-
-    def behind(self, write: Callable[[], None]) -> None:
-        """Runs it in the writing thread; waits while too much is unwritten."""
-        if self._writer is None:
-            return write()
-        self._writing.append(self._writer.submit(self._in_turn, write))
-        while len(self._writing) > WRITE_BEHIND:
-            self._writing.popleft().result()
-
-    def _in_turn(self, write: Callable[[], None]) -> None:
-        if self._unwritten:
-            return
-        self._unwritten = True
-        write()
-        self._unwritten = False
 
     def to_do(self, unit: Unit) -> bool:
         """Whether a unit is still to be merged; the progress of one that is done is told."""
