@@ -13,7 +13,7 @@ class CfmergeError(ValueError):
         ...     print(error)
         unknown method 'tsv'; did you mean 'tsv_m' or 'svc' or 'ties'?
 
-    It is a `ValueError`. Nothing has been written when it is raised.
+    It is a `ValueError`. Nothing has been written when it is raised, but by a `StoppedError` that says so.
     """
 
 

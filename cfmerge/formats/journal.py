@@ -22,7 +22,7 @@ import numpy as np
 
 from cfmerge.formats.ranges import Covered, Range
 from cfmerge.formats.sinks import disk_errors
-from cfmerge.formats.staged import JOURNAL, staging_directories
+from cfmerge.formats.staged import JOURNAL, staging_directories, sync
 
 EVERY = 1.0  # seconds of work that a kill may cost: so often data are synced, and their lines appended
 
@@ -112,6 +112,10 @@ class FileJournal:
     def _flush(self) -> None:
         """Makes the data safe that the lines are about, then the lines."""
         self._sync()
+        if not self.kept:  # the files' names too
+            for file in self.files:
+                sync(file.parent)
+                sync(file.parent.parent)
         content = b"".join(map(_line, self._pending))
         for file in self.files:
             _append(file, content)

@@ -20,7 +20,7 @@ from cfmerge.formats.base import Folder, Header, Totals
 from cfmerge.formats.ranges import Covered
 from cfmerge.formats.safetensors import ShardWriter, save
 from cfmerge.formats.side_files import TENSORS
-from cfmerge.formats.staged import StagedDirectory, StagedFile
+from cfmerge.formats.staged import StagedDirectory, StagedFile, staging_directories
 
 HEADS = "heads"  # the directory of exported heads in the output
 UNBOUNDED = 1 << 62
@@ -100,6 +100,7 @@ class DirectorySink:
             Unfit: its files are not those of an earlier run.
         """
         with disk_errors(self._asked):
+            self._close()
             if done is None:
                 self._staged.clear()
                 _check_space(self._staged, headers)
@@ -121,10 +122,11 @@ class DirectorySink:
         place.mkdir(parents=True, exist_ok=True)
         size = total_bytes(headers)
         if not folder.sharded and size > self._shard_bytes:
-            self.notes += (
+            note = (
                 f"{folder.stem}.safetensors is one file of {size / 1e9:.2f} GB, as in the base, whatever --shard-size "
-                "says: no client looks for an index of that name",
+                "says: no client looks for an index of that name"
             )
+            self.notes += () if note in self.notes else (note,)
         most = self._shard_bytes if folder.sharded else UNBOUNDED
         if done is not None:
             ranges = [one for one in done.ranges() if self._folder_of.get(one[0]) is folder]
@@ -170,9 +172,13 @@ class DirectorySink:
             self._staged.commit()
 
     def abort(self) -> None:
+        self._close()
+        self._staged.__exit__(None, None, None)
+
+    def _close(self) -> None:
         for writer in self._writers.values():
             writer.abort()
-        self._staged.__exit__(None, None, None)
+        self._writers = {}
 
 
 class FileSink(DirectorySink):
@@ -269,7 +275,9 @@ def total_bytes(headers: Mapping[str, Header]) -> int:
 def _check_space(staged: StagedDirectory, headers: Mapping[str, Header]) -> None:
     needed, free = total_bytes(headers), shutil.disk_usage(staged.path).free
     if needed > free:
+        others = [path for path in staging_directories(staged.target) if path != staged.path]
+        hint = "; `cfmerge clean` removes what an earlier merge has left there" if others else ""
         raise CfmergeError(
             f"output {staged.target}: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in "
-            f"{staged.target.parent}; nothing was written"
+            f"{staged.target.parent}; nothing was written{hint}"
         )

@@ -34,9 +34,6 @@ class StagedDirectory:
         keep: without a commit it is left where it is.
         resume: where the same work has left its staging directory, it is taken up as it is.
 
-    Attributes:
-        found: whether an earlier run's staging directory was taken up.
-
     Raises:
         CfmergeError: the target exists (without `overwrite`), is not a model directory, holds an input, or lies
             in one; or another process writes the same digest to it now.
@@ -61,7 +58,7 @@ class StagedDirectory:
         prefix = f".{self.target.name}.cfmerge-"
         self._previous = self.target.with_name(prefix + "previous")
         self.path = self.target.with_name(prefix + (digest[:8] or secrets.token_hex(4)))
-        self.keep, self.resume, self.found = keep, resume, False
+        self.keep, self.resume = keep, resume
         self._lock: int | None = None
         self._new_parents = [parent for parent in self.target.parents if not parent.exists()]
 
@@ -71,7 +68,6 @@ class StagedDirectory:
             self._clean(only_empty=True)
         self.check()
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.found = self.path.is_dir()
         self.path.mkdir(exist_ok=True)
         self._lock = locked(self.path)
         if self._lock is None:
@@ -82,7 +78,6 @@ class StagedDirectory:
 
     def clear(self) -> None:
         """Removes everything that an earlier run has left in the staging directory."""
-        self.found = False
         for path in self.path.iterdir():
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -120,7 +115,7 @@ class StagedDirectory:
         os.rename(self.path, self.target)
         for name in OWN:
             (self.target / name).unlink(missing_ok=True)
-        _sync(self.target.parent)
+        sync(self.target.parent)
         self._clean()
         shutil.rmtree(self._previous, ignore_errors=True)
 
@@ -170,7 +165,7 @@ class StagedFile(StagedDirectory):
         """Gives the file its final name: the old one or the new one is there, whenever the process ends."""
         _sync_all(self.path)
         os.replace(self.path / self.target.name, self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
         self.keep = False
         self._clean()
 
@@ -230,15 +225,16 @@ def removed(staging: Path) -> bool:
 def _sync_all(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():
-            _sync(path)
-    _sync(directory)
+            sync(path)
+    sync(directory)
 
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
