@@ -57,7 +57,7 @@ def resumed(
     journal = FileJournal(output, [sink.path for sink in sinks])
     header: dict[str, Any] = {
         "digest": plan.digest,
-        "versions": {package: versions()[package] for package in COMPUTING},
+        "versions": _versions(),
         "entries": total_entries(plan.output),
         "left_out": [list(one) for one in left_out],
     }
@@ -90,16 +90,19 @@ def resumed(
 
 def _differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Why a journal with that header is not gone on with; empty if it is."""
-    if before["digest"] != now["digest"]:
-        return "it was another merge"
-    then, new = before["versions"], now["versions"]
+    then, new = before.get("versions", {}), now["versions"]
     others = [f"{name} was {then.get(name)}, and is {new[name]} now" for name in new if then.get(name) != new[name]]
-    return ", ".join(others)
+    return ", ".join(others) or ("" if before["digest"] == now["digest"] else "it was another merge")
+
+
+def _versions() -> dict[str, str]:
+    return {package: version for package, version in versions().items() if package in COMPUTING}
 
 
 def recall_left_out(plan: Resolved, outputs: Sequence[Path]) -> None:
     """Raises the `NonFiniteError` of this plan that an earlier run met, before it went on without the expert."""
-    for header in (header for output in outputs for header in found_beside(output)):
+    headers = [header for output in outputs for header in found_beside(output)]
+    for header in (header for header in headers if header.get("versions") == _versions()):
         for one in (LeftOut(*own) for own in header["left_out"]):
             if one.digest == plan.digest:
                 raise NonFiniteError(one.message, source=one.source, tensor=one.tensor)
