@@ -37,16 +37,19 @@ class FileJournal:
     def __init__(self, output: Path, directories: Sequence[Path]) -> None:
         self._output = output  # as the user named it, for messages
         self.files = [directory / JOURNAL for directory in directories]
-        self.covered = Covered()  # by earlier runs
-        self.safe = Covered()  # by earlier runs and this one
-        self.header: dict[str, Any] = {}
-        self.kept = 0  # lines behind the header that are in the files
-        self._told: list[Any] = []
-        self._values: dict[str, Any] = {}
+        self._empty({})
         self._pending: list[dict[str, Any]] = []
         self._since: float | None = None  # when lines were last written, or were first kept back
         self._sync: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
+
+    def _empty(self, header: dict[str, Any]) -> None:
+        self.header = header
+        self.kept = 0  # lines behind the header that are in the files
+        self.covered = Covered()  # by earlier runs
+        self.safe = Covered()  # by earlier runs and this one
+        self._told: list[Any] = []
+        self._values: dict[str, Any] = {}
 
     # --- the file -----------------------------------------------------------------------------------------------------
 
@@ -57,7 +60,8 @@ class FileJournal:
 
     def begin(self, header: dict[str, Any], sync: Callable[[], None]) -> None:
         """An empty journal with that header."""
-        self.header, self._sync = header, sync
+        self._empty(header)
+        self._sync = sync
         with disk_errors(self._output):
             for file in self.files:
                 file.write_bytes(_line(header))

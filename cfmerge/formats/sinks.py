@@ -86,9 +86,9 @@ class DirectorySink:
     ) -> None:
         self.abort()
 
-    def keep(self) -> None:
-        """Without a commit, what is written stays in the staging directory."""
-        self._staged.keep = True
+    def keep(self, wanted: bool) -> None:
+        """Says whether what is written stays in the staging directory if there is no commit."""
+        self._staged.keep = wanted
 
     def declare(self, headers: Mapping[str, Header], done: Covered | None = None) -> None:
         """See `Sink`.

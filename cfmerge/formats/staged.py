@@ -32,7 +32,7 @@ class StagedDirectory:
         inputs: files and directories that are read.
         digest: a name for the staging directory, in hexadecimal digits: the same work finds it again; none: by chance.
         keep: without a commit it is left where it is.
-        resume: where the same work has left its staging directory, it is taken up as it is.
+        resume: where the same work has left its staging directory, it is taken up as it is, and kept if it holds work.
 
     Raises:
         CfmergeError: the target exists (without `overwrite`), is not a model directory, holds an input, or lies
@@ -72,7 +72,9 @@ class StagedDirectory:
         self._lock = locked(self.path)
         if self._lock is None:
             raise CfmergeError(f"output {self.target}: another process writes this very merge there now; wait for it")
-        if not self.resume:
+        if self.resume:
+            self.keep = self.keep or holds_work(self.path)  # whatever comes before it is gone on with
+        else:
             self.clear()
         return self
 

@@ -18,6 +18,7 @@ from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.checks import same_content
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.formats import DirectorySink, Totals, check_directory_name, open_sink
+from cfmerge.formats.journal import FileJournal
 from cfmerge.models import is_float
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress
@@ -69,16 +70,17 @@ def carried_out(
             label: stack.enter_context(_sink(own, target, overwrite, places, plan.digest, fresh))
             for (label, own), target in zip(plans.items(), outputs, strict=True)
         }
-        earlier = resumed(plan, Path(output), list(sinks.values()), left_out, _check_contents)
-        stack.enter_context(kept_where_it_can_go_on(Path(output), list(sinks.values()), earlier.journal))
-        notes = [*dropped, *earlier.contents]
+        outs = list(sinks.values())
+        journal = FileJournal(Path(output), [sink.path for sink in outs])
+        stack.enter_context(kept_where_it_can_go_on(Path(output), outs, journal))
+        earlier = resumed(plan, outs, journal, left_out, _check_contents)
+        notes = [*dropped, *journal.header["contents"]]
         stop = threading.Event()
         with ThreadPoolExecutor(1, "hash") as hasher:
             digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
             try:
                 account = run.merge(
-                    plan.work, list(sinks.values()), memory=memory, progress=progress, stop=stop,
-                    journal=earlier.journal,
+                    plan.work, outs, memory=memory, progress=progress, stop=stop, journal=journal
                 )  # fmt: skip
             except BaseException:
                 stop.set()
@@ -92,7 +94,7 @@ def carried_out(
             reports = account.reports_of(number)
             results[label] = MergeResult(
                 sink.target, plans[label], (*plan.notes, *shown), reports, digests.result(), warnings=warned,
-                resumed=earlier.told,
+                resumed=earlier,
             )  # fmt: skip
         for sink in sinks.values():
             sink.commit()

@@ -34,27 +34,20 @@ class LeftOut(NamedTuple):
         return f"expert {self.source!r} was left out: tensor {self.tensor!r} is not finite"
 
 
-class Resumed(NamedTuple):
-    """The journal of a run, the notes on the models' contents, and what was found of an earlier run."""
-
-    journal: FileJournal
-    contents: list[str]
-    told: tuple[str, ...]
-
-
 def resumed(
     plan: Resolved,
-    output: Path,
     sinks: Sequence[DirectorySink],
+    journal: FileJournal,
     left_out: Sequence[LeftOut],
     check: Callable[[Resolved], list[str]],
-) -> Resumed:
-    """The journal to go on with, or a new one; the tensors are declared to the sinks.
+) -> tuple[str, ...]:
+    """Notes on what was found of an earlier run; the journal goes on from there, or is begun.
+
+    The tensors are declared to the sinks. `journal.header["contents"]` has the notes on the models' contents.
 
     Args:
-        check: notes on the models' contents, from a look at their tensors.
+        check: the notes on the models' contents, from a look at their tensors.
     """
-    journal = FileJournal(output, [sink.path for sink in sinks])
     header: dict[str, Any] = {
         "digest": plan.digest,
         "versions": _versions(),
@@ -66,26 +59,24 @@ def resumed(
         for sink in sinks:
             sink.sync()
 
-    before, told = journal.read(), ""
-    if before is not None:
-        told = _differs(before, header)
-        if not told:
-            journal.go_on(sync)
-            try:
-                for sink in sinks:
-                    sink.declare(plan.output, journal.covered)
-            except Unfit as error:
-                told = str(error)
-            else:
-                share = journal.covered.entries / max(header["entries"], 1)
-                done = [f"{share:.0%} of the merge was done by an earlier run, and is not done again"]
-                return Resumed(journal, journal.header["contents"], tuple(done if journal.kept else ()))
-        journal = FileJournal(output, [sink.path for sink in sinks])
+    before = journal.read()
+    told = "" if before is None else _differs(before, header)
+    if before is not None and not told:
+        journal.go_on(sync)
+        try:
+            for sink in sinks:
+                sink.declare(plan.output, journal.covered)
+        except Unfit as error:
+            told, journal.kept = str(error), 0
+        else:
+            share = f"{journal.covered.entries / max(header['entries'], 1):.0%}"
+            done = (f"{share} of the merge was done by an earlier run, and is not done again",)
+            return done if journal.kept else ()
     contents = check(plan)
     for sink in sinks:
         sink.declare(plan.output)
     journal.begin(header | {"contents": contents}, sync)
-    return Resumed(journal, contents, (f"what an earlier run had done was done anew: {told}",) if told else ())
+    return (f"what an earlier run had done was done anew: {told}",) if told else ()
 
 
 def _differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -118,10 +109,10 @@ def kept_where_it_can_go_on(output: Path, sinks: Sequence[DirectorySink], journa
         yield
     except BaseException as error:
         at_fault = isinstance(error, CfmergeError) and not isinstance(error, StoppedError)
+        for sink in sinks:
+            sink.keep(bool(journal.kept) and not at_fault)
         if at_fault or not journal.kept:
             raise
-        for sink in sinks:
-            sink.keep()
         told = _how_to_go_on(output, sinks, journal)
         if isinstance(error, StoppedError):
             raise StoppedError(error.reason, told) from None

@@ -16,7 +16,7 @@ from cfmerge.formats import journal as journals
 from cfmerge.formats.journal import JOURNAL, FileJournal, trusted
 from cfmerge.formats.ranges import Covered
 from cfmerge.formats.safetensors import SafetensorsFile
-from cfmerge.products import resume
+from cfmerge.products import carry_out, resume
 
 HEAD = "lm_head.weight"
 KEEP = [{"match": HEAD, "method": "keep-base"}]
@@ -47,7 +47,7 @@ def stop(monkeypatch):
                 raise error
             return FileJournal.mark(self, ranges, told)
 
-        monkeypatch.setattr(resume, "FileJournal", type("Stopping", (FileJournal,), {"mark": mark}))
+        monkeypatch.setattr(carry_out, "FileJournal", type("Stopping", (FileJournal,), {"mark": mark}))
 
     return arrange
 
@@ -58,7 +58,7 @@ def go_on(monkeypatch):
 
     def arrange() -> list[tuple[str, int, int]]:
         reads, read = [], SafetensorsFile.read
-        monkeypatch.setattr(resume, "FileJournal", FileJournal)
+        monkeypatch.setattr(carry_out, "FileJournal", FileJournal)
 
         def noted(self, name, first=0, count=None):
             reads.append((name, first, self.tensors[name].size if count is None else count))
@@ -68,6 +68,10 @@ def go_on(monkeypatch):
         return reads
 
     return arrange
+
+
+def full():
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def left(folder: Path) -> list[Path]:
@@ -284,6 +288,38 @@ def test_what_is_damaged_is_done_again(family, tmp_path, contents, stop, go_on, 
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("error", [full(), KeyboardInterrupt()], ids=["full", "interrupt"])
+def test_a_run_that_ends_while_it_takes_up_what_is_left_loses_nothing(family, tmp_path, stop, go_on, error):
+    staging = stopped(family, tmp_path, stop, go_on)
+    before = (staging / JOURNAL).read_bytes()
+
+    def fail(*arguments):
+        raise error
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", fail)
+        with pytest.raises((StoppedError, KeyboardInterrupt)):
+            merged(family, tmp_path / "out")
+    assert (staging / JOURNAL).read_bytes() == before
+    assert merged(family, tmp_path / "out").resumed
+
+
+def test_a_sweep_one_of_whose_outputs_is_there_loses_nothing(family, tmp_path, stop, go_on):
+    labels = {"a": "average", "b": "task_arithmetic"}
+    stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        cfmerge.sweep(family.base, family.experts, labels, output=tmp_path / "runs")
+    go_on()
+    (tmp_path / "runs/b").mkdir()
+    (tmp_path / "runs/b/file").touch()
+    with pytest.raises(CfmergeError, match="exists already"):
+        cfmerge.sweep(family.base, family.experts, labels, output=tmp_path / "runs")
+    assert len(left(tmp_path)) == 2
+    (tmp_path / "runs/b/file").unlink()
+    results = cfmerge.sweep(family.base, family.experts, labels, output=tmp_path / "runs")
+    assert all(result.resumed for result in results.values())
+
+
 # --- how runs end ---------------------------------------------------------------------------------------------------
 
 
@@ -313,10 +349,6 @@ def test_an_expert_that_was_left_out_stays_left_out(family, make_model, tmp_path
     assert result.resumed
     assert any("was left out" in note for note in result.notes)
     assert_same(result, expected, contents)
-
-
-def full(path=""):
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("moment", ["a tensor", "the journal", "the card", "the last flush"])
@@ -410,7 +442,7 @@ def test_the_command_line_says_how_to_go_on(family, tmp_path, stop, monkeypatch,
     assert "interrupted; " in told
     assert f"cfmerge clean {tmp_path / 'out'} --yes" in told
     assert "nothing was written" not in told
-    monkeypatch.setattr(resume, "FileJournal", FileJournal)
+    monkeypatch.setattr(carry_out, "FileJournal", FileJournal)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--json", "-q"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
