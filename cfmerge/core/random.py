@@ -1,6 +1,11 @@
-"""Random numbers that depend on (seed, tensor, expert) and on nothing else: not on order, pieces, stacks or device."""
+"""Random numbers that depend on (seed, tensor, expert) and on nothing else: not on order, pieces, stacks or device.
+
+Every entry of a tensor is hashed with the tensor's key, which costs a fifth of a block cipher's draws: `pcg4d` of
+M. Jarzynski and M. Olano, Hash Functions for GPU Rendering, Journal of Computer Graphics Techniques 9(3), 2020.
+"""
 
 import hashlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +15,6 @@ from jaxtyping import Array, Float
 from cfmerge.core.part import Context
 from cfmerge.errors import CfmergeError
 
-BLOCK = 1 << 16  # entries that one folded key serves; pieces of a large tensor begin at a multiple of it
 SEEDS = 1 << 31  # JAX gives larger ones other keys where float64 is switched on
 
 
@@ -27,7 +31,7 @@ def digest_of(tensor: str, expert: str) -> np.ndarray:
 
 def key_from(seed: int | Array, digest: Array | np.ndarray) -> Array:
     """The JAX key of a seed and a digest."""
-    key = jax.random.key(seed)
+    key = jax.random.key(seed, impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(key, digest[0]), digest[1])
 
 
@@ -60,16 +64,29 @@ def draws(context: Context, delta: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def uniform(key: Array, shape: tuple[int, ...], dtype: jnp.dtype, start: int | Array = 0) -> Float[Array, "..."]:
-    """Numbers in [0, 1) for the entries `start ..` of a tensor, laid out in `shape`; `start` is a multiple of BLOCK.
+    """Numbers in [0, 1) for the entries `start ..` of a tensor, laid out in `shape`: a piece gets what it gets in the
+    whole.
 
-    Every block of entries has a key of its own, so that a piece of a tensor gets what it gets in the whole.
+    They have 24 bits in every dtype: the same decisions in float32 and float64.
     """
-    size = 1
-    for length in shape:
-        size *= length
-    blocks = -(-size // BLOCK)
-    numbers = jnp.asarray(start) // BLOCK + jnp.arange(blocks)
-    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-    # float32 draws for every dtype: the same decisions in float32 and float64
-    drawn = jax.vmap(lambda one: jax.random.uniform(one, (min(BLOCK, size),), jnp.float32))(keys)
-    return drawn.reshape(-1)[:size].reshape(shape).astype(dtype)
+    index = jnp.asarray(start, jnp.uint32) + jnp.arange(math.prod(shape), dtype=jnp.uint32)
+    first, second = jax.random.key_data(key)
+    word = _pcg4d(index, jnp.uint32(0), first, second)[3]
+    return ((word >> 8).astype(jnp.float32) * 2.0**-24).reshape(shape).astype(dtype)
+
+
+Words = tuple[Array, Array, Array, Array]
+
+
+def _pcg4d(x: Array, y: Array, z: Array, w: Array) -> Words:
+    """Four words of 32 bits out of four."""
+    x, y, z, w = (word * jnp.uint32(1664525) + jnp.uint32(1013904223) for word in (x, y, z, w))
+    x, y, z, w = (word ^ (word >> 16) for word in _mixed(x, y, z, w))
+    return _mixed(x, y, z, w)
+
+
+def _mixed(x: Array, y: Array, z: Array, w: Array) -> Words:
+    x = x + y * w
+    y = y + z * x
+    z = z + x * y
+    return x, y, z, w + y * z

@@ -4,14 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cfmerge.core.random import BLOCK
 from cfmerge.engine.surveys import kind_of
 from cfmerge.engine.units import Segment, Unit
 from cfmerge.errors import CfmergeError
 from cfmerge.planning.work import Job, Work
 
 ENTRIES = 1 << 22  # of a unit of an entrywise method
-ROW = BLOCK  # of a row, if a unit has as many: draws have a key for each block of entries
+ROW = 1 << 16  # of a row, if a unit has as many
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
 
 

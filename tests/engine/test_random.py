@@ -7,7 +7,7 @@ import toys
 import cfmerge
 from cfmerge import methods
 from cfmerge.core import random as _random
-from cfmerge.engine import cutting, steps
+from cfmerge.engine import cutting
 from cfmerge.errors import CfmergeError
 
 FLOAT = np.dtype(np.float32)
@@ -60,30 +60,40 @@ def test_in_memory_as_on_disk(family, merge, tmp_path, load, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_and_pieces_do_not_matter(merge, monkeypatch, method):
-    """Tensors by themselves, in stacks, or in pieces of three blocks of draws: the same bytes."""
-    monkeypatch.setattr(_random, "BLOCK", 8)
-    steps.compiled.cache_clear()  # they hold the block's size
+    """Tensors by themselves, in stacks, or in pieces of three rows: the same bytes."""
     whole = merge("whole", method)
+    monkeypatch.setattr(cutting, "ROW", 8)
     monkeypatch.setattr(cutting, "ENTRIES", 24)
     monkeypatch.setattr(cutting, "STACKED", 1)
     assert merge("cut", method) == whole
     assert merge("little", method, memory=24_000) == whole
-    steps.compiled.cache_clear()
 
 
-def test_pieces_of_an_odd_end_get_what_the_whole_gets():
-    """The last piece is shorter than a block."""
+def test_pieces_get_what_the_whole_gets():
+    """Wherever a piece begins."""
     key = _random.key_of(3, "w", "m1")
-    block = _random.BLOCK
-    whole = np.asarray(_random.uniform(key, (3 * block + 100,), FLOAT))
-    for first in (0, block, 2 * block, 3 * block):
-        piece = np.asarray(_random.uniform(key, (min(2 * block, whole.size - first),), FLOAT, first))
-        assert np.array_equal(piece, whole[first : first + 2 * block])
+    whole = np.asarray(_random.uniform(key, (3000,), FLOAT))
+    for first in (0, 1, 1000, 2900):
+        piece = np.asarray(_random.uniform(key, (min(500, whole.size - first),), FLOAT, first))
+        assert np.array_equal(piece, whole[first : first + 500])
     assert np.array_equal(_random.uniform(key, (50, 2), FLOAT).reshape(-1), whole[:100])
-    assert whole.min() >= 0
-    assert whole.max() < 1
-    assert abs(whole.mean() - 0.5) < 0.005
-    assert len(np.unique(whole)) > 0.98 * whole.size  # blocks do not repeat
+
+
+def test_draws_are_uniform_and_do_not_depend_on_each_other():
+    """Within five standard deviations: bytes, neighbours at many distances, keys that differ in one bit."""
+    n = 1 << 18
+    keys = [_random.key_of(seed, "w", expert) for seed, expert in ((0, "a"), (1, "a"), (0, "b"))]
+    drawn = [np.asarray(_random.uniform(key, (n,), FLOAT), np.float64) for key in keys]
+    for own in drawn:
+        assert own.min() >= 0
+        assert own.max() < 1
+        for scale in (1, 1 << 8, 1 << 16):  # the leading byte, the next, the last
+            counts = np.bincount((own * 256 * scale).astype(np.int64) & 255, minlength=256)
+            assert abs(np.sum((counts - n / 256) ** 2) / (n / 256) - 255) < 5 * np.sqrt(2 * 255)
+        for lag in (1, 2, 3, 8, 64, 1024, 65536):
+            assert abs(np.corrcoef(own[:-lag], own[lag:])[0, 1]) < 5 / np.sqrt(n - lag)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert abs(np.corrcoef(drawn[a], drawn[b])[0, 1]) < 5 / np.sqrt(n)
 
 
 def test_again_and_other_seeds(merge):
