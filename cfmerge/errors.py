@@ -13,8 +13,20 @@ class CfmergeError(ValueError):
         ...     print(error)
         unknown method 'tsv'; did you mean 'tsv_m' or 'svc' or 'ties'?
 
-    It is a `ValueError`. Nothing has been written when it is raised.
+    It is a `ValueError`. Nothing has been written when it is raised, but by a `StoppedError` that says so.
     """
+
+
+class StoppedError(CfmergeError):
+    """A merge that something around it has stopped, such as a full disk: the same merge, run again, may go on.
+
+    Attributes:
+        reason: the message without what has become of the output.
+    """
+
+    def __init__(self, reason: str, left: str = "nothing was written"):
+        super().__init__(f"{reason}; {left}")
+        self.reason = reason
 
 
 class NonFiniteError(CfmergeError):

@@ -59,6 +59,7 @@ def merge(
     *,
     output: o.ModelOutput,
     overwrite: o.Overwrite = False,
+    fresh: o.Fresh = False,
     memory: o.Memory = None,
     no_compile_cache: o.NoCompileCache = False,
     quiet: o.Quiet = False,
@@ -67,7 +68,7 @@ def merge(
     """Merge a base and its experts into one model."""
     planned = cfmerge.plan(asked)
     with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
-        result = planned.run(output, overwrite=overwrite, memory=memory, progress=progress)
+        result = planned.run(output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)
     if json:
         show.event("done", **result.summary())
     elif not quiet:
@@ -96,6 +97,7 @@ def sweep(
     parameters: o.Parameters = None,
     output: o.Output,
     overwrite: o.Overwrite = False,
+    fresh: o.Fresh = False,
     memory: o.Memory = None,
     no_compile_cache: o.NoCompileCache = False,
     quiet: o.Quiet = False,
@@ -107,7 +109,7 @@ def sweep(
     load_plugins(asked.plugins)
     planned = cfmerge.plan(swept(asked, method or [], grid or [], key_values(parameters or [])))
     with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
-        results = planned.run(output, overwrite=overwrite, memory=memory, progress=progress)
+        results = planned.run(output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)
     for label, result in results.items():
         if json:
             show.event("done", label=label, **result.summary())
@@ -115,7 +117,8 @@ def sweep(
             show.line(f"{label}: {result.output}")
             show.warnings(result)
     if not (json or quiet):
-        show.notes(list(dict.fromkeys(note for result in results.values() for note in result.notes)))
+        told = [note for result in results.values() for note in (*result.resumed, *result.notes)]
+        show.notes(list(dict.fromkeys(told)))
 
 
 @app.command(
@@ -184,6 +187,21 @@ def plan(
 
 
 @app.command(cls=o.Command)
+def clean(
+    places: Annotated[
+        list[Path] | None, o.argument("DIRECTORY", "Outputs, or directories that hold them. Default: here.")
+    ] = None,
+    *,
+    yes: Annotated[bool, o.option("--yes", "-y", help="Remove without asking.")] = False,
+    json: o.Json = False,
+) -> None:
+    """List what merges that ended early have left, and remove it."""
+    from cfmerge.cli.leftovers import listed_and_removed
+
+    listed_and_removed(places or [Path()], yes, json)
+
+
+@app.command(cls=o.Command)
 def inspect(
     checkpoint: Annotated[Path, o.argument("CHECKPOINT", "A model directory or a .safetensors file.")],
     json: o.Json = False,
@@ -247,5 +265,14 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns KeyboardInterrupt into this
-            messages.error("interrupted; nothing was written")
+            messages.error(f"interrupted; {_left(end)}")
         raise
+
+
+def _left(error: BaseException | None) -> str:
+    """What an interrupted merge has left, which it has noted on its KeyboardInterrupt."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt) and getattr(error, "__notes__", None):
+            return error.__notes__[0]
+        error = error.__cause__ or error.__context__
+    return "nothing was written"

@@ -72,7 +72,7 @@ def merge_result(result: "MergeResult") -> None:
     console.print(f"merged by {escape(result.plan.method.name)}")
     console.print(counts(result.plan, "what was done"))
     warnings(result)
-    notes(result.notes)
+    notes((*result.resumed, *result.notes))
     console.print(
         f"[bold]{escape(str(result.output))}[/]  {size(result.plan.bytes_to_write)} in {result.seconds:.1f} s",
         soft_wrap=True,

@@ -7,10 +7,10 @@
             for unit in units_of(work): totals += through(unit, Measuring)
         found = what the look returns
 
-    for unit in units_of(work):                            # the pass that writes
+    for unit in units_of(work), if not journal.done(unit): # the pass that writes
         for attempt in ways(unit, found):                  # low-rank form, float32, float64 where it is needed
             outcome = through(unit, Additive or Together)
-        account.add(reports), sink.write(outcome)
+        account.add(reports), sink.write(outcome), journal.mark(unit, reports)
 
     through(unit, steps):
         state = steps.start(base's share)
@@ -20,7 +20,11 @@
 A few threads work on units at once, and results are taken in the units' order. `accumulate` is the last pass with the
 steps `Unsolved`, which return the statistics.
 
-    run        the loop, its threads, the surveys
+    run        what is asked of the loop
+    loop       the loop, its threads
+    looks      surveys of the model on the loop
+    orders     order statistics of a model in pieces
+    within     looks within a tensor
     units      the pieces of work
     cutting    jobs cut into units
     passes     the steps of each kind of pass
@@ -31,4 +35,6 @@ steps `Unsolved`, which return the statistics.
     surveys    findings, and the methods that asked for them
     checks     checks of values
     account    reports and notes
+    journal    what is done, by ranges of the output
+    writing    results written while others are computed
 """

@@ -1,8 +1,8 @@
 """The account of a run: notes of the methods with the tensors that they are about, and reports by tensor."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,10 +10,38 @@ from cfmerge.engine.precision import Outcome
 from cfmerge.engine.units import Unit
 from cfmerge.errors import and_more
 from cfmerge.planning.jobs import methods_of
+from cfmerge.planning.work import Job
 
 Report = Mapping[str, float]
 GROWTH = "growth"  # a report: the merged delta's length over that of the sum of as many unrelated deltas
 SAFER = "dc_merge"  # the method that is best over all of docs/results, and holds where growth is found
+
+
+class Told(NamedTuple):
+    """All that is told of a unit, in plain values, as a journal keeps it.
+
+    Attributes:
+        reports: of each result `{tensor: {name: value}}`; none of methods that report nothing.
+        float64: tensors that float64 was needed for.
+    """
+
+    reports: Sequence[Mapping[str, Report]] = ()
+    float64: Sequence[str] = ()
+
+
+def told_of(unit: Unit, outcome: Outcome) -> Told:
+    """All that is told of a unit with that outcome."""
+    by_result = outcome.reports if isinstance(outcome.reports, tuple) else (outcome.reports,)
+    reports: list[dict[str, Report]] = [{} for _ in by_result] if any(by_result) else []
+    for own, values in zip(reports, by_result, strict=False):
+        for name, span in zip(unit.names, unit.spans, strict=True):
+            own[name] = _larger({key: float(np.max(value[span])) for key, value in values.items()}, own.get(name, {}))
+    return Told(reports, [unit.names[number] for number in outcome.float64])
+
+
+def _larger(report: Report, before: Report) -> dict[str, float]:
+    """The larger values of a tensor's report and of that on its other segments."""
+    return dict(report) | {key: max(value, report[key]) for key, value in before.items()}
 
 
 @dataclasses.dataclass
@@ -23,31 +51,25 @@ class Account:
     Attributes:
         reports: `{result: {tensor: {name: value}}}`.
         notes: `{(result, method, message): {tensor: value}}`; a message may hold `{value}`.
-        float64: how many tensors needed float64.
     """
 
     reports: dict[int, dict[str, Report]] = dataclasses.field(default_factory=dict)
     notes: dict[tuple[int, str, str], dict[str, float]] = dataclasses.field(default_factory=dict)
-    float64: int = 0
+    _double: set[str] = dataclasses.field(default_factory=set)
     _past: set[tuple[int, str]] = dataclasses.field(default_factory=set)  # (result, tensor) past the bound of growth
 
-    def add(self, unit: Unit, outcome: Outcome) -> None:
-        self.float64 += outcome.float64
-        by_result = outcome.reports if isinstance(outcome.reports, tuple) else (outcome.reports,)
-        if not any(by_result):
-            return
-        for result, reports in enumerate(by_result):
+    def add(self, told: Told, jobs: Mapping[str, Job]) -> None:
+        """Adds all that is told of a unit; `jobs` by the names of its tensors, and of others."""
+        self._double.update(told.float64)
+        for result, reports in enumerate(told.reports):
             own = self.reports.setdefault(result, {})
-            for job, span in zip(unit.jobs, unit.spans, strict=True):
-                told = {key: float(np.max(value[span])) for key, value in reports.items()}
-                for key, value in own.get(job.name, {}).items():  # of the tensor's other segments
-                    told[key] = max(value, told[key])
-                own[job.name] = told
-                method = methods_of(job)[result]
+            for name, report in reports.items():
+                own[name] = merged = _larger(report, own.get(name, {}))
+                method = methods_of(jobs[name])[result]
                 for key, (condition, message) in method.notes.items():
-                    if key in told and condition(told[key]):
-                        self._past |= {(result, job.name)} if key == GROWTH else set()
-                        self.notes.setdefault((result, method.name, message), {})[job.name] = told[key]
+                    if key in merged and condition(merged[key]):
+                        self._past |= {(result, name)} if key == GROWTH else set()
+                        self.notes.setdefault((result, method.name, message), {})[name] = merged[key]
 
     def told(self) -> list[str]:
         """The notes of the methods, one for each kind; of a sweep with the method's name."""
@@ -59,7 +81,7 @@ class Account:
 
     def lines(self) -> list[str]:
         """All notes of the run."""
-        double = [f"float64 was used for {self.float64} ill-conditioned tensors"] if self.float64 else []
+        double = [f"float64 was used for {len(self._double)} ill-conditioned tensors"] if self._double else []
         return [*self.told(), *double]
 
     def warning(self, result: int) -> str:

@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
     tensors: Any
     reports: Reports
     statistics: Any = None  # of an additive method
-    float64: int = 0  # tensors that float64 was needed for
+    float64: tuple[int, ...] = ()  # numbers of the segments that float64 was needed for
 
 
 def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome]:
@@ -77,7 +77,8 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
     for number in weak:
         single = Attempt(unit.only(number), [methods[number]], found, "float64", silent=True)
         tensors[number] = np.asarray((yield single).tensors)[0]
-    return outcome._replace(tensors=tensors, float64=outcome.float64 if additive else len(weak), statistics=None)
+    double = outcome.float64 if additive else tuple(weak.tolist())
+    return outcome._replace(tensors=tensors, float64=double, statistics=None)
 
 
 def _solved_again(attempt: Attempt, outcome: Outcome) -> Generator[Attempt, Outcome, Outcome]:
@@ -90,7 +91,7 @@ def _solved_again(attempt: Attempt, outcome: Outcome) -> Generator[Attempt, Outc
     again = yield attempt._replace(compute="float64", statistics=outcome.statistics)
     tensors = np.array(outcome.tensors)
     tensors[weak] = np.asarray(again.tensors)[weak]
-    return outcome._replace(tensors=tensors, float64=len(weak))
+    return outcome._replace(tensors=tensors, float64=tuple(weak.tolist()))
 
 
 def compute_dtype(work: Work, jobs: Sequence[Job]) -> str:

@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import struct
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.base import Header, TensorInfo
 from cfmerge.formats.magic import wrong_file
+from cfmerge.formats.ranges import Covered
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -153,12 +155,20 @@ def shard(tensors: Mapping[str, Header], max_bytes: int) -> list[list[str]]:
     return shards
 
 
+class Unfit(Exception):
+    """Files of an earlier writer that cannot be gone on with."""
+
+
 class ShardWriter:
     """A writer of a model as safetensors shards with an index, tensor by tensor, in any order.
 
     All headers are written and all space is reserved at once, so a full disk is known before the first tensor.
 
+    Args:
+        done: ranges that an earlier writer has written into the files that are there; none: the files are new.
+
     Raises:
+        Unfit: the files that are there are not those of an earlier writer.
         CfmergeError: on `close`, if a tensor was not wholly written.
         OSError: the disk is full, or the directory cannot be written.
     """
@@ -171,13 +181,14 @@ class ShardWriter:
         metadata: Mapping[str, str],
         stem: str = "model",
         index: str = "",
+        done: Covered | None = None,
     ):
         self._files: list[int] = []
         self._place: dict[str, tuple[int, int]] = {}
         self._dtypes = {name: np.dtype(dtype) for name, (_, dtype) in tensors.items()}
-        self._missing = {
-            name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in tensors.items()
-        }
+        self._sizes = {name: int(np.prod(shape, dtype=np.int64)) for name, (shape, _) in tensors.items()}
+        self._done = Covered() if done is None else done
+        self._lock, self._dirty, self._resumed = threading.Lock(), set[int](), done is not None
         shards = shard(tensors, max_shard_bytes)
         weight_map: dict[str, str] = {}
         try:
@@ -190,7 +201,7 @@ class ShardWriter:
             self.abort()
             raise
         if len(shards) > 1:
-            total = sum(self._missing.values())
+            total = sum(size * self._dtypes[name].itemsize for name, size in self._sizes.items())
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / (index or f"{stem}.safetensors.index.json")).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -198,7 +209,7 @@ class ShardWriter:
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for name, (shape, _) in tensors.items():
-            size = self._missing[name]
+            size = self._sizes[name] * self._dtypes[name].itemsize
             entries[name] = {
                 "dtype": NAMES[self._dtypes[name]],
                 "shape": list(shape),
@@ -207,12 +218,20 @@ class ShardWriter:
             end += size
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         header += b" " * (-len(header) % 8)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        header = struct.pack("<Q", len(header)) + header
+        start = len(header)
+        how = os.O_RDWR if self._resumed else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            file = os.open(path, how, 0o644)
+        except FileNotFoundError:
+            raise Unfit(f"{path}: is not there") from None
         self._files.append(file)
-        start = 8 + len(header)
+        if self._resumed and (os.fstat(file).st_size != start + end or os.pread(file, start, 0) != header):
+            raise Unfit(f"{path}: is another file than its journal tells of")
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file, 0, start + end)
-        _write_all(file, struct.pack("<Q", len(header)) + header, 0)
+        if not self._resumed:
+            _write_all(file, header, 0)
         for name, entry in entries.items():
             if name != "__metadata__":
                 self._place[name] = (file, start + entry["data_offsets"][0])  # type: ignore[index]
@@ -225,10 +244,19 @@ class ShardWriter:
         values = np.ascontiguousarray(values)
         if values.nbytes:
             _write_all(file, values.reshape(-1).view(np.uint8).data, offset + first * values.itemsize)
-        self._missing[name] -= values.nbytes
+        with self._lock:
+            self._done.add(name, first, values.size)
+            self._dirty.add(file)
+
+    def sync(self) -> None:
+        """Makes safe what is written so far."""
+        with self._lock:
+            dirty, self._dirty = self._dirty, set()
+        for file in dirty:
+            getattr(os, "fdatasync", os.fsync)(file)
 
     def close(self) -> None:
-        missing = [name for name, left in self._missing.items() if left]
+        missing = [name for name, size in self._sizes.items() if self._done.count(name) != size]
         if missing:
             self.abort()
             raise CfmergeError(f"tensors were not wholly written: {', '.join(missing[:5])}")

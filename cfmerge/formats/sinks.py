@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.errors import CfmergeError, and_more
+from cfmerge.errors import CfmergeError, StoppedError, and_more
 from cfmerge.formats.base import Folder, Header, Totals
+from cfmerge.formats.ranges import Covered
 from cfmerge.formats.safetensors import ShardWriter, save
 from cfmerge.formats.side_files import TENSORS
-from cfmerge.formats.staged import StagedDirectory, StagedFile
+from cfmerge.formats.staged import StagedDirectory, StagedFile, staging_directories
 
 HEADS = "heads"  # the directory of exported heads in the output
 UNBOUNDED = 1 << 62
@@ -37,7 +38,7 @@ class DirectorySink:
         side_files: `{name in the directory: path}`, copied when the tensors are written.
         edits: `{name of a JSON side file: {key: value}}`, set in the copy.
         metadata: entries for every file of tensors, beside those of its folder.
-        overwrite, digest, keep: see `StagedDirectory`.
+        overwrite, digest, keep, resume: see `StagedDirectory`.
         inputs: files and directories that are read, and so not written into.
     """
 
@@ -54,6 +55,7 @@ class DirectorySink:
         inputs: Iterable[Path] = (),
         digest: str = "",
         keep: bool = False,
+        resume: bool = False,
     ):
         self.notes: tuple[str, ...] = ()
         self._folders = sorted(folders, key=lambda folder: len(folder.prefix), reverse=True)
@@ -61,7 +63,7 @@ class DirectorySink:
         self._shard_bytes, self._metadata = shard_bytes, dict(metadata)
         self._writers: dict[str, ShardWriter] = {}  # by the prefix of their folder
         self._folder_of: dict[str, Folder] = {}
-        self._staged = self._stage(target, overwrite=overwrite, inputs=inputs, digest=digest, keep=keep)
+        self._staged = self._stage(target, overwrite=overwrite, inputs=inputs, digest=digest, keep=keep, resume=resume)
         self.target = self._staged.target
         self._asked = target  # as the user named it, for messages
 
@@ -84,9 +86,24 @@ class DirectorySink:
     ) -> None:
         self.abort()
 
-    def declare(self, headers: Mapping[str, Header]) -> None:
+    def keep(self, wanted: bool) -> None:
+        """Says whether what is written stays in the staging directory if there is no commit."""
+        self._staged.keep = wanted
+
+    def declare(self, headers: Mapping[str, Header], done: Covered | None = None) -> None:
+        """See `Sink`.
+
+        Args:
+            done: ranges that an earlier run has written into the staging directory; none: it is emptied.
+
+        Raises:
+            Unfit: its files are not those of an earlier run.
+        """
         with disk_errors(self._asked):
-            _check_space(self._staged, headers)
+            self._close()
+            if done is None:
+                self._staged.clear()
+                _check_space(self._staged, headers)
             self._folder_of = {name: self._find_folder(name) for name in headers}
             for folder in self._folders:
                 mine = {
@@ -95,30 +112,42 @@ class DirectorySink:
                     if self._folder_of[name] is folder
                 }
                 if mine:
-                    self._writers[folder.prefix] = self._open(folder, mine)
+                    self._writers[folder.prefix] = self._open(folder, mine, done)
 
     def _find_folder(self, name: str) -> Folder:
         return next(folder for folder in self._folders if name.startswith(folder.prefix))
 
-    def _open(self, folder: Folder, headers: Mapping[str, Header]) -> ShardWriter:
+    def _open(self, folder: Folder, headers: Mapping[str, Header], done: Covered | None) -> ShardWriter:
         place = self.path / folder.name
         place.mkdir(parents=True, exist_ok=True)
         size = total_bytes(headers)
         if not folder.sharded and size > self._shard_bytes:
-            self.notes += (
+            note = (
                 f"{folder.stem}.safetensors is one file of {size / 1e9:.2f} GB, as in the base, whatever --shard-size "
-                "says: no client looks for an index of that name",
+                "says: no client looks for an index of that name"
             )
+            self.notes += () if note in self.notes else (note,)
         most = self._shard_bytes if folder.sharded else UNBOUNDED
-        return ShardWriter(place, headers, most, {**self._metadata, **folder.metadata}, folder.stem, folder.index)
+        if done is not None:
+            ranges = [one for one in done.ranges() if self._folder_of.get(one[0]) is folder]
+            done = Covered((name.removeprefix(folder.prefix), first, count) for name, first, count in ranges)
+        metadata = {**self._metadata, **folder.metadata}
+        return ShardWriter(place, headers, most, metadata, folder.stem, folder.index, done)
 
     def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
         folder = self._folder_of[name]
         with disk_errors(self._asked):
             self._writers[folder.prefix].write(name.removeprefix(folder.prefix), values, first)
 
+    def sync(self) -> None:
+        """Makes safe on the disk what is written so far."""
+        with disk_errors(self._asked):
+            for writer in self._writers.values():
+                writer.sync()
+
     def finish(self, totals: Totals) -> None:
         with disk_errors(self._asked):
+            shutil.rmtree(self.path / HEADS, ignore_errors=True)  # of an earlier run, half written
             for writer in self._writers.values():
                 writer.close()
             for name, source in self._side_files.items():
@@ -143,9 +172,13 @@ class DirectorySink:
             self._staged.commit()
 
     def abort(self) -> None:
+        self._close()
+        self._staged.__exit__(None, None, None)
+
+    def _close(self) -> None:
         for writer in self._writers.values():
             writer.abort()
-        self._staged.__exit__(None, None, None)
+        self._writers = {}
 
 
 class FileSink(DirectorySink):
@@ -191,7 +224,7 @@ def open_sink(
     Args:
         heads: heads will be written beside the model.
         recipe: kept in the metadata of a file, which has no card.
-        **how: overwrite, inputs, digest and keep, see `DirectorySink`.
+        **how: overwrite, inputs, digest, keep and resume, see `DirectorySink`.
 
     Raises:
         CfmergeError: it is the name of a file of another format, or one file cannot hold it all.
@@ -221,14 +254,18 @@ def check_directory_name(target: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(output: Path) -> Iterator[None]:
-    """Errors of the file system as `CfmergeError`."""
+    """Errors of the file system as `StoppedError`."""
     try:
         yield
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         reason = "the disk is full" if full else f"{error.strerror or error}"
         place = f" ({error.filename})" if error.filename else ""
-        raise CfmergeError(f"output {output}: {reason}{place}; nothing was written") from None
+        raise StoppedError(f"output {output}: {reason}{place}") from None
+
+
+def total_entries(headers: Mapping[str, Header]) -> int:
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape, _ in headers.values())
 
 
 def total_bytes(headers: Mapping[str, Header]) -> int:
@@ -238,7 +275,9 @@ def total_bytes(headers: Mapping[str, Header]) -> int:
 def _check_space(staged: StagedDirectory, headers: Mapping[str, Header]) -> None:
     needed, free = total_bytes(headers), shutil.disk_usage(staged.path).free
     if needed > free:
+        others = [path for path in staging_directories(staged.target) if path != staged.path]
+        hint = "; `cfmerge clean` removes what an earlier merge has left there" if others else ""
         raise CfmergeError(
             f"output {staged.target}: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in "
-            f"{staged.target.parent}; nothing was written"
+            f"{staged.target.parent}; nothing was written{hint}"
         )

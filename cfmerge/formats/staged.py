@@ -13,21 +13,26 @@ from types import TracebackType
 from cfmerge.errors import CfmergeError
 
 LOCK = ".cfmerge-lock"
+JOURNAL = ".cfmerge-journal"  # of what is done, see `journal.py`
+OWN = (LOCK, JOURNAL)  # files that are no part of the output
+STAGING = re.compile(r"\.(.+)\.cfmerge-[0-9a-f]{8}", re.DOTALL)  # the name of a staging directory, with its target's
 
 
 class StagedDirectory:
     """`with StagedDirectory(target) as staged:` write into `staged.path`, then `staged.commit()`.
 
     The staging directory lies beside the target and is locked while its process lives. Without a commit it is
-    removed; the leftovers of a killed process are removed by the next merge to the same target. With `overwrite`
-    the old directory is set aside until the new one is in place; a kill between the two is mended likewise.
+    removed. What a killed process has left is taken up by the same work, and removed by other work to the same target:
+    at its start if there is no work in it, else when it has made the target. With `overwrite` the old directory is set
+    aside until the new one is in place; a kill between the two is mended likewise.
 
     Args:
         target: the final name.
         overwrite: a model that is there is replaced.
         inputs: files and directories that are read.
         digest: a name for the staging directory, in hexadecimal digits: the same work finds it again; none: by chance.
-        keep: without a commit it is left where it is, and only other work to the same target removes it.
+        keep: without a commit it is left where it is.
+        resume: where the same work has left its staging directory, it is taken up as it is, and kept if it holds work.
 
     Raises:
         CfmergeError: the target exists (without `overwrite`), is not a model directory, holds an input, or lies
@@ -44,34 +49,40 @@ class StagedDirectory:
         inputs: Iterable[Path] = (),
         digest: str = "",
         keep: bool = False,
+        resume: bool = False,
     ):
-        absolute = Path(os.path.abspath(target.expanduser()))
-        self.target = absolute.resolve() if absolute.is_symlink() else absolute
+        self.target = place_of(target)
         self.overwrite = overwrite
         self.inputs = {Path(os.path.abspath(path.expanduser())) for path in inputs}
         self.inputs |= {path.resolve() for path in self.inputs}
-        self._prefix = f".{self.target.name}.cfmerge-"
-        self._previous = self.target.with_name(self._prefix + "previous")
-        self.path = self.target.with_name(self._prefix + (digest[:8] or secrets.token_hex(4)))
-        self.keep = keep
+        prefix = f".{self.target.name}.cfmerge-"
+        self._previous = self.target.with_name(prefix + "previous")
+        self.path = self.target.with_name(prefix + (digest[:8] or secrets.token_hex(4)))
+        self.keep, self.resume = keep, resume
         self._lock: int | None = None
         self._new_parents = [parent for parent in self.target.parents if not parent.exists()]
 
     def __enter__(self) -> "StagedDirectory":
         if not self._new_parents:
             self._mend()
-            self._clean()
+            self._clean(only_empty=True)
         self.check()
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.path.mkdir()
-        except FileExistsError:
-            raise CfmergeError(
-                f"output {self.target}: another process writes this very merge there now; wait for it"
-            ) from None
-        self._lock = os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.path.mkdir(exist_ok=True)
+        self._lock = locked(self.path)
+        if self._lock is None:
+            raise CfmergeError(f"output {self.target}: another process writes this very merge there now; wait for it")
+        if self.resume:
+            self.keep = self.keep or holds_work(self.path)  # whatever comes before it is gone on with
+        else:
+            self.clear()
         return self
+
+    def clear(self) -> None:
+        """Removes everything that an earlier run has left in the staging directory."""
+        for path in self.path.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def check(self) -> None:
         """Raises `CfmergeError` if the target may not be written."""
@@ -104,14 +115,16 @@ class StagedDirectory:
         if self.target.is_dir() and not _is_empty(self.target):
             os.rename(self.target, self._previous)
         os.rename(self.path, self.target)
-        (self.target / LOCK).unlink(missing_ok=True)
-        _sync(self.target.parent)
+        for name in OWN:
+            (self.target / name).unlink(missing_ok=True)
+        sync(self.target.parent)
+        self._clean()
         shutil.rmtree(self._previous, ignore_errors=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.keep:
+        if not self.keep and self._lock is not None:
             shutil.rmtree(self.path, ignore_errors=True)
         self._mend()
         if self._lock is not None:
@@ -128,21 +141,15 @@ class StagedDirectory:
                 shutil.rmtree(self._previous, ignore_errors=True)
             else:
                 os.rename(self._previous, self.target)
-        with contextlib.suppress(OSError):
-            (self.target / LOCK).unlink()
-
-    def _clean(self) -> None:
-        """Removes the staging directories of killed processes."""
-        for stale in self.target.parent.iterdir():
-            if not re.fullmatch(re.escape(self._prefix) + "[0-9a-f]{8}", stale.name):
-                continue
+        for name in OWN:
             with contextlib.suppress(OSError):
-                lock = os.open(stale / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(stale, ignore_errors=True)
-                finally:
-                    os.close(lock)
+                (self.target / name).unlink()
+
+    def _clean(self, only_empty: bool = False) -> None:
+        """Removes the staging directories that killed processes have left of other work."""
+        for stale in staging_directories(self.target):
+            if stale != self.path and not (only_empty and holds_work(stale)):
+                removed(stale)
 
 
 class StagedFile(StagedDirectory):
@@ -160,21 +167,76 @@ class StagedFile(StagedDirectory):
         """Gives the file its final name: the old one or the new one is there, whenever the process ends."""
         _sync_all(self.path)
         os.replace(self.path / self.target.name, self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
+        self.keep = False
+        self._clean()
+
+
+def place_of(target: Path) -> Path:
+    """The absolute path of a target; where it is a link, of what it links to."""
+    absolute = Path(os.path.abspath(target.expanduser()))
+    return absolute.resolve() if absolute.is_symlink() else absolute
+
+
+def staging_directories(target: Path) -> list[Path]:
+    """All staging directories that there are of a target."""
+    place = place_of(target)
+    if not place.parent.is_dir():
+        return []
+    named = ((path, STAGING.fullmatch(path.name)) for path in sorted(place.parent.iterdir()))
+    return [path for path, match in named if match and match[1] == place.name and path.is_dir()]
+
+
+def locked(staging: Path) -> int | None:
+    """The lock of a staging directory, an open file; None: another process holds it, or has removed the directory."""
+    try:
+        lock = os.open(staging / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_nlink:
+            return lock
+    except BlockingIOError:
+        pass
+    os.close(lock)
+    return None
+
+
+def holds_work(staging: Path) -> bool:
+    """Whether its journal has more than a header."""
+    try:
+        return (staging / JOURNAL).read_bytes().count(b"\n") > 1
+    except OSError:
+        return False
+
+
+def removed(staging: Path) -> bool:
+    """Removes a staging directory, unless a process holds it; whether it did."""
+    with contextlib.suppress(OSError):
+        lock = locked(staging)
+        if lock is not None:
+            try:
+                shutil.rmtree(staging)
+                return True
+            finally:
+                os.close(lock)
+    return False
 
 
 def _sync_all(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():
-            _sync(path)
-    _sync(directory)
+            sync(path)
+    sync(directory)
 
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,22 +2,21 @@
 
 import dataclasses
 import functools
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
-import cfmerge
 from cfmerge.core.chain import is_chain
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
 from cfmerge.core.part import Part
 from cfmerge.formats import Folder, Source
 from cfmerge.methods import Method
+from cfmerge.planning.digest import digest_of
 from cfmerge.planning.jobs import methods_of
 from cfmerge.planning.work import Job, Work
 from cfmerge.recipe import Expert, Recipe
@@ -91,19 +90,8 @@ class Resolved:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of everything that decides what is written: recipes, and the headers and files of the inputs."""
-        told = hashlib.sha256(cfmerge.__version__.encode())
-        for one in self.results.values():
-            told.update(one.recipe.to_yaml().encode())
-        if self.statistics:
-            told.update(repr(self.statistics.metadata()).encode())
-        moments: list[Any] = [expert.moments for expert in self.work.experts if expert.moments is not None]
-        for source in (self.base, *self.experts, *moments):
-            told.update(repr([(name, info.shape, info.dtype.name) for name, info in source.tensors.items()]).encode())
-            for file in source.files:
-                state = file.stat()
-                told.update(f"{file.absolute()} {state.st_size} {state.st_mtime_ns}".encode())
-        return told.hexdigest()
+        """A hash of everything that decides what is written, but for versions."""
+        return digest_of(self)
 
     @property
     def folders(self) -> tuple[Folder, ...]:

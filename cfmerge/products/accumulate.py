@@ -242,6 +242,6 @@ def solve(
     if output is None:
         raise CfmergeError("solve of checkpoints: name a directory for the merged model with output=")
     path = "" if isinstance(statistics, Statistics) else str(statistics)
-    run = {key: options.pop(key) for key in ("overwrite", "memory", "progress") if key in options}
+    run = {key: options.pop(key) for key in ("overwrite", "memory", "progress", "fresh") if key in options}
     recipe = as_recipe(base, [], expression(chosen), {}, {"statistics": path, **options})
     return merge_recipe(recipe, output, statistics=kept, **run)

@@ -1,4 +1,4 @@
-"""A plan carried out: sinks for its results, the run, model cards, and nothing left behind where it fails."""
+"""A plan carried out: sinks for its results, the run, model cards."""
 
 import contextlib
 import hashlib
@@ -17,10 +17,12 @@ from cfmerge.engine import run
 from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.checks import same_content
 from cfmerge.errors import CfmergeError, NonFiniteError
-from cfmerge.formats import Sink, Totals, check_directory_name, open_sink
+from cfmerge.formats import DirectorySink, Totals, check_directory_name, open_sink
+from cfmerge.formats.journal import FileJournal
 from cfmerge.models import is_float
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress
+from cfmerge.products.resume import LeftOut, kept_where_it_can_go_on, recall_left_out, resumed
 from cfmerge.report.card import model_card
 from cfmerge.report.result import MergeResult
 
@@ -36,10 +38,12 @@ def carried_out(
     overwrite: bool,
     memory: int,
     progress: Progress,
-    dropped: Sequence[str],
+    left_out: Sequence[LeftOut],
+    fresh: bool = False,
 ) -> dict[str, MergeResult]:
     """The results by label, written into directories or handed to sinks."""
     plans = {label: plan.of(label) for label in plan.results}
+    dropped = [one.note for one in left_out]
     if not isinstance(output, str | Path):
         sinks = output if isinstance(output, Mapping) else {"": output}
         if set(sinks) != set(plan.results):
@@ -59,19 +63,25 @@ def carried_out(
     checkpoints = (plan.base, *plan.experts)
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
     places = [*inputs, *(checkpoint.path for checkpoint in checkpoints)]
+    if not fresh:
+        recall_left_out(plan, outputs)
     with contextlib.ExitStack() as stack:
         sinks = {
-            label: stack.enter_context(_sink(own, target, overwrite, places))
+            label: stack.enter_context(_sink(own, target, overwrite, places, plan.digest, fresh))
             for (label, own), target in zip(plans.items(), outputs, strict=True)
         }
-        notes = [*dropped, *_check_contents(plan)]
-        for sink in sinks.values():
-            sink.declare(plan.output)
+        outs = list(sinks.values())
+        journal = FileJournal(Path(output), [sink.path for sink in outs])
+        stack.enter_context(kept_where_it_can_go_on(Path(output), outs, journal))
+        earlier = resumed(plan, outs, journal, left_out, _check_contents)
+        notes = [*dropped, *journal.header["contents"]]
         stop = threading.Event()
         with ThreadPoolExecutor(1, "hash") as hasher:
             digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
             try:
-                account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress, stop=stop)
+                account = run.merge(
+                    plan.work, outs, memory=memory, progress=progress, stop=stop, journal=journal
+                )  # fmt: skip
             except BaseException:
                 stop.set()
                 raise
@@ -83,19 +93,22 @@ def carried_out(
             sink.finish(Totals(card, _exported_heads(plan)))
             reports = account.reports_of(number)
             results[label] = MergeResult(
-                sink.target, plans[label], (*plan.notes, *shown), reports, digests.result(), warnings=warned
-            )
+                sink.target, plans[label], (*plan.notes, *shown), reports, digests.result(), warnings=warned,
+                resumed=earlier,
+            )  # fmt: skip
         for sink in sinks.values():
             sink.commit()
         return results
 
 
-def _sink(plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path]) -> Sink:
+def _sink(
+    plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path], digest: str, fresh: bool
+) -> DirectorySink:
     """The sink of a plan with one result."""
     return open_sink(
         output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
         heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
-        digest=plan.digest,
+        digest=digest, resume=not fresh,
     )  # fmt: skip
 
 

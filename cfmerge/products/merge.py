@@ -24,6 +24,7 @@ def merge(
     overwrite: bool = False,
     memory: str | int | None = None,
     progress: Progress | None = None,
+    fresh: bool = False,
     **options: Any,
 ) -> MergeResult:
     """The result of merging checkpoints on disk into one, streamed tensor by tensor.
@@ -45,6 +46,7 @@ def merge(
         overwrite: replace a model that is there.
         memory: bound of the working set, in bytes or as text such as `"4GB"`; None: a quarter of the free memory.
         progress: called with (tensor name, bytes read since the last call), from the working threads, one at a time.
+        fresh: start anew, whatever an earlier run of this merge has left; else go on from there.
         **options: the other fields of `Recipe`: rename, heads, on_nonfinite, allow, dtype, precision, shard_size,
             side_files, seed, plugins, statistics.
 
@@ -53,9 +55,10 @@ def merge(
 
     Raises:
         CfmergeError: bad input; nothing is written then.
+        StoppedError: a full disk, say; what is done may be kept, and the same call goes on from there.
     """
     recipe = as_recipe(base, experts, method, parameters, {"rules": rules, **options})
-    return merge_recipe(recipe, output, overwrite=overwrite, memory=memory, progress=progress)
+    return merge_recipe(recipe, output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)
 
 
 def merge_recipe(
@@ -66,6 +69,7 @@ def merge_recipe(
     memory: str | int | None = None,
     progress: Progress | None = None,
     statistics: Statistics | None = None,
+    fresh: bool = False,
 ) -> MergeResult:
     """The result of a recipe; see `merge`.
 
@@ -75,10 +79,11 @@ def merge_recipe(
 
     Args:
         recipe: base, experts, method and options.
-        output, overwrite, memory, progress: as in `merge`.
+        output, overwrite, memory, progress, fresh: as in `merge`.
         statistics: statistics of other experts to begin from, in place of the recipe's directory.
 
     Raises:
         CfmergeError: bad input; nothing is written then.
     """
-    return make_plan(recipe, statistics).run(output, overwrite=overwrite, memory=memory, progress=progress)
+    plan = make_plan(recipe, statistics)
+    return plan.run(output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)

@@ -18,6 +18,7 @@ from cfmerge.planning.resolve import resolve
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress, Writable, silent
 from cfmerge.products.carry_out import carried_out
+from cfmerge.products.resume import LeftOut
 from cfmerge.recipe import Recipe
 from cfmerge.statistics import Statistics
 
@@ -54,6 +55,7 @@ class Plan(Resolved):
         overwrite: bool = False,
         memory: str | int | None = None,
         progress: Progress | None = None,
+        fresh: bool = False,
     ) -> Any:
         """The result of the merge.
 
@@ -61,7 +63,7 @@ class Plan(Resolved):
             output: the directory or `.safetensors` file to make (of a sweep: a directory that gets a model for each
                 label); or a sink (of a sweep: a mapping `{label: sink}`), whose `write(name, values, first)` is
                 called with every tensor. A large tensor comes in pieces: flat entries from entry `first` on.
-            overwrite, memory, progress: as in `merge`.
+            overwrite, memory, progress, fresh: as in `merge`.
 
         Returns:
             A `MergeResult`; of a sweep `{label: MergeResult}`.
@@ -70,32 +72,32 @@ class Plan(Resolved):
             CfmergeError: bad input; nothing is written then.
         """
         started = time.monotonic()
-        done = self.attempted(memory, lambda plan, limit, dropped: carried_out(
-            plan, output, overwrite, limit, progress or silent, dropped
+        done = self.attempted(memory, lambda plan, limit, left_out: carried_out(
+            plan, output, overwrite, limit, progress or silent, left_out, fresh
         ))  # fmt: skip
         seconds = time.monotonic() - started
         results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
         return results.get("", results)
 
-    def attempted(self, memory: str | int | None, do: "Callable[[Plan, int, list[str]], T]") -> T:
-        """`do(plan, bound of memory, notes)`; again without an expert that is not finite, if it may be left out."""
+    def attempted(self, memory: str | int | None, do: "Callable[[Plan, int, list[LeftOut]], T]") -> T:
+        """`do(plan, bound of memory, experts left out)`; again without one that is not finite, if that is allowed."""
         limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
-        dropped: list[str] = []
+        left_out: list[LeftOut] = []
         plan = self
         while True:
             for job in plan.jobs:
                 check_memory(job, limit)
             try:
-                return do(plan, limit, dropped)
+                return do(plan, limit, left_out)
             except NonFiniteError as error:
-                plan = plan._without(error, dropped)
+                plan = plan._without(error, left_out)
 
-    def _without(self, error: NonFiniteError, dropped: list[str]) -> "Plan":
+    def _without(self, error: NonFiniteError, left_out: list[LeftOut]) -> "Plan":
         """The plan without the expert that is not finite, if it may be left out; otherwise raises the error."""
         recipe = self.recipe
         if recipe.on_nonfinite == "error" or not error.source:
             raise error
-        dropped.append(f"expert {error.source!r} was left out: tensor {error.tensor!r} is not finite")
+        left_out.append(LeftOut(self.digest, str(error), error.source, error.tensor))
         kept = [spec for spec in self.expert_specs if spec.name != error.source]
         least = 0 if self.statistics else 1 if self.sums else 2
         if len(kept) < least and ("one-expert" not in recipe.allow or not kept):

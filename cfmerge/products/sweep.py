@@ -55,6 +55,7 @@ def sweep(
     overwrite: bool = False,
     memory: str | int | None = None,
     progress: Progress | None = None,
+    fresh: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """The results of merging the same base and experts by several methods; each expert is read once.
@@ -73,7 +74,7 @@ def sweep(
         methods: methods, or texts such as `"trim(density=0.2) >> disjoint_mean"`; a mapping labels the results
             (others are labelled by their text), see also `grid`.
         output: for checkpoints, a directory that gets one model directory for each label.
-        overwrite, memory, progress: as for `cfmerge.merge`.
+        overwrite, memory, progress, fresh: as for `cfmerge.merge`.
         **options: further arguments of `cfmerge.merge`, or of `cfmerge.merge_params`.
 
     Returns:
@@ -91,7 +92,7 @@ def sweep(
     if output is None:
         raise CfmergeError("sweep of checkpoints: name a directory for the results with output=")
     asked = {label: as_recipe(base, experts, method, None, options) for label, method in labelled.items()}
-    return sweep_recipes(asked, output, overwrite, memory, progress)
+    return sweep_recipes(asked, output, overwrite, memory, progress, fresh)
 
 
 def sweep_recipes(
@@ -100,9 +101,10 @@ def sweep_recipes(
     overwrite: bool = False,
     memory: str | int | None = None,
     progress: Progress | None = None,
+    fresh: bool = False,
 ) -> dict[str, MergeResult]:
     """The results of recipes that differ in method and parameters alone, in one pass; see `sweep`."""
-    return planned(asked).run(output, overwrite=overwrite, memory=memory, progress=progress)
+    return planned(asked).run(output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)
 
 
 def _labelled(methods: Methods) -> dict[str, Method | str]:

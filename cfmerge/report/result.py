@@ -27,6 +27,7 @@ class MergeResult:
         reports: `{tensor: {name: value}}`, the method's report on each tensor (ACE: gate, ridge ratio, ...).
         digests: `{file: SHA-256}` of every input file.
         seconds: wall time.
+        resumed: what was found of an earlier run of this merge, and what has become of it.
     """
 
     output: Path | None
@@ -36,6 +37,7 @@ class MergeResult:
     digests: Mapping[Path, str]
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    resumed: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """The result as plain values, for JSON."""
@@ -52,6 +54,7 @@ class MergeResult:
             "sha256": {str(file): digest for file, digest in self.digests.items()},
             "warnings": list(self.warnings),
             "notes": list(self.notes),
+            "resumed": list(self.resumed),
             "versions": versions(),
             "seconds": round(self.seconds, 3),
         }

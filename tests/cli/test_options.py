@@ -50,7 +50,9 @@ def help_of(*command: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("command", ["merge", "plan", "sweep", "accumulate", "combine", "inspect", "methods", "demo"])
+@pytest.mark.parametrize(
+    "command", ["merge", "plan", "sweep", "accumulate", "combine", "clean", "inspect", "methods", "demo"]
+)
 def test_help_at_80_columns(command):
     """Each option is one line: its name, a short word for its value, and a text."""
     lines = help_of(command)

@@ -231,7 +231,7 @@ def test_tensors_with_different_numbers_share_a_batch(family, tmp_path, load, mo
             seen.append({job.name for job in batch.jobs})
             yield batch
 
-    monkeypatch.setattr("cfmerge.engine.run.units_of", noted)
+    monkeypatch.setattr("cfmerge.engine.loop.units_of", noted)
     cfmerge.merge(family.base, family.experts, text, output=tmp_path / "all")
     assert any({LAYERS.format(0), LAYERS.format(1)} <= names for names in seen)
     found = load(tmp_path / "all")

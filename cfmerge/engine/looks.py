@@ -1,0 +1,107 @@
+"""Surveys of the whole model on the loop: a pass over all units for everything that a look asks."""
+
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from cfmerge.core.call import of_expert
+from cfmerge.core.survey import Order, Ordered, looked
+from cfmerge.engine.journal import remembered
+from cfmerge.engine.loop import Loop
+from cfmerge.engine.orders import SMALL, on_host, sample_of, traced
+from cfmerge.engine.passes import Keying, Measures, Measuring
+from cfmerge.engine.precision import compute_dtype
+from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
+from cfmerge.engine.units import Unit
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import Found, Method
+from cfmerge.planning.work import Job
+
+TRACED = (
+    jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError,
+    jax.errors.TracerIntegerConversionError,
+)  # fmt: skip
+
+
+def surveys(loop: Loop, jobs: Sequence[Job]) -> dict[Any, Found | None]:
+    """The findings of the methods that survey the whole model, each of the tensors that it merges."""
+    methods = [job.method for job in jobs]
+    found = {
+        kind: _survey(loop, place, method, [jobs[number] for number in numbers])
+        for place, (kind, (method, numbers)) in enumerate(by_member(methods).items())
+    }
+    surveying = {kind_of(method): method for method in methods if method.survey is not None}
+    return {kind: found_for(method, found) for kind, method in surveying.items()}
+
+
+def _survey(loop: Loop, place: int, method: Method, jobs: Sequence[Job]) -> Found:
+    """The findings of one method: its look at the jobs, a pass for everything that it wants measured.
+
+    A pass that an earlier run has made is not made again: the look is sent the totals that it was sent then.
+    """
+    compute = compute_dtype(loop.work, jobs)
+    experts = len(loop.work.experts)
+    entries = sum(job.parameter.size for job in jobs)
+    look, totals = looked(method, [of_expert(method, t) for t in range(experts)], entries), None
+    numbers = itertools.count()
+    with loop.precision(compute):
+        while True:
+            try:
+                wanted = look.send(totals)
+                measures, key = Measures(wanted, experts, compute), f"survey {place}, pass {next(numbers)}"
+                if isinstance(wanted, Order):
+                    ordered = functools.partial(_ordered, loop, measures, jobs)
+                    totals = Ordered(*remembered(loop.journal, key, lambda ordered=ordered: tuple(ordered())))
+                    continue
+                places = functools.partial(_places, loop, jobs) if wanted.by_tensor else None
+                totals = remembered(loop.journal, key, functools.partial(_measured, loop, measures, jobs), places)
+            except StopIteration as done:
+                return done.value
+            except TRACED:
+                raise CfmergeError(
+                    f"{method.name} surveys the whole model before it merges, which cannot be done under jit; "
+                    "call it outside"
+                ) from None
+
+
+def _places(loop: Loop, jobs: Sequence[Job]) -> list[Place]:
+    return [place for unit in loop.units(jobs) for place in unit.places]
+
+
+def _measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
+    """The totals of a measure over the jobs' tensors."""
+    by_place: dict[Place, Any] = {}
+    total: Any = None
+
+    def take(unit: Unit, values: Any) -> None:
+        nonlocal total
+        if not measures.wanted.by_tensor:
+            total = values if total is None else jax.tree.map(measures.join, total, values)
+            return
+        for number, place in enumerate(unit.places):
+            by_place[place] = jax.tree.map(operator.itemgetter(number), values)
+
+    def do(unit: Unit) -> Any:
+        return loop.passed_over(unit, Measuring(unit, measures), measures.compute)
+
+    loop.over(loop.units(jobs), do, take)
+    return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
+
+
+def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Ordered:
+    """The order statistics of all the jobs' tensors together."""
+    units = list(loop.units(jobs))
+
+    def keys_of(unit: Unit) -> Any:
+        return loop.passed_over(unit, Keying(unit, measures), measures.compute)
+
+    if loop.work.traced:
+        return traced(measures.wanted, units, keys_of)
+    entries = sum(job.parameter.size for job in jobs)
+    cut = loop.work.from_files and jobs[0].method.needs.scope == "entry" and entries > SMALL
+    sample = sample_of(loop.work, jobs) if cut else None
+    return on_host(measures.wanted, units, entries, keys_of, loop.over, sample)

@@ -1,0 +1,200 @@
+"""The loop: every unit of a pass, its base, then its experts one by one, then the result. There is no other.
+
+Units are worked on by a few threads, and their results are taken in the order of the units, so that no result
+depends on which thread was first. Where values are traced by JAX there are no threads, and no value is looked at.
+"""
+
+import contextlib
+import functools
+import importlib
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from threadpoolctl import ThreadpoolController
+
+from cfmerge.engine.compiling import cached
+from cfmerge.engine.cutting import units_of
+from cfmerge.engine.journal import Journal, bytes_of, ranges_of
+from cfmerge.engine.passes import Additive, Together, UnitSteps, Unsolved
+from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
+from cfmerge.engine.surveys import looks_within
+from cfmerge.engine.units import Unit
+from cfmerge.engine.within import found_within
+from cfmerge.engine.writing import Writer
+from cfmerge.methods import Found
+from cfmerge.planning.work import Job, Progress, Work, silent
+
+WORKERS = 2  # units in work at once: one computes while another reads, or factorises on one core
+
+
+class Loop:
+    """One run's threads, progress and interruption; a context in which libraries behave."""
+
+    def __init__(
+        self, work: Work, memory: int | None, progress: Progress, stop: threading.Event | None, journal: Journal
+    ) -> None:
+        self.work, self.memory, self._progress, self._stop, self.journal = work, memory, progress, stop, journal
+        self._lock, self._context = threading.Lock(), contextlib.ExitStack()
+        self._looks: dict[str, Future[Found]] = {}  # within tensors that come in pieces
+        largest = max((job.working_bytes for job in work.merged), default=0) if memory is not None else 0
+        self._workers = WORKERS if memory is None or largest * WORKERS <= memory else 1
+        if not work.from_files:
+            self._workers = 0
+        self.writer = Writer(journal, threaded=self._workers > 0)
+
+    def __enter__(self) -> "Loop":
+        if self.work.from_files:
+            self._context.enter_context(cached())
+            for model in (self.work.base, *self.work.experts):
+                model.tensors.prepare()
+        if not self.work.traced:
+            self._context.enter_context(_blas().limit(limits=1, user_api="blas"))
+        self._context.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")  # where rows become a Gram
+        self._pool = ThreadPoolExecutor(self._workers, "merge") if self._workers else None
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if error[0] is None:
+                self.writer.finish()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+            self.writer.close()
+            self._context.close()
+
+    def units(self, jobs: Sequence[Job], *, pieces: bool = False) -> Iterator[Unit]:
+        """The jobs as units; see `units_of`."""
+        return units_of(self.work, jobs, self.memory, pieces=pieces)
+
+    def over(self, units: Iterable[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
+        """`take(unit, do(unit))` for every unit, in order; `do` runs in the threads."""
+        waiting: deque[tuple[Unit, Future[Any]]] = deque()
+        for unit in units:
+            self.check_stop()
+            if self._pool is None:
+                take(unit, do(unit))
+                continue
+            waiting.append((unit, self._pool.submit(do, unit)))
+            if len(waiting) > self._workers:
+                done, future = waiting.popleft()
+                take(done, future.result())
+        while waiting:
+            done, future = waiting.popleft()
+            take(done, future.result())
+
+    def to_do(self, unit: Unit) -> bool:
+        """Whether a unit is still to be merged; the progress of one that is done is told."""
+        if not self.journal.done(ranges_of(unit)):
+            return True
+        for name, count in bytes_of(unit).items():
+            self.tell(name, count)
+        return False
+
+    def tell(self, name: str, count: int) -> None:
+        with self._lock:
+            self._progress(name, count)
+
+    def check_stop(self) -> None:
+        if self._stop is not None and self._stop.is_set():
+            raise KeyboardInterrupt
+
+    def precision(self, compute: str) -> Any:
+        """The context in which arrays have the computing dtype."""
+        return contextlib.nullcontext() if self.work.traced else jax.enable_x64(compute == "float64")
+
+    # --- one unit -----------------------------------------------------------------------------------------------------
+
+    def passed_over(self, unit: Unit, each: UnitSteps, compute: str, tell: Progress = silent) -> Any:
+        """The base of a unit, then its experts one by one, through the steps."""
+        with self.precision(compute):
+            base = jnp.asarray(unit.base())
+            tell(unit.job.name, unit.entries * base.dtype.itemsize)
+            state = each.start(base)
+            for t in each.experts:
+                array, minus = unit.expert(t)
+                expert = jnp.asarray(array)
+                state = each.update(state, base, t, expert, unit.inputs(t)._replace(minus=minus))
+                tell(unit.job.name, unit.entries * expert.dtype.itemsize)
+            return each.finish(state, base)
+
+    def merged(self, unit: Unit, found: Found | None) -> Outcome:
+        """The merged tensors of a unit."""
+        if looks_within(unit.job.method):
+            found = self._within(unit)
+        asking = ways(unit, found)
+        attempt = next(asking)
+        while True:
+            try:
+                attempt = asking.send(self._tried(attempt))
+            except StopIteration as done:
+                return done.value
+
+    def _tried(self, attempt: Attempt) -> Outcome:
+        each = (Additive if attempt.methods[0].additive else Together)(attempt)
+        if attempt.statistics is not None:
+            with self.precision(attempt.compute):
+                base = jnp.asarray(attempt.unit.base())
+                return each.finish(jax.tree.map(_doubled, attempt.statistics), base)
+        return self.passed_over(attempt.unit, each, attempt.compute, silent if attempt.silent else self.tell)
+
+    def accumulated(self, unit: Unit, compute: str) -> Any:
+        """The statistics of a unit's tensors when all experts were seen."""
+        each = Unsolved(Attempt(unit, unit.methods, None, compute))
+        return self.passed_over(unit, each, compute, self.tell)
+
+    def _within(self, unit: Unit) -> Found:
+        """The findings about the tensors of a unit; those of a tensor in pieces are found once, by whom comes first."""
+        (first, *_), compute = unit.segments, compute_dtype(self.work, unit.jobs)
+
+        def pass_over(unit: Unit, each: UnitSteps) -> Any:
+            return self.passed_over(unit, each, compute)
+
+        if first.entries == first.job.parameter.size:
+            return Found(None, found_within([unit], pass_over, _one_by_one, compute))
+        name = first.job.name
+        with self._lock:
+            mine = name not in self._looks
+            future = self._looks.setdefault(name, Future())
+        if mine:
+            try:
+                with ThreadPoolExecutor(WORKERS, "look") as pool:
+                    over = functools.partial(_side_by_side, pool)
+                    found = found_within(list(self.units([first.job])), pass_over, over, compute)
+                future.set_result(Found(None, found))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+
+def _one_by_one(units: Sequence[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
+    for unit in units:
+        take(unit, do(unit))
+
+
+def _side_by_side(
+    pool: ThreadPoolExecutor, units: Sequence[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]
+) -> None:
+    for unit, done in zip(units, pool.map(do, units), strict=True):
+        take(unit, done)
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """LAPACK on a processor is OpenBLAS, whose threads fight with XLA's: 0.17 s of Cholesky have become 2 s.
+
+    jaxlib takes it from SciPy when it first needs it, and what is not loaded is not limited.
+    """
+    importlib.import_module("scipy.linalg")
+    return ThreadpoolController()
+
+
+def _doubled(leaf: jax.Array) -> jax.Array:
+    return jnp.asarray(leaf, jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
