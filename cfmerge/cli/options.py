@@ -99,6 +99,9 @@ Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the
 Memory = Annotated[
     str | None, option("--memory", metavar="SIZE", help="Bound such as 4GB. Default: 1/4 of free memory.")
 ]
+Devices = Annotated[
+    str | None, option("--devices", metavar="N", help="all, a number, or cpu. Default: all GPUs or TPUs.")
+]
 ModelOutput = Annotated[
     Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or a .safetensors.")
 ]

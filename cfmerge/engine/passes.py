@@ -15,8 +15,18 @@ import numpy as np
 from cfmerge.core.call import of_expert
 from cfmerge.core.survey import Measure, xp_of
 from cfmerge.engine.checks import check_finite
+from cfmerge.engine.placement import Spread
 from cfmerge.engine.precision import Attempt, Outcome
-from cfmerge.engine.steps import Inputs, Settings, Steps, Views, compiled, measured, steps
+from cfmerge.engine.steps import (
+    SETTINGS,
+    Inputs,
+    Settings,
+    Steps,
+    Views,
+    measured,
+    measured_shares,
+    steps,
+)
 from cfmerge.engine.units import Unit
 
 
@@ -25,6 +35,9 @@ class UnitSteps(Protocol):
 
     @property
     def experts(self) -> Sequence[int]: ...
+
+    @property
+    def spread(self) -> Spread: ...
 
     def start(self, base: jax.Array) -> Any: ...
 
@@ -36,37 +49,51 @@ class UnitSteps(Protocol):
 class _Merging:
     """The common part of all steps that merge: the compiled code, the numbers, and the checks of values."""
 
-    def __init__(self, attempt: Attempt) -> None:
-        self.unit, self.attempt = attempt.unit, attempt
+    def __init__(self, attempt: Attempt, spread: Spread) -> None:
+        self.unit, self.attempt, self.spread = attempt.unit, attempt, spread
         self.traced = attempt.unit.work.traced
-        make = steps if self.traced else compiled
+        make = steps if self.traced else spread.steps
         self.by: Steps = make(self.unit.job.layout, attempt.compute)
-        self.settings: list[Settings] = self.unit.settings(attempt.methods, attempt.found)
+        settings = self.unit.settings(attempt.methods, attempt.found)
+        self.settings: list[Settings] = [spread.put(one, SETTINGS) for one in settings]
         self.experts = self.unit.experts
         self.order = {number: place for place, number in enumerate(self.unit.experts, 1)}
 
     def checked(self, base: jax.Array, number: int | None, flags: Any) -> None:
         """Raises `NonFiniteError` unless the flags of an expert (of the result: None) are all set."""
         if not self.traced:  # looking at them waits: steps that are only queued would hold all experts' buffers
-            check_finite(self.unit, base, number, np.asarray(flags))
+            check_finite(self.unit, base, number, np.asarray(flags)[: self.unit.stack])
 
     def outcome(self, merged: Any, reports: Any, statistics: Any = None) -> Outcome:
-        return Outcome(merged, reports if self.traced else jax.tree.map(np.asarray, reports), statistics)
+        reports = reports if self.traced else jax.tree.map(np.asarray, reports)
+        return Outcome(self.spread.own(merged), self.spread.own(reports), statistics)
 
 
 class Additive(_Merging):
     """A statistic of a fixed size, that each expert is added to."""
 
+    _added: tuple[int, Any] | None = None  # an expert that is not checked yet, and its flags
+
     def start(self, base: jax.Array) -> Any:
         kept = self.unit.kept(of_expert(self.attempt.methods[0], 0), self.attempt.compute)
-        return self.by.start(self.settings[0], base) if kept is None else kept
+        return self.by.start(self.settings[0], base) if kept is None else self.spread.whole(kept)
 
     def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
+        self._settle(base)  # the expert before: it was added while this one was read
         state, finite = self.by.step(self.settings[self.order[number]], state, base, expert, inputs)
-        self.checked(base, number, finite)
+        self._added = (number, finite)
+        if not self.spread.ahead:
+            self._settle(base)
         return state
 
+    def _settle(self, base: jax.Array) -> None:
+        """Waits until the expert that was added last is, and checks it."""
+        if self._added is not None:
+            self.checked(base, *self._added)
+            self._added = None
+
     def finish(self, state: Any, base: jax.Array) -> Any:
+        self._settle(base)
         merged, reports, finite = self.by.finish(self.settings[0], state, base, self.unit.job.dtype.name)
         self.checked(base, None, finite)
         return self.outcome(merged, reports, state)
@@ -76,7 +103,8 @@ class Unsolved(Additive):
     """The statistic itself."""
 
     def finish(self, state: Any, base: jax.Array) -> Any:
-        return state
+        self._settle(base)
+        return self.spread.own(state)
 
 
 class Together(_Merging):
@@ -104,19 +132,32 @@ class Measures:
         self.wanted, self.compute, self.each = wanted, compute, wanted.each(experts)
         self._made: dict[Any, Any] = {}
 
-    def function(self, measure: Any, unit: Unit) -> Any:
-        key = (measure, unit.job.layout, unit.job.method.needs)
+    def function(self, measure: Any, spread: Spread) -> Any:
+        """`f([base, *experts], [inputs])` of stacks that lie so."""
+        unit, mesh = spread.unit, spread.mesh
+        key = (measure, unit.job.layout, unit.job.method.needs, mesh)
         if key not in self._made:
             view = Views(unit.job.layout, self.compute, unit.job.method.needs)
-            self._made[key] = jax.jit(measured(view, self.wanted, measure))
-        return self._made[key]
+            plain = measured(view, self.wanted, measure)
+            self._made[key] = jax.jit(plain if mesh is None else measured_shares(plain, mesh, self.wanted.by_tensor))
+        function = self._made[key]
+        return function if mesh is None else self._of_shares(function, spread)
+
+    def _of_shares(self, function: Any, spread: Spread) -> Any:
+        def of_all(stored: Any, inputs: Any) -> Any:
+            found = function(stored, inputs, spread.counts)
+            if self.wanted.by_tensor:
+                return spread.own(found)
+            return jax.tree.map(lambda leaf: leaf.sum(axis=0), _on_host(found))
+
+        return of_all
 
 
 class Measuring:
     """A survey's measure of a unit: `(experts, ...)`, or of all experts at once `(...)`; by tensor `(stack, ...)`."""
 
-    def __init__(self, unit: Unit, measures: Measures) -> None:
-        self.unit, self.measures, self.wanted = unit, measures, measures.wanted
+    def __init__(self, unit: Unit, measures: Measures, spread: Spread) -> None:
+        self.unit, self.measures, self.wanted, self.spread = unit, measures, measures.wanted, spread
         self.experts = range(len(measures.each))
 
     def start(self, base: jax.Array) -> Any:
@@ -127,13 +168,13 @@ class Measuring:
         self._check(base, expert, number)
         if self.wanted.joint:
             return {**state, number: (expert, inputs)}
-        function = self.measures.function(self.measures.each[number], self.unit)
+        function = self.measures.function(self.measures.each[number], self.spread)
         return {**state, number: _on_host(function([base, expert], [inputs]))}
 
     def finish(self, state: Any, base: jax.Array) -> Any:
         if self.wanted.joint:
             experts, inputs = [list(column) for column in zip(*state.values(), strict=True)]
-            return _on_host(self.measures.function(self.wanted.of, self.unit)([base, *experts], inputs))
+            return _on_host(self.measures.function(self.wanted.of, self.spread)([base, *experts], inputs))
         return jax.tree.map(
             lambda *leaves: xp_of(*leaves).stack(leaves, 1 if self.wanted.by_tensor else 0), *state.values()
         )
@@ -141,7 +182,7 @@ class Measuring:
     def _check(self, base: jax.Array, array: jax.Array, number: int | None) -> None:
         """A NaN would go from a survey into every tensor."""
         if not self.unit.work.traced:
-            finite = np.isfinite(np.asarray(array)).reshape(self.unit.stack, -1).all(axis=1)
+            finite = np.isfinite(np.asarray(array)[: self.unit.stack]).reshape(self.unit.stack, -1).all(axis=1)
             check_finite(self.unit, base, number, finite)
 
 

@@ -29,7 +29,9 @@ from cfmerge.engine.account import Account
 from cfmerge.engine.checks import kept_tensor
 from cfmerge.engine.cutting import units_of
 from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
+from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
+from cfmerge.engine.steps import INPUTS
 from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
 from cfmerge.engine.units import Unit
 from cfmerge.errors import CfmergeError
@@ -38,6 +40,7 @@ from cfmerge.planning.work import Job, Progress, Work, Writable, silent
 
 WORKERS = 2  # units in work at once: one computes while another reads, or factorises on one core
 WRITE_BEHIND = 8  # finished tensors
+ANYWHERE = Placement()  # where JAX puts arrays
 TRACED = (
     jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError,
     jax.errors.TracerIntegerConversionError,
@@ -52,6 +55,7 @@ def merge(
     sinks: Sequence[Writable],
     *,
     memory: int | None = None,
+    placement: Placement = ANYWHERE,
     progress: Progress = silent,
     stop: threading.Event | None = None,
 ) -> Account:
@@ -61,7 +65,7 @@ def merge(
         NonFiniteError: a NaN or infinity in a model, or a result that does not fit its dtype.
         CfmergeError: integers that do not agree.
     """
-    account, loop = Account(), _Loop(work, memory, progress, stop)
+    account, loop = Account(), _Loop(work, memory, placement, progress, stop)
 
     def take(unit: Unit, outcome: Outcome) -> None:
         if not work.traced:
@@ -91,6 +95,7 @@ def accumulate(
     *,
     compute: str | None = None,
     memory: int | None = None,
+    placement: Placement = ANYWHERE,
     progress: Progress = silent,
 ) -> None:
     """Hands every unit, in order, with the statistics of its tensors to `take`.
@@ -98,7 +103,7 @@ def accumulate(
     Raises:
         NonFiniteError: a NaN or infinity in a model.
     """
-    loop = _Loop(work, memory, progress, None)
+    loop = _Loop(work, memory, placement, progress, None)
     with loop:
         loop.over(work.merged, lambda unit: loop.accumulated(unit, compute or compute_dtype(work, unit.jobs)), take)
 
@@ -114,8 +119,16 @@ def _write(sink: Writable, job: Job, values: Any, first: int) -> None:
 class _Loop:
     """One run's threads, progress and interruption; a context in which libraries behave."""
 
-    def __init__(self, work: Work, memory: int | None, progress: Progress, stop: threading.Event | None) -> None:
+    def __init__(
+        self,
+        work: Work,
+        memory: int | None,
+        placement: Placement,
+        progress: Progress,
+        stop: threading.Event | None,
+    ) -> None:
         self.work, self.memory, self._progress, self._stop = work, memory, progress, stop
+        self.placement = placement.within(memory)
         self._lock, self._context = threading.Lock(), contextlib.ExitStack()
         largest = max((job.working_bytes for job in work.merged), default=0) if memory is not None else 0
         self._workers = WORKERS if memory is None or largest * WORKERS <= memory else 1
@@ -148,7 +161,7 @@ class _Loop:
     def over(self, jobs: Sequence[Job], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
         """`take(unit, do(unit))` for every unit of the jobs, in order; `do` runs in the threads."""
         waiting: deque[tuple[Unit, Future[Any]]] = deque()
-        for unit in units_of(self.work, jobs, self.memory):
+        for unit in self.placement.grouped(units_of(self.work, jobs, self.memory)):
             self.check_stop()
             if self._pool is None:
                 take(unit, do(unit))
@@ -182,13 +195,15 @@ class _Loop:
     def passed_over(self, unit: Unit, each: UnitSteps, compute: str, tell: Progress) -> Any:
         """The base of a unit, then its experts one by one, through the steps."""
         with self._precision(compute):
-            base = jnp.asarray(unit.base())
+            spread = each.spread
+            base = spread.stored(unit.base())
             tell(unit.job.name, unit.entries * base.dtype.itemsize)
             state = each.start(base)
             for t in each.experts:
                 array, minus = unit.expert(t)
-                expert = jnp.asarray(array)
-                state = each.update(state, base, t, expert, unit.inputs(t)._replace(minus=minus))
+                expert = spread.stored(array)
+                inputs = spread.put(unit.inputs(t)._replace(minus=minus), INPUTS)
+                state = each.update(state, base, t, expert, inputs)
                 tell(unit.job.name, unit.entries * expert.dtype.itemsize)
             return each.finish(state, base)
 
@@ -203,16 +218,16 @@ class _Loop:
                 return done.value
 
     def _tried(self, attempt: Attempt) -> Outcome:
-        each = (Additive if attempt.methods[0].additive else Together)(attempt)
+        each = (Additive if attempt.methods[0].additive else Together)(attempt, self.placement.spread(attempt.unit))
         if attempt.statistics is not None:
             with self._precision(attempt.compute):
-                base = jnp.asarray(attempt.unit.base())
+                base = each.spread.stored(attempt.unit.base())
                 return each.finish(jax.tree.map(_doubled, attempt.statistics), base)
         return self.passed_over(attempt.unit, each, attempt.compute, silent if attempt.silent else self.tell)
 
     def accumulated(self, unit: Unit, compute: str) -> Any:
         """The statistics of a unit's tensors when all experts were seen."""
-        each = Unsolved(Attempt(unit, unit.methods, None, compute))
+        each = Unsolved(Attempt(unit, unit.methods, None, compute), self.placement.spread(unit))
         return self.passed_over(unit, each, compute, self.tell)
 
     def _precision(self, compute: str) -> Any:
@@ -261,8 +276,11 @@ class _Loop:
             for number, place in enumerate(unit.places):
                 by_place[place] = jax.tree.map(operator.itemgetter(number), values)
 
-        steps_of = functools.partial(Measuring, measures=measures)
-        self.over(jobs, lambda unit: self.passed_over(unit, steps_of(unit), measures.compute, silent), take)
+        def do(unit: Unit) -> Any:
+            each = Measuring(unit, measures, self.placement.spread(unit))
+            return self.passed_over(unit, each, measures.compute, silent)
+
+        self.over(jobs, do, take)
         return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
 
 

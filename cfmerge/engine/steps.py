@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool
 
 from cfmerge.core.call import Call, call_of
@@ -26,6 +27,10 @@ from cfmerge.core.random import key_from
 from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Measure
 from cfmerge.models import from_canonical, to_canonical
+
+SHARED = "stack"  # the axis of a mesh that shares stacks out
+STACK = PartitionSpec(SHARED)
+SAME = PartitionSpec()  # the same on every device
 
 
 class Settings(NamedTuple):
@@ -41,6 +46,9 @@ class Settings(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[0], self.call).part()
 
 
+SETTINGS = Settings(STACK, SAME, STACK)
+
+
 class Inputs(NamedTuple):
     """All that comes with an expert's stack: weights `(stack,)`, its number, and what its context needs."""
 
@@ -53,6 +61,9 @@ class Inputs(NamedTuple):
     minus: Any = None  # (stack,), 0 where a delta comes instead of an expert's tensor, else 1; none: 1 for all
 
 
+INPUTS = Inputs(STACK, SAME, STACK, SAME, STACK, STACK, STACK)
+
+
 class Steps(NamedTuple):
     start: Callable[..., Any]
     step: Callable[..., tuple[Any, Bool[Array, " stack"]]]
@@ -61,20 +72,42 @@ class Steps(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def compiled(layout: str, compute: str) -> Steps:
+def compiled(layout: str, compute: str, mesh: Mesh | None = None) -> Steps:
     """The steps, jitted; compiled once for every method and shape that they meet. `step` uses up its statistics.
 
     Args:
         layout: of the stored tensors, see `cfmerge.models`; empty where there is no canonical view.
         compute: `float32` or `float64` (then call under `jax.enable_x64(True)`).
+        mesh: the devices that share the stacks out; none: there is one, or the arrays say themselves where they lie.
     """
-    plain = steps(layout, compute)
+    plain = steps(layout, compute) if mesh is None else shared_out(steps(layout, compute), mesh)
     return Steps(
         jax.jit(plain.start),
         jax.jit(plain.step, donate_argnums=1),
         jax.jit(plain.finish, static_argnums=3),
         jax.jit(plain.together, static_argnums=4),
     )
+
+
+def shared_out(plain: Steps, mesh: Mesh) -> Steps:
+    """The steps under `shard_map`: each device walks its share of the stack."""
+    over = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    start = over(plain.start, in_specs=(SETTINGS, STACK), out_specs=STACK)
+    step = over(plain.step, in_specs=(SETTINGS, STACK, STACK, STACK, INPUTS), out_specs=(STACK, STACK))
+
+    def finish(settings: Settings, statistics: Any, base: Array, out: str) -> tuple[Array, Any, Array]:
+        own = over(lambda *share: plain.finish(*share, out), in_specs=(SETTINGS, STACK, STACK), out_specs=STACK)
+        return own(settings, statistics, base)
+
+    def together(
+        settings: Sequence[Settings], base: Array, experts: Sequence[Array], inputs: Sequence[Inputs], out: str
+    ) -> tuple[Array, Any, Array]:
+        specs = [SETTINGS] * len(settings), STACK, STACK, [INPUTS] * len(inputs)
+        flags = PartitionSpec(None, SHARED)
+        own = over(lambda *share: plain.together(*share, out), in_specs=specs, out_specs=(STACK, STACK, flags))
+        return own(settings, base, experts, inputs)
+
+    return Steps(start, step, finish, together)
 
 
 def settings_of(methods: Sequence[Method], repeats: Any = 1, found: Found | None = None) -> Settings:
@@ -222,9 +255,12 @@ def steps(layout: str, compute: str) -> Steps:
 
 
 def measured(view: Views, wanted: Measure, measure: Callable[..., Any]) -> Callable[..., Any]:
-    """`f([base, *experts], [inputs])`: a measure of every tensor in the stack, or their sum."""
+    """`f([base, *experts], [inputs])`: a measure of every tensor in the stack, or their sum.
 
-    def all_of_them(stored: list[Array], inputs: list[Inputs]) -> Any:
+    `f(..., counts)` sums the tensors that count; each of them may be several matrices.
+    """
+
+    def all_of_them(stored: list[Array], inputs: list[Inputs], counts: Array | None = None) -> Any:
         def one(views: list[Array], given: list[Any]) -> Any:
             base, *experts = views
             weights, own = zip(*given, strict=True)
@@ -236,7 +272,11 @@ def measured(view: Views, wanted: Measure, measure: Callable[..., Any]) -> Calla
             return with_context(measure, (deltas[0],), contexts[0])
 
         stacks = [view.canonical(array) for array in stored], [view.given(i) for i in inputs]
-        return view.over(one, *stacks) if wanted.by_tensor else _sum(one, *stacks)
+        if wanted.by_tensor:
+            return view.over(one, *stacks)
+        if counts is None:
+            return _sum(one, *stacks)
+        return _sum(_counted(one), jnp.repeat(counts, len(stacks[0][0]) // len(counts)), *stacks)
 
     return all_of_them
 
@@ -251,6 +291,25 @@ def _map(function: Callable[..., Any], *stacks: Any) -> Any:
         return lax.optimization_barrier(function(*lax.optimization_barrier(arguments)))
 
     return lax.map(one, stacks)
+
+
+def measured_shares(measure: Callable[..., Any], mesh: Mesh, by_tensor: bool) -> Callable[..., Any]:
+    """The measure under `shard_map`; sums of the devices' shares, `(devices, ...)`, are added by the caller."""
+
+    def own(stored: list[Array], inputs: list[Inputs], counts: Array) -> Any:
+        found = measure(stored, inputs, counts)
+        return found if by_tensor else jax.tree.map(lambda leaf: leaf[None], found)
+
+    def all_of_them(stored: list[Array], inputs: list[Inputs], counts: Array) -> Any:
+        specs = STACK, [INPUTS] * len(inputs), STACK
+        return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=STACK, check_vma=False)(stored, inputs, counts)
+
+    return all_of_them
+
+
+def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function where a tensor counts, and zero where it fills a mesh up."""
+    return lambda counts, *own: jax.tree.map(lambda leaf: jnp.where(counts, leaf, 0), function(*own))
 
 
 def _sum(function: Callable[..., Any], *stacks: Any) -> Any:

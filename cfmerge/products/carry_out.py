@@ -16,6 +16,7 @@ import numpy as np
 from cfmerge.engine import run
 from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.checks import same_content
+from cfmerge.engine.placement import Placement
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.formats import Sink, Totals, check_directory_name, open_sink
 from cfmerge.models import is_float
@@ -35,6 +36,7 @@ def carried_out(
     output: Any,
     overwrite: bool,
     memory: int,
+    placement: Placement,
     progress: Progress,
     dropped: Sequence[str],
 ) -> dict[str, MergeResult]:
@@ -45,7 +47,7 @@ def carried_out(
         if set(sinks) != set(plan.results):
             raise CfmergeError(f"run: the plan's results are {list(plan.results)}, the sinks are for {list(sinks)}")
         notes = [*dropped, *_check_contents(plan)]
-        account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress)
+        account = run.merge(plan.work, list(sinks.values()), memory=memory, placement=placement, progress=progress)
         told = (*plan.notes, *notes, *account.lines())
         return {
             label: MergeResult(None, own, told, account.reports_of(n), {}, warnings=_warned(account, n))
@@ -71,7 +73,9 @@ def carried_out(
         with ThreadPoolExecutor(1, "hash") as hasher:
             digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
             try:
-                account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress, stop=stop)
+                account = run.merge(
+                    plan.work, list(sinks.values()), memory=memory, placement=placement, progress=progress, stop=stop
+                )
             except BaseException:
                 stop.set()
                 raise

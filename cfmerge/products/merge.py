@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cfmerge import recipe as recipes
+from cfmerge.engine.placement import Devices, placement_of
 from cfmerge.methods import Method
 from cfmerge.planning.work import Progress
 from cfmerge.products.plan import Experts, as_recipe, make_plan
@@ -23,6 +24,7 @@ def merge(
     rules: Sequence[recipes.Rule | Mapping[str, Any]] = (),
     overwrite: bool = False,
     memory: str | int | None = None,
+    devices: Devices = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> MergeResult:
@@ -44,6 +46,8 @@ def merge(
         rules: `Rule`s, or mappings with their fields; the first whose pattern matches a tensor's name wins.
         overwrite: replace a model that is there.
         memory: bound of the working set, in bytes or as text such as `"4GB"`; None: a quarter of the free memory.
+        devices: `"all"`, a number of devices, or `"cpu"`; None: all of an accelerator, one processor; see
+            docs/devices.md.
         progress: called with (tensor name, bytes read since the last call), from the working threads, one at a time.
         **options: the other fields of `Recipe`: rename, heads, on_nonfinite, allow, dtype, precision, shard_size,
             side_files, seed, plugins, statistics.
@@ -55,7 +59,7 @@ def merge(
         CfmergeError: bad input; nothing is written then.
     """
     recipe = as_recipe(base, experts, method, parameters, {"rules": rules, **options})
-    return merge_recipe(recipe, output, overwrite=overwrite, memory=memory, progress=progress)
+    return merge_recipe(recipe, output, overwrite=overwrite, memory=memory, devices=devices, progress=progress)
 
 
 def merge_recipe(
@@ -64,6 +68,7 @@ def merge_recipe(
     *,
     overwrite: bool = False,
     memory: str | int | None = None,
+    devices: Devices = None,
     progress: Progress | None = None,
     statistics: Statistics | None = None,
 ) -> MergeResult:
@@ -75,10 +80,12 @@ def merge_recipe(
 
     Args:
         recipe: base, experts, method and options.
-        output, overwrite, memory, progress: as in `merge`.
+        output, overwrite, memory, devices, progress: as in `merge`.
         statistics: statistics of other experts to begin from, in place of the recipe's directory.
 
     Raises:
         CfmergeError: bad input; nothing is written then.
     """
-    return make_plan(recipe, statistics).run(output, overwrite=overwrite, memory=memory, progress=progress)
+    where = placement_of(devices)  # before JAX is used: the number of a processor's devices is settled then
+    planned = make_plan(recipe, statistics)
+    return planned.run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress)

@@ -1,0 +1,299 @@
+"""Placement: the devices that do a unit. What a unit is does not depend on it, nor does the result.
+
+one      one device does the unit
+stack    the devices share its stack out: `jit(shard_map)` over a mesh of one axis, each walks its share
+rows     the devices share one matrix out by the rows of its deltas: XLA adds their parts of a Gram (all-reduce),
+         and each solves for its rows of the cross term; by columns where all deltas together have fewer rows
+
+placement = placement_of("all")
+for unit in placement.grouped(units):           # units that are alike are joined until their stack fills the mesh
+    spread = placement.spread(unit)
+    steps = spread.steps(layout, compute)
+    state = steps.start(spread.put(settings, SETTINGS), spread.stored(base))
+    merged, reports = spread.own(...)           # on the host, without what fills the mesh up
+"""
+
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cfmerge import linalg
+from cfmerge.engine.cutting import STACKED
+from cfmerge.engine.precision import low_rank
+from cfmerge.engine.steps import SHARED, STACK, Steps, compiled
+from cfmerge.engine.surveys import kind_of
+from cfmerge.engine.units import Unit
+from cfmerge.errors import CfmergeError
+
+Kind = Literal["one", "stack", "rows"]
+DISPATCH = threading.Lock()  # programs that wait for each other's devices start on all of them in one order
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """The devices that do the units.
+
+    Attributes:
+        devices: all of one kind; none: arrays go where JAX puts them, as in memory.
+        memory: bound of the working set on the host, in bytes.
+    """
+
+    devices: tuple[jax.Device, ...] = ()
+    memory: int | None = None
+
+    def within(self, memory: int | None) -> "Placement":
+        """The same devices under a bound of the host's memory."""
+        return dataclasses.replace(self, memory=memory)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether what lies on the devices lies in the host's memory."""
+        return all(device.platform == "cpu" for device in self.devices)
+
+    def grouped(self, units: Iterable[Unit]) -> Iterator[Unit]:
+        """The units; those that are alike are joined, as many as there are devices."""
+        if len(self.devices) < 2:
+            yield from units
+            return
+        waiting: dict[Any, list[Unit]] = {}
+        for unit in units:
+            if self._at_once(unit) == 1:
+                yield unit
+                continue
+            key = _likeness(unit)
+            bucket = waiting.setdefault(key, [])
+            bucket.append(unit)
+            if len(bucket) == self._at_once(unit):
+                yield _joined(waiting.pop(key))
+        for bucket in waiting.values():
+            few = sum(unit.stack for unit in bucket) < len(self.devices)
+            yield from bucket if few and self._axis(bucket[0]) is not None else [_joined(bucket)]
+
+    def spread(self, unit: Unit) -> "Spread":
+        """How the unit lies on the devices."""
+        return Spread(unit, self._kind(unit), self)
+
+    def _kind(self, unit: Unit) -> Kind:
+        count = len(self.devices)
+        if count < 2:
+            return "one"
+        if unit.stack < count and self._axis(unit) is not None:
+            return "rows"
+        filled = -(-unit.stack // count) * count
+        return "stack" if filled == unit.stack or self._fits(unit, filled / unit.stack) else "one"
+
+    def _at_once(self, unit: Unit) -> int:
+        """How many units like this one are joined."""
+        alone = self._axis(unit) is not None and unit.job.working_bytes > _bytes_of(self.devices[0])
+        return len(self.devices) if not alone and self._fits(unit, len(self.devices)) else 1
+
+    def _fits(self, unit: Unit, times: float) -> bool:
+        """Whether so many times the unit fits half of the host's memory: two are in work at once."""
+        if self.memory is None:
+            return True
+        arrays = (2 if unit.job.method.additive else len(unit.experts)) + 2 if self.on_host else 2
+        needed = 4 * arrays * unit.entries
+        if self.on_host:
+            needed = max(needed, unit.job.working_bytes * unit.stack * len(unit.layers))
+        return times * needed <= self.memory // 2
+
+    def _axis(self, unit: Unit) -> int | None:
+        """The axis of the stored tensor by which one large matrix is shared out; None if that does not pay."""
+        job = unit.job
+        if not job.method.by_rows or unit.row is not None or unit.stack * len(unit.layers) > 1:
+            return None
+        if job.parameter.size < STACKED or "b" in job.layout or not self._fits(unit, 1):
+            return None
+        m, n = job.seen_shape
+        letter = "i" if len(unit.experts) * m < n else "o"  # all rows together are fewer than a Gram's: these are kept
+        sizes = zip(job.layout, job.parameter.shape, strict=True)
+        return next((a for a, (l, size) in enumerate(sizes) if l == letter and size % len(self.devices) == 0), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How one unit lies on the devices."""
+
+    unit: Unit
+    kind: Kind
+    placement: Placement
+
+    @property
+    def ahead(self) -> bool:
+        """Whether an expert is read while the device computes with the one before: not where both need the host."""
+        return not self.placement.on_host
+
+    @property
+    def filled(self) -> int:
+        """The length of the stack with what fills the mesh up."""
+        count = len(self.placement.devices)
+        return -(-self.unit.stack // count) * count if self.kind == "stack" else self.unit.stack
+
+    def steps(self, layout: str, compute: str) -> Steps:
+        """The compiled steps for arrays that lie so."""
+        if self.kind != "rows":
+            return compiled(layout, compute, self.mesh)
+        return Steps(*(self._in_order(step) for step in compiled(layout, compute)))
+
+    def stored(self, array: Any) -> jax.Array:
+        """The unit's share of a model, on its devices."""
+        if self.kind == "stack":
+            return self._shared(array)
+        if self.kind == "rows":
+            return jax.device_put(array, self._by_rows)
+        return self._on_one(array)
+
+    def put(self, tree: Any, specs: Any) -> Any:
+        """The numbers that come with the arrays, on the devices; `specs` says which have an entry for each tensor."""
+        if self.kind == "stack":
+            return jax.tree.map(self._put, specs, tree, is_leaf=_is_spec)
+        return tree
+
+    def own(self, tree: Any) -> Any:
+        """Arrays of the stack, on the host, without what fills the mesh up."""
+        if self.kind != "stack":
+            return tree
+        stack = self.unit.stack
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[: leaf.shape[0] // self.filled * stack], tree)
+
+    def whole(self, tree: Any) -> Any:
+        """Statistics that come from elsewhere, `(stack, ...)` each, on the devices."""
+        return self.put(tree, STACK) if self.kind == "stack" else tree
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the stack out; None: they do not."""
+        return mesh_of(self.placement.devices, SHARED) if self.kind == "stack" else None
+
+    @property
+    def counts(self) -> jax.Array:
+        """Which tensors of the filled stack are the unit's."""
+        return jax.device_put(np.arange(self.filled) < self.unit.stack, NamedSharding(self._mesh, STACK))
+
+    # --- each way -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _mesh(self) -> Mesh:
+        return mesh_of(self.placement.devices, SHARED)
+
+    @property
+    def _by_rows(self) -> NamedSharding:
+        axis = self.placement._axis(self.unit)
+        assert axis is not None
+        spec = PartitionSpec(*[None] * (1 + axis), linalg.ROWS)
+        return NamedSharding(mesh_of(self.placement.devices, linalg.ROWS), spec)
+
+    def _on_one(self, array: Any) -> jax.Array:
+        devices = self.placement.devices
+        if not devices or devices[0] == jax.devices()[0]:
+            return jnp.asarray(array)
+        return jax.device_put(array, devices[0])
+
+    def _put(self, spec: PartitionSpec, part: Any) -> Any:
+        return jax.tree.map(self._shared, part) if spec == STACK else part
+
+    def _shared(self, array: Any) -> jax.Array:
+        """An array of the stack, each device with its share; the last tensor again fills the last shares up."""
+        array = np.asarray(array)
+        each, count = array.shape[0] // self.unit.stack, len(self.placement.devices)
+        share = each * self.filled // count
+        parts = []
+        for number, device in enumerate(self.placement.devices):
+            part = array[number * share : (number + 1) * share]
+            if len(part) < share:
+                last = array[len(array) - each :]
+                part = np.concatenate([part, *[last] * ((share - len(part)) // each)])
+            parts.append(jax.device_put(part, device))
+        shape = (share * count, *array.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(self._mesh, STACK), parts)
+
+    def _in_order(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def started(*arguments: Any) -> Any:
+            with DISPATCH, jax.set_mesh(mesh_of(self.placement.devices, linalg.ROWS)):
+                return step(*arguments)
+
+        return started
+
+
+Devices = int | str | Placement | None  # as users name them
+
+
+@functools.lru_cache
+def mesh_of(devices: tuple[jax.Device, ...], axis: str) -> Mesh:
+    """The devices as a mesh of one axis."""
+    return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
+def _joined(units: Sequence[Unit]) -> Unit:
+    segments = tuple(segment for unit in units for segment in unit.segments)
+    return dataclasses.replace(units[0], segments=segments)
+
+
+def _likeness(unit: Unit) -> Any:
+    """A key that is equal for units that one compiled call can do."""
+    job, first = unit.job, unit.segments[0]
+    shape = job.parameter.shape if unit.row is None else unit.row
+    method = kind_of(job.method), low_rank(unit)
+    return shape, len(unit.layers), first.count is None, job.layout, job.parameter.dtype, job.dtype, job.experts, method
+
+
+@functools.lru_cache
+def _bytes_of(device: jax.Device) -> int:
+    """The device's memory; without a bound where it does not say."""
+    return int((device.memory_stats() or {}).get("bytes_limit", 1 << 62))
+
+
+# --- what users ask for -------------------------------------------------------------------------------------------
+
+
+def placement_of(devices: Devices = None) -> Placement:
+    """The placement on `"all"` devices, on so many, on the `"cpu"`; None: all of an accelerator, else one.
+
+    Raises:
+        CfmergeError: there are fewer, or it is none of these.
+    """
+    if isinstance(devices, Placement):
+        return devices
+    text = str(devices)
+    if devices is not None and text not in {"all", "cpu"} and not (text.isdecimal() and int(text) > 0):
+        raise CfmergeError(f"devices: expected 'all', 'cpu' or a number of devices, found {devices!r}")
+    if text.isdecimal():
+        with contextlib.suppress(RuntimeError):  # JAX is in use: its devices are what they are
+            jax.config.update("jax_num_cpu_devices", max(int(text), jax.config.jax_num_cpu_devices))
+    found = tuple(jax.local_devices(backend="cpu" if text == "cpu" else None))
+    if text == "cpu" or (devices is None and found[0].platform == "cpu"):
+        return Placement(found[:1])
+    if text.isdecimal():
+        _check_count(int(text), found)
+        return Placement(found[: int(text)])
+    return Placement(found)
+
+
+def check_no_devices(what: str, devices: Devices) -> None:
+    """Raises `CfmergeError` if devices are named for trees, whose arrays say by themselves where they lie."""
+    if devices is not None:
+        raise CfmergeError(f"{what} of pytrees: devices is for checkpoints; arrays lie where their sharding says")
+
+
+def _check_count(wanted: int, found: Sequence[jax.Device]) -> None:
+    if wanted <= len(found):
+        return
+    have = f"devices: {wanted} are wanted, but JAX has {len(found)} ({found[0].device_kind})"
+    if found[0].platform != "cpu":
+        raise CfmergeError(f"{have}; ask for fewer, or for 'all'")
+    raise CfmergeError(
+        f"{have}, and their number is settled when JAX is first used: set JAX_NUM_CPU_DEVICES={wanted} in the "
+        f"environment, or call jax.config.update('jax_num_cpu_devices', {wanted}) before anything else"
+    )
