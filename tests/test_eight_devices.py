@@ -17,7 +17,9 @@ HERE = Path(__file__).resolve().parent
 FILES = sorted(file.name for file in (HERE / "eight_devices").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "file", [*FILES, *(pytest.param(file, id=f"{file}-long", marks=pytest.mark.long) for file in FILES)]
+)
 def test_on_eight_devices(file: str, pytestconfig: pytest.Config):
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     chosen = ["-m", pytestconfig.option.markexpr] if pytestconfig.option.markexpr else []

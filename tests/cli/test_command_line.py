@@ -289,6 +289,12 @@ WRONG = {
     "unknown choice": (["merge", "--base", "base", *EXPERTS, "--heads", "all", "-o", "out"], 2, "keep-base"),
     "unknown leave": (["merge", "--base", "base", *EXPERTS, "--allow", "all", "-o", "out"], 1, "allow"),
     "bad memory": (["merge", "--base", "base", *EXPERTS, "--memory", "lots", "-o", "out"], 1, "not a size"),
+    "no devices": (
+        ["sweep", "--base", "base", *EXPERTS, "-m", "average", "--devices", "0", "-o", "out"],
+        1,
+        "found '0'",
+    ),
+    "odd devices": (["accumulate", "--base", "base", *EXPERTS, "--devices", "gpu", "-o", "out"], 1, "'all', 'cpu'"),
     "missing recipe": (["merge", "none.yaml", "-o", "out"], 1, "none.yaml"),
     "output exists": (["merge", "--base", "base", *EXPERTS, "-m", "average", "-o", "e1"], 1, "holds an input"),
     "no model": (["inspect", "nowhere"], 1, "nowhere: no such file"),
