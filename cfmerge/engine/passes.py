@@ -15,12 +15,10 @@ import numpy as np
 from cfmerge.core.call import of_expert
 from cfmerge.core.survey import Measure, xp_of
 from cfmerge.engine.checks import check_finite
-from cfmerge.engine.placement import Spread
+from cfmerge.engine.inputs import SETTINGS, Inputs, Settings
 from cfmerge.engine.precision import Attempt, Outcome
+from cfmerge.engine.spread import Spread
 from cfmerge.engine.steps import (
-    SETTINGS,
-    Inputs,
-    Settings,
     Steps,
     Views,
     measured,

@@ -16,25 +16,17 @@ for unit in placement.grouped(units):           # units that are alike are joine
 import contextlib
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cfmerge import linalg
 from cfmerge.engine.cutting import STACKED
 from cfmerge.engine.precision import low_rank
-from cfmerge.engine.steps import SHARED, STACK, Steps, compiled
+from cfmerge.engine.spread import Kind, Spread, on_host
 from cfmerge.engine.surveys import kind_of
 from cfmerge.engine.units import Unit
 from cfmerge.errors import CfmergeError
-
-Kind = Literal["one", "stack", "rows"]
-DISPATCH = threading.Lock()  # programs that wait for each other's devices start on all of them in one order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +47,8 @@ class Placement:
 
     @property
     def on_host(self) -> bool:
-        """Whether what lies on the devices lies in the host's memory."""
-        return all(device.platform == "cpu" for device in self.devices)
+        """Whether the devices' memory is the host's."""
+        return on_host(self.devices)
 
     def grouped(self, units: Iterable[Unit]) -> Iterator[Unit]:
         """The units; those that are alike are joined, as many as there are devices."""
@@ -79,7 +71,8 @@ class Placement:
 
     def spread(self, unit: Unit) -> "Spread":
         """How the unit lies on the devices."""
-        return Spread(unit, self._kind(unit), self)
+        kind = self._kind(unit)
+        return Spread(unit, kind, self.devices, self._axis(unit) if kind == "rows" else None)
 
     def _kind(self, unit: Unit) -> Kind:
         count = len(self.devices)
@@ -118,122 +111,7 @@ class Placement:
         return next((a for a, (l, size) in enumerate(sizes) if l == letter and size % len(self.devices) == 0), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """How one unit lies on the devices."""
-
-    unit: Unit
-    kind: Kind
-    placement: Placement
-
-    @property
-    def ahead(self) -> bool:
-        """Whether an expert is read while the device computes with the one before: not where both need the host."""
-        return not self.placement.on_host
-
-    @property
-    def filled(self) -> int:
-        """The length of the stack with what fills the mesh up."""
-        count = len(self.placement.devices)
-        return -(-self.unit.stack // count) * count if self.kind == "stack" else self.unit.stack
-
-    def steps(self, layout: str, compute: str) -> Steps:
-        """The compiled steps for arrays that lie so."""
-        if self.kind != "rows":
-            return compiled(layout, compute, self.mesh)
-        return Steps(*(self._in_order(step) for step in compiled(layout, compute)))
-
-    def stored(self, array: Any) -> jax.Array:
-        """The unit's share of a model, on its devices."""
-        if self.kind == "stack":
-            return self._shared(array)
-        if self.kind == "rows":
-            return jax.device_put(array, self._by_rows)
-        return self._on_one(array)
-
-    def put(self, tree: Any, specs: Any) -> Any:
-        """The numbers that come with the arrays, on the devices; `specs` says which have an entry for each tensor."""
-        if self.kind == "stack":
-            return jax.tree.map(self._put, specs, tree, is_leaf=_is_spec)
-        return tree
-
-    def own(self, tree: Any) -> Any:
-        """Arrays of the stack, on the host, without what fills the mesh up."""
-        if self.kind != "stack":
-            return tree
-        stack = self.unit.stack
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[: leaf.shape[0] // self.filled * stack], tree)
-
-    def whole(self, tree: Any) -> Any:
-        """Statistics that come from elsewhere, `(stack, ...)` each, on the devices."""
-        return self.put(tree, STACK) if self.kind == "stack" else tree
-
-    @property
-    def mesh(self) -> Mesh | None:
-        """The devices that share the stack out; None: they do not."""
-        return mesh_of(self.placement.devices, SHARED) if self.kind == "stack" else None
-
-    @property
-    def counts(self) -> jax.Array:
-        """Which tensors of the filled stack are the unit's."""
-        return jax.device_put(np.arange(self.filled) < self.unit.stack, NamedSharding(self._mesh, STACK))
-
-    # --- each way -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _mesh(self) -> Mesh:
-        return mesh_of(self.placement.devices, SHARED)
-
-    @property
-    def _by_rows(self) -> NamedSharding:
-        axis = self.placement._axis(self.unit)
-        assert axis is not None
-        spec = PartitionSpec(*[None] * (1 + axis), linalg.ROWS)
-        return NamedSharding(mesh_of(self.placement.devices, linalg.ROWS), spec)
-
-    def _on_one(self, array: Any) -> jax.Array:
-        devices = self.placement.devices
-        if not devices or devices[0] == jax.devices()[0]:
-            return jnp.asarray(array)
-        return jax.device_put(array, devices[0])
-
-    def _put(self, spec: PartitionSpec, part: Any) -> Any:
-        return jax.tree.map(self._shared, part) if spec == STACK else part
-
-    def _shared(self, array: Any) -> jax.Array:
-        """An array of the stack, each device with its share; the last tensor again fills the last shares up."""
-        array = np.asarray(array)
-        each, count = array.shape[0] // self.unit.stack, len(self.placement.devices)
-        share = each * self.filled // count
-        parts = []
-        for number, device in enumerate(self.placement.devices):
-            part = array[number * share : (number + 1) * share]
-            if len(part) < share:
-                last = array[len(array) - each :]
-                part = np.concatenate([part, *[last] * ((share - len(part)) // each)])
-            parts.append(jax.device_put(part, device))
-        shape = (share * count, *array.shape[1:])
-        return jax.make_array_from_single_device_arrays(shape, NamedSharding(self._mesh, STACK), parts)
-
-    def _in_order(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        def started(*arguments: Any) -> Any:
-            with DISPATCH, jax.set_mesh(mesh_of(self.placement.devices, linalg.ROWS)):
-                return step(*arguments)
-
-        return started
-
-
 Devices = int | str | Placement | None  # as users name them
-
-
-@functools.lru_cache
-def mesh_of(devices: tuple[jax.Device, ...], axis: str) -> Mesh:
-    """The devices as a mesh of one axis."""
-    return Mesh(np.array(devices), (axis,), axis_types=(AxisType.Auto,))
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
 
 
 def _joined(units: Sequence[Unit]) -> Unit:

@@ -62,18 +62,18 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
     if work.traced:
         return (yield usual)
     rank = low_rank(unit)
-    low = None if rank is None else form_of(methods[0], rank)
-    if low is not None:
-        narrow = usual._replace(methods=[low], found=None)
+    if rank is not None:
+        narrow = usual._replace(methods=[form_of(method, rank) for method in methods], found=None)
         outcome = yield narrow
         missed = [n for n, error in enumerate(_largest(outcome.reports, "factor_error")) if error > CUT]
         if len(missed) < len(unit.segments):
             outcome = yield from _solved_again(narrow, outcome)
             for number in missed:  # joined with others, whose deltas have a low rank
-                alone = yield from _in_full(usual._replace(unit=unit.only(number), methods=[methods[number]]))
+                single = usual._replace(unit=unit.only(number), methods=[methods[number]], silent=True)
+                alone = yield from _in_full(single)
                 outcome = _replaced(outcome, number, alone)
             return outcome._replace(statistics=None)
-    return (yield from _in_full(usual._replace(silent=low is not None)))
+    return (yield from _in_full(usual._replace(silent=rank is not None)))
 
 
 def _in_full(usual: Attempt) -> Generator[Attempt, Outcome, Outcome]:

@@ -28,10 +28,10 @@ from cfmerge.core.survey import looked
 from cfmerge.engine.account import Account
 from cfmerge.engine.checks import kept_tensor
 from cfmerge.engine.cutting import units_of
+from cfmerge.engine.inputs import INPUTS
 from cfmerge.engine.passes import Additive, Measures, Measuring, Together, UnitSteps, Unsolved
 from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
-from cfmerge.engine.steps import INPUTS
 from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
 from cfmerge.engine.units import Unit
 from cfmerge.errors import CfmergeError

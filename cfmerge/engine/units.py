@@ -23,7 +23,7 @@ from cfmerge.core.call import of_expert
 from cfmerge.core.random import digest_of
 from cfmerge.core.several import leaders, members
 from cfmerge.core.survey import Found
-from cfmerge.engine.steps import Inputs, Settings, settings_of
+from cfmerge.engine.inputs import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places
 from cfmerge.methods import Method
 from cfmerge.models.deltas import Delta, Dense, Factors

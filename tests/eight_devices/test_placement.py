@@ -15,10 +15,12 @@ from safetensors.numpy import save_file
 import cfmerge
 from cfmerge import methods
 from cfmerge.engine import cutting, low_rank, placement, precision, run
+from cfmerge.engine.inputs import INPUTS
 from cfmerge.engine.passes import Additive
-from cfmerge.engine.placement import Spread, mesh_of, placement_of
+from cfmerge.engine.placement import placement_of
 from cfmerge.engine.precision import Attempt
-from cfmerge.engine.steps import INPUTS, compiled
+from cfmerge.engine.spread import Spread, mesh_of
+from cfmerge.engine.steps import compiled
 from cfmerge.linalg import ROWS
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -61,10 +63,7 @@ def differ(one, other):
 
 # --- the same result ----------------------------------------------------------------------------------------------
 
-SEVERAL = {UP.format(n): (16, 8) for n in range(3)} | {
-    "model.layers.0.mlp.down_proj.weight": (8, 16),
-    "model.norm.weight": (8,),
-}
+SEVERAL = {**{UP.format(n): (16, 8) for n in range(3)}, "model.norm.weight": (8,)}
 
 
 @pytest.mark.parametrize("method", ["ace", "tsv_m", "ties", "dare_ties"])
@@ -82,9 +81,8 @@ def test_the_same_on_one_two_and_eight_devices(make_model, tmp_path, load, every
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("part", PARTS)
-def test_every_method_is_the_same_on_one_two_and_eight_devices(
-    make_model, tmp_path, load, every_matrix_is_large, part, dtype
-):
+@pytest.mark.usefixtures("unoptimised", "every_matrix_is_large")
+def test_every_method_is_the_same_on_one_two_and_eight_devices(make_model, tmp_path, load, part, dtype):
     method = methods.make(text_of(part))
     family = models(make_model, tmp_path, SEVERAL, count(method), np.dtype(dtype))
     rules = []
@@ -213,7 +211,7 @@ def one_large(make_model, directory, shape, experts=2):
     assert spread.kind == "rows"
     each = Additive(Attempt(unit, unit.methods, None, "float32"), spread)
     base = spread.stored(unit.base())
-    with jax.set_mesh(mesh_of(spread.placement.devices, ROWS)):
+    with jax.set_mesh(mesh_of(spread.devices, ROWS)):
         plain = compiled(unit.job.layout, "float32")
         state, programs = plain.start(each.settings[0], base), []
         for number in each.experts:
