@@ -99,12 +99,12 @@ def test_every_method_is_the_same_on_one_two_and_eight_devices(make_model, tmp_p
 
 
 def moments_on_disk(method, deltas, path):
-    """The file of the measurements that a method needs of an expert; None if it needs none."""
+    """The file of the measurements that a method needs of an expert; nothing if it needs none."""
     fisher = method.needs.moments == "fisher"
     wanted = {name: delta for name, delta in deltas.items() if method.needs.moments and (fisher or delta.ndim == 2)}
     each = {name: moments_of(method, np.atleast_2d(delta)[None])[0] for name, delta in wanted.items()}
     if not each:
-        return None
+        return ""
     shaped = {name: moment.reshape(wanted[name].shape) if fisher else moment for name, moment in each.items()}
     save_file({name: moment.astype(np.float32) for name, moment in shaped.items()}, path)
     return str(path)
