@@ -1,16 +1,13 @@
 """Placement: the devices that do a unit. What a unit is does not depend on it, nor does the result.
 
-one      one device does the unit
-stack    the devices share its stack out: `jit(shard_map)` over a mesh of one axis, each walks its share
-rows     the devices share one matrix out by the rows of its deltas: XLA adds their parts of a Gram (all-reduce),
-         and each solves for its rows of the cross term; by columns where all deltas together have fewer rows
+Each unit is done in one of three ways (`spread.py` has the arrays):
 
-placement = placement_of("all")
-for unit in placement.grouped(units):           # units that are alike are joined until their stack fills the mesh
-    spread = placement.spread(unit)
-    steps = spread.steps(layout, compute)
-    state = steps.start(spread.put(settings, SETTINGS), spread.stored(base))
-    merged, reports = spread.own(...)           # on the host, without what fills the mesh up
+    one      one device does the unit
+    stack    the devices share its stack out: `jit(shard_map)` over a mesh of one axis, each walks its share
+    rows     the devices share one matrix out by the rows of its deltas: XLA adds their parts of a Gram (all-reduce),
+             and each solves for its rows of the cross term; by columns where all deltas together have fewer rows
+
+The loop goes over `placement.grouped(units)`: units that are alike are joined until their stack fills the mesh.
 """
 
 import contextlib
@@ -69,7 +66,7 @@ class Placement:
             few = sum(unit.stack for unit in bucket) < len(self.devices)
             yield from bucket if few and self._axis(bucket[0]) is not None else [_joined(bucket)]
 
-    def spread(self, unit: Unit) -> "Spread":
+    def spread(self, unit: Unit) -> Spread:
         """How the unit lies on the devices."""
         kind = self._kind(unit)
         return Spread(unit, kind, self.devices, self._axis(unit) if kind == "rows" else None)
@@ -100,10 +97,11 @@ class Placement:
 
     def _axis(self, unit: Unit) -> int | None:
         """The axis of the stored tensor by which one large matrix is shared out; None if that does not pay."""
-        job = unit.job
-        if not job.method.by_rows or unit.row is not None or unit.stack * len(unit.layers) > 1:
+        job, method = unit.job, unit.job.method
+        if not method.by_rows or method.survey is not None or unit.row is not None or unit.stack * job.matrices > 1:
             return None
-        if job.parameter.size < STACKED or "b" in job.layout or not self._fits(unit, 1):
+        times = len(self.devices) if self.on_host else 1  # each device holds the whole Gram
+        if job.parameter.size < STACKED or not self._fits(unit, times):
             return None
         m, n = job.seen_shape
         letter = "i" if len(unit.experts) * m < n else "o"  # all rows together are fewer than a Gram's: these are kept

@@ -210,6 +210,14 @@ def test_progress_in_a_terminal(models, tmp_path):
     assert b"kB" in shown or b"bytes" in shown
 
 
+def test_devices_do_not_change_the_result(cli, models, contents):
+    """The processor as two devices: no recipe and no card tells of it."""
+    for number in (1, 2):
+        command = ("--base", "base", *EXPERTS, "-m", "average", "--devices", number)
+        assert cli("merge", *command, "-o", f"on{number}").code == 0
+    assert contents(models / "on1") == contents(models / "on2")
+
+
 def test_plan(cli, models, contents):
     before = contents(models)
     done = cli("plan", "--base", "base", *EXPERTS)
