@@ -13,8 +13,8 @@ from cfmerge.core.part import Method
 from cfmerge.core.survey import Found
 
 SHARED = "stack"  # the axis of a mesh that shares stacks out
-STACK = PartitionSpec(SHARED)
-SAME = PartitionSpec()  # the same on every device
+STACK: Any = PartitionSpec(SHARED)
+SAME: Any = PartitionSpec()  # the same on every device
 
 
 class Settings(NamedTuple):

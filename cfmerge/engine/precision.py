@@ -63,7 +63,8 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
         return (yield usual)
     rank = low_rank(unit)
     if rank is not None:
-        narrow = usual._replace(methods=[form_of(method, rank) for method in methods], found=None)
+        forms = [form for method in methods if (form := form_of(method, rank)) is not None]
+        narrow = usual._replace(methods=forms, found=None)
         outcome = yield narrow
         missed = [n for n, error in enumerate(_largest(outcome.reports, "factor_error")) if error > CUT]
         if len(missed) < len(unit.segments):

@@ -52,9 +52,10 @@ class Spread:
 
     def steps(self, layout: str, compute: str) -> Steps:
         """The compiled steps for arrays that lie so."""
-        if self.kind != "rows":
+        if self.mesh is not None:
             return compiled(layout, compute, self.mesh)
-        return Steps(*(self._in_order(step) for step in compiled(layout, compute)))
+        plain = compiled(layout, compute)
+        return Steps(*(self._in_order(step) for step in plain)) if self.kind == "rows" else plain
 
     def stored(self, array: Any) -> jax.Array:
         """The unit's share of a model, on its devices."""
