@@ -147,7 +147,7 @@ def placement_of(devices: Devices = None) -> Placement:
         raise CfmergeError(f"devices: expected 'all', 'cpu' or a number of devices, found {devices!r}")
     if text.isdecimal():
         with contextlib.suppress(RuntimeError):  # JAX is in use: its devices are what they are
-            jax.config.update("jax_num_cpu_devices", max(int(text), jax.config.read("jax_num_cpu_devices")))
+            jax.config.update("jax_num_cpu_devices", max(int(text), jax.config.jax_num_cpu_devices))  # type: ignore[attr-defined]
     found = tuple(jax.local_devices(backend="cpu" if text == "cpu" else None))
     if text == "cpu" or (devices is None and found[0].platform == "cpu"):
         return Placement(found[:1])
