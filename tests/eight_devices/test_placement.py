@@ -40,7 +40,7 @@ def models(make_model, directory, shapes, experts=3, dtype=np.float32, scale=0.0
     """Models on disk of tensors of these shapes: `.base`, `.experts`, `.deltas` by expert."""
     rng = np.random.default_rng(3)
     base = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
-    shared = {name: common * rng.standard_normal(shape) for name, shape in shapes.items()}
+    shared = {n: common * np.random.default_rng(4).standard_normal(shape) for n, shape in shapes.items()}
     tuned = [
         {n: (array + scale * (shared[n] + rng.standard_normal(array.shape))).astype(dtype) for n, array in base.items()}
         for _ in range(experts)
