@@ -62,13 +62,17 @@ def merge(
     fresh: o.Fresh = False,
     memory: o.Memory = None,
     no_compile_cache: o.NoCompileCache = False,
+    devices: o.Devices = None,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
     """Merge a base and its experts into one model."""
+    from cfmerge.engine.placement import placement_of
+
+    where = placement_of(devices)
     planned = cfmerge.plan(asked)
     with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
-        result = planned.run(output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)
+        result = planned.run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)
     if json:
         show.event("done", **result.summary())
     elif not quiet:
@@ -100,16 +104,19 @@ def sweep(
     fresh: o.Fresh = False,
     memory: o.Memory = None,
     no_compile_cache: o.NoCompileCache = False,
+    devices: o.Devices = None,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
     """Merge by several methods, or a grid of numbers, in one pass."""
+    from cfmerge.engine.placement import placement_of
     from cfmerge.planning.plugins import load_plugins
 
+    where = placement_of(devices)
     load_plugins(asked.plugins)
     planned = cfmerge.plan(swept(asked, method or [], grid or [], key_values(parameters or [])))
     with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
-        results = planned.run(output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)
+        results = planned.run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)
     for label, result in results.items():
         if json:
             show.event("done", label=label, **result.summary())
@@ -137,15 +144,18 @@ def accumulate(
     overwrite: o.Overwrite = False,
     memory: o.Memory = None,
     no_compile_cache: o.NoCompileCache = False,
+    devices: o.Devices = None,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
     """Make statistics of experts, to add, forget and merge later."""
+    from cfmerge.engine.placement import placement_of
     from cfmerge.products.accumulate import accumulate_plan
 
+    where = placement_of(devices)
     planned = cfmerge.make_plan(msgspec.structs.replace(asked, allow=[*asked.allow, "one-expert"]), sums=True)
     with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
-        kept = accumulate_plan(planned, output, overwrite, memory, progress)
+        kept = accumulate_plan(planned, output, overwrite, memory, where, progress)
     if json:
         show.event("done", output=str(output), experts=dict(kept.experts), tensors=len(kept.kinds))
     elif not quiet:

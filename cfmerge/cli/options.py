@@ -106,6 +106,9 @@ Output = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, h
 Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the output if it is there.")]
 Fresh = Annotated[bool, option("--fresh", help="Start anew, not where an earlier run ended.")]
 Memory = Annotated[str | None, option("--memory", metavar="SIZE", help="Such as 4GB. Default: 1/4 of free memory.")]
+Devices = Annotated[
+    str | None, option("--devices", metavar="N", help="all, a number, or cpu. Default: all GPUs or TPUs.")
+]
 ModelOutput = Annotated[
     Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or a .safetensors.")
 ]

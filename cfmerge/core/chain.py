@@ -116,6 +116,7 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
         solve,
         needs=inner.needs.but(scope=scope, random=random),
         additive=inner.additive and not seen,
+        by_rows=inner.by_rows and all(part is inner or part.needs.scope == "entry" for part in parts) and not seen,
         form=form,
         survey=survey,
         notes=inner.notes,

@@ -170,6 +170,8 @@ class Method(Part):
         init, update, solve: `solve(statistic)` returns the merged delta and a report `{name: scalar}`.
         additive: the statistic is a sum over experts; without it all deltas of a tensor come at once.
         statistic: a name of the statistic; methods that give the same one share it (None: no other method has it).
+        by_rows: its cost is products with rows of the deltas and solves for them, so that devices can share out the
+            rows of one large matrix.
         form: `form(None)` is the same method with a statistic that is a sum of fixed size, `form(r)` the same for
             deltas of rank at most `r`, which reports `factor_error`, the relative error of taking them so; None where
             there is no such form. Ask by `form_of`. A method without `form` has one form only.
@@ -182,6 +184,7 @@ class Method(Part):
     _: dataclasses.KW_ONLY
     additive: bool = True
     statistic: Hashable = None
+    by_rows: bool = False
     form: Callable[[int | None], "Method | None"] | None = None
     notes: Mapping[str, Note] = dataclasses.field(default_factory=dict)
 

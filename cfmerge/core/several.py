@@ -57,6 +57,7 @@ def several(methods: tuple[Method, ...]) -> Method:
         solve,
         needs=Needs(scope, moments=next(iter(moments), ""), random=random),
         additive=all(method.additive for method in methods),
+        by_rows=all(method.by_rows for method in methods),
         form=form,
         survey=_survey(methods),
         call=Call.of(several, {"methods": methods}, frozenset()),

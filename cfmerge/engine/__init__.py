@@ -30,6 +30,9 @@ steps `Unsolved`, which return the statistics.
     passes     the steps of each kind of pass
     steps      the functions that are compiled
     compiling  programs kept on disk between runs, and compiled quickly where they run briefly
+    inputs     all that comes with their arrays
+    placement  which devices do a unit; units joined to fill a mesh
+    spread     how a unit lies on devices
     precision  the decisions that are made while running
     low_rank   deltas of low rank, recognised
     surveys    findings, and the methods that asked for them

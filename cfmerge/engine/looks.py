@@ -86,7 +86,7 @@ def _measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
             by_place[place] = jax.tree.map(operator.itemgetter(number), values)
 
     def do(unit: Unit) -> Any:
-        return loop.passed_over(unit, Measuring(unit, measures), measures.compute)
+        return loop.passed_over(unit, Measuring(unit, measures, loop.placement.spread(unit)), measures.compute)
 
     loop.over(loop.units(jobs), do, take)
     return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
@@ -97,7 +97,7 @@ def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Ordered:
     units = list(loop.units(jobs))
 
     def keys_of(unit: Unit) -> Any:
-        return loop.passed_over(unit, Keying(unit, measures), measures.compute)
+        return loop.passed_over(unit, Keying(unit, measures, loop.placement.alone(unit)), measures.compute)
 
     if loop.work.traced:
         return traced(measures.wanted, units, keys_of)

@@ -5,6 +5,7 @@ depends on which thread was first. Where values are traced by JAX there are no t
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import threading
@@ -20,8 +21,10 @@ from threadpoolctl import ThreadpoolController
 
 from cfmerge.engine.compiling import cached
 from cfmerge.engine.cutting import units_of
+from cfmerge.engine.inputs import INPUTS
 from cfmerge.engine.journal import Journal, bytes_of, ranges_of
 from cfmerge.engine.passes import Additive, Together, UnitSteps, Unsolved
+from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
 from cfmerge.engine.surveys import looks_within
 from cfmerge.engine.units import Unit
@@ -37,11 +40,18 @@ class Loop:
     """One run's threads, progress and interruption; a context in which libraries behave."""
 
     def __init__(
-        self, work: Work, memory: int | None, progress: Progress, stop: threading.Event | None, journal: Journal
+        self,
+        work: Work,
+        memory: int | None,
+        placement: Placement,
+        progress: Progress,
+        stop: threading.Event | None,
+        journal: Journal,
     ) -> None:
         self.work, self.memory, self._progress, self._stop, self.journal = work, memory, progress, stop, journal
+        self.placement = placement.within(memory)
         self._lock, self._context = threading.Lock(), contextlib.ExitStack()
-        self._looks: dict[str, Future[Found]] = {}  # within tensors that come in pieces
+        self._looks: dict[str, Future[dict[Any, Any]]] = {}  # within tensors that come in pieces
         largest = max((job.working_bytes for job in work.merged), default=0) if memory is not None else 0
         self._workers = WORKERS if memory is None or largest * WORKERS <= memory else 1
         if not work.from_files:
@@ -77,7 +87,7 @@ class Loop:
     def over(self, units: Iterable[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
         """`take(unit, do(unit))` for every unit, in order; `do` runs in the threads."""
         waiting: deque[tuple[Unit, Future[Any]]] = deque()
-        for unit in units:
+        for unit in self.placement.grouped(units):
             self.check_stop()
             if self._pool is None:
                 take(unit, do(unit))
@@ -115,13 +125,15 @@ class Loop:
     def passed_over(self, unit: Unit, each: UnitSteps, compute: str, tell: Progress = silent) -> Any:
         """The base of a unit, then its experts one by one, through the steps."""
         with self.precision(compute):
-            base = jnp.asarray(unit.base())
+            spread = each.spread
+            base = spread.stored(unit.base())
             tell(unit.job.name, unit.entries * base.dtype.itemsize)
             state = each.start(base)
             for t in each.experts:
                 array, minus = unit.expert(t)
-                expert = jnp.asarray(array)
-                state = each.update(state, base, t, expert, unit.inputs(t)._replace(minus=minus))
+                expert = spread.stored(array)
+                inputs = spread.put(unit.inputs(t)._replace(minus=minus), INPUTS)
+                state = each.update(state, base, t, expert, inputs)
                 tell(unit.job.name, unit.entries * expert.dtype.itemsize)
             return each.finish(state, base)
 
@@ -138,37 +150,45 @@ class Loop:
                 return done.value
 
     def _tried(self, attempt: Attempt) -> Outcome:
-        each = (Additive if attempt.methods[0].additive else Together)(attempt)
+        each = (Additive if attempt.methods[0].additive else Together)(attempt, self.placement.spread(attempt.unit))
         if attempt.statistics is not None:
             with self.precision(attempt.compute):
-                base = jnp.asarray(attempt.unit.base())
+                base = each.spread.stored(attempt.unit.base())
                 return each.finish(jax.tree.map(_doubled, attempt.statistics), base)
         return self.passed_over(attempt.unit, each, attempt.compute, silent if attempt.silent else self.tell)
 
     def accumulated(self, unit: Unit, compute: str) -> Any:
         """The statistics of a unit's tensors when all experts were seen."""
-        each = Unsolved(Attempt(unit, unit.methods, None, compute))
+        each = Unsolved(Attempt(unit, unit.methods, None, compute), self.placement.spread(unit))
         return self.passed_over(unit, each, compute, self.tell)
 
     def _within(self, unit: Unit) -> Found:
-        """The findings about the tensors of a unit; those of a tensor in pieces are found once, by whom comes first."""
-        (first, *_), compute = unit.segments, compute_dtype(self.work, unit.jobs)
+        """The findings about the tensors of a unit."""
+        whole = tuple(one for one in unit.segments if one.entries == one.job.parameter.size)
+        found = {}
+        if whole:
+            found = self._looked([dataclasses.replace(unit, segments=whole)], _one_by_one)
+        for job in {one.job.name: one.job for one in unit.segments if one not in whole}.values():
+            found |= self._looked_once(job)
+        return Found(None, found)
+
+    def _looked(self, units: Sequence[Unit], over: Any) -> dict[Any, Any]:
+        compute = compute_dtype(self.work, units[0].jobs)
 
         def pass_over(unit: Unit, each: UnitSteps) -> Any:
             return self.passed_over(unit, each, compute)
 
-        if first.entries == first.job.parameter.size:
-            return Found(None, found_within([unit], pass_over, _one_by_one, compute))
-        name = first.job.name
+        return found_within(units, pass_over, over, compute, self.placement.alone)
+
+    def _looked_once(self, job: Job) -> dict[Any, Any]:
+        """The findings about a tensor that comes in pieces; whoever comes first finds them, with threads of its own."""
         with self._lock:
-            mine = name not in self._looks
-            future = self._looks.setdefault(name, Future())
+            mine = job.name not in self._looks
+            future = self._looks.setdefault(job.name, Future())
         if mine:
             try:
                 with ThreadPoolExecutor(WORKERS, "look") as pool:
-                    over = functools.partial(_side_by_side, pool)
-                    found = found_within(list(self.units([first.job])), pass_over, over, compute)
-                future.set_result(Found(None, found))
+                    future.set_result(self._looked(list(self.units([job])), functools.partial(_side_by_side, pool)))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()

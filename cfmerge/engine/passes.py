@@ -6,6 +6,7 @@ Together     all experts at once, for methods that are not sums
 Measuring    a survey's measure
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,8 +17,10 @@ from cfmerge.core.call import of_expert
 from cfmerge.core.survey import Measure, Order, xp_of
 from cfmerge.engine.checks import check_finite
 from cfmerge.engine.compiling import is_quick, options
+from cfmerge.engine.inputs import SETTINGS, Inputs, Settings
 from cfmerge.engine.precision import Attempt, Outcome
-from cfmerge.engine.steps import Inputs, Settings, Steps, Views, compiled, finite, measured, steps
+from cfmerge.engine.spread import Spread
+from cfmerge.engine.steps import Steps, Views, finite, measured, measured_shares, steps
 from cfmerge.engine.units import Unit
 
 _finite = jax.jit(finite)
@@ -29,6 +32,9 @@ class UnitSteps(Protocol):
     @property
     def experts(self) -> Sequence[int]: ...
 
+    @property
+    def spread(self) -> Spread: ...
+
     def start(self, base: jax.Array) -> Any: ...
 
     def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any: ...
@@ -39,39 +45,53 @@ class UnitSteps(Protocol):
 class _Merging:
     """The common part of all steps that merge: the compiled code, the numbers, and the checks of values."""
 
-    def __init__(self, attempt: Attempt) -> None:
-        self.unit, self.attempt = attempt.unit, attempt
+    def __init__(self, attempt: Attempt, spread: Spread) -> None:
+        self.unit, self.attempt, self.spread = attempt.unit, attempt, spread
         work, layout = self.unit.work, self.unit.job.layout
         self.traced = work.traced
         self.by: Steps = (
-            steps(layout, attempt.compute) if self.traced else compiled(layout, attempt.compute, is_quick(work))
+            steps(layout, attempt.compute) if self.traced else spread.steps(layout, attempt.compute, is_quick(work))
         )
-        self.settings: list[Settings] = self.unit.settings(attempt.methods, attempt.found)
+        settings = self.unit.settings(attempt.methods, attempt.found)
+        self.settings: list[Settings] = [spread.put(one, SETTINGS) for one in settings]
         self.experts = self.unit.experts
         self.order = {number: place for place, number in enumerate(self.unit.experts, 1)}
 
     def checked(self, base: jax.Array, number: int | None, flags: Any) -> None:
         """Raises `NonFiniteError` unless the flags of an expert (of the result: None) are all set."""
         if not self.traced:  # looking at them waits: steps that are only queued would hold all experts' buffers
-            check_finite(self.unit, base, number, np.asarray(flags))
+            check_finite(self.unit, base, number, np.asarray(flags)[: self.unit.stack])
 
     def outcome(self, merged: Any, reports: Any, statistics: Any = None) -> Outcome:
-        return Outcome(merged, reports if self.traced else jax.tree.map(np.asarray, reports), statistics)
+        reports = reports if self.traced else jax.tree.map(np.asarray, reports)
+        return Outcome(self.spread.own(merged), self.spread.own(reports), statistics)
 
 
 class Additive(_Merging):
     """A statistic of a fixed size, that each expert is added to."""
 
+    _added: tuple[int, Any] | None = None  # an expert that is not checked yet, and its flags
+
     def start(self, base: jax.Array) -> Any:
         kept = self.unit.kept(of_expert(self.attempt.methods[0], 0), self.attempt.compute)
-        return self.by.start(self.settings[0], base) if kept is None else kept
+        return self.by.start(self.settings[0], base) if kept is None else self.spread.whole(kept)
 
     def update(self, state: Any, base: jax.Array, number: int, expert: jax.Array, inputs: Inputs) -> Any:
+        self._settle(base)  # the expert before: it was added while this one was read
         state, finite = self.by.step(self.settings[self.order[number]], state, base, expert, inputs)
-        self.checked(base, number, finite)
+        self._added = (number, finite)
+        if not self.spread.ahead:
+            self._settle(base)
         return state
 
+    def _settle(self, base: jax.Array) -> None:
+        """Waits until the expert that was added last is, and checks it."""
+        if self._added is not None:
+            self.checked(base, *self._added)
+            self._added = None
+
     def finish(self, state: Any, base: jax.Array) -> Any:
+        self._settle(base)
         merged, reports, finite = self.by.finish(self.settings[0], state, base, self.unit.job.dtype.name)
         self.checked(base, None, finite)
         return self.outcome(merged, reports, state)
@@ -81,7 +101,8 @@ class Unsolved(Additive):
     """The statistic itself."""
 
     def finish(self, state: Any, base: jax.Array) -> Any:
-        return state
+        self._settle(base)
+        return self.spread.own(state)
 
 
 class Together(_Merging):
@@ -117,20 +138,33 @@ class Measures:
             return xp_of(total, values).maximum(total, values)
         return total + values
 
-    def function(self, measure: Any, unit: Unit) -> Any:
-        key = (measure, unit.job.layout, unit.job.method.needs)
+    def function(self, measure: Any, spread: Spread) -> Any:
+        """`f([base, *experts], [inputs])` of stacks that lie so."""
+        unit, mesh = spread.unit, spread.mesh
+        key = (measure, unit.job.layout, unit.job.method.needs, mesh)
         if key not in self._made:
-            view = Views(unit.job.layout, self.compute, unit.job.method.needs)
-            how = options(is_quick(unit.work))
-            self._made[key] = jax.jit(measured(view, self.wanted, measure), compiler_options=how)
-        return self._made[key]
+            view, how = Views(unit.job.layout, self.compute, unit.job.method.needs), options(is_quick(unit.work))
+            plain = measured(view, self.wanted, measure)
+            plain = plain if mesh is None else measured_shares(plain, mesh, self.wanted.by_tensor)
+            self._made[key] = jax.jit(plain, compiler_options=how)
+        function = self._made[key]
+        return function if mesh is None else self._of_shares(function, spread)
+
+    def _of_shares(self, function: Any, spread: Spread) -> Any:
+        def of_all(stored: Any, inputs: Any) -> Any:
+            found = function(stored, inputs, spread.counts)
+            if self.wanted.by_tensor:
+                return spread.own(found)
+            return jax.tree.map(lambda leaf: functools.reduce(self.join, leaf), _on_host(found))
+
+        return of_all
 
 
 class Measuring:
     """A survey's measure of a unit: `(experts, ...)`, or of all experts at once `(...)`; by tensor `(stack, ...)`."""
 
-    def __init__(self, unit: Unit, measures: Measures) -> None:
-        self.unit, self.measures, self.wanted = unit, measures, measures.wanted
+    def __init__(self, unit: Unit, measures: Measures, spread: Spread) -> None:
+        self.unit, self.measures, self.wanted, self.spread = unit, measures, measures.wanted, spread
         self.experts = range(len(measures.each))
 
     def start(self, base: jax.Array) -> Any:
@@ -141,13 +175,13 @@ class Measuring:
         self._check(base, expert, number)
         if self.wanted.joint:
             return {**state, number: (expert, inputs)}
-        function = self.measures.function(self.measures.each[number], self.unit)
+        function = self.measures.function(self.measures.each[number], self.spread)
         return {**state, number: _on_host(function([base, expert], [inputs]))}
 
     def finish(self, state: Any, base: jax.Array) -> Any:
         if self.wanted.joint:
             experts, inputs = [list(column) for column in zip(*state.values(), strict=True)]
-            return _on_host(self.measures.function(self.wanted.of, self.unit)([base, *experts], inputs))
+            return _on_host(self.measures.function(self.wanted.of, self.spread)([base, *experts], inputs))
         return jax.tree.map(
             lambda *leaves: xp_of(*leaves).stack(leaves, 1 if self.wanted.by_tensor else 0), *state.values()
         )
@@ -155,7 +189,7 @@ class Measuring:
     def _check(self, base: jax.Array, array: jax.Array, number: int | None) -> None:
         """A NaN would go from a survey into every tensor."""
         if not self.unit.work.traced:
-            check_finite(self.unit, base, number, np.asarray(_finite(array)))
+            check_finite(self.unit, base, number, np.asarray(_finite(array))[: self.unit.stack])
 
 
 class Keying(Measuring):
@@ -168,9 +202,9 @@ class Keying(Measuring):
     def finish(self, state: Any, base: jax.Array) -> list[Any]:
         experts, inputs = [list(column) for column in zip(*state.values(), strict=True)]
         if self.wanted.joint:
-            return list(self.measures.function(self.wanted.of, self.unit)([base, *experts], inputs))
+            return list(self.measures.function(self.wanted.of, self.spread)([base, *experts], inputs))
         each = zip(self.measures.each, experts, inputs, strict=True)
-        return [self.measures.function(one, self.unit)([base, expert], [own]) for one, expert, own in each]
+        return [self.measures.function(one, self.spread)([base, expert], [own]) for one, expert, own in each]
 
 
 def _on_host(values: Any) -> Any:

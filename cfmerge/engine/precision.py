@@ -13,7 +13,7 @@ import numpy as np
 
 from cfmerge.core.call import form_of
 from cfmerge.core.several import reported
-from cfmerge.engine.low_rank import CUT, rank_bound
+from cfmerge.engine.low_rank import CUT, LEAST_INPUTS, rank_bound
 from cfmerge.engine.units import Unit
 from cfmerge.methods import Found, Method
 from cfmerge.planning.work import Job, Work
@@ -61,13 +61,25 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
         return (yield usual._replace(compute="float64"))
     if work.traced:
         return (yield usual)
-    low = _low_rank_form(unit) if work.statistics is None else None
-    if low is not None:
-        narrow = usual._replace(methods=[low], found=None)
+    rank = low_rank(unit)
+    if rank is not None:
+        forms = [form for method in methods if (form := form_of(method, rank)) is not None]
+        narrow = usual._replace(methods=forms, found=None)
         outcome = yield narrow
-        if max(np.max(error) for error in reported(outcome.reports, "factor_error")) <= CUT:
-            return (yield from _solved_again(narrow, outcome))
-        usual = usual._replace(silent=True)
+        missed = [n for n, error in enumerate(_largest(outcome.reports, "factor_error")) if error > CUT]
+        if len(missed) < len(unit.segments):
+            outcome = yield from _solved_again(narrow, outcome)
+            for number in missed:  # joined with others, whose deltas have a low rank
+                single = usual._replace(unit=unit.only(number), methods=[methods[number]], silent=True)
+                alone = yield from _in_full(single)
+                outcome = _replaced(outcome, number, alone)
+            return outcome._replace(statistics=None)
+    return (yield from _in_full(usual._replace(silent=rank is not None)))
+
+
+def _in_full(usual: Attempt) -> Generator[Attempt, Outcome, Outcome]:
+    """The outcome of the usual form, in float64 where that is needed."""
+    unit, methods, work = usual.unit, usual.methods, usual.unit.work
     outcome = yield from _solved_again(usual, (yield usual))
     if work.statistics is not None:  # their float32 sums are all there is
         return outcome
@@ -75,7 +87,7 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
     weak = _weak(unit, outcome.reports, LOSS_OF_SUMS if additive else LOSS_OF_SOLVE)
     tensors = np.array(outcome.tensors) if len(weak) else outcome.tensors
     for number in weak:
-        single = Attempt(unit.only(number), [methods[number]], found, "float64", silent=True)
+        single = Attempt(unit.only(number), [methods[number]], usual.found, "float64", silent=True)
         tensors[number] = np.asarray((yield single).tensors)[0]
     double = outcome.float64 if additive else tuple(weak.tolist())
     return outcome._replace(tensors=tensors, float64=double, statistics=None)
@@ -101,19 +113,47 @@ def compute_dtype(work: Work, jobs: Sequence[Job]) -> str:
     return "float64" if wide and there else "float32"
 
 
-def _low_rank_form(unit: Unit) -> Method | None:
-    """The method in its form for deltas of low rank, if it has one and all deltas look like it."""
-    method = unit.methods[0]
-    if method.form is None or len(unit.segments) > 1 or sorted(unit.job.layout) != ["i", "o"]:
+def low_rank(unit: Unit) -> int | None:
+    """The rank to take the deltas of, if the method has a form for it and all deltas look like it.
+
+    Units that were joined have one rank, or none: see `placement`.
+    """
+    method, work = unit.methods[0], unit.work
+    wide = work.traced or work.statistics is not None or compute_dtype(work, unit.jobs) == "float64"
+    if wide or method.form is None or sorted(unit.job.layout) != ["i", "o"]:
         return None
-    if form_of(method, 1) is None:
+    several = len(unit.segments) > 1
+    if form_of(method, 1) is None or (several and min(unit.job.seen_shape) < LEAST_INPUTS):
         return None
+    ranks = {_rank_of(unit.only(number)) for number in range(len(unit.segments))}
+    return ranks.pop() if len(ranks) == 1 else None
+
+
+def _rank_of(unit: Unit) -> int | None:
+    """The rank of one matrix's deltas, if taking them of it pays."""
     rank, count = unit.rank(), len(unit.experts)
     if rank is None:
         rank = rank_bound(unit.base()[0], (unit.expert(t)[0][0] for t in unit.experts), count)
     elif 2 * rank * count > min(unit.job.seen_shape):  # no gain
         return None
-    return None if rank is None else form_of(method, rank)
+    return rank
+
+
+def _replaced(outcome: Outcome, number: int, alone: Outcome) -> Outcome:
+    """The outcome with one tensor done again, alone."""
+
+    def put(array: Any, own: Any) -> np.ndarray:
+        changed = np.array(array)
+        changed[number] = np.asarray(own)[0]
+        return changed
+
+    reports = jax.tree.map(put, outcome.reports, alone.reports)
+    return Outcome(put(outcome.tensors, alone.tensors), reports, None, outcome.float64 + alone.float64)
+
+
+def _largest(reports: Reports, name: str) -> np.ndarray:
+    """The largest value of a report for each tensor, of all results."""
+    return np.max([np.asarray(values).max(axis=1) for values in reported(reports, name)], axis=0)
 
 
 def _weak(unit: Unit, reports: Reports, loss: float) -> np.ndarray:

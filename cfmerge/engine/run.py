@@ -15,11 +15,14 @@ from cfmerge.engine.checks import kept_tensor
 from cfmerge.engine.journal import Forgetful, Journal, ranges_of, whole
 from cfmerge.engine.looks import surveys
 from cfmerge.engine.loop import Loop
+from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Outcome, compute_dtype
 from cfmerge.engine.surveys import kind_of
 from cfmerge.engine.units import Unit
 from cfmerge.engine.writing import written
 from cfmerge.planning.work import Progress, Work, Writable, silent
+
+ANYWHERE = Placement()  # arrays go where JAX puts them
 
 
 def merge(
@@ -27,6 +30,7 @@ def merge(
     sinks: Sequence[Writable],
     *,
     memory: int | None = None,
+    placement: Placement = ANYWHERE,
     progress: Progress = silent,
     stop: threading.Event | None = None,
     journal: Journal | None = None,
@@ -38,7 +42,7 @@ def merge(
         CfmergeError: integers that do not agree.
     """
     journal = journal or Forgetful()
-    account, loop = Account(), Loop(work, memory, progress, stop, journal)
+    account, loop = Account(), Loop(work, memory, placement, progress, stop, journal)
     by_name = {job.name: job for job in work.jobs}
     for earlier in journal.told():
         account.add(Told(*earlier), by_name)
@@ -72,6 +76,7 @@ def accumulate(
     *,
     compute: str | None = None,
     memory: int | None = None,
+    placement: Placement = ANYWHERE,
     progress: Progress = silent,
 ) -> None:
     """Hands every unit, in order, with the statistics of its tensors to `take`.
@@ -79,7 +84,7 @@ def accumulate(
     Raises:
         NonFiniteError: a NaN or infinity in a model.
     """
-    loop = Loop(work, memory, progress, None, Forgetful())
+    loop = Loop(work, memory, placement, progress, None, Forgetful())
     with loop:
         units = loop.units(work.merged)
         loop.over(units, lambda unit: loop.accumulated(unit, compute or compute_dtype(work, unit.jobs)), take)

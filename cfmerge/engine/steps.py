@@ -16,42 +16,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool
 
-from cfmerge.core.call import Call, call_of
+from cfmerge.core.call import Call
 from cfmerge.core.part import Context, Method, Needs, Seen, with_context
 from cfmerge.core.random import key_from
 from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Measure, Order
 from cfmerge.engine.compiling import options
+from cfmerge.engine.inputs import INPUTS, SETTINGS, SHARED, STACK, Inputs, Settings
 from cfmerge.models import from_canonical, to_canonical
-
-
-class Settings(NamedTuple):
-    """The method of the stack, a call whose numbers are `(stack,)` each, and what surveys found for it."""
-
-    call: Call
-    model: Any = None
-    tensor: Any = None  # (stack, ...)
-
-    @property
-    def method(self) -> Method:
-        """The method, with the numbers of the first tensor."""
-        return jax.tree.map(lambda leaf: leaf[0], self.call).part()
-
-
-class Inputs(NamedTuple):
-    """All that comes with an expert's stack: weights `(stack,)`, its number, and what its context needs."""
-
-    weight: Any
-    number: Any = 0
-    digest: Any = None  # (stack, 2), with the seed behind each: what keys are made of
-    seed: Any = 0
-    moment: Any = None  # (stack, ...)
-    start: Any = 0  # (stack,), the first entry of each in its tensor
-    minus: Any = None  # (stack,), 0 where a delta comes instead of an expert's tensor, else 1; none: 1 for all
 
 
 class Steps(NamedTuple):
@@ -62,15 +38,17 @@ class Steps(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def compiled(layout: str, compute: str, quick: bool = False) -> Steps:
+def compiled(layout: str, compute: str, quick: bool = False, mesh: Mesh | None = None) -> Steps:
     """The steps, jitted; compiled once for every method and shape that they meet. `step` uses up its statistics.
 
     Args:
         layout: of the stored tensors, see `cfmerge.models`; empty where there is no canonical view.
         compute: `float32` or `float64` (then call under `jax.enable_x64(True)`).
         quick: compile quickly, for little work; see `cfmerge.engine.compiling`.
+        mesh: the devices that share the stacks out; none: there is one, or the arrays say themselves where they lie.
     """
-    plain, how = steps(layout, compute), options(quick)
+    how = options(quick)
+    plain = steps(layout, compute) if mesh is None else shared_out(steps(layout, compute), mesh)
     return Steps(
         jax.jit(plain.start, compiler_options=how),
         jax.jit(plain.step, donate_argnums=1, compiler_options=how),
@@ -79,20 +57,25 @@ def compiled(layout: str, compute: str, quick: bool = False) -> Steps:
     )
 
 
-def settings_of(methods: Sequence[Method], repeats: Any = 1, found: Found | None = None) -> Settings:
-    """The settings of a stack whose tensors have these methods, of one structure.
+def shared_out(plain: Steps, mesh: Mesh) -> Steps:
+    """The steps under `shard_map`: each device walks its share of the stack."""
+    over = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    start = over(plain.start, in_specs=(SETTINGS, STACK), out_specs=STACK)
+    step = over(plain.step, in_specs=(SETTINGS, STACK, STACK, STACK, INPUTS), out_specs=(STACK, STACK))
 
-    Args:
-        repeats: how many matrices, or rows, each tensor has in the stack; one number or one for each.
-    """
-    call = jax.tree.map(lambda *values: _column(values, repeats), *(call_of(method) for method in methods))
-    return Settings(call, found.model if found else None, found.tensor if found else None)
+    def finish(settings: Settings, statistics: Any, base: Array, out: str) -> tuple[Array, Any, Array]:
+        own = over(lambda *share: plain.finish(*share, out), in_specs=(SETTINGS, STACK, STACK), out_specs=STACK)
+        return own(settings, statistics, base)
 
+    def together(
+        settings: Sequence[Settings], base: Array, experts: Sequence[Array], inputs: Sequence[Inputs], out: str
+    ) -> tuple[Array, Any, Array]:
+        specs = [SETTINGS] * len(settings), STACK, STACK, [INPUTS] * len(inputs)
+        flags = PartitionSpec(None, SHARED)
+        own = over(lambda *share: plain.together(*share, out), in_specs=specs, out_specs=(STACK, STACK, flags))
+        return own(settings, base, experts, inputs)
 
-def _column(values: Sequence[Any], repeats: Any) -> Any:
-    if any(isinstance(value, jax.Array) for value in values):
-        return jnp.repeat(jnp.stack([jnp.asarray(value) for value in values]), np.asarray(repeats))
-    return np.repeat(np.asarray(values, np.float64), repeats)
+    return Steps(start, step, finish, together)
 
 
 class Views(NamedTuple):
@@ -227,9 +210,12 @@ def steps(layout: str, compute: str) -> Steps:
 
 
 def measured(view: Views, wanted: Measure | Order, measure: Callable[..., Any]) -> Callable[..., Any]:
-    """`f([base, *experts], [inputs])`: a measure of every tensor in the stack, or their sum."""
+    """`f([base, *experts], [inputs])`: a measure of every tensor in the stack, or their sum.
 
-    def all_of_them(stored: list[Array], inputs: list[Inputs]) -> Any:
+    `f(..., counts)` sums the tensors that count; each of them may be several matrices.
+    """
+
+    def all_of_them(stored: list[Array], inputs: list[Inputs], counts: Array | None = None) -> Any:
         def one(views: list[Array], given: list[Any]) -> Any:
             base, *experts = views
             weights, own = zip(*given, strict=True)
@@ -241,7 +227,12 @@ def measured(view: Views, wanted: Measure | Order, measure: Callable[..., Any]) 
             return with_context(measure, (deltas[0],), contexts[0])
 
         stacks = [view.canonical(array) for array in stored], [view.given(i) for i in inputs]
-        return view.over(one, *stacks) if wanted.by_tensor else _total(JOINS[wanted.total], one, *stacks)
+        if wanted.by_tensor:
+            return view.over(one, *stacks)
+        join = JOINS[wanted.total]
+        if counts is None or wanted.total == "max":
+            return _total(join, one, *stacks)
+        return _total(join, _counted(one), jnp.repeat(counts, len(stacks[0][0]) // len(counts)), *stacks)
 
     return all_of_them
 
@@ -259,6 +250,25 @@ def _map(function: Callable[..., Any], *stacks: Any) -> Any:
 
 
 JOINS = {"sum": jnp.add, "max": jnp.maximum}
+
+
+def measured_shares(measure: Callable[..., Any], mesh: Mesh, by_tensor: bool) -> Callable[..., Any]:
+    """The measure under `shard_map`; totals of the devices' shares, `(devices, ...)`, are joined by the caller."""
+
+    def own(stored: list[Array], inputs: list[Inputs], counts: Array) -> Any:
+        found = measure(stored, inputs, counts)
+        return found if by_tensor else jax.tree.map(lambda leaf: leaf[None], found)
+
+    def all_of_them(stored: list[Array], inputs: list[Inputs], counts: Array) -> Any:
+        specs = STACK, [INPUTS] * len(inputs), STACK
+        return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=STACK, check_vma=False)(stored, inputs, counts)
+
+    return all_of_them
+
+
+def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function where a tensor counts, and zero where it fills a mesh up."""
+    return lambda counts, *own: jax.tree.map(lambda leaf: jnp.where(counts, leaf, 0), function(*own))
 
 
 def _total(join: Callable[..., Any], function: Callable[..., Any], *stacks: Any) -> Any:

@@ -23,7 +23,7 @@ from cfmerge.core.call import of_expert
 from cfmerge.core.random import digest_of
 from cfmerge.core.several import leaders, members
 from cfmerge.core.survey import Found
-from cfmerge.engine.steps import Inputs, Settings, settings_of
+from cfmerge.engine.inputs import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places
 from cfmerge.methods import Method
 from cfmerge.models.deltas import Delta, Dense, Factors
@@ -102,18 +102,26 @@ class Unit:
 
     @property
     def layers(self) -> range:
-        """Which canonical matrices of a tensor a segment holds."""
-        first, count = self.segments[0].first, self.segments[0].count
-        if self.row is not None or count is None:
-            return range(self.job.matrices)
-        size = math.prod(self.job.seen_shape)
-        return range(first // size, (first + count) // size)
+        """Which canonical matrices of its tensor the first segment holds; the others hold as many."""
+        return self.layers_of(self.segments[0])
+
+    def layers_of(self, segment: Segment) -> range:
+        """Which canonical matrices of its tensor a segment holds."""
+        if self.row is not None or segment.count is None:
+            return range(segment.job.matrices)
+        size = math.prod(segment.job.seen_shape)
+        return range(segment.first // size, (segment.first + segment.count) // size)
+
+    @property
+    def _places(self) -> Iterator[tuple[Job, int]]:
+        """Every canonical matrix in the stack: its job, and which of its tensor's it is."""
+        return ((segment.job, layer) for segment in self.segments for layer in self.layers_of(segment))
 
     @property
     def places(self) -> tuple[Place, ...]:
         if self.row is not None:
             return tuple((segment.job.name, segment.first) for segment in self.segments)
-        return tuple((name, layer) for name in self.names for layer in self.layers)
+        return tuple((job.name, layer) for job, layer in self._places)
 
     def only(self, number: int) -> "Unit":
         """The unit of one of its segments."""
@@ -202,8 +210,7 @@ class Unit:
         weight = _repeated([job.weights[number] for job in self.jobs], self._repeats)
         inputs = Inputs(weight, self.work.before + number, seed=self.work.seed, start=self._starts())
         if needs.random:
-            whole = self.job.matrices
-            told = [layer_name(name, layer, whole) for name in self.names for layer in self.layers]
+            told = [layer_name(job.name, layer, job.matrices) for job, layer in self._places]
             digests = np.stack([digest_of(layer, expert.name) for layer in told])
             inputs = inputs._replace(digest=digests if self.row is None else np.repeat(digests, self._repeats, axis=0))
         if needs.moments and expert.moments is not None:
@@ -223,7 +230,8 @@ class Unit:
         if kind != "input_gram":
             return self.read(moments, self.names)
         arrays = [moments.read(name) for name in self.names]
-        each = [array.reshape(-1, *array.shape[-2:])[self.layers.start : self.layers.stop] for array in arrays]
+        spans = [self.layers_of(segment) for segment in self.segments]
+        each = [a.reshape(-1, *a.shape[-2:])[s.start : s.stop] for a, s in zip(arrays, spans, strict=True)]
         return (jnp if isinstance(each[0], jax.Array) else np).concatenate(each)
 
     def settings(self, methods: Sequence[Method], found: Found | None) -> list[Settings]:
@@ -248,7 +256,8 @@ class Unit:
     def _share(self, number: int, leaf: Any) -> Any:
         """A segment's share of an array `(matrices, ...)` of a tensor's statistic."""
         if self.row is None:
-            return leaf[self.layers.start : self.layers.stop]
+            layers = self.layers_of(self.segments[number])
+            return leaf[layers.start : layers.stop]
         segment, rows = self.segments[number], self.spans[number].stop - self.spans[number].start
         if leaf.ndim == 1:
             return np.repeat(leaf, rows)
@@ -261,7 +270,7 @@ class Unit:
             layers = 1 if self.row is not None else len(self.layers)
             leaves = named_leaves(statistics, slice(span.start * layers, span.stop * layers))
             if self.row is None:
-                yield segment.job, self.layers.start, leaves
+                yield segment.job, self.layers_of(segment).start, leaves
                 continue
             cut = {
                 leaf: array.reshape(-1)[: segment.count] if array.ndim > 1 else array[:1]

@@ -18,9 +18,11 @@ from cfmerge.core.part import Needs, Seen, with_context
 from cfmerge.core.survey import Found, Order, Ordered, looked
 from cfmerge.engine.checks import check_finite
 from cfmerge.engine.compiling import is_quick, options
+from cfmerge.engine.inputs import Inputs
 from cfmerge.engine.orders import ALL, SMALL, KeysOf, on_host, places_of, sample_of
 from cfmerge.engine.passes import UnitSteps
-from cfmerge.engine.steps import Inputs, Views, finite
+from cfmerge.engine.spread import Spread
+from cfmerge.engine.steps import Views, finite
 from cfmerge.engine.surveys import Place
 from cfmerge.engine.units import Unit
 from cfmerge.planning.work import Job
@@ -33,6 +35,7 @@ def found_within(
     pass_over: Callable[[Unit, UnitSteps], Any],
     over: Any,
     compute: str,
+    alone: Callable[[Unit], Spread],
 ) -> dict[Place, Any]:
     """`{place: findings about its tensor}` of whole tensors in one unit, or of the pieces of one tensor."""
     jobs = list({segment.job.name: segment.job for unit in units for segment in unit.segments}.values())
@@ -51,7 +54,7 @@ def found_within(
         replies = {job.name: given for job, given in zip(jobs, answers, strict=True)}
 
         def keys_of(unit: Unit, replies: Mapping[str, Any] = replies) -> Any:
-            return pass_over(unit, Asking(unit, replies, compute))
+            return pass_over(unit, Asking(unit, replies, compute, alone(unit)))
 
         if isinstance(wanted[0], Order):
             fresh = _ordered(wanted, units, jobs, keys_of, over, compute)
@@ -136,8 +139,9 @@ def _selected(order: Order, keys: Sequence[np.ndarray], none: int) -> Ordered:
 class Asking:
     """The steps that answer the next question of the looks: `(stack, ...)`, of an `Order` a list of experts' keys."""
 
-    def __init__(self, unit: Unit, replies: Mapping[str, Sequence[Any]], compute: str) -> None:
-        self.unit, self.replies, self.compute, self.experts = unit, replies, compute, unit.experts
+    def __init__(self, unit: Unit, replies: Mapping[str, Sequence[Any]], compute: str, spread: Spread) -> None:
+        self.unit, self.replies, self.compute, self.spread = unit, replies, compute, spread
+        self.experts = unit.experts
 
     def start(self, base: jax.Array) -> list[tuple[jax.Array, Inputs]]:
         return []

@@ -11,6 +11,7 @@ after the other (`one_by_one`). All functions work under `jit` and `vmap`, and u
     polar_factors.py   polar factors
     selection.py       the k-th largest entry, the k largest entries
     batching.py        decompositions under `vmap`
+    sharing.py         solves whose right-hand sides several devices share out
 """
 
 from cfmerge.linalg.batching import one_by_one as one_by_one
@@ -35,6 +36,7 @@ from cfmerge.linalg.products import weighted_sum as weighted_sum
 from cfmerge.linalg.selection import kth_largest as kth_largest
 from cfmerge.linalg.selection import largest as largest
 from cfmerge.linalg.selection import magnitude_keys as magnitude_keys
+from cfmerge.linalg.sharing import ROWS as ROWS
 from cfmerge.linalg.solves import conjugate_gradients as conjugate_gradients
 from cfmerge.linalg.solves import pseudo_inverse as pseudo_inverse
 from cfmerge.linalg.solves import solve_right as solve_right

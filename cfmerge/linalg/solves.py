@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cfmerge.linalg.batching import one_by_one
 from cfmerge.linalg.products import matmul
+from cfmerge.linalg.sharing import by_rows
 from cfmerge.linalg.spectra import symmetric_eigen
 
 
@@ -27,7 +28,7 @@ def solve_right(rhs: Float[Array, "m n"], matrix: Float[Array, "n n"]) -> tuple[
         ([[2.0, 2.0]], True)
     """
     return lax.custom_linear_solve(
-        lambda x: matmul(x, matrix), rhs, lambda _, b: _solve_right(b, matrix), symmetric=True, has_aux=True
+        lambda x: matmul(x, matrix), rhs, lambda _, b: by_rows(_solve_right, b, matrix), symmetric=True, has_aux=True
     )
 
 

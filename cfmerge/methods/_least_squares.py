@@ -72,6 +72,7 @@ def least_squares(
         solve,
         needs=Needs(weights="any" if form == "full" else "positive", normalises=normalises),
         statistic=None if key is None else ("least_squares", key, normalise, form, rank),
+        by_rows=estimate is of_delta,
         form=None if form == "full" else formed,
         notes=NOTES | dict(notes or {}),
     )

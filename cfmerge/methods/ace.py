@@ -153,6 +153,7 @@ def ace(
         solve,
         needs=Needs(weights="positive"),
         statistic=("ace", zero_delta, form, rank),
+        by_rows=True,
         form=None if form == "full" else formed,
         notes=NOTES,
     )

@@ -217,6 +217,7 @@ def regmean(a: Number = 0.9, ridge: Number = 0.0) -> Method:
         update,
         solve,
         needs=Needs(weights="positive", normalises=True, moments="input_gram"),
+        by_rows=True,
         notes=REGMEAN_NOTES,
     )
 

@@ -15,6 +15,7 @@ from cfmerge import recipe as recipes
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
 from cfmerge.engine import run
+from cfmerge.engine.placement import Devices, Placement, check_no_devices, placement_of
 from cfmerge.engine.units import Unit
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Sink, Totals
@@ -47,6 +48,7 @@ def accumulate(
     parameters: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     memory: str | int | None = None,
+    devices: Devices = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Statistics:
@@ -75,7 +77,7 @@ def accumulate(
         method: an additive method; `solve` may use any other that keeps the same statistic.
         output: the directory of statistics to make, for checkpoints.
         parameters: the method's, if it is given by name.
-        overwrite, memory, progress: as for `cfmerge.merge`.
+        overwrite, memory, devices, progress: as for `cfmerge.merge`.
         **options: further arguments of `cfmerge.merge`, or of `cfmerge.merge_params`.
 
     Raises:
@@ -84,11 +86,12 @@ def accumulate(
     if not isinstance(base, str | Path):
         if output is not None:
             raise CfmergeError("accumulate of pytrees: save what is returned: accumulate(...).save(directory)")
+        check_no_devices("accumulate", devices)
         return _of_trees(base, experts, full_form(as_method(method, parameters)), **options)
     if output is None:
         raise CfmergeError("accumulate of checkpoints: name a directory for the statistics with output=")
     recipe = as_recipe(base, experts, method, parameters, options)
-    return accumulate_recipe(recipe, output, overwrite, memory, progress)
+    return accumulate_recipe(recipe, output, overwrite, memory, devices, progress)
 
 
 def accumulate_recipe(
@@ -96,10 +99,12 @@ def accumulate_recipe(
     output: str | Path,
     overwrite: bool = False,
     memory: str | int | None = None,
+    devices: Devices = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """The statistics of a recipe's experts, streamed into a directory; see `accumulate`."""
-    return accumulate_plan(make_plan(recipe, sums=True), output, overwrite, memory, progress)
+    where = placement_of(devices)
+    return accumulate_plan(make_plan(recipe, sums=True), output, overwrite, memory, where, progress)
 
 
 def accumulate_plan(
@@ -107,14 +112,17 @@ def accumulate_plan(
     output: str | Path,
     overwrite: bool = False,
     memory: str | int | None = None,
+    devices: Devices = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """The statistics of a plan's experts, streamed into a directory; see `accumulate`."""
-    tell = progress or silent
-    return plan.attempted(memory, lambda plan, limit, _: _streamed(plan, Path(output), overwrite, limit, tell))
+    where, tell = placement_of(devices), progress or silent
+    return plan.attempted(memory, lambda plan, limit, _: _streamed(plan, Path(output), overwrite, limit, where, tell))
 
 
-def _streamed(plan: Plan, output: Path, overwrite: bool, memory: int, progress: Progress) -> Statistics:
+def _streamed(
+    plan: Plan, output: Path, overwrite: bool, memory: int, placement: Placement, progress: Progress
+) -> Statistics:
     for job in plan.work.merged:
         _check_job(job)
     stored = "float64" if plan.recipe.precision == "float64" else "float32"
@@ -138,7 +146,7 @@ def _streamed(plan: Plan, output: Path, overwrite: bool, memory: int, progress: 
     with statistics_sink(output, told.metadata(), overwrite, inputs) as sink:
         sink.declare(headers)
         take = functools.partial(_write, sink, stored)
-        run.accumulate(plan.work, take, compute=stored, memory=memory, progress=progress)
+        run.accumulate(plan.work, take, compute=stored, memory=memory, placement=placement, progress=progress)
         sink.finish(Totals())
         sink.commit()
     return Statistics.load(output)
@@ -242,6 +250,7 @@ def solve(
     if output is None:
         raise CfmergeError("solve of checkpoints: name a directory for the merged model with output=")
     path = "" if isinstance(statistics, Statistics) else str(statistics)
-    run = {key: options.pop(key) for key in ("overwrite", "memory", "progress", "fresh") if key in options}
+    known = ("overwrite", "memory", "devices", "progress", "fresh")
+    run = {key: options.pop(key) for key in known if key in options}
     recipe = as_recipe(base, [], expression(chosen), {}, {"statistics": path, **options})
     return merge_recipe(recipe, output, statistics=kept, **run)

@@ -16,6 +16,7 @@ import numpy as np
 from cfmerge.engine import run
 from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.checks import same_content
+from cfmerge.engine.placement import Placement
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.formats import DirectorySink, Totals, check_directory_name, open_sink
 from cfmerge.formats.journal import FileJournal
@@ -37,6 +38,7 @@ def carried_out(
     output: Any,
     overwrite: bool,
     memory: int,
+    placement: Placement,
     progress: Progress,
     left_out: Sequence[LeftOut],
     fresh: bool = False,
@@ -49,7 +51,7 @@ def carried_out(
         if set(sinks) != set(plan.results):
             raise CfmergeError(f"run: the plan's results are {list(plan.results)}, the sinks are for {list(sinks)}")
         notes = [*dropped, *_check_contents(plan)]
-        account = run.merge(plan.work, list(sinks.values()), memory=memory, progress=progress)
+        account = run.merge(plan.work, list(sinks.values()), memory=memory, placement=placement, progress=progress)
         told = (*plan.notes, *notes, *account.lines())
         return {
             label: MergeResult(None, own, told, account.reports_of(n), {}, warnings=_warned(account, n))
@@ -80,7 +82,7 @@ def carried_out(
             digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
             try:
                 account = run.merge(
-                    plan.work, outs, memory=memory, progress=progress, stop=stop, journal=journal
+                    plan.work, outs, memory=memory, placement=placement, progress=progress, stop=stop, journal=journal
                 )  # fmt: skip
             except BaseException:
                 stop.set()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cfmerge import recipe as recipes
+from cfmerge.engine.placement import Devices, placement_of
 from cfmerge.methods import Method
 from cfmerge.planning.work import Progress
 from cfmerge.products.plan import Experts, as_recipe, make_plan
@@ -23,6 +24,7 @@ def merge(
     rules: Sequence[recipes.Rule | Mapping[str, Any]] = (),
     overwrite: bool = False,
     memory: str | int | None = None,
+    devices: Devices = None,
     progress: Progress | None = None,
     fresh: bool = False,
     **options: Any,
@@ -45,6 +47,8 @@ def merge(
         rules: `Rule`s, or mappings with their fields; the first whose pattern matches a tensor's name wins.
         overwrite: replace a model that is there.
         memory: bound of the working set, in bytes or as text such as `"4GB"`; None: a quarter of the free memory.
+        devices: `"all"`, a number of devices, or `"cpu"`; None: all of an accelerator, one processor; see
+            docs/devices.md.
         progress: called with (tensor name, bytes read since the last call), from the working threads, one at a time.
         fresh: start anew, whatever an earlier run of this merge has left; else go on from there.
         **options: the other fields of `Recipe`: rename, heads, on_nonfinite, allow, dtype, precision, shard_size,
@@ -58,7 +62,8 @@ def merge(
         StoppedError: a full disk, say; what is done may be kept, and the same call goes on from there.
     """
     recipe = as_recipe(base, experts, method, parameters, {"rules": rules, **options})
-    return merge_recipe(recipe, output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)
+    how = {"overwrite": overwrite, "memory": memory, "devices": devices, "progress": progress, "fresh": fresh}
+    return merge_recipe(recipe, output, **how)  # type: ignore[arg-type]
 
 
 def merge_recipe(
@@ -67,6 +72,7 @@ def merge_recipe(
     *,
     overwrite: bool = False,
     memory: str | int | None = None,
+    devices: Devices = None,
     progress: Progress | None = None,
     statistics: Statistics | None = None,
     fresh: bool = False,
@@ -79,11 +85,12 @@ def merge_recipe(
 
     Args:
         recipe: base, experts, method and options.
-        output, overwrite, memory, progress, fresh: as in `merge`.
+        output, overwrite, memory, devices, progress, fresh: as in `merge`.
         statistics: statistics of other experts to begin from, in place of the recipe's directory.
 
     Raises:
         CfmergeError: bad input; nothing is written then.
     """
+    where = placement_of(devices)  # before JAX is used: the number of a processor's devices is settled then
     plan = make_plan(recipe, statistics)
-    return plan.run(output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)
+    return plan.run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)

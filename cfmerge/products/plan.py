@@ -12,6 +12,7 @@ import msgspec
 from cfmerge import recipe as recipes
 from cfmerge.core.expressions import expression
 from cfmerge.engine.cutting import check_memory
+from cfmerge.engine.placement import Devices, placement_of
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.methods import Method
 from cfmerge.planning.resolve import resolve
@@ -54,6 +55,7 @@ class Plan(Resolved):
         *,
         overwrite: bool = False,
         memory: str | int | None = None,
+        devices: Devices = None,
         progress: Progress | None = None,
         fresh: bool = False,
     ) -> Any:
@@ -63,7 +65,7 @@ class Plan(Resolved):
             output: the directory or `.safetensors` file to make (of a sweep: a directory that gets a model for each
                 label); or a sink (of a sweep: a mapping `{label: sink}`), whose `write(name, values, first)` is
                 called with every tensor. A large tensor comes in pieces: flat entries from entry `first` on.
-            overwrite, memory, progress, fresh: as in `merge`.
+            overwrite, memory, devices, progress, fresh: as in `merge`.
 
         Returns:
             A `MergeResult`; of a sweep `{label: MergeResult}`.
@@ -71,9 +73,9 @@ class Plan(Resolved):
         Raises:
             CfmergeError: bad input; nothing is written then.
         """
-        started = time.monotonic()
+        started, where = time.monotonic(), placement_of(devices)
         done = self.attempted(memory, lambda plan, limit, left_out: carried_out(
-            plan, output, overwrite, limit, progress or silent, left_out, fresh
+            plan, output, overwrite, limit, where, progress or silent, left_out, fresh
         ))  # fmt: skip
         seconds = time.monotonic() - started
         results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from cfmerge import methods as registered
 from cfmerge.core.expressions import expression
+from cfmerge.engine.placement import Devices, check_no_devices, placement_of
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.planning.jobs import as_method
@@ -54,6 +55,7 @@ def sweep(
     output: str | Path | None = None,
     overwrite: bool = False,
     memory: str | int | None = None,
+    devices: Devices = None,
     progress: Progress | None = None,
     fresh: bool = False,
     **options: Any,
@@ -74,7 +76,7 @@ def sweep(
         methods: methods, or texts such as `"trim(density=0.2) >> disjoint_mean"`; a mapping labels the results
             (others are labelled by their text), see also `grid`.
         output: for checkpoints, a directory that gets one model directory for each label.
-        overwrite, memory, progress, fresh: as for `cfmerge.merge`.
+        overwrite, memory, devices, progress, fresh: as for `cfmerge.merge`.
         **options: further arguments of `cfmerge.merge`, or of `cfmerge.merge_params`.
 
     Returns:
@@ -87,12 +89,13 @@ def sweep(
     if not isinstance(base, str | Path):
         if output is not None:
             raise CfmergeError("sweep of pytrees: the results are returned, and output is for checkpoints")
+        check_no_devices("sweep", devices)
         made = {label: as_method(method) for label, method in labelled.items()}
         return dict(zip(made, merge_params_by(base, experts, list(made.values()), **options), strict=True))
     if output is None:
         raise CfmergeError("sweep of checkpoints: name a directory for the results with output=")
     asked = {label: as_recipe(base, experts, method, None, options) for label, method in labelled.items()}
-    return sweep_recipes(asked, output, overwrite, memory, progress, fresh)
+    return sweep_recipes(asked, output, overwrite, memory, devices, progress, fresh)
 
 
 def sweep_recipes(
@@ -100,11 +103,13 @@ def sweep_recipes(
     output: str | Path,
     overwrite: bool = False,
     memory: str | int | None = None,
+    devices: Devices = None,
     progress: Progress | None = None,
     fresh: bool = False,
 ) -> dict[str, MergeResult]:
     """The results of recipes that differ in method and parameters alone, in one pass; see `sweep`."""
-    return planned(asked).run(output, overwrite=overwrite, memory=memory, progress=progress, fresh=fresh)
+    where = placement_of(devices)
+    return planned(asked).run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)
 
 
 def _labelled(methods: Methods) -> dict[str, Method | str]:

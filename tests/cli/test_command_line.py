@@ -210,6 +210,14 @@ def test_progress_in_a_terminal(models, tmp_path):
     assert b"kB" in shown or b"bytes" in shown
 
 
+def test_devices_do_not_change_the_result(cli, models, contents):
+    """The processor as two devices: no recipe and no card tells of it."""
+    for number in (1, 2):
+        command = ("--base", "base", *EXPERTS, "-m", "average", "--devices", number)
+        assert cli("merge", *command, "-o", f"on{number}").code == 0
+    assert contents(models / "on1") == contents(models / "on2")
+
+
 def test_plan(cli, models, contents):
     before = contents(models)
     done = cli("plan", "--base", "base", *EXPERTS)
@@ -289,6 +297,12 @@ WRONG = {
     "unknown choice": (["merge", "--base", "base", *EXPERTS, "--heads", "all", "-o", "out"], 2, "keep-base"),
     "unknown leave": (["merge", "--base", "base", *EXPERTS, "--allow", "all", "-o", "out"], 1, "allow"),
     "bad memory": (["merge", "--base", "base", *EXPERTS, "--memory", "lots", "-o", "out"], 1, "not a size"),
+    "no devices": (
+        ["sweep", "--base", "base", *EXPERTS, "-m", "average", "--devices", "0", "-o", "out"],
+        1,
+        "found '0'",
+    ),
+    "odd devices": (["accumulate", "--base", "base", *EXPERTS, "--devices", "gpu", "-o", "out"], 1, "'all', 'cpu'"),
     "missing recipe": (["merge", "none.yaml", "-o", "out"], 1, "none.yaml"),
     "output exists": (["merge", "--base", "base", *EXPERTS, "-m", "average", "-o", "e1"], 1, "holds an input"),
     "no model": (["inspect", "nowhere"], 1, "nowhere: no such file"),

@@ -10,7 +10,7 @@ import yaml
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.engine import cutting, steps
+from cfmerge.engine import cutting, inputs, steps
 from cfmerge.errors import CfmergeError
 from cfmerge.planning import depth as resolve
 from cfmerge.recipe import load as load_recipe
@@ -247,7 +247,7 @@ def test_steps_are_compiled_once_for_all_numbers(own):
     start = steps.compiled("oi", "float32").start
 
     def compiled_with(method):
-        start(steps.settings_of([method]), np.zeros((1, 4, 3), np.float32))
+        start(inputs.settings_of([method]), np.zeros((1, 4, 3), np.float32))
         return start._cache_size()
 
     first = compiled_with(own.squares(ridge=0.25))

@@ -11,24 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_part import PARTS, count, moments_of, text_of
 from jax import lax
 from lowered import lapack_calls
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.methods import Method
 
-BEHIND = {"half_flatten", "larv", "lines", "subspace_boosting", "svc"}  # transforms that stand behind a method
 pytestmark = pytest.mark.slow
-PARTS = [
-    entry.name if entry.kind == "method" else f"average >> {entry.name}" if entry.name in BEHIND
-    else f"{entry.name} >> average"
-    for entry in methods.registry().values()
-]  # fmt: skip
-ARGUMENTS = {  # parameters without a default, and steps enough to show something
-    "drop >> average": "drop(p=0.5) >> average", "trim >> average": "trim(density=0.5) >> average",
-    "nearswap": "nearswap(t=0.05)", "low_rank >> average": "low_rank(rank=2) >> average",
-}  # fmt: skip
 
 # --- where an identity does not hold, and why ---------------------------------------------------------------------
 
@@ -72,15 +62,6 @@ def compiled_quickly():
     """Not here: what comes is extreme, and has to be stood by the code that users run."""
 
 
-def text_of(part):
-    return ARGUMENTS.get(part, part)
-
-
-def count(method: Method) -> int:
-    least, most = method.needs.experts
-    return min(max(3, least), most or 3)
-
-
 def problems(m, n, experts):
     """`{name: (base, deltas)}` in float64, each an exact multiple of 2^-20 where it is of ordinary size."""
     rng = np.random.default_rng(m * 100 + n)
@@ -109,15 +90,6 @@ def bfloat16(array):
     return np.asarray(jnp.asarray(array, jnp.bfloat16), np.float64)
 
 
-def moments_of(method, problem):
-    """One for each expert, which goes with its delta and not with the delta's size."""
-    base, deltas = problem
-    unit = deltas / np.maximum(np.sqrt(np.sum(deltas**2, axis=(1, 2), keepdims=True)), 1e-300)
-    if method.needs.moments == "fisher":
-        return np.abs(unit) + 0.1
-    return np.einsum("tki,tkj->tij", unit, unit) + 0.1 * np.eye(base.shape[1]) if method.needs.moments else None
-
-
 @functools.cache
 def merged(part, m=6, n=5, precision="float32", experts=None):
     """`{problem: merged - base}`; one compiled call."""
@@ -129,7 +101,7 @@ def merged(part, m=6, n=5, precision="float32", experts=None):
     bases = np.stack([base for base, _ in cases.values()])
     stacks = [bases.astype(dtype), np.stack([base + deltas for base, deltas in cases.values()]).astype(dtype)]
     if method.needs.moments:
-        stacks.append(np.stack([moments_of(method, case) for case in cases.values()]).astype(np.float32))
+        stacks.append(np.stack([moments_of(method, case[1]) for case in cases.values()]).astype(np.float32))
 
     with jax.enable_x64(precision == "float64"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
