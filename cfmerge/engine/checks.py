@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.engine.units import Unit
@@ -12,6 +13,13 @@ from cfmerge.models.patterns import escape
 from cfmerge.planning.ties import same_bits
 from cfmerge.planning.work import Job, Readable, Work
 from cfmerge.recipe import rule_option
+
+
+def finite_flags(unit: Unit, stack: Any) -> np.ndarray:
+    """Which tensors of a unit's stack are finite: looked at where they lie."""
+    if unit.job.name in unit.work.sharded:
+        return np.asarray(jnp.isfinite(stack).all(axis=tuple(range(1, stack.ndim))))
+    return np.isfinite(np.asarray(stack)).reshape(unit.stack, -1).all(axis=1)
 
 
 def check_finite(unit: Unit, base: Any, expert: int | None, flags: np.ndarray) -> None:
@@ -29,7 +37,7 @@ def check_finite(unit: Unit, base: Any, expert: int | None, flags: np.ndarray) -
     number, work = whole.index(False), unit.work
     name = unit.jobs[number].name
     who, source = (work.experts[expert].told, work.experts[expert].name) if expert is not None else ("", "")
-    if not np.isfinite(np.asarray(base[unit.spans[number]], np.float32)).all():
+    if not jnp.isfinite(base[unit.spans[number]]).all():
         who, source = work.base.told, ""
     if not who:
         wider = ", or --dtype float32" if work.from_files else ""

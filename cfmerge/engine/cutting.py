@@ -20,7 +20,8 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
 
     Each job merges something: see `Work.merged`.
 
-    Under a transformation of JAX tensors are neither cut nor kept apart: its compiler sees all of them anyway.
+    Under a transformation of JAX tensors are neither cut nor kept apart: its compiler sees all of them anyway. Tensors
+    that lie on several devices are neither cut nor stacked: each device has but its part of them.
 
     Raises:
         CfmergeError: one tensor alone does not fit.
@@ -28,6 +29,9 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
     waiting: dict[Any, list[Job]] = {}
     filling: dict[Any, list[Segment]] = {}
     for job in jobs:
+        if job.name in work.sharded:
+            yield from _layers(work, job, memory) if job.layers_apart else [_whole(work, [job])]
+            continue
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
         if job.method.needs.scope == "entry" and not work.traced:
             if work.from_files and job.method.survey is None:

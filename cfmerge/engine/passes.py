@@ -14,7 +14,7 @@ import numpy as np
 
 from cfmerge.core.call import of_expert
 from cfmerge.core.survey import Measure, xp_of
-from cfmerge.engine.checks import check_finite
+from cfmerge.engine.checks import check_finite, finite_flags
 from cfmerge.engine.precision import Attempt, Outcome
 from cfmerge.engine.steps import Inputs, Settings, Steps, Views, compiled, measured, steps
 from cfmerge.engine.units import Unit
@@ -141,8 +141,7 @@ class Measuring:
     def _check(self, base: jax.Array, array: jax.Array, number: int | None) -> None:
         """A NaN would go from a survey into every tensor."""
         if not self.unit.work.traced:
-            finite = np.isfinite(np.asarray(array)).reshape(self.unit.stack, -1).all(axis=1)
-            check_finite(self.unit, base, number, finite)
+            check_finite(self.unit, base, number, finite_flags(self.unit, array))
 
 
 def _on_host(values: Any) -> Any:

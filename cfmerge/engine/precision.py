@@ -73,10 +73,10 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
         return outcome
     additive = methods[0].additive
     weak = _weak(unit, outcome.reports, LOSS_OF_SUMS if additive else LOSS_OF_SOLVE)
-    tensors = np.array(outcome.tensors) if len(weak) else outcome.tensors
+    tensors = outcome.tensors
     for number in weak:
         single = Attempt(unit.only(number), [methods[number]], found, "float64", silent=True)
-        tensors[number] = np.asarray((yield single).tensors)[0]
+        tensors = _with(tensors, [number], (yield single).tensors)
     return outcome._replace(tensors=tensors, float64=outcome.float64 if additive else len(weak), statistics=None)
 
 
@@ -88,9 +88,16 @@ def _solved_again(attempt: Attempt, outcome: Outcome) -> Generator[Attempt, Outc
     if len(weak) == 0:
         return outcome
     again = yield attempt._replace(compute="float64", statistics=outcome.statistics)
-    tensors = np.array(outcome.tensors)
-    tensors[weak] = np.asarray(again.tensors)[weak]
-    return outcome._replace(tensors=tensors, float64=len(weak))
+    return outcome._replace(tensors=_with(outcome.tensors, weak, again.tensors[weak]), float64=len(weak))
+
+
+def _with(tensors: Any, numbers: Any, others: Any) -> Any:
+    """The tensors of a unit, those of these numbers replaced; a single one stays where it is."""
+    if len(tensors) == len(numbers):
+        return others
+    replaced = np.array(tensors)
+    replaced[numbers] = np.asarray(others)
+    return replaced
 
 
 def compute_dtype(work: Work, jobs: Sequence[Job]) -> str:

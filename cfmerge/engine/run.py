@@ -203,7 +203,9 @@ class _Loop:
                 return done.value
 
     def _tried(self, attempt: Attempt) -> Outcome:
-        each = (Additive if attempt.methods[0].additive else Together)(attempt)
+        # Traced, the statistics of a whole stack would be kept: so each tensor sees all its experts at once.
+        streamed = attempt.methods[0].additive and (self.work.statistics is not None or not self.work.traced)
+        each = (Additive if streamed else Together)(attempt)
         if attempt.statistics is not None:
             with self._precision(attempt.compute):
                 base = jnp.asarray(attempt.unit.base())
