@@ -39,8 +39,8 @@ class _Merging:
     def __init__(self, attempt: Attempt) -> None:
         self.unit, self.attempt = attempt.unit, attempt
         self.traced = attempt.unit.work.traced
-        make = steps if self.traced else compiled
-        self.by: Steps = make(self.unit.job.layout, attempt.compute)
+        layout = self.unit.job.layout
+        self.by: Steps = steps(layout, attempt.compute, True) if self.traced else compiled(layout, attempt.compute)
         self.settings: list[Settings] = self.unit.settings(attempt.methods, attempt.found)
         self.experts = self.unit.experts
         self.order = {number: place for place, number in enumerate(self.unit.experts, 1)}
