@@ -1,5 +1,6 @@
 """Merging arrays and pytrees: pure functions that work under `jit`, `vmap` and `grad`."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from cfmerge.methods import Method
 from cfmerge.models import Kind, Parameter
 from cfmerge.planning.assign import Assignment
 from cfmerge.planning.jobs import as_method
-from cfmerge.products.sharded import automatic, home, nowhere
+from cfmerge.products.sharded import Outside, automatic, home, nowhere
 from cfmerge.products.trees import Inputs, Kept, Problem, names_of
 from cfmerge.recipe import Rule
 from cfmerge.statistics import Statistics, fingerprint, full_form
@@ -182,4 +183,6 @@ def merge_leaves(
     def homes(results: list[dict[str, Array]], mesh: Any) -> list[dict[str, Sharding | None]]:
         return [{name: home(trees[0][name], mesh) for name in result} for result in results]
 
+    if kept is not None and not isinstance(kept.tensors, dict):
+        kept = dataclasses.replace(kept, tensors=Outside(kept.tensors))
     return automatic(merged, Inputs.of(assignments, trees, weights, given, kept), homes)

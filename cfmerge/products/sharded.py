@@ -12,7 +12,7 @@ So the axes of the caller's mesh are Auto inside, and Explicit again behind; thi
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,24 @@ def automatic(function: Callable[[Any], Any], inputs: Any, homes: Callable[[Any,
     with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(_freed_mesh(mesh)):
         result = function(jax.tree.map(_freed, inputs))
     return jax.tree.map(lambda leaf, where: _laid(leaf, where, mesh), result, homes(result, mesh))
+
+
+class Outside(Mapping[str, Any]):
+    """A mapping of trees that are made when they are asked for: in the context of now, and then with Auto axes."""
+
+    def __init__(self, trees: Mapping[str, Any]) -> None:
+        self._trees, self._mesh = trees, jax.sharding.get_abstract_mesh()
+
+    def __getitem__(self, name: str) -> Any:
+        with contextlib.nullcontext() if self._mesh.empty else jax.sharding.use_abstract_mesh(self._mesh):
+            tree = self._trees[name]
+        return jax.tree.map(_freed, tree)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trees)
+
+    def __len__(self) -> int:
+        return len(self._trees)
 
 
 def home(array: Any, mesh: Any) -> Sharding | None:

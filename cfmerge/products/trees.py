@@ -199,7 +199,7 @@ def work_of(
     """The work that trees make.
 
     Args:
-        assignments: one mapping for each result, of the tensors that are merged.
+        assignments: one mapping for each result.
         trees: the base's leaves by name, then the experts'.
         experts: their names.
         weights, moments: one for each expert, see `cfmerge.merge_params`.
@@ -212,7 +212,8 @@ def work_of(
     weights = [1.0] * len(experts) if weights is None else list(weights)
     if len(weights) != len(experts):
         raise CfmergeError(f"{len(weights)} weights for {len(experts)} experts")
-    own = [call_of(a.method) for each in assignments for a in each.values()]
+    merged = [{name: a for name, a in each.items() if a.action == "merge"} for each in assignments]
+    own = [call_of(a.method) for each in merged for a in each.values()]
     kept = statistics.tensors if statistics is not None and isinstance(statistics.tensors, dict) else {}
     traced = _any_traced((trees, weights, moments, own, kept))
 
@@ -221,7 +222,7 @@ def work_of(
         return np.dtype(jax.dtypes.canonicalize_dtype(dtype)) if traced else dtype
 
     jobs, notes = settled_jobs(
-        assignments, experts, weights, before=list(statistics.experts) if statistics else [], dtype_of=dtype_of,
+        merged, experts, weights, before=list(statistics.experts) if statistics else [], dtype_of=dtype_of,
         statistics=statistics, sums=sums,
     )  # fmt: skip
     for note in notes:
@@ -275,12 +276,20 @@ class Inputs(NamedTuple):
     ) -> Work:
         """The work of these assignments and statistics with the arrays that are held here; see `work_of`."""
         own = [
-            {name: dataclasses.replace(each[name], method=call.part()) for name, call in calls.items()}
+            {name: _with(assignment, calls[name]) for name, assignment in each.items() if name in calls}
             for each, calls in zip(assignments, self.calls, strict=True)
         ]
         if kept is not None and self.kept is not None:
             kept = dataclasses.replace(kept, tensors=self.kept)
         return work_of(own, self.trees, experts, self.weights, self.given, seed, kept, sums=sums)
+
+
+def _with(assignment: Assignment, call: Call) -> Assignment:
+    """The assignment, its method made by this call if that holds other numbers."""
+    own = jax.tree.leaves(call_of(assignment.method))
+    if all(a is b for a, b in zip(own, jax.tree.leaves(call), strict=True)):
+        return assignment
+    return dataclasses.replace(assignment, method=call.part())
 
 
 def layouts_of(jobs: Sequence[Job], trees: Sequence[Mapping[str, Any]]) -> dict[str, Sharding]:
