@@ -76,7 +76,7 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
     tensors = outcome.tensors
     for number in weak:
         single = Attempt(unit.only(number), [methods[number]], found, "float64", silent=True)
-        tensors = _with(tensors, [number], (yield single).tensors)
+        tensors = _with(tensors, [number], (yield single).tensors, [0])
     return outcome._replace(tensors=tensors, float64=outcome.float64 if additive else len(weak), statistics=None)
 
 
@@ -88,15 +88,19 @@ def _solved_again(attempt: Attempt, outcome: Outcome) -> Generator[Attempt, Outc
     if len(weak) == 0:
         return outcome
     again = yield attempt._replace(compute="float64", statistics=outcome.statistics)
-    return outcome._replace(tensors=_with(outcome.tensors, weak, again.tensors[weak]), float64=len(weak))
+    return outcome._replace(tensors=_with(outcome.tensors, weak, again.tensors), float64=len(weak))
 
 
-def _with(tensors: Any, numbers: Any, others: Any) -> Any:
-    """The tensors of a unit, those of these numbers replaced; a single one stays where it is."""
+def _with(tensors: Any, numbers: Any, others: Any, places: Any = None) -> Any:
+    """The tensors of a unit, those of these numbers replaced by others; if all are, these stay where they lie.
+
+    Args:
+        places: where they stand among the others; none: at the same numbers.
+    """
     if len(tensors) == len(numbers):
         return others
     replaced = np.array(tensors)
-    replaced[numbers] = np.asarray(others)
+    replaced[numbers] = np.asarray(others)[numbers if places is None else places]
     return replaced
 
 
