@@ -38,7 +38,7 @@ SPECS = {
 RULES = [{"match": "layers/*", "layout": "bio"}]
 METHODS = {
     "ace": 2e-5,
-    "actmat": 2e-5,
+    "actmat": 2e-4,
     "regmean": 2e-5,
     "tsv_m": 2e-5,
     "iso_c": 2e-5,
@@ -233,17 +233,21 @@ def most_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     most = {"bytes": 0}
 
     def look() -> None:
-        held: dict[Any, int] = {}
-        for array in jax.live_arrays():
-            if not array.is_deleted():
-                for shard in array.addressable_shards:
-                    held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+        buffers = {  # an array and its shards, which are arrays as well, have one buffer
+            (shard.device, shard.data.unsafe_buffer_pointer()): shard.data.nbytes
+            for array in jax.live_arrays() if not array.is_deleted() for shard in array.addressable_shards
+        }  # fmt: skip
+        held = {device: 0 for device in jax.devices()}
+        for (device, _), size in buffers.items():
+            held[device] += size
         most["bytes"] = max(most["bytes"], *held.values())
 
     read, parts = Unit.read, Unit.parts
     with monkeypatch.context() as patch:
         patch.setattr(Unit, "read", lambda *arguments: (look(), read(*arguments))[1])
         patch.setattr(Unit, "parts", lambda *arguments: (look(), parts(*arguments))[1])
+        look()
+        most["before"] = most["bytes"]
         yield most
         look()
 
@@ -262,13 +266,12 @@ def test_no_device_holds_a_whole_model(method, monkeypatch):
     ]
     base, *experts = (jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, spec)), tree) for tree in host)
     gc.collect()
-    before = sum(array.addressable_shards[0].data.nbytes for array in jax.live_arrays())
     model = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
-    assert before >= 3 * model / 8
     with most_held(monkeypatch) as most:
         found = merged_by(method, base, experts)
     assert_laid_as(found, base)
-    assert before + model / 8 <= most["bytes"] <= before + 0.6 * model
+    assert 3 * model / 8 <= most["before"]
+    assert most["before"] + model / 8 <= most["bytes"] <= most["before"] + 0.6 * model
 
 
 def test_the_compiled_merge_holds_no_whole_model():
