@@ -237,7 +237,7 @@ def most_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
             (shard.device, shard.data.unsafe_buffer_pointer()): shard.data.nbytes
             for array in jax.live_arrays() if not array.is_deleted() for shard in array.addressable_shards
         }  # fmt: skip
-        held = {device: 0 for device in jax.devices()}
+        held = dict.fromkeys(jax.devices(), 0)
         for (device, _), size in buffers.items():
             held[device] += size
         most["bytes"] = max(most["bytes"], *held.values())
