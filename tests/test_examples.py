@@ -66,6 +66,18 @@ def test_one_layer():
     assert found["forgotten"] < 1e-2
 
 
+def test_sharded_trees():
+    """The result lies as the base does, an eighth of it on each device, and is the merge on one device."""
+    printed = run("sharded_trees.py")
+    found = rows(printed)
+    assert "lies as P('data', 'model')" in printed
+    assert found["share of a device"][0] < 0.13
+    assert found["eagerly, off by"][0] < 2e-5
+    assert found["under jit, off by"][0] < 2e-5
+    same, every = re.search(r"as the base's  (\d+)  of (\d+)", printed).groups()
+    assert same == every
+
+
 def check_huggingface(printed: str) -> None:
     assert "14 tensors  matrix: ace" in printed
     assert "5 tensors  vector: keep-base" in printed

@@ -89,7 +89,7 @@ def regmean_pp(
     }
 
     def merged(wanted: Iterable[str], grams: Sequence[Any]) -> Leaves:
-        return merge_leaves({n: assignments[n] for n in wanted}, [leaves, *own], names, weights, grams, seed=0)
+        return merge_leaves([{n: assignments[n] for n in wanted}], [leaves, *own], names, weights, grams, seed=0)[0]
 
     order = runner.order(own[0], data[0])
     group_of = _grouping(groups, order)

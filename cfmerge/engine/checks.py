@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.engine.units import Unit
@@ -29,7 +30,7 @@ def check_finite(unit: Unit, base: Any, expert: int | None, flags: np.ndarray) -
     number, work = whole.index(False), unit.work
     name = unit.jobs[number].name
     who, source = (work.experts[expert].told, work.experts[expert].name) if expert is not None else ("", "")
-    if not np.isfinite(np.asarray(base[unit.spans[number]], np.float32)).all():
+    if not jnp.isfinite(base[unit.spans[number]]).all():
         who, source = work.base.told, ""
     if not who:
         wider = ", or --dtype float32" if work.from_files else ""

@@ -23,7 +23,8 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
 
     Each job merges something: see `Work.merged`.
 
-    Under a transformation of JAX tensors are neither cut nor kept apart: its compiler sees all of them anyway.
+    Under a transformation of JAX tensors are neither cut nor kept apart: its compiler sees all of them anyway. Tensors
+    that lie on several devices are neither cut nor stacked: each device has but its part of them.
 
     Raises:
         CfmergeError: one tensor alone does not fit.
@@ -31,6 +32,9 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
     waiting: dict[Any, list[Job]] = {}
     filling: dict[Any, list[Segment]] = {}
     for job in jobs:
+        if job.name in work.sharded:
+            yield from _layers(work, job, memory) if job.layers_apart else [_whole(work, [job])]
+            continue
         if pieces and _takes_pieces(work, job):
             job = dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=in_pieces(job.method)))
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))

@@ -150,7 +150,9 @@ class Loop:
                 return done.value
 
     def _tried(self, attempt: Attempt) -> Outcome:
-        each = (Additive if attempt.methods[0].additive else Together)(attempt, self.placement.spread(attempt.unit))
+        # Traced, the statistics of a whole stack would be kept: so each tensor sees all its experts at once.
+        streamed = attempt.methods[0].additive and (self.work.statistics is not None or not self.work.traced)
+        each = (Additive if streamed else Together)(attempt, self.placement.spread(attempt.unit))
         if attempt.statistics is not None:
             with self.precision(attempt.compute):
                 base = each.spread.stored(attempt.unit.base())

@@ -18,6 +18,7 @@ import numpy as np
 from cfmerge.core.survey import Order, Ordered
 from cfmerge.engine.surveys import Place
 from cfmerge.engine.units import Segment, Unit
+from cfmerge.linalg.filled import filled
 from cfmerge.linalg.selection import highest
 from cfmerge.planning.work import Job, Work
 
@@ -197,7 +198,7 @@ def traced(order: Order, units: Sequence[Unit], keys_of: KeysOf) -> Ordered:
         return sum(jnp.sum(each >= key, dtype=jnp.int32) for each in own)
 
     def at(own: list[Any], rank: Any) -> Any:
-        return highest(own[0].dtype, lambda key: reaching(own, key) >= rank)
+        return highest(filled(0, own[0]), lambda key: reaching(own, key) >= rank)
 
     found = jax.vmap(lambda own, own_ranks: jax.vmap(lambda rank: at(own, rank))(own_ranks))(keys, ranks)
     if not order.ties:
@@ -216,5 +217,6 @@ def traced(order: Order, units: Sequence[Unit], keys_of: KeysOf) -> Ordered:
 
 
 def _end(ties: Any, wanted: Any) -> Any:
-    numbers = jnp.arange(len(ties), dtype=jnp.uint32)
-    return highest(jnp.uint32, lambda end: jnp.sum(ties & (numbers < end), dtype=jnp.int32) <= wanted)
+    zero = filled(0, ties, dtype=jnp.uint32)
+    numbers = zero + jnp.arange(len(ties), dtype=jnp.uint32)
+    return highest(zero, lambda end: jnp.sum(ties & (numbers < end), dtype=jnp.int32) <= wanted)

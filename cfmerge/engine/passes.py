@@ -49,9 +49,10 @@ class _Merging:
         self.unit, self.attempt, self.spread = attempt.unit, attempt, spread
         work, layout = self.unit.work, self.unit.job.layout
         self.traced = work.traced
-        self.by: Steps = (
-            steps(layout, attempt.compute) if self.traced else spread.steps(layout, attempt.compute, is_quick(work))
-        )
+        if self.traced:
+            self.by: Steps = steps(layout, attempt.compute, True)
+        else:
+            self.by = spread.steps(layout, attempt.compute, is_quick(work))
         settings = self.unit.settings(attempt.methods, attempt.found)
         self.settings: list[Settings] = [spread.put(one, SETTINGS) for one in settings]
         self.experts = self.unit.experts

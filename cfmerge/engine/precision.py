@@ -85,10 +85,10 @@ def _in_full(usual: Attempt) -> Generator[Attempt, Outcome, Outcome]:
         return outcome
     additive = methods[0].additive
     weak = _weak(unit, outcome.reports, LOSS_OF_SUMS if additive else LOSS_OF_SOLVE)
-    tensors = np.array(outcome.tensors) if len(weak) else outcome.tensors
+    tensors = outcome.tensors
     for number in weak:
         single = Attempt(unit.only(number), [methods[number]], usual.found, "float64", silent=True)
-        tensors[number] = np.asarray((yield single).tensors)[0]
+        tensors = _with(tensors, [number], (yield single).tensors, [0])
     double = outcome.float64 if additive else tuple(weak.tolist())
     return outcome._replace(tensors=tensors, float64=double, statistics=None)
 
@@ -101,9 +101,21 @@ def _solved_again(attempt: Attempt, outcome: Outcome) -> Generator[Attempt, Outc
     if len(weak) == 0:
         return outcome
     again = yield attempt._replace(compute="float64", statistics=outcome.statistics)
-    tensors = np.array(outcome.tensors)
-    tensors[weak] = np.asarray(again.tensors)[weak]
+    tensors = _with(outcome.tensors, weak, again.tensors)
     return outcome._replace(tensors=tensors, float64=tuple(weak.tolist()))
+
+
+def _with(tensors: Any, numbers: Any, others: Any, places: Any = None) -> Any:
+    """The tensors of a unit, those of these numbers replaced by others; if all are, these stay where they lie.
+
+    Args:
+        places: where they stand among the others; none: at the same numbers.
+    """
+    if len(tensors) == len(numbers):
+        return others
+    replaced = np.array(tensors)
+    replaced[numbers] = np.asarray(others)[numbers if places is None else places]
+    return replaced
 
 
 def compute_dtype(work: Work, jobs: Sequence[Job]) -> str:
@@ -142,10 +154,8 @@ def _rank_of(unit: Unit) -> int | None:
 def _replaced(outcome: Outcome, number: int, alone: Outcome) -> Outcome:
     """The outcome with one tensor done again, alone."""
 
-    def put(array: Any, own: Any) -> np.ndarray:
-        changed = np.array(array)
-        changed[number] = np.asarray(own)[0]
-        return changed
+    def put(array: Any, own: Any) -> Any:
+        return _with(array, [number], own, [0])
 
     reports = jax.tree.map(put, outcome.reports, alone.reports)
     return Outcome(put(outcome.tensors, alone.tensors), reports, None, outcome.float64 + alone.float64)

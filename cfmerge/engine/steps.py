@@ -79,11 +79,17 @@ def shared_out(plain: Steps, mesh: Mesh) -> Steps:
 
 
 class Views(NamedTuple):
-    """How stored tensors are looked at by a method with these needs."""
+    """How stored tensors are looked at by a method with these needs.
+
+    Attributes:
+        apart: tensors are taken one after the other, whatever the method: under a transformation of JAX a stack may
+            be a whole model, sharded over devices, whose draws and masks would be made on each of them.
+    """
 
     layout: str
     compute: str
     needs: Needs
+    apart: bool = False
 
     @property
     def entries(self) -> bool:
@@ -92,7 +98,7 @@ class Views(NamedTuple):
     @property
     def over(self) -> Callable[..., Any]:
         """Calls a function for every tensor of stacks."""
-        return _vmap if self.entries else _map
+        return _vmap if self.entries and not self.apart else _map
 
     def canonical(self, stack: Array) -> Array:
         """(stack, *stored) to (stack * batch, out, in), or as stored where there is no such view."""
@@ -135,11 +141,11 @@ class Own(NamedTuple):
         return expert - (base if self.minus is None else self.minus * base)
 
 
-def steps(layout: str, compute: str) -> Steps:
-    """The steps, not jitted."""
+def steps(layout: str, compute: str, apart: bool = False) -> Steps:
+    """The steps, not jitted; for `apart` see `Views`."""
 
     def views(settings: Settings) -> Views:
-        return Views(layout, compute, settings.method.needs)
+        return Views(layout, compute, settings.method.needs, apart)
 
     def made(settings: Settings, call: Call, tensor: Any) -> Method:
         method = jax.tree.map(lambda value: jnp.asarray(value, compute), call).part()

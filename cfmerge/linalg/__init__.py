@@ -12,9 +12,11 @@ after the other (`one_by_one`). All functions work under `jit` and `vmap`, and u
     selection.py       the k-th largest entry, the k largest entries
     batching.py        decompositions under `vmap`
     sharing.py         solves whose right-hand sides several devices share out
+    filled.py          arrays of one number, that loops start from
 """
 
 from cfmerge.linalg.batching import one_by_one as one_by_one
+from cfmerge.linalg.filled import filled as filled
 from cfmerge.linalg.low_rank import leading as leading
 from cfmerge.linalg.low_rank import low_rank_factors as low_rank_factors
 from cfmerge.linalg.low_rank import nonzero as nonzero

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from cfmerge.linalg.batching import one_by_one
+from cfmerge.linalg.filled import filled
 from cfmerge.linalg.products import gram, matmul
 from cfmerge.linalg.spectra import orthonormal, symmetric_eigen, thin_svd
 
@@ -102,7 +103,7 @@ def _triplets(matrix: Array, k: int) -> tuple[Array, Array, Array]:
         return u[:, order], s[order], _orthonormal((rows / s[:, None])[order].T).T
 
     smallest = float(jnp.finfo(matrix.dtype).eps) ** 0.6
-    zeros = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(by_grams, scaled))
+    zeros = jax.tree.map(lambda part: filled(0, scaled, part.shape), jax.eval_shape(by_grams, scaled))
     found = lax.cond(values[k - 1] > smallest**2 * values[0], by_grams, lambda x: zeros, scaled)
     resolved = found[1][-1] > smallest * found[1][0]  # the eigenvalue may have been noise, the row's norm is not
     u, s, vt = lax.cond(resolved, lambda x: found, lambda x: svd_wide(x, k), scaled)

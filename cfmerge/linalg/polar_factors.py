@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cfmerge.linalg.batching import one_by_one
+from cfmerge.linalg.filled import filled
 from cfmerge.linalg.low_rank import nonzero, rank_cutoff, scale_of, svd_wide
 from cfmerge.linalg.products import gram, matmul
 from cfmerge.linalg.spectra import symmetric_eigen, thin_svd
@@ -83,7 +84,7 @@ def _polar_factor(matrix: Array, cutoff: float) -> Polar:
 
     def by_gram(x: Array) -> Polar:
         root = matmul(vectors / jnp.sqrt(values), vectors.T)
-        return Polar(matmul(root, x), jnp.asarray(m, x.dtype), jnp.zeros((), x.dtype))
+        return Polar(matmul(root, x), filled(m, x), filled(0, x))
 
     resolved = values[0] > jnp.finfo(matrix.dtype).eps ** 0.4 * values[-1]
     return lax.cond(resolved, by_gram, lambda x: _by_platform(x, cutoff), scaled)
@@ -102,7 +103,7 @@ def polar_by_svd(x: Float[Array, "m n"], cutoff: float) -> Polar:
     """The polar factor of a wide matrix by its SVD, which alone can tell the rank of a matrix that has not all."""
     u, s, vt = svd_wide(x, x.shape[0])
     kept = nonzero(s, s[0], cutoff)
-    return Polar(matmul(u * kept, vt), jnp.sum(kept, dtype=x.dtype), jnp.ones((), x.dtype))
+    return Polar(matmul(u * kept, vt), jnp.sum(kept, dtype=x.dtype), filled(1, x))
 
 
 def polar_if_near(x: Float[Array, "m n"], cutoff: float) -> Polar:
@@ -125,7 +126,7 @@ Steps = tuple[Float[Array, "m n"], Bool[Array, ""], Int[Array, ""]]  # the resul
 
 def _polar_if_converged(x: Float[Array, "m n"], cutoff: float, steps: Steps) -> Polar:
     factor, converged, _ = steps
-    found = Polar(factor, jnp.asarray(x.shape[0], x.dtype), jnp.zeros((), x.dtype))
+    found = Polar(factor, filled(x.shape[0], x), filled(0, x))
     return lax.cond(converged, lambda x: found, lambda x: polar_by_svd(x, cutoff), x)
 
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
+from cfmerge.linalg.filled import filled
+
 Mask = Bool[Array, "..."]
 T = TypeVar("T")
 
@@ -87,12 +89,16 @@ def kth_largest(values: Shaped[Array, "..."], k: int | Shaped[Array, ""]) -> Sha
         bits = lax.bitcast_convert_type(lax.stop_gradient(values), unsigned)
         return lax.bitcast_convert_type(kth_largest(bits, k), values.dtype)
     enough = reaching(jnp.asarray(k, jnp.int32))
-    return highest(values.dtype, lambda key: enough(values >= key))
+    return highest(filled(0, values), lambda key: enough(values >= key))
 
 
-def highest(dtype: Any, holds: Callable[[Array], Array]) -> Array:
-    """The largest integer at which a condition holds that holds below it and not above; found bit by bit."""
-    return _bisect(dtype, lambda number: (holds(number), ()), ((), ()))[0]
+def highest(zero: UInt[Array, ""], holds: Callable[[Array], Array]) -> Array:
+    """The largest integer at which a condition holds that holds below it and not above; found bit by bit.
+
+    Args:
+        zero: the least integer, `filled` like what the condition looks at.
+    """
+    return _bisect(zero, lambda number: (holds(number), ()), ((), ()))[0]
 
 
 def largest(keys: UInt[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
@@ -127,17 +133,19 @@ def around(keys: UInt[Array, "..."], enough: Callable[[Mask], Bool[Array, ""]]) 
         mask = keys >= key
         return enough(mask), mask
 
-    return _bisect(keys.dtype, look, (jnp.ones(keys.shape, bool), jnp.zeros(keys.shape, bool)))[1]
+    all_of_them, none = (filled(value, keys, keys.shape, bool) for value in (True, False))
+    return _bisect(filled(0, keys), look, (all_of_them, none))[1]
 
 
-def _bisect(dtype: Any, look: Callable[[Array], tuple[Array, T]], seen: tuple[T, T]) -> tuple[Array, tuple[T, T]]:
+def _bisect(zero: Array, look: Callable[[Array], tuple[Array, T]], seen: tuple[T, T]) -> tuple[Array, tuple[T, T]]:
     """The largest integer at which a condition holds, and what was last seen where it held and where it did not.
 
     Args:
         look: `look(number)` returns whether it holds there, and what else is seen.
         seen: where it holds, at 0, and where it does not.
     """
-    bits = 8 * jnp.dtype(dtype).itemsize
+    dtype = zero.dtype
+    bits = 8 * dtype.itemsize
 
     def step(place: int | Array, state: tuple[Array, T, T]) -> tuple[Array, T, T]:
         number, below, above = state
@@ -146,16 +154,17 @@ def _bisect(dtype: Any, look: Callable[[Array], tuple[Array, T]], seen: tuple[T,
         choose = partial(jax.tree.map, partial(jnp.where, holds))
         return choose((candidate, found, above), (number, below, found))
 
-    number, below, above = lax.fori_loop(0, bits, step, (jnp.zeros((), dtype), *seen))
+    number, below, above = lax.fori_loop(0, bits, step, (zero, *seen))
     return number, (below, above)
 
 
 def first(mask: Bool[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, "..."]:
     """The first `count` of the entries that are set."""
-    places = jnp.arange(mask.size, dtype=jnp.uint32).reshape(mask.shape)
+    zero = filled(0, mask, dtype=jnp.uint32)
+    places = zero + jnp.arange(mask.size, dtype=jnp.uint32).reshape(mask.shape)
 
     def cut() -> Array:
-        end = highest(jnp.uint32, lambda end: jnp.sum(mask & (places < end), dtype=jnp.int32) <= count)
+        end = highest(zero, lambda end: jnp.sum(mask & (places < end), dtype=jnp.int32) <= count)
         return mask & (places < end)
 
     return lax.cond(jnp.sum(mask, dtype=jnp.int32) > count, cut, lambda: mask)

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cfmerge.linalg.batching import one_by_one
+from cfmerge.linalg.filled import filled
 from cfmerge.linalg.products import matmul
 from cfmerge.linalg.sharing import by_rows
 from cfmerge.linalg.spectra import symmetric_eigen
@@ -123,7 +124,7 @@ def conjugate_gradients(
 
     start = start / unit
     residual = goal - times(start)
-    state = (start, residual, residual, jnp.sum(residual * residual), jnp.zeros((), goal.dtype))
+    state = (start, residual, residual, jnp.sum(residual * residual), filled(0, goal))
     x, _, _, square, _ = lax.fori_loop(0, steps, step, state)
     left, whole = lax.stop_gradient((square, jnp.sum(goal * goal)))
     return x * unit, jnp.sqrt(left / jnp.where(whole > 0, whole, 1))

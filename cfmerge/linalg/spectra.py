@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge.linalg.batching import one_by_one
+from cfmerge.linalg.filled import filled
 from cfmerge.linalg.products import matmul
 
 
@@ -129,7 +130,7 @@ def largest_eigenvalue(matrix: Float[Array, "n n"], steps: int = 16) -> Float[Ar
         image = matmul(matrix, vector)
         return image / jnp.maximum(jnp.max(jnp.abs(image)), tiny)  # the largest entry: squares would underflow
 
-    start = jax.random.normal(jax.random.key(0), (matrix.shape[0],), matrix.dtype)
+    start = jax.random.normal(jax.random.key(0), (matrix.shape[0],), matrix.dtype) + filled(0, matrix)
     vector = lax.fori_loop(0, steps, step, start)
     image = matmul(matrix, vector)
     scale = jnp.maximum(jnp.max(jnp.abs(image)), tiny)

@@ -124,7 +124,7 @@ def ace(
         merged, kept = lax.cond(
             heterogeneous,
             lambda x: _refine(x + solved.residual(), x, k, solved.row_space),
-            lambda x: (x, jnp.zeros((), jnp.int32)),
+            lambda x: (x, linalg.filled(0, x, dtype=jnp.int32)),
             solved.merged,
         )
         spread = jnp.where(heterogeneous, 0.0 if eps is None else eps * scalars.inverse_trace, 0.0)
@@ -200,7 +200,7 @@ def _solve_full(
 def _refine(target: Array, x: Array, k: int, row_space: Array | None) -> tuple[Array, Array]:
     """`x + mean(s_1..s_k) U_k V_k^T` of `target`, with `k` cut at its numerical rank; `k = 0` adds nothing."""
     if k == 0:
-        return x, jnp.zeros((), jnp.int32)
+        return x, linalg.filled(0, x, dtype=jnp.int32)
     u, s, vt = linalg.leading(target, k, row_space)
     keep = s > max(target.shape) * jnp.finfo(s.dtype).eps * s[0]
     kept = jnp.sum(keep)

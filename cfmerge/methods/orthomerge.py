@@ -162,7 +162,7 @@ def inverse_cayley(rotated: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], A
         return linalg.matmul(inverse, odd), jnp.asarray(len(rotated) - kept, rotated.dtype)
 
     def by_solve(_: Array) -> tuple[Array, Array]:
-        return linalg.solve_right(odd, system)[0], jnp.zeros((), rotated.dtype)
+        return linalg.solve_right(odd, system)[0], linalg.filled(0, rotated)
 
     near = jnp.linalg.norm(system - 4 * eye) < 2  # then all eigenvalues are above 2
     skew, reflected = lax.cond(near, by_solve, by_inverse, odd)

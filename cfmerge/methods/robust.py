@@ -106,7 +106,8 @@ def _reweighted(
         return Settling(merged, change, state.steps + 1, held & state.held, ratio)
 
     mean = linalg.weighted_mean(linalg.weighted_sum(weights, deltas), jnp.sum(weights))
-    state = Settling(mean, jnp.ones((), dtype), jnp.zeros((), jnp.int32), jnp.ones((), bool), jnp.ones((), dtype))
+    one, steps = linalg.filled(1, mean), linalg.filled(0, mean, dtype=jnp.int32)
+    state = Settling(mean, one, steps, linalg.filled(True, mean, dtype=bool), one)
     state = lax.fori_loop(  # not a while loop: that could not be differentiated backwards
         0, iterations, lambda _, s: lax.cond(s.change > tolerance, step, lambda s: s, s), state
     )

@@ -4,7 +4,7 @@ Planning makes it, whether the models lie in files or in memory; the loop (`run.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -162,6 +162,7 @@ class Work:
         precision: "auto", or the dtype that all is computed in.
         traced: some values are known to a transformation of JAX only; then nothing looks at values.
         from_files: options of a recipe exist, and messages may name them.
+        sharded: the shardings of the tensors that lie on several devices, by name: each is merged there by itself.
     """
 
     base: Participant
@@ -172,6 +173,7 @@ class Work:
     precision: str = "auto"
     traced: bool = False
     from_files: bool = False
+    sharded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def before(self) -> int:

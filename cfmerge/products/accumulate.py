@@ -23,11 +23,12 @@ from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.methods import Method
 from cfmerge.planning.jobs import as_method
 from cfmerge.planning.plugins import load_plugins
-from cfmerge.planning.work import Job, Progress, silent
+from cfmerge.planning.work import Job, Progress, Work, silent
 from cfmerge.products.in_memory import merge_assigned
 from cfmerge.products.merge import merge_recipe
 from cfmerge.products.plan import Plan, as_recipe, make_plan
-from cfmerge.products.trees import Problem, work_of
+from cfmerge.products.sharded import automatic, nowhere, spread, statistic_home
+from cfmerge.products.trees import Inputs, Problem
 from cfmerge.statistics import (
     Statistics,
     fingerprint,
@@ -185,29 +186,47 @@ def _of_trees(
 ) -> Statistics:
     problem = Problem.of(base, experts, [method], rules)
     weights, given = problem.by_expert(weights, "weights"), problem.moments(moments)
-    work = work_of(problem.assignments, problem.trees, problem.names, weights, given, seed, sums=True)
-    kinds = {job.name: statistic_name(job.method) for job in work.merged}
-    pieces: dict[str, dict[str, list[Any]]] = {name: {} for name in kinds}
+    inputs = Inputs.of(problem.assignments, problem.trees, weights, given)
+    kinds: dict[str, str] = {}
 
-    def take(unit: Unit, statistics: Any) -> None:
-        for job, _, leaves in unit.shares(statistics):
-            for leaf, array in leaves.items():
-                pieces[job.name].setdefault(leaf, []).append(array)
+    def summed(inputs: Inputs) -> dict[str, dict[str, Any]]:
+        work = inputs.work(problem.assignments, problem.names, seed, sums=True)
+        for job in work.merged:
+            _check_job(job)
+        kinds.update({job.name: statistic_name(job.method) for job in work.merged})
+        return _sums(work)
 
-    for job in work.merged:
-        _check_job(job)
-    run.accumulate(work, take)
-    shapes = {
-        job.name: {leaf: (job.matrices, *shape) for leaf, shape in _leaf_shapes(job).items()} for job in work.merged
-    }
-    tensors = {
-        name: {leaf: jnp.concatenate(parts).reshape(shapes[name][leaf]) for leaf, parts in leaves.items()}
-        for name, leaves in pieces.items()
-    }
+    def homes(tensors: dict[str, dict[str, Any]], mesh: Any) -> Any:
+        return jax.tree.map(lambda leaf: statistic_home(leaf, mesh), tensors)
+
+    tensors = automatic(summed, inputs, homes)
+    base_print = automatic(lambda leaves: fingerprint(leaves, list(kinds)), problem.trees[0], nowhere)
     options = {"rules": [msgspec.to_builtins(rule) for rule in rules], "heads": None}
     plain = jax.tree.map(plain_number, [1.0] * len(problem.names) if weights is None else list(weights))
     names = dict(zip(problem.names, plain, strict=True))
-    return Statistics(expression(method), names, kinds, fingerprint(problem.trees[0], list(kinds)), options, tensors)
+    return Statistics(expression(method), names, kinds, base_print, options, tensors)
+
+
+def _sums(work: Work) -> dict[str, dict[str, Any]]:
+    """The statistics of the work's tensors, `{tensor: {leaf: array}}`, over all devices that a tensor lies on."""
+    pieces: dict[str, dict[str, list[Any]]] = {job.name: {} for job in work.merged}
+
+    def take(unit: Unit, statistics: Any) -> None:
+        for job, _, leaves in unit.shares(statistics):
+            where = work.sharded.get(job.name)
+            for leaf, array in leaves.items():
+                own = array if where is None else jax.device_put(array, spread(array.shape, where))
+                pieces[job.name].setdefault(leaf, []).append(own)
+
+    run.accumulate(work, take)
+    shapes = {job.name: _leaf_shapes(job) for job in work.merged}
+    return {
+        job.name: {
+            leaf: jnp.concatenate(parts).reshape(job.matrices, *shapes[job.name][leaf])
+            for leaf, parts in pieces[job.name].items()
+        }
+        for job in work.merged
+    }
 
 
 def solve(

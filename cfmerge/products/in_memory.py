@@ -1,10 +1,12 @@
 """Merging arrays and pytrees: pure functions that work under `jit`, `vmap` and `grad`."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from cfmerge import methods
@@ -15,8 +17,8 @@ from cfmerge.methods import Method
 from cfmerge.models import Kind, Parameter
 from cfmerge.planning.assign import Assignment
 from cfmerge.planning.jobs import as_method
-from cfmerge.planning.work import Work
-from cfmerge.products.trees import Kept, Problem, names_of, work_of
+from cfmerge.products.sharded import Outside, automatic, home, nowhere
+from cfmerge.products.trees import Inputs, Kept, Problem, names_of
 from cfmerge.recipe import Rule
 from cfmerge.statistics import Statistics, fingerprint, full_form
 
@@ -73,7 +75,7 @@ def merge_tensor(
         raise CfmergeError(NO_EXPERTS)
     given = [None] * len(experts) if moments is None else [{"tensor": moment} for moment in moments]
     tensors = [{"tensor": array} for array in (base, *experts)]
-    return merge_leaves({"tensor": assignment}, tensors, names, weights, given, seed)["tensor"]
+    return merge_leaves([{"tensor": assignment}], tensors, names, weights, given, seed)[0]["tensor"]
 
 
 def merge_params(
@@ -135,8 +137,7 @@ def merge_params_by(
         raise CfmergeError(NO_EXPERTS)
     in_order = problem.by_expert(weights, "weights")
     given = problem.moments(moments)
-    work = work_of(problem.assignments, problem.trees, problem.names, in_order, given, seed)
-    merged = _merged(work, problem.trees[0], len(by))
+    merged = merge_leaves(problem.assignments, problem.trees, problem.names, in_order, given, seed)
     return [unflatten(problem.treedef, dict(problem.trees[0]) | result) for result in merged]
 
 
@@ -145,31 +146,43 @@ def merge_assigned(base: Any, method: Method, kept: Statistics) -> dict[str, Arr
     rules = kept.options["rules"]
     problem = Problem.of(base, {}, [method], rules)
     names = list(kept.kinds)
-    if any(name not in problem.trees[0] for name in names) or fingerprint(problem.trees[0], names) != kept.base:
+    known = all(name in problem.trees[0] for name in names)
+    if not known or automatic(lambda leaves: fingerprint(leaves, names), problem.trees[0], nowhere) != kept.base:
         raise CfmergeError("solve: the statistics were accumulated over another base")
     for name, assignment in problem.assignments[0].items():
         if assignment.action == "merge":
             kept.check(full_form(assignment.method), name)
-    return merge_leaves(problem.assignments[0], problem.trees, [], None, [], 0, kept)
+    return merge_leaves(problem.assignments, problem.trees, [], None, [], 0, kept)[0]
 
 
 def merge_leaves(
-    assignments: Mapping[str, Assignment],
+    assignments: Sequence[Mapping[str, Assignment]],
     trees: Sequence[Mapping[str, Any]],
     experts: Sequence[str],
     weights: Sequence[Any] | None,
     given: Sequence[Any],
     seed: int,
     kept: Statistics | None = None,
-) -> dict[str, Array]:
-    """The merged tensors by name; `trees` are the base's and the experts', `kept` is statistics before them."""
-    return _merged(work_of([assignments], trees, experts, weights, given, seed, kept), trees[0], 1)[0]
+) -> list[dict[str, Array]]:
+    """The merged tensors by name, of each result; notes of the methods become warnings.
 
+    Args:
+        assignments: one mapping for each result.
+        trees: the base's and the experts'.
+        kept: statistics before the experts.
+    """
 
-def _merged(work: Work, base: Mapping[str, Any], results: int) -> list[dict[str, Array]]:
-    """The merged tensors by name, of each result; notes of the methods become warnings."""
-    sinks = [Kept() for _ in range(results)]
-    account = run.merge(work, sinks)
-    for note in (*account.told(), *filter(None, map(account.warning, range(results)))):
-        warnings.warn(note, stacklevel=5)
-    return [sink.arrays(base) for sink in sinks]
+    def merged(inputs: Inputs) -> list[dict[str, Array]]:
+        work = inputs.work(assignments, experts, seed, kept)
+        sinks = [Kept(work.sharded) for _ in assignments]
+        account = run.merge(work, sinks)
+        for note in (*account.told(), *filter(None, map(account.warning, range(len(sinks))))):
+            warnings.warn(note, stacklevel=6)
+        return [sink.arrays(inputs.trees[0]) for sink in sinks]
+
+    def homes(results: list[dict[str, Array]], mesh: Any) -> list[dict[str, Sharding | None]]:
+        return [{name: home(trees[0][name], mesh) for name in result} for result in results]
+
+    if kept is not None and not isinstance(kept.tensors, dict):
+        kept = dataclasses.replace(kept, tensors=Outside(kept.tensors))
+    return automatic(merged, Inputs.of(assignments, trees, weights, given, kept), homes)

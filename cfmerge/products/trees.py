@@ -1,5 +1,7 @@
 """Trees of parameters as named arrays: checks that base and experts fit together, and the work that they make."""
 
+import dataclasses
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
-from cfmerge.core.call import call_of
+from cfmerge.core.call import Call, call_of
 from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats.pytree import flatten
@@ -17,31 +20,57 @@ from cfmerge.models import Parameter, classify, is_float
 from cfmerge.models.deltas import Delta, Dense
 from cfmerge.planning.assign import Assignment, assign
 from cfmerge.planning.jobs import check_moments, settled_jobs
-from cfmerge.planning.work import Participant, Work
+from cfmerge.planning.work import Job, Participant, Work
+from cfmerge.products.sharded import is_spread, layout_of, replicated
 from cfmerge.recipe import Rule, parse_rule
 from cfmerge.statistics import Statistics
 
 
-class Tree(NamedTuple):
-    """Named arrays as the loop reads them."""
+class Tree:
+    """Named arrays as the loop reads them.
 
-    leaves: Mapping[str, Any]
+    Args:
+        leaves: the arrays.
+        layouts: where to lay those that are merged on several devices, see `sharded`.
+    """
+
+    def __init__(self, leaves: Mapping[str, Any], layouts: Mapping[str, Sharding] | None = None) -> None:
+        self.leaves, self.layouts = leaves, layouts or {}
+        self._last: tuple[str, Any] = "", None
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Any:
-        leaf = self.leaves[name]
-        return leaf if count is None else leaf.reshape(-1)[first : first + count]
+        leaf = self._laid(name, count is not None)
+        if count is None:
+            return leaf
+        if not is_spread(leaf):
+            return leaf.reshape(-1)[first : first + count]
+        size = math.prod(leaf.shape[1:])  # whole layers: the flat array would be gathered
+        return leaf[first // size : (first + count) // size]
+
+    def _laid(self, name: str, again: bool) -> Any:
+        """The whole array, kept where other pieces of it are read next."""
+        if name not in self.layouts:
+            return self.leaves[name]
+        kept, leaf = self._last
+        if kept != name:
+            leaf = jax.device_put(self.leaves[name], self.layouts[name])
+        self._last = (name, leaf) if again else ("", None)
+        return leaf
 
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
         return Dense(self.read(name, first, count))
 
 
 class Kept:
-    """A sink that keeps the arrays in memory."""
+    """A sink that keeps the arrays in memory, those that have a layout as it says."""
 
-    def __init__(self) -> None:
+    def __init__(self, layouts: Mapping[str, Sharding] | None = None) -> None:
+        self._layouts = layouts or {}
         self._pieces: dict[str, list[tuple[int, Any]]] = {}
 
     def write(self, name: str, values: Any, first: int = 0) -> None:
+        if name in self._layouts:
+            values = jax.device_put(values, self._layouts[name])
         self._pieces.setdefault(name, []).append((first, values))
 
     def arrays(self, like: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -54,6 +83,8 @@ def _joined(pieces: list[tuple[int, Any]], shape: tuple[int, ...]) -> jax.Array:
     if len(parts) == 1 and isinstance(parts[0], jax.Array):
         return parts[0].reshape(shape)
     with jax.enable_x64(jax.config.read("jax_enable_x64") or parts[0].dtype == np.float64):
+        if all(part.shape[1:] == shape[1:] for part in parts):  # layers: flat, they would be gathered
+            return jnp.concatenate(parts)
         return jnp.concatenate([jnp.asarray(part).reshape(-1) for part in parts]).reshape(shape)
 
 
@@ -140,12 +171,18 @@ def _check_agrees(name: str, base: Any, experts: Sequence[Any], names: Sequence[
     if is_float(str(base.dtype)) or jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
         return
     for who, expert in zip(names, experts, strict=True):
-        concrete = not isinstance(base, jax.core.Tracer) and not isinstance(expert, jax.core.Tracer)
-        if concrete and not np.array_equal(np.asarray(base), np.asarray(expert)):
+        if not _any_traced((base, expert)) and not _same(base, expert):
             raise CfmergeError(
                 f"{who}: integers {name!r} differ from the base's; integers are not merged. A rule "
                 f"{{'match': {name!r}, 'method': 'keep-base'}} keeps the base's"
             )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if is_spread(a) or is_spread(b):  # compared where they lie
+        where = layout_of([a, b])
+        return bool(jnp.array_equal(jax.device_put(a, where), jax.device_put(b, where)))
+    return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def work_of(
@@ -189,14 +226,82 @@ def work_of(
         statistics=statistics, sums=sums,
     )  # fmt: skip
     for note in notes:
-        warnings.warn(note, stacklevel=5)
+        warnings.warn(note, stacklevel=8)
+    layouts = {} if traced else layouts_of(jobs, trees)
     taking_part = [
-        Participant(name, f"expert {name!r}", Tree(tree), None if moment is None else Tree(moment))
+        Participant(name, f"expert {name!r}", Tree(tree, layouts), None if moment is None else _beside(moment, layouts))
         for name, tree, moment in zip(experts, trees[1:], moments or [None] * len(experts), strict=True)
     ]
     check_moments(jobs, taking_part, lambda moment, name: moment.leaves.get(name))  # type: ignore[attr-defined]
-    base = Participant("base", "base", Tree(trees[0]))
-    return Work(base, tuple(taking_part), tuple(jobs), statistics, seed, traced=traced)
+    base = Participant("base", "base", Tree(trees[0], layouts))
+    return Work(base, tuple(taking_part), tuple(jobs), statistics, seed, traced=traced, sharded=layouts)
+
+
+class Inputs(NamedTuple):
+    """All arrays that work is made of, as a pytree: those of a tree's caller may lie on a mesh, and be traced.
+
+    Attributes:
+        trees: the base's leaves by name, then the experts'.
+        weights, given: weights and moments of the experts.
+        calls: of each result, the methods of its tensors, whose numbers may be arrays.
+        kept: the statistics' arrays.
+    """
+
+    trees: Sequence[Mapping[str, Any]]
+    weights: Sequence[Any] | None
+    given: Sequence[Any]
+    calls: Sequence[Mapping[str, Call]]
+    kept: Mapping[str, Any] | None
+
+    @staticmethod
+    def of(
+        assignments: Sequence[Mapping[str, Assignment]],
+        trees: Sequence[Mapping[str, Any]],
+        weights: Sequence[Any] | None,
+        given: Sequence[Any],
+        kept: Statistics | None = None,
+    ) -> "Inputs":
+        calls = [{name: call_of(a.method) for name, a in each.items() if a.action == "merge"} for each in assignments]
+        held = kept.tensors if kept is not None and isinstance(kept.tensors, dict) else None
+        return Inputs(trees, weights, given, calls, held)
+
+    def work(
+        self,
+        assignments: Sequence[Mapping[str, Assignment]],
+        experts: Sequence[str],
+        seed: Any,
+        kept: Statistics | None = None,
+        *,
+        sums: bool = False,
+    ) -> Work:
+        """The work of these assignments and statistics with the arrays that are held here; see `work_of`."""
+        own = [
+            {name: _with(assignment, calls[name]) for name, assignment in each.items() if name in calls}
+            for each, calls in zip(assignments, self.calls, strict=True)
+        ]
+        if kept is not None and self.kept is not None:
+            kept = dataclasses.replace(kept, tensors=self.kept)
+        return work_of(own, self.trees, experts, self.weights, self.given, seed, kept, sums=sums)
+
+
+def _with(assignment: Assignment, call: Call) -> Assignment:
+    """The assignment, its method made by this call if that holds other numbers."""
+    own = jax.tree.leaves(call_of(assignment.method))
+    if all(a is b for a, b in zip(own, jax.tree.leaves(call), strict=True)):
+        return assignment
+    return dataclasses.replace(assignment, method=call.part())
+
+
+def layouts_of(jobs: Sequence[Job], trees: Sequence[Mapping[str, Any]]) -> dict[str, Sharding]:
+    """The layouts of the tensors that lie on several devices."""
+    each = {job.name: layout_of([tree[job.name] for tree in trees], job.layers_apart) for job in jobs}
+    return {name: layout for name, layout in each.items() if layout is not None}
+
+
+def _beside(moments: Mapping[str, Any], layouts: Mapping[str, Sharding]) -> Tree:
+    """Moments where the tensors lie: as they are if on several devices too, else on each of them."""
+    alone = {name: where for name, where in layouts.items() if name in moments and not is_spread(moments[name])}
+    return Tree(moments, {name: replicated(where) for name, where in alone.items()})
 
 
 def _any_traced(values: Any) -> bool:
