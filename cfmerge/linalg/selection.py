@@ -71,6 +71,16 @@ def _top_bit(dtype: Any) -> Array:
     return jnp.asarray(1, dtype) << jnp.asarray(8 * jnp.dtype(dtype).itemsize - 1, dtype)
 
 
+def steady(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` with one bit less, so that a sum to which it is added is the same number in every program.
+
+    Compilers join a product and a sum into one operation with one rounding, in some programs and not in others. Keys
+    that are compared with keys of another program are sums of steady numbers.
+    """
+    kind = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, kind.nexp, kind.nmant - 1)
+
+
 # --- selection ---------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from cfmerge.core.part import Context, Method, Needs, Seen
 from cfmerge.core.random import draws
 from cfmerge.core.registry import register
 from cfmerge.core.survey import Found, Look, Measure, Order, Survey, reached
-from cfmerge.linalg.selection import largest, magnitude_keys
+from cfmerge.linalg.selection import largest, magnitude_keys, steady
 from cfmerge.methods._stack import total, weighted
 from cfmerge.methods._thresholds import share_of
 
@@ -174,7 +174,7 @@ def _variance(deltas: Float[Array, "T ..."], size: Array) -> Float[Array, "..."]
     """The variance over the experts, of deltas over a size, times their number."""
     moved = [linalg.ratio(delta - deltas[0], size) for delta in deltas]  # exactly 0 where all are the same
     mean = total(moved) / len(moved)
-    return total((each - mean) ** 2 for each in moved)
+    return total(steady((each - mean) ** 2) for each in moved)
 
 
 def _largest(deltas: Float[Array, "T ..."]) -> Array:

@@ -44,7 +44,7 @@ def test_rows_hold_every_entry_once(odd, monkeypatch, entries):
 def test_entrywise_methods_are_compiled_once_whatever_the_shapes(odd, tmp_path, method):
     steps.compiled.cache_clear()
     cfmerge.merge(*odd, method, output=tmp_path / "out")
-    compiled = steps.compiled("", "float32", True)
+    compiled = steps.compiled("", "float32", True, None)
     assert compiled.step._cache_size() + compiled.together._cache_size() == 1
 
 
