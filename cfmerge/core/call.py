@@ -167,11 +167,11 @@ def form_of(method: Method, rank: int | None = None) -> Method | None:
     return method.form(rank)
 
 
-def in_pieces(part: P) -> P:
-    """The part of scope "entry" that looks within each tensor first; see `Part.pieces`.
+def in_pieces(part: P) -> P | None:
+    """The part of scope "entry" that looks within each tensor first; None: there is no such form. See `Part.pieces`.
 
     Its call makes it again with other numbers.
     """
-    assert part.pieces is not None
+    made = part.pieces() if part.pieces is not None else None
     call = Call.of(in_pieces, {"part": part}, frozenset())
-    return dataclasses.replace(part.pieces(), name=part.name, call=call, pieces=None)
+    return made and dataclasses.replace(made, name=part.name, call=call, pieces=None)

@@ -67,13 +67,13 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
     _check(parts, before, after)
     name = " >> ".join(part.name for part in parts)
     scope = max((part.needs.scope for part in parts), key=SCOPES.index)
-    random = any(part.needs.random for part in parts)
+    random, ranks = any(part.needs.random for part in parts), parts[0].needs.ranks
     survey, pieces = None, None
     if any(part.survey for part in parts):
         within = next(part.survey.within for part in parts if part.survey)
         survey = Survey(_look_in_turn, lambda found: _chain_of(_informed_of(parts, found)), parts, within)
     elif any(part.pieces for part in parts) and all(_by_entry(part) for part in parts):
-        pieces = lambda: _chain_of(tuple(part.pieces() if part.pieces else part for part in parts))  # noqa: E731
+        pieces = partial(_in_pieces, parts)
     call = Call.of(_chain_of, {"parts": parts}, frozenset())
 
     def apply(delta: Array, context: Context = NO_CONTEXT) -> Array:
@@ -82,7 +82,9 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
         return delta
 
     if at == len(parts):
-        return Transform(name, apply, needs=Needs(scope, random=random), survey=survey, call=call, pieces=pieces)
+        return Transform(
+            name, apply, needs=Needs(scope, random=random, ranks=ranks), survey=survey, call=call, pieces=pieces
+        )
     inner = parts[at]
     seen = any(part.needs.seen for part in after)
 
@@ -114,7 +116,7 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
         init,
         update,
         solve,
-        needs=inner.needs.but(scope=scope, random=random),
+        needs=inner.needs.but(scope=scope, random=random, ranks=ranks),
         additive=inner.additive and not seen,
         by_rows=inner.by_rows and all(part is inner or part.needs.scope == "entry" for part in parts) and not seen,
         form=form,
@@ -123,6 +125,11 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
         call=call,
         pieces=pieces,
     )
+
+
+def _in_pieces(parts: tuple[Any, ...]) -> Any:
+    made = tuple(part.pieces() if part.pieces else part for part in parts)
+    return None if any(part.needs.ranks for part in made[1:]) else _chain_of(made)
 
 
 def _by_entry(part: Part) -> bool:

@@ -38,6 +38,8 @@ class Context(NamedTuple):
         start: index of the delta's first entry, where a large tensor is merged in pieces (0 otherwise).
         stored, view: the shape in which the tensor lies in its file, and the function that turns it into the delta's,
             where they differ: a number that is drawn belongs to an entry of the file.
+        rank: the rank of each entry's magnitude in its row over that of the largest, from 0 to 1, for parts whose needs
+            say `ranks`.
     """
 
     key: Array | None = None
@@ -46,6 +48,7 @@ class Context(NamedTuple):
     start: int | Array = 0
     stored: tuple[int, ...] | None = None
     view: Callable[[Array], Array] | None = None
+    rank: Array | None = None
 
 
 NO_CONTEXT = Context()
@@ -78,6 +81,7 @@ class Needs:
         moments: the measurement that every expert must bring, in the context: "input_gram" or "fisher".
         ordered: the result depends on the order of the experts.
         random: a key in the context.
+        ranks: the ranks of the delta's entries in their rows, in the context: for the first part of a chain.
         seen: a transform behind a method is called as `apply(merged, Seen)`.
     """
 
@@ -88,6 +92,7 @@ class Needs:
     moments: Literal["", "input_gram", "fisher"] = ""
     ordered: bool = False
     random: bool = False
+    ranks: bool = False
     seen: bool = False
 
     def but(self, **changes: Any) -> "Needs":

@@ -7,7 +7,7 @@ from typing import Any
 
 from cfmerge.core.call import in_pieces
 from cfmerge.engine.surveys import kind_of, looks_within
-from cfmerge.engine.units import Segment, Unit
+from cfmerge.engine.units import Segment, Unit, row_of
 from cfmerge.errors import CfmergeError
 from cfmerge.planning.work import Job, Work
 
@@ -35,8 +35,8 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
         if job.name in work.sharded:
             yield from _layers(work, job, memory) if job.layers_apart else [_whole(work, [job])]
             continue
-        if pieces and _takes_pieces(work, job):
-            job = dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=in_pieces(job.method)))
+        if pieces:
+            job = _in_pieces(work, job)
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
         if looks_within(job.method):
             yield from _apart(work, job, filling.setdefault(likes, []))
@@ -91,10 +91,13 @@ def _rows(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
         first += count
 
 
-def _takes_pieces(work: Work, job: Job) -> bool:
-    """Whether the method has a form that looks within a tensor, and findings by expert have a place for each."""
+def _in_pieces(work: Work, job: Job) -> Job:
+    """The job, its method in the form that takes entries, if it has one; findings by expert need all experts."""
     everybody = len(job.experts) == len(work.experts) and work.statistics is None
-    return work.from_files and everybody and job.method.pieces is not None
+    method = in_pieces(job.method) if work.from_files and everybody else None
+    if method is None or (method.needs.ranks and row_of(job.parameter) is None):
+        return job
+    return dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=method))
 
 
 def _apart(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:

@@ -43,9 +43,10 @@ class Inputs(NamedTuple):
     moment: Any = None  # (stack, ...)
     start: Any = 0  # (stack,), the first entry of each in its tensor
     minus: Any = None  # (stack,), 0 where a delta comes instead of an expert's tensor, else 1; none: 1 for all
+    rank: Any = None  # (stack, row), see `Context.rank`
 
 
-INPUTS = Inputs(STACK, SAME, STACK, SAME, STACK, STACK, STACK)
+INPUTS = Inputs(STACK, SAME, STACK, SAME, STACK, STACK, STACK, STACK)
 
 
 def settings_of(methods: Sequence[Method], repeats: Any = 1, found: Found | None = None) -> Settings:

@@ -111,9 +111,9 @@ class Views(NamedTuple):
 
     def context(self, inputs: Inputs, own: "Own", stored: tuple[int, ...]) -> Context:
         """The context of one tensor of an expert's stack."""
-        digest, moment, start, _ = own
+        digest, moment, start, _, rank = own
         key = None if digest is None else key_from(inputs.seed, digest)
-        plain = Context(key, inputs.number, moment, start)
+        plain = Context(key, inputs.number, moment, start, rank=rank)
         if self.entries or not self.layout or "b" in self.layout:
             return plain
         return plain._replace(stored=stored, view=lambda array: to_canonical(array, self.layout))
@@ -125,7 +125,9 @@ class Views(NamedTuple):
             moment = self.canonical(moment) if self.needs.moments == "fisher" else moment.astype(self.compute)
         weight = jnp.asarray(inputs.weight, self.compute)
         minus = None if inputs.minus is None else jnp.asarray(inputs.minus, self.compute)
-        return weight, Own(inputs.digest, moment, jnp.broadcast_to(jnp.asarray(inputs.start), weight.shape), minus)
+        start = jnp.broadcast_to(jnp.asarray(inputs.start), weight.shape)
+        rank = None if inputs.rank is None else jnp.asarray(inputs.rank, self.compute)
+        return weight, Own(inputs.digest, moment, start, minus, rank)
 
 
 class Own(NamedTuple):
@@ -135,6 +137,7 @@ class Own(NamedTuple):
     moment: Any
     start: Any
     minus: Any
+    rank: Any
 
     def delta(self, expert: Array, base: Array) -> Array:
         """The expert less the base; or the delta that came instead of an expert."""

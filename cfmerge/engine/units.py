@@ -25,7 +25,9 @@ from cfmerge.core.several import leaders, members
 from cfmerge.core.survey import Found
 from cfmerge.engine.inputs import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places
+from cfmerge.linalg.selection import middle_ranks
 from cfmerge.methods import Method
+from cfmerge.models import Parameter
 from cfmerge.models.deltas import Delta, Dense, Factors
 from cfmerge.planning.work import Job, Readable, Work
 from cfmerge.statistics import named_leaves, stacked
@@ -213,9 +215,26 @@ class Unit:
             told = [layer_name(job.name, layer, job.matrices) for job, layer in self._places]
             digests = np.stack([digest_of(layer, expert.name) for layer in told])
             inputs = inputs._replace(digest=digests if self.row is None else np.repeat(digests, self._repeats, axis=0))
+        if needs.ranks:
+            inputs = inputs._replace(rank=self._in_rows([self._ranks(s, number) for s in self.segments], self.row or 1))
         if needs.moments and expert.moments is not None:
             inputs = inputs._replace(moment=self._moment(expert.moments, needs.moments))
         return inputs
+
+    def _ranks(self, segment: Segment, number: int) -> np.ndarray:
+        """The ranks of a segment's entries in the rows of its tensor, of which it may begin or end within one."""
+        job, end = segment.job, segment.first + segment.entries
+        row = row_of(job.parameter) or 1
+        first, last = segment.first // row * row, -(-end // row) * row
+        base = self.work.base.tensors.read(job.name, first, last - first)
+        delta = self.work.experts[number].tensors.delta(str(job.sources[number]), first, last - first)
+        moved = delta.product if isinstance(delta, Factors) else delta.tensor
+        wide = np.float64 if "float64" in {moved.dtype.name, base.dtype.name} else np.float32
+        moved = moved.astype(wide) - (0 if isinstance(delta, Factors) else base.astype(wide))
+        if row == 1:
+            return np.full(segment.entries, 0.5, wide)
+        ranks = middle_ranks(np.abs(moved).reshape(-1, row)).astype(wide) / wide(row - 1)
+        return ranks.reshape(-1)[segment.first - first : end - first]
 
     def _starts(self) -> np.ndarray:
         """The first entry of every row in its tensor; 0 of what is no row."""
@@ -277,6 +296,16 @@ class Unit:
                 for leaf, array in leaves.items() if array.ndim > 1 or segment.first == 0
             }  # fmt: skip
             yield segment.job, segment.first, cut
+
+
+def row_of(parameter: Parameter) -> int | None:
+    """The length of the rows of the matrix that a tensor is, if they lie one behind the other in the file.
+
+    Of a tensor without a canonical view, the length of its last axis.
+    """
+    if not parameter.layout:
+        return parameter.shape[-1] if parameter.shape else 1
+    return parameter.canonical[-1] if list(parameter.layout) == sorted(parameter.layout, key="boi".index) else None
 
 
 def _one_dtype(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

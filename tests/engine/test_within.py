@@ -14,6 +14,8 @@ METHODS = [
     "ties(density=0.3, scope='tensor', count='official')",
     "breadcrumbs(density=0.6, gamma=0.1)",
     "breadcrumbs_ties(density=[0.8, 0.3, 0.0], gamma=[0.1, 0.0, 0.2])",
+    "della(epsilon=0.2)",
+    "drop_by_rank(density=[0.5, 0.3, 0.7], epsilon=0.2) >> average",
     "sce",
     "sce(density=0.3)",
     "multislerp",
@@ -48,7 +50,8 @@ def family(request, make_model, tmp_path):
 def test_pieces_are_merged_as_the_whole(family, tmp_path, load, monkeypatch, method):
     """In rows of whole tensors, in pieces, and in pieces of which a sample brackets the order statistics."""
     trees, (base, *experts) = family
-    expected = cfmerge.merge_params(trees[0], trees[1:], method)
+    named = {path.name: tree for path, tree in zip(experts, trees[1:], strict=True)}  # random keys are of names
+    expected = cfmerge.merge_params(trees[0], named, method)
     cfmerge.merge(base, experts, method, output=tmp_path / "rows")
     monkeypatch.setattr(cutting, "ROW", 16)
     monkeypatch.setattr(cutting, "ENTRIES", 64)

@@ -136,13 +136,13 @@ def test_dare_of_the_paper_is_unbiased():
 
 
 def test_keep_probabilities_of_della():
-    from cfmerge.methods.sparsify import keep_probabilities
+    from cfmerge.methods.sparsify import keep_probabilities, ranks_of
 
     name = "mk_della_linear_norescale"
     arrays, p = load(CASES[name]), CASES[name]["params"]
     for t in range(2):
         delta = jnp.asarray(arrays[f"expert_{t}"] - arrays["base"], jnp.float32)
-        got = keep_probabilities(delta, p["density"][t], p["epsilon"][t])
+        got = keep_probabilities(ranks_of(delta), p["density"][t], p["epsilon"][t])
         np.testing.assert_allclose(got, arrays[f"expected_keep_prob_{t}"], atol=1e-6)
 
 

@@ -71,6 +71,17 @@ def test_middle_ranks():
     np.testing.assert_array_equal(ranks, [[3, 1.5, 1.5, 0], [1.5, 1.5, 1.5, 1.5]])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_middle_ranks_are_the_same_on_the_host(dtype):
+    rng = np.random.default_rng(0)
+    x = np.round(np.abs(rng.standard_normal((5, 40))), 1).astype(dtype)
+    x[1] = np.abs(rng.standard_normal(40))  # no two are equal
+    x[2] = 0.0
+    with jax.enable_x64(dtype == "float64"):
+        expected = selection.middle_ranks(selection.magnitude_keys(jnp.asarray(x)))
+    np.testing.assert_array_equal(selection.middle_ranks(x), expected)
+
+
 @pytest.mark.parametrize(
     ("share", "size", "rounding", "count"),
     [(0.07, 100, "ceil", 7), (0.2, 101, "ceil", 21), (0.3, 17, "floor", 5), (0.2, 126, "round", 25),
