@@ -36,7 +36,7 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
             yield from _layers(work, job, memory) if job.layers_apart else [_whole(work, [job])]
             continue
         if pieces:
-            job = _in_pieces(work, job)
+            job = _by_entry(work, job)
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
         if looks_within(job.method):
             yield from _apart(work, job, filling.setdefault(likes, []))
@@ -91,7 +91,7 @@ def _rows(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
         first += count
 
 
-def _in_pieces(work: Work, job: Job) -> Job:
+def _by_entry(work: Work, job: Job) -> Job:
     """The job, its method in the form that takes entries, if it has one; findings by expert need all experts."""
     everybody = len(job.experts) == len(work.experts) and work.statistics is None
     method = in_pieces(job.method) if work.from_files and everybody else None
