@@ -70,8 +70,9 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
     random, ranks = any(part.needs.random for part in parts), parts[0].needs.ranks
     survey, pieces = None, None
     if any(part.survey for part in parts):
-        within = next(part.survey.within for part in parts if part.survey)
-        survey = Survey(_look_in_turn, lambda found: _chain_of(_informed_of(parts, found)), parts, within)
+        own = [part.survey for part in parts if part.survey]
+        rows = all(survey.rows for survey in own)
+        survey = Survey(_look_in_turn, lambda found: _chain_of(_informed_of(parts, found)), parts, own[0].within, rows)
     elif any(part.pieces for part in parts) and all(_by_entry(part) for part in parts):
         pieces = partial(_in_pieces, parts)
     call = Call.of(_chain_of, {"parts": parts}, frozenset())

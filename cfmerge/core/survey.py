@@ -55,6 +55,23 @@ class Measure(NamedTuple):
 class Order(NamedTuple):
     """Order statistics of each expert's keys, see `cfmerge.linalg.selection`; a look yields it and gets `Ordered`.
 
+        >>> def larger_half():
+        ...     def look(entries, own):
+        ...         ordered = yield methods.Order(linalg.magnitude_keys, [(entries // 2,)] * len(own))
+        ...         return methods.Found(ordered.keys, ordered.ends)
+        ...     def informed(found):
+        ...         def keep(delta, context):
+        ...             key, end = found.model[context.number, 0], found.tensor[context.number, 0]
+        ...             kept = methods.reached(linalg.magnitude_keys(delta), key, end, context.start)
+        ...             return jnp.where(kept, delta, 0)
+        ...         return methods.Transform("larger_half", keep)
+        ...     return methods.Transform("larger_half", lambda delta: delta, survey=methods.Survey(look, informed))
+        >>> base = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+        >>> expert = {"a": jnp.array([4.0, 1.0]), "b": jnp.array([2.0, -3.0])}
+        >>> merged = cfmerge.merge_params(base, [expert], larger_half() >> methods.average())
+        >>> merged["a"].tolist(), merged["b"].tolist()  # half of the model, not of each tensor
+        ([4.0, 0.0], [0.0, -3.0])
+
     Attributes:
         of: `of(delta)` or `of(delta, context)` of each expert: keys in the delta's shape. If `joint`, `of(seen)` of
             each tensor: a list of them.
@@ -93,6 +110,10 @@ class Ordered(NamedTuple):
 
 def reached(keys: Array, key: Array, end: Array | None, start: int | Array) -> Array:
     """Which entries are of the rank of a key or above: exactly so many as the rank says, or without `end` all that tie.
+
+        >>> keys = jnp.array([7, 5, 9, 5], jnp.uint32)
+        >>> methods.reached(keys, jnp.uint32(5), jnp.uint32(2), start=0).tolist()
+        [True, True, True, False]
 
     Args:
         keys: of a tensor, or of the piece of it that begins with entry number `start`.
@@ -141,6 +162,8 @@ class Survey(NamedTuple):
         informed: `informed(found)` is the part that knows the findings.
         own: numbers of the part that may differ by expert, for `look`.
         within: "model", or "tensor": the look is at each tensor by itself, see `Part.pieces`.
+        rows: zeros make no difference to it, and it measures nothing by tensor: tensors may be cut into rows that are
+            filled up with zeros, so that all compile once.
 
     A look within a tensor is taken again inside compiled code, where all numbers are traced: it must ask the same
     whatever they are. There `entries` are the tensor's, and `Ordered.ends` is an array.
@@ -150,6 +173,7 @@ class Survey(NamedTuple):
     informed: Callable[[Found], Any]
     own: Any = None
     within: Literal["model", "tensor"] = "model"
+    rows: bool = False
 
 
 def xp_of(*values: Any) -> Any:

@@ -11,7 +11,8 @@ from cfmerge.engine.units import Segment, Unit, row_of
 from cfmerge.errors import CfmergeError
 from cfmerge.planning.work import Job, Work
 
-ENTRIES = 1 << 22  # of a unit of an entrywise method
+ENTRIES = 1 << 22  # of a unit of an entrywise method, at most
+BYTES = 1 << 27  # of such a unit's working set
 ROW = 1 << 16  # of a row, if a unit has as many
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
 
@@ -39,14 +40,15 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
             job = _by_entry(work, job)
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
         if looks_within(job.method):
-            yield from _apart(work, job, filling.setdefault(likes, []))
+            yield from _apart(work, job, filling.setdefault(likes, []), entries_of(job, memory))
             continue
         if job.method.needs.scope == "entry" and not work.traced:
-            if work.from_files and job.method.survey is None:
-                yield from _rows(work, job, filling.setdefault(likes, []))
+            survey, most = job.method.survey, entries_of(job, memory)
+            if work.from_files and (survey is None or survey.rows):
+                yield from _rows(work, job, filling.setdefault(likes, []), most)
                 continue
-            if job.parameter.size > ENTRIES:
-                yield from _in_pieces(work, job)
+            if job.parameter.size > most:
+                yield from _in_pieces(work, job, most)
                 continue
         if job.layers_apart and not work.traced:
             yield from _layers(work, job, memory)
@@ -59,29 +61,36 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
         yield _whole(work, bucket)
     for segments in filling.values():
         if segments:
-            yield Unit(work, tuple(segments), min(ROW, ENTRIES))
+            yield Unit(work, tuple(segments), min(ROW, entries_of(segments[0].job, memory)))
+
+
+def entries_of(job: Job, memory: int | None) -> int:
+    """How many entries a unit of an entrywise method has: a power of two, fewer for many experts and little memory."""
+    bound = BYTES if memory is None else min(BYTES, memory // 8)
+    fitting = bound // (12 * (len(job.experts) + 2))  # as they are stored, and in float32
+    return min(ENTRIES, max(ROW, 1 << (max(fitting, 1).bit_length() - 1)))
 
 
 def _whole(work: Work, jobs: Sequence[Job]) -> Unit:
     return Unit(work, tuple(Segment(job) for job in jobs))
 
 
-def _in_pieces(work: Work, job: Job) -> Iterator[Unit]:
+def _in_pieces(work: Work, job: Job, most: int) -> Iterator[Unit]:
     """A large tensor in pieces, each one row."""
-    for first in range(0, job.parameter.size, ENTRIES):
-        count = min(ENTRIES, job.parameter.size - first)
+    for first in range(0, job.parameter.size, most):
+        count = min(most, job.parameter.size - first)
         yield Unit(work, (Segment(job, first, count),), count)
 
 
-def _rows(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
+def _rows(work: Work, job: Job, filling: list[Segment], most: int) -> Iterator[Unit]:
     """Units that a tensor fills, by itself or with the segments before it; its rest is left in `filling`."""
-    row, alone = min(ROW, ENTRIES), job.parameter.size // ENTRIES * ENTRIES
-    for first in range(0, alone, ENTRIES):  # units of its own, which need not be copied together
-        yield Unit(work, (Segment(job, first, ENTRIES),), row)
+    row, alone = min(ROW, most), job.parameter.size // most * most
+    for first in range(0, alone, most):  # units of its own, which need not be copied together
+        yield Unit(work, (Segment(job, first, most),), row)
     first = alone
     while first < job.parameter.size:
         used = sum(segment.rows(row) for segment in filling)
-        room = (ENTRIES // row - used) * row
+        room = (most // row - used) * row
         if room <= 0:
             yield Unit(work, tuple(filling), row)
             filling.clear()
@@ -100,15 +109,15 @@ def _by_entry(work: Work, job: Job) -> Job:
     return dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=method))
 
 
-def _apart(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
+def _apart(work: Work, job: Job, filling: list[Segment], most: int) -> Iterator[Unit]:
     """Units that hold whole tensors, or pieces of one."""
-    row, size = min(ROW, ENTRIES), job.parameter.size
-    if size > ENTRIES:
-        for first in range(0, size, ENTRIES):
-            yield Unit(work, (Segment(job, first, min(ENTRIES, size - first)),), row)
+    row, size = min(ROW, most), job.parameter.size
+    if size > most:
+        for first in range(0, size, most):
+            yield Unit(work, (Segment(job, first, min(most, size - first)),), row)
         return
     segment = Segment(job, 0, size)
-    if filling and sum(one.rows(row) for one in filling) + segment.rows(row) > ENTRIES // row:
+    if filling and sum(one.rows(row) for one in filling) + segment.rows(row) > most // row:
         yield Unit(work, tuple(filling), row)
         filling.clear()
     filling.append(segment)

@@ -56,14 +56,16 @@ class Forgetful:
         pass
 
 
-def remembered(journal: Journal, key: str, measure: Callable[[], Any], places: Callable[[], Any] | None = None) -> Any:
+def remembered(
+    journal: Journal, key: str, measure: Callable[[], Any], fits: Callable[[Any], bool] | None = None
+) -> Any:
     """The totals of a pass that an earlier run has made, if there are such, else those of `measure()`.
 
     Args:
-        places: the places of totals by tensor; they must be those of the earlier run.
+        fits: whether the earlier run's totals are about the tensors as they are cut now.
     """
     totals = journal.recall(key)
-    if totals is None or (places is not None and set(totals) != set(places())):
+    if totals is None or (fits is not None and not fits(totals)):
         totals = measure()
         journal.remember(key, totals)
     return totals

@@ -1,5 +1,6 @@
 """Surveys of the whole model on the loop: a pass over all units for everything that a look asks."""
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -12,7 +13,7 @@ from cfmerge.core.call import of_expert
 from cfmerge.core.survey import Order, Ordered, looked
 from cfmerge.engine.journal import remembered
 from cfmerge.engine.loop import Loop
-from cfmerge.engine.orders import SMALL, on_host, sample_of, traced
+from cfmerge.engine.orders import SMALL, ends_at, on_host, sample_of, traced
 from cfmerge.engine.passes import Keying, Measures, Measuring
 from cfmerge.engine.precision import compute_dtype
 from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
@@ -54,11 +55,10 @@ def _survey(loop: Loop, place: int, method: Method, jobs: Sequence[Job]) -> Foun
                 wanted = look.send(totals)
                 measures, key = Measures(wanted, experts, compute), f"survey {place}, pass {next(numbers)}"
                 if isinstance(wanted, Order):
-                    ordered = functools.partial(_ordered, loop, measures, jobs)
-                    totals = Ordered(*remembered(loop.journal, key, lambda ordered=ordered: tuple(ordered())))
+                    totals = _ordered(loop, measures, jobs, key)
                     continue
-                places = functools.partial(_places, loop, jobs) if wanted.by_tensor else None
-                totals = remembered(loop.journal, key, functools.partial(_measured, loop, measures, jobs), places)
+                fits = functools.partial(_fits, loop, jobs) if wanted.by_tensor else None
+                totals = remembered(loop.journal, key, functools.partial(_measured, loop, measures, jobs), fits)
             except StopIteration as done:
                 return done.value
             except TRACED:
@@ -68,8 +68,9 @@ def _survey(loop: Loop, place: int, method: Method, jobs: Sequence[Job]) -> Foun
                 ) from None
 
 
-def _places(loop: Loop, jobs: Sequence[Job]) -> list[Place]:
-    return [place for unit in loop.units(jobs) for place in unit.places]
+def _fits(loop: Loop, jobs: Sequence[Job], totals: Any) -> bool:
+    """Whether the totals by tensor are of the places that there are now."""
+    return set(totals) == {place for unit in loop.units(jobs) for place in unit.places}
 
 
 def _measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
@@ -92,7 +93,7 @@ def _measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
     return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
 
 
-def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Ordered:
+def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job], key: str) -> Ordered:
     """The order statistics of all the jobs' tensors together."""
     units = list(loop.units(jobs))
 
@@ -101,7 +102,17 @@ def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Ordered:
 
     if loop.work.traced:
         return traced(measures.wanted, units, keys_of)
-    entries = sum(job.parameter.size for job in jobs)
-    cut = loop.work.from_files and jobs[0].method.needs.scope == "entry" and entries > SMALL
-    sample = sample_of(loop.work, jobs) if cut else None
-    return on_host(measures.wanted, units, entries, keys_of, loop.over, sample)
+
+    def measure() -> tuple[Any, Any]:
+        entries = sum(job.parameter.size for job in jobs)
+        cut = units[0].row is not None and entries > SMALL
+        sample = sample_of(loop.work, jobs) if cut else None
+        return tuple(on_host(measures.wanted, units, entries, keys_of, loop.over, sample))
+
+    def fits(totals: Any) -> bool:
+        with contextlib.suppress(KeyError):
+            return totals[1] is None or bool(ends_at(totals[1], units))
+        return False
+
+    keys, ends = remembered(loop.journal, key, measure, fits)
+    return Ordered(keys, None if ends is None else ends_at(ends, units))

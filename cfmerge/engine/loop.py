@@ -150,8 +150,9 @@ class Loop:
                 return done.value
 
     def _tried(self, attempt: Attempt) -> Outcome:
-        # Traced, the statistics of a whole stack would be kept: so each tensor sees all its experts at once.
-        streamed = attempt.methods[0].additive and (self.work.statistics is not None or not self.work.traced)
+        # Rows are read once by one program for all experts; traced, the statistics of a whole stack would be kept.
+        at_once = self.work.statistics is None and (self.work.traced or attempt.unit.row is not None)
+        streamed = attempt.methods[0].additive and not at_once
         each = (Additive if streamed else Together)(attempt, self.placement.spread(attempt.unit))
         if attempt.statistics is not None:
             with self.precision(attempt.compute):

@@ -8,7 +8,7 @@ All this is on the host, where NumPy selects and sorts some thirty times as fast
 transformation of JAX the keys of all tensors are there at once, and the key is found bit by bit.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ BLOCKS, BLOCK = 512, 4096  # of a sample: many blocks, since neighbours are alik
 SURE = 6.0  # standard errors of a bracket
 SMALL = 1 << 20  # entries that need no sample
 ALL = np.uint32(2**32 - 1)  # an end behind all entries
+PIECES = -1  # in place of a piece's first entry: all of the tensor
 
 
 class Inside(NamedTuple):
@@ -80,10 +81,7 @@ def on_host(
         )
     ends = _ends(keys, left, found, units, keys_of) if order.ties else None
     whole = ranks >= entries
-    keys = np.where(whole, 0, keys)
-    if ends is not None:
-        ends = {place: np.where(whole, ALL, own) for place, own in ends.items()}
-    return Ordered(keys, ends)
+    return Ordered(np.where(whole, 0, keys), ends and {key: np.where(whole, ALL, own) for key, own in ends.items()})
 
 
 def _largest(like: np.ndarray) -> Any:
@@ -167,7 +165,7 @@ def _ends(
     units: Sequence[Unit],
     keys_of: KeysOf,
 ) -> dict[Place, np.ndarray]:
-    """Up to which entry of each tensor those that tie with the keys belong to the ranks: the first in order."""
+    """Up to which entry of each tensor those that tie with the keys belong to the ranks; see `ends_at`."""
     ends = {place: np.zeros(keys.shape, np.uint32) for place in found}
     again: dict[Place, list[tuple[int, int, int]]] = {}
     for t, r in np.ndindex(keys.shape):
@@ -185,7 +183,18 @@ def _ends(
                 first = place[1] if unit.row is not None else 0
                 for t, r, wanted in again.get(place, ()):
                     ends[place][t, r] = first + np.flatnonzero(own[t] == keys[t, r])[wanted - 1] + 1
-    return ends
+    joined: dict[Place, np.ndarray] = {}
+    rows = {place for unit in units if unit.row is not None for place in unit.places}
+    for place, own in ends.items():  # the first piece that does not end behind all of its entries says where
+        key = (place[0], PIECES) if place in rows else place
+        start = place[1] if place in rows else 0
+        joined[key] = np.minimum(joined.get(key, ALL), np.where(own == 0, start, own))
+    return joined
+
+
+def ends_at(ends: Mapping[Place, Any], units: Iterable[Unit]) -> dict[Place, Any]:
+    """The ends of every unit's tensors `{place: (T, R)}`; raises `KeyError` if the units are cut in another way."""
+    return {place: ends[place if unit.row is None else (place[0], PIECES)] for unit in units for place in unit.places}
 
 
 def traced(order: Order, units: Sequence[Unit], keys_of: KeysOf) -> Ordered:

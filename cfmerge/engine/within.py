@@ -102,9 +102,7 @@ def _ordered(
         return [_selected(order, own, none) for order, (_, own) in zip(wanted, each, strict=True)]
     sample = sample_of(units[0].work, jobs) if sizes[0] > SMALL else None
     keys, ends = on_host(wanted[0], units, sizes[0], keys_of, over, sample)
-    if ends is not None:  # the first piece that does not end behind all of its entries says where
-        ends = np.min([np.where(own == 0, first, own) for (_, first), own in ends.items()], axis=0)
-    return [Ordered(keys, ends)]
+    return [Ordered(keys, None if ends is None else next(iter(ends.values())))]
 
 
 def _trivial(order: Order, size: int, none: int) -> Ordered | None:

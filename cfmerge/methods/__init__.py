@@ -18,7 +18,10 @@ from cfmerge.core.registry import register as register
 from cfmerge.core.registry import registry as registry
 from cfmerge.core.survey import Found as Found
 from cfmerge.core.survey import Measure as Measure
+from cfmerge.core.survey import Order as Order
+from cfmerge.core.survey import Ordered as Ordered
 from cfmerge.core.survey import Survey as Survey
+from cfmerge.core.survey import reached as reached
 from cfmerge.methods._spectrum import gcv as gcv
 from cfmerge.methods._spectrum import ridge_path as ridge_path
 from cfmerge.methods.ace import ace as ace

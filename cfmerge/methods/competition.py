@@ -94,7 +94,7 @@ def pcb(ratio: float = 0.1, clip: float = 1e-4, scale: Number = 1.2, inter: Inte
     def made(quantiles: Quantiles | None) -> Method:
         return of_deltas(functools.partial(merged, quantiles), Needs("entry"), name="pcb")
 
-    return dataclasses.replace(made(None), survey=Survey(look, lambda found: made(found.model)))
+    return dataclasses.replace(made(None), survey=Survey(look, lambda found: made(found.model), rows=True))
 
 
 Pair = tuple[Array, Array]  # the larger one first

@@ -105,7 +105,7 @@ def disjoint_mean(elect: Elect = "mass", combine: Combine = "mean", zero: Zero =
     plain = made(Census())
     if elect == "mass" and zero != "majority":
         return plain
-    return dataclasses.replace(plain, survey=Survey(look, lambda found: made(found.model)))
+    return dataclasses.replace(plain, survey=Survey(look, lambda found: made(found.model), rows=True))
 
 
 def _maximum(items: list[Array]) -> Array:

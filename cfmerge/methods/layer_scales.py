@@ -62,7 +62,7 @@ def lines(alpha: Number | None = None, beta: Number = 0.5, depth: Number = 0.0) 
         "lines",
         lambda merged, seen: scaled(merged, rule(measure(merged, seen))),
         needs=Needs("entry", seen=True),
-        survey=Survey(look, lambda found: Transform("lines", lambda merged: scaled(merged, found.model))),
+        survey=Survey(look, lambda found: Transform("lines", lambda merged: scaled(merged, found.model)), rows=True),
     )
 
 

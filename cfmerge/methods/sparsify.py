@@ -96,7 +96,7 @@ def trim(
 
         return Transform("trim", applied, needs=Needs("entry" if rescale == "none" else "tensor"))
 
-    survey = Survey(look, informed, own=density, within=scope)
+    survey = Survey(look, informed, own=density, within=scope, rows=True)
     if scope == "model":
         return Transform("trim", apply, needs=informed(Found(Ordered(0))).needs, survey=survey)
     pieces = partial(Transform, "trim", apply, survey=survey) if rescale == "none" else None

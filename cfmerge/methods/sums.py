@@ -135,7 +135,12 @@ def metagpt() -> Method:
 
     needs = Needs("entry", weights="none")
     return Method(
-        "metagpt", init, update_alone, lambda sums: (mean(sums), {}), needs=needs, survey=Survey(look, informed)
+        "metagpt",
+        init,
+        update_alone,
+        lambda sums: (mean(sums), {}),
+        needs=needs,
+        survey=Survey(look, informed, rows=True),
     )
 
 
