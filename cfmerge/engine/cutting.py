@@ -1,13 +1,11 @@
 """Jobs cut into units: what is stacked, what is cut, and what fits the memory."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cfmerge.core.call import in_pieces
 from cfmerge.engine.surveys import kind_of, looks_within
-from cfmerge.engine.units import Segment, Unit, row_of
+from cfmerge.engine.units import Segment, Unit
 from cfmerge.errors import CfmergeError
 from cfmerge.planning.work import Job, Work
 
@@ -36,8 +34,8 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
         if job.name in work.sharded:
             yield from _layers(work, job, memory) if job.layers_apart else [_whole(work, [job])]
             continue
-        if pieces:
-            job = _by_entry(work, job)
+        if pieces and work.from_files and work.statistics is None:
+            job = job.by_entry
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
         if looks_within(job.method):
             yield from _apart(work, job, filling.setdefault(likes, []), entries_of(job, memory))
@@ -98,15 +96,6 @@ def _rows(work: Work, job: Job, filling: list[Segment], most: int) -> Iterator[U
         count = min(room, job.parameter.size - first)
         filling.append(Segment(job, first, count))
         first += count
-
-
-def _by_entry(work: Work, job: Job) -> Job:
-    """The job, its method in the form that takes entries, if it has one; findings by expert need all experts."""
-    everybody = len(job.experts) == len(work.experts) and work.statistics is None
-    method = in_pieces(job.method) if work.from_files and everybody else None
-    if method is None or (method.needs.ranks and row_of(job.parameter) is None):
-        return job
-    return dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=method))
 
 
 def _apart(work: Work, job: Job, filling: list[Segment], most: int) -> Iterator[Unit]:

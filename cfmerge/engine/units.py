@@ -27,7 +27,6 @@ from cfmerge.engine.inputs import Inputs, Settings, settings_of
 from cfmerge.engine.surveys import Place, at_places
 from cfmerge.linalg.selection import middle_ranks
 from cfmerge.methods import Method
-from cfmerge.models import Parameter
 from cfmerge.models.deltas import Delta, Dense, Factors
 from cfmerge.planning.work import Job, Readable, Work
 from cfmerge.statistics import named_leaves, stacked
@@ -224,7 +223,7 @@ class Unit:
     def _ranks(self, segment: Segment, number: int) -> np.ndarray:
         """The ranks of a segment's entries in the rows of its tensor, of which it may begin or end within one."""
         job, end = segment.job, segment.first + segment.entries
-        row = row_of(job.parameter) or 1
+        row = job.row or 1
         first, last = segment.first // row * row, -(-end // row) * row
         base = self.work.base.tensors.read(job.name, first, last - first)
         delta = self.work.experts[number].tensors.delta(str(job.sources[number]), first, last - first)
@@ -296,16 +295,6 @@ class Unit:
                 for leaf, array in leaves.items() if array.ndim > 1 or segment.first == 0
             }  # fmt: skip
             yield segment.job, segment.first, cut
-
-
-def row_of(parameter: Parameter) -> int | None:
-    """The length of the rows of the matrix that a tensor is, if they lie one behind the other in the file.
-
-    Of a tensor without a canonical view, the length of its last axis.
-    """
-    if not parameter.layout:
-        return parameter.shape[-1] if parameter.shape else 1
-    return parameter.canonical[-1] if list(parameter.layout) == sorted(parameter.layout, key="boi".index) else None
 
 
 def _one_dtype(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from cfmerge.core.call import in_pieces
 from cfmerge.core.several import members
 from cfmerge.methods import Method
 from cfmerge.models import Parameter
@@ -131,13 +132,35 @@ class Job:
         return self.layout.startswith("b") and self.layout.count("b") == 1 and self.matrices > 1
 
     @property
+    def row(self) -> int | None:
+        """The length of the rows of the matrix that the tensor is, if they lie one behind the other in the file.
+
+        Of a tensor without a canonical view, the length of its last axis.
+        """
+        layout, shape = self.parameter.layout, self.parameter.shape
+        if not layout:
+            return shape[-1] if shape else 1
+        return self.parameter.canonical[-1] if list(layout) == sorted(layout, key="boi".index) else None
+
+    @property
+    def by_entry(self) -> "Job":
+        """The job, its method in the form that takes entries after a look within the tensor, if it has one.
+
+        What is found of experts has a place for each: all must have the tensor.
+        """
+        method = in_pieces(self.method) if len(self.experts) == len(self.sources) else None
+        if method is None or (method.needs.ranks and self.row is None):
+            return self
+        return dataclasses.replace(self, assignment=dataclasses.replace(self.assignment, method=method))
+
+    @property
     def working_bytes(self) -> int:
         """Bytes that merging its smallest unit may need: the statistic of all experts, the experts, and room to solve.
 
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
         method = self.method
-        if self.assignment.action != "merge" or method.needs.scope == "entry":
+        if self.assignment.action != "merge" or self.by_entry.method.needs.scope == "entry":
             return 0
         b, m, n = self.parameter.canonical if self.layout else (1, 1, self.parameter.size)
         shape = (m, n) if self.layout else self.parameter.shape
