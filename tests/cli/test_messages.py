@@ -61,7 +61,7 @@ def result(**values):
     plan = SimpleNamespace(
         method=SimpleNamespace(name="ace"), counts=lambda: Counter({("matrix", "ace"): 3}), bytes_to_write=1000
     )
-    made = SimpleNamespace(plan=plan, notes=("a note",), output=Path("out"), seconds=1.0, resumed="", **values)
+    made = SimpleNamespace(plan=plan, notes=("a note",), output=Path("out"), seconds=1.0, resumed=(), **values)
     made.summary = lambda: {"output": "out"}
     return made
 
