@@ -109,6 +109,13 @@ Memory = Annotated[str | None, option("--memory", metavar="SIZE", help="Such as 
 Devices = Annotated[
     str | None, option("--devices", metavar="N", help="all, a number, or cpu. Default: all GPUs or TPUs.")
 ]
+Coordinator = Annotated[
+    str | None, option("--coordinator", metavar="H:PORT", help="Process 0's host and a free port there.")
+]
+Processes = Annotated[
+    str | None, option("--processes", metavar="N", help="Merge by so many processes; auto: as SLURM says.")
+]
+Process = Annotated[int | None, option("--process", metavar="I", help="Which of them this is, from 0.")]
 ModelOutput = Annotated[
     Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or a .safetensors.")
 ]

@@ -13,6 +13,7 @@ from cfmerge.cli.messages import out, tell
 from cfmerge.cli.tables import counts, size
 
 if TYPE_CHECKING:
+    from cfmerge.engine.placement import Placement
     from cfmerge.report.result import MergeResult
 
 
@@ -21,12 +22,22 @@ def event(kind: str, **values: Any) -> None:
     print(json_module.dumps({"event": kind, **values}), flush=True)
 
 
+def by_the_first(where: "Placement", json: bool, quiet: bool) -> tuple[bool, bool]:
+    """`json` and `quiet` for this process: the first alone shows anything."""
+    return (json, quiet) if where.processes.number == 0 else (False, True)
+
+
 @contextlib.contextmanager
-def progress(total: int, *, json: bool, quiet: bool) -> Iterator[Callable[[str, int], None] | None]:
+def progress(
+    total: int, *, json: bool, quiet: bool, where: "Placement | None" = None
+) -> Iterator[Callable[[str, int], None] | None]:
     """A callback for the engine: a bar in a terminal, lines of JSON with `--json`, nothing otherwise.
 
-    `total`: the bytes that will be read.
+    Args:
+        total: the bytes that will be read.
+        where: the placement; the first process shows its own share.
     """
+    total = total if where is None else total // where.processes.count
     if json and not quiet:
         yield _json_progress(total)
         return

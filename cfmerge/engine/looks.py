@@ -88,7 +88,7 @@ def _measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
     def do(unit: Unit) -> Any:
         return loop.passed_over(unit, Measuring(unit, measures, loop.placement.spread(unit)), measures.compute)
 
-    loop.over(loop.units(jobs), do, take)
+    loop.over_all(loop.units(jobs), do, take)
     return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
 
 
@@ -104,4 +104,4 @@ def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Ordered:
     entries = sum(job.parameter.size for job in jobs)
     cut = loop.work.from_files and jobs[0].method.needs.scope == "entry" and entries > SMALL
     sample = sample_of(loop.work, jobs) if cut else None
-    return on_host(measures.wanted, units, entries, keys_of, loop.over, sample)
+    return on_host(measures.wanted, units, entries, keys_of, loop.over_all, sample, agreed=loop.as_the_first)
