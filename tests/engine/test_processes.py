@@ -17,6 +17,7 @@ from cfmerge.engine.processes import dealt
 SHORT = ["average", "ties"]
 METHODS = [
     "average", "ties", "ace", "tsv_m", "dare_ties", "breadcrumbs", "della", "karcher", "sce", "model_stock", "lines",
+    "sweep",
 ]  # fmt: skip
 
 # Merges one after the other: `methods` into `OUT-METHOD`. It prints what each process has read, in bytes.
@@ -25,12 +26,13 @@ import json, os, signal, sys
 from pathlib import Path
 asked = json.loads(sys.argv[1])
 import cfmerge
-from cfmerge.engine import cutting
+from cfmerge.engine import cutting, looks, orders
 from cfmerge.formats import journal, meeting
 from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.products import carry_out
 from cfmerge.products.processes import joined_by
 cutting.ENTRIES, cutting.STACKED, journal.EVERY, meeting.GONE = 1024, 512, 0.0, 5.0
+looks.SMALL, orders.BLOCKS, orders.BLOCK = 1024, 8, 64  # so that order statistics are bracketed by a sample
 reads, read = [], SafetensorsFile.read
 def noted(self, name, first=0, count=None):
     array = read(self, name, first, count)
@@ -51,19 +53,24 @@ if number == asked["killed"]:
     carry_out.FileJournal = Killed
 for method in asked["methods"]:
     reads.clear()
-    result = cfmerge.merge(
-        asked["base"], asked["experts"], method, output=asked["out"] + "-" + method, devices=asked["devices"],
-        **asked["options"],
-    )
+    how = {"output": asked["out"] + "-" + method, "devices": asked["devices"], **asked["options"]}
+    if method == "sweep":
+        result = cfmerge.sweep(asked["base"], asked["experts"], ["average", "ties", "ace"], **how)["ties"]
+    else:
+        result = cfmerge.merge(asked["base"], asked["experts"], method, **how)
     print(json.dumps([method, sum(reads), list(result.resumed)]), flush=True)
 """
 
 
-def shared(family, out: Path, methods, count: int, devices="cpu", killed=None, after=1, **options):
-    """`(exit codes, {method: bytes read by each process}, stderr)` of a merge by so many processes."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def shared(family, out: Path, methods, count: int, devices="cpu", killed=None, after=1, **options):
+    """`(exit codes, {method: bytes read by each process}, stderr)` of a merge by so many processes."""
+    port = free_port()
     asked = {
         "base": str(family.base), "experts": [str(one) for one in family.experts], "out": str(out), "count": count,
         "methods": list(methods), "devices": devices, "port": port, "killed": killed, "after": after,
@@ -170,24 +177,52 @@ def test_an_input_error_that_one_process_meets_ends_all_and_leaves_nothing(large
 
 
 @pytest.mark.long
-def test_the_command_line_joins_processes_and_the_first_one_tells(larger, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@pytest.mark.parametrize("how", ["named", "slurm"])
+def test_the_command_line_joins_processes_and_the_first_one_tells(larger, tmp_path, how):
+    """By its options, and as JAX finds them in the environment of a SLURM job."""
+    port = free_port()
     words = ["merge", "--base", str(larger.base), *(f"-e{one}" for one in larger.experts), "-m", "average"]
-    words += ["-o", str(tmp_path / "out"), "--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "cfmerge", *words, "--process", str(number)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "80"},
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    (first, errors), (second, others) = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], (errors, others)
+    words += ["-o", str(tmp_path / "out")]
+
+    def started(number: int) -> subprocess.Popen:
+        own, environment = [*words, "--processes", "auto"], os.environ | {"COLUMNS": "80"}
+        if how == "named":
+            own[-1:] = ["2", "--coordinator", f"127.0.0.1:{port}", "--process", str(number)]
+        else:
+            environment |= {
+                "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+                "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "SLURM_STEP_NUM_NODES": "1",
+                "JAX_COORDINATOR_PORT": str(port),
+            }  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "-m", "cfmerge", *own],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    running = [started(number) for number in range(2)]
+    (first, errors), (second, others) = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], (errors, others)
     assert "merged by average" in first
     assert second == ""
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+@pytest.mark.long
+def test_a_merge_in_a_slurm_job_is_one_process_unless_asked(larger, tmp_path, monkeypatch):
+    for key, value in {
+        "JOB_ID": "7",
+        "STEP_NODELIST": "localhost",
+        "NTASKS": "2",
+        "PROCID": "1",
+        "LOCALID": "1",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    words = ["merge", "--base", str(larger.base), *(f"-e{one}" for one in larger.experts), "-m", "average"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cfmerge", *words, "-o", str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "merged by average" in done.stdout
 
 
 @pytest.mark.parametrize(
