@@ -5,9 +5,11 @@ process that is gone is known by its file, which stands still: JAX's own service
 and with a stack trace of C++.
 
     .NAME.cfmerge-00000000/     beside the output; the first process makes, locks and removes it
-        NUMBER-ID               of each process, by chance named; counts on while it lives
-        ID/                     of this meeting, named by the first process's
+        NUMBER-ID               of each process that comes, named by chance
+        ID/                     of this meeting, named as the first process
             peers               the processes' names
+            NUMBER-ID           of each process; counts on while it lives. (A file that is made anew in the directory
+                                makes a network file system look at it anew, too.)
             ATTEMPT-STEP-NAME-NUMBER    a value
             error-ATTEMPT       the error that all stop with: whoever makes the file first
             over-ATTEMPT-NUMBER, left-NUMBER
@@ -31,7 +33,7 @@ from cfmerge.formats.staged import LOCK, locked, place_of
 
 NAME = "0" * 8  # like a staging directory without work, so that it is cleaned up like one
 BEAT = 1.0  # seconds between two signs of life
-GONE = 15.0  # seconds without a sign of life after which a process is gone
+GONE = 30.0  # seconds without a sign of life after which a process is gone
 COME = 120.0  # seconds in which all must have come
 GO_ON = "the same command goes on with what is kept of it"
 
@@ -58,6 +60,7 @@ class Meeting:
         self._attempt, self._step, self._looked = 0, 0, 0.0
         self._heard: dict[int, BaseException] = {}  # by attempt
         self._signs: dict[int, tuple[bytes, float]] = {}  # of the others: the last sign of life, and since when
+        self._room = self._place  # until all have come
         self._ending = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="beat", daemon=True)
 
@@ -69,10 +72,10 @@ class Meeting:
                 self._open()
             self._beating.start()
             self._peers = self._meet()
+            self._room = self._place / self._peers[0]
         except BaseException:
             self._close()
             raise
-        self._room = self._place / self._peers[0]
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -144,7 +147,7 @@ class Meeting:
     # --- signs of life ------------------------------------------------------------------------------------------------
 
     def _sign(self, number: int, name: str) -> Path:
-        return self._place / f"{number}-{name}"
+        return self._room / f"{number}-{name}"
 
     def _beat(self) -> None:
         count = 0
@@ -152,7 +155,7 @@ class Meeting:
             count += 1
             with contextlib.suppress(OSError):  # the first process has not yet made the directory
                 _written(self._sign(self.number, self._id), str(count).encode())
-            if self._ending.wait(BEAT if hasattr(self, "_room") else BEAT / 10):
+            if self._ending.wait(BEAT / 10 if self._room == self._place else BEAT):
                 return
 
     def _lives(self, number: int) -> bool:

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
 import socket
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +19,8 @@ from cfmerge.engine.processes import Processes, dealt
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.meeting import Meeting
 from cfmerge.formats.ranges import Range
+
+COME = 120  # seconds in which all processes must have come
 
 
 @contextlib.contextmanager
@@ -50,16 +55,30 @@ def joined_by(coordinator: str | None, processes: str | None, process: int | Non
     if coordinator is None and processes is None and process is None:
         return
     how = _asked(coordinator, processes, process)
+    waiting = threading.Timer(COME, _not_come, [processes])
+    waiting.daemon = True
+    waiting.start()
     try:
-        jax.distributed.initialize(**how, initialization_timeout=120, shutdown_timeout_seconds=60)
+        jax.distributed.initialize(**how, initialization_timeout=2 * COME, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError, TypeError) as error:
         told = str(error).strip().splitlines()[0]
         if processes == "auto":
             told += "; JAX finds processes of SLURM, Open MPI, Kubernetes and TPU pods: elsewhere name them"
         raise CfmergeError(f"--processes {processes}: the processes did not come together: {told}") from None
+    finally:
+        waiting.cancel()
     placement_of(devices)  # makes the devices, whose processes JAX counts
-    jax.process_count()
     jax.distributed.shutdown()
+
+
+def _not_come(processes: str | None) -> None:
+    """Ends this process, with a message: JAX itself would end it, without one."""
+    print(
+        f"error: --processes {processes}: not all processes have come in {COME} s; start each of them, with the same "
+        "--coordinator, which all must reach",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)
 
 
 def _asked(coordinator: str | None, processes: str | None, process: int | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from cfmerge.engine.processes import dealt
 
 SHORT = ["average", "ties"]
 METHODS = [
-    "average", "ties", "ace", "tsv_m", "dare_ties", "breadcrumbs", "della", "karcher", "sce", "model_stock", "lines",
+    "average", "ties", "ace", "tsv_m", "dare_ties", "breadcrumbs", "della", "karcher", "sce", "model_stock", "metagpt",
     "sweep",
 ]  # fmt: skip
 
