@@ -22,20 +22,20 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cfmerge.errors import CfmergeError, NonFiniteError, StoppedError
+from cfmerge.errors import CfmergeError, StoppedError
 from cfmerge.formats.packed import packed, unpacked
 from cfmerge.formats.sinks import disk_errors
 from cfmerge.formats.staged import LOCK, locked, place_of
+from cfmerge.formats.told_errors import GO_ON, heard, told
 
 NAME = "0" * 8  # like a staging directory without work, so that it is cleaned up like one
 BEAT = 1.0  # seconds between two signs of life
 GONE = 30.0  # seconds without a sign of life after which a process is gone
 COME = 120.0  # seconds in which all must have come
-GO_ON = "the same command goes on with what is kept of it"
 
 
 class Meeting:
@@ -256,7 +256,7 @@ class Meeting:
             return error
         try:
             with (self._room / f"error-{self._attempt}").open("x") as file:
-                file.write(json.dumps(_told(error, self.number, self.count)) + "\n")
+                file.write(json.dumps(told(error, self.number, self.count)) + "\n")
         except FileExistsError:
             return self._hear(self._attempt)
         except OSError:  # the directory is gone: nobody is there to hear it
@@ -270,29 +270,8 @@ class Meeting:
             if text.endswith("\n"):
                 break
             time.sleep(pause)  # it is being written
-        content = json.loads(text)
-        kind = KINDS[content.pop("kind")]
-        self._heard[attempt] = kind(content.pop("message"), **content)
+        self._heard[attempt] = heard(json.loads(text))
         return self._heard[attempt]
-
-
-KINDS: dict[str, Callable[..., BaseException]] = {
-    "input": CfmergeError,
-    "not finite": NonFiniteError,
-    "stopped": lambda message: StoppedError(message, GO_ON),
-}
-
-
-def _told(error: BaseException, number: int, count: int) -> dict[str, str]:
-    """An error as the others hear of it."""
-    if isinstance(error, NonFiniteError):
-        return {"kind": "not finite", "message": str(error), "source": error.source, "tensor": error.tensor}
-    if isinstance(error, StoppedError):
-        return {"kind": "stopped", "message": error.reason}
-    if isinstance(error, CfmergeError):
-        return {"kind": "input", "message": str(error)}
-    what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}"
-    return {"kind": "stopped", "message": f"process {number} of {count} {what}"}
 
 
 def _pauses() -> Iterator[float]:
