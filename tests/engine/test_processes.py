@@ -99,7 +99,8 @@ def check(family, tmp_path, contents, methods, count, devices):
     for method in methods:
         assert contents(tmp_path / f"many-{method}") == contents(tmp_path / f"one-{method}"), method
         if count == 2:
-            assert max(read[method]) <= 0.65 * alone[method][0], method
+            assert max(read[method]) <= 0.65 * sum(read[method]), method
+            assert sum(read[method]) <= 1.25 * alone[method][0], method
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
