@@ -76,9 +76,8 @@ def merge(
     with together(output, devices) as where:
         json, quiet = show.by_the_first(where, json, quiet)
         planned = cfmerge.plan(asked)
-        with show.progress(planned.bytes_to_read, json=json, quiet=quiet, where=where) as progress:
-            how = {"overwrite": overwrite, "memory": memory, "devices": where, "progress": progress, "fresh": fresh}
-            result = planned.run(output, **how)
+        how = {"overwrite": overwrite, "memory": memory, "fresh": fresh}
+        result = show.run(planned, output, where, json, quiet, **how)
     if json:
         show.event("done", **result.summary())
     elif not quiet:
@@ -126,9 +125,8 @@ def sweep(
         json, quiet = show.by_the_first(where, json, quiet)
         load_plugins(asked.plugins)
         planned = cfmerge.plan(swept(asked, method or [], grid or [], key_values(parameters or [])))
-        with show.progress(planned.bytes_to_read, json=json, quiet=quiet, where=where) as progress:
-            how = {"overwrite": overwrite, "memory": memory, "devices": where, "progress": progress, "fresh": fresh}
-            results = planned.run(output, **how)
+        how = {"overwrite": overwrite, "memory": memory, "fresh": fresh}
+        results = show.run(planned, output, where, json, quiet, **how)
     for label, result in results.items():
         if json:
             show.event("done", label=label, **result.summary())

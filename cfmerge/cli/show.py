@@ -4,6 +4,7 @@ import contextlib
 import json as json_module
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from cfmerge.cli.tables import counts, size
 
 if TYPE_CHECKING:
     from cfmerge.engine.placement import Placement
+    from cfmerge.products.plan import Plan
     from cfmerge.report.result import MergeResult
 
 
@@ -22,22 +24,23 @@ def event(kind: str, **values: Any) -> None:
     print(json_module.dumps({"event": kind, **values}), flush=True)
 
 
+def run(planned: "Plan", output: Path, where: "Placement", json: bool, quiet: bool, **how: Any) -> Any:
+    """The result of a plan on a placement, with its progress; `how` as `Plan.run` takes it."""
+    with progress(planned.bytes_to_read // where.processes.count, json=json, quiet=quiet) as told:
+        return planned.run(output, devices=where, progress=told, **how)
+
+
 def by_the_first(where: "Placement", json: bool, quiet: bool) -> tuple[bool, bool]:
     """`json` and `quiet` for this process: the first alone shows anything."""
     return (json, quiet) if where.processes.number == 0 else (False, True)
 
 
 @contextlib.contextmanager
-def progress(
-    total: int, *, json: bool, quiet: bool, where: "Placement | None" = None
-) -> Iterator[Callable[[str, int], None] | None]:
+def progress(total: int, *, json: bool, quiet: bool) -> Iterator[Callable[[str, int], None] | None]:
     """A callback for the engine: a bar in a terminal, lines of JSON with `--json`, nothing otherwise.
 
-    Args:
-        total: the bytes that will be read.
-        where: the placement; the first process shows its own share.
+    `total`: the bytes that will be read.
     """
-    total = total if where is None else total // where.processes.count
     if json and not quiet:
         yield _json_progress(total)
         return
