@@ -63,16 +63,21 @@ def merge(
     memory: o.Memory = None,
     no_compile_cache: o.NoCompileCache = False,
     devices: o.Devices = None,
+    coordinator: o.Coordinator = None,
+    processes: o.Processes = None,
+    process: o.Process = None,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
     """Merge a base and its experts into one model."""
-    from cfmerge.engine.placement import placement_of
+    from cfmerge.products.processes import joined_by, together
 
-    where = placement_of(devices)
-    planned = cfmerge.plan(asked)
-    with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
-        result = planned.run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)
+    joined_by(coordinator, processes, process, devices)
+    with together(output, devices) as where:
+        json, quiet = show.by_the_first(where, json, quiet)
+        planned = cfmerge.plan(asked)
+        how = {"overwrite": overwrite, "memory": memory, "fresh": fresh}
+        result = show.run(planned, output, where, json, quiet, **how)
     if json:
         show.event("done", **result.summary())
     elif not quiet:
@@ -105,18 +110,23 @@ def sweep(
     memory: o.Memory = None,
     no_compile_cache: o.NoCompileCache = False,
     devices: o.Devices = None,
+    coordinator: o.Coordinator = None,
+    processes: o.Processes = None,
+    process: o.Process = None,
     quiet: o.Quiet = False,
     json: o.Json = False,
 ) -> None:
     """Merge by several methods, or a grid of numbers, in one pass."""
-    from cfmerge.engine.placement import placement_of
     from cfmerge.planning.plugins import load_plugins
+    from cfmerge.products.processes import joined_by, together
 
-    where = placement_of(devices)
-    load_plugins(asked.plugins)
-    planned = cfmerge.plan(swept(asked, method or [], grid or [], key_values(parameters or [])))
-    with show.progress(planned.bytes_to_read, json=json, quiet=quiet) as progress:
-        results = planned.run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)
+    joined_by(coordinator, processes, process, devices)
+    with together(output, devices) as where:
+        json, quiet = show.by_the_first(where, json, quiet)
+        load_plugins(asked.plugins)
+        planned = cfmerge.plan(swept(asked, method or [], grid or [], key_values(parameters or [])))
+        how = {"overwrite": overwrite, "memory": memory, "fresh": fresh}
+        results = show.run(planned, output, where, json, quiet, **how)
     for label, result in results.items():
         if json:
             show.event("done", label=label, **result.summary())

@@ -104,11 +104,14 @@ RECIPE: dict[str, Any] = {
 RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML), or a model card that cfmerge wrote.")]
 Output = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="The directory to make.")]
 Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the output if it is there.")]
-Fresh = Annotated[bool, option("--fresh", help="Start anew, not where an earlier run ended.")]
+Fresh = Annotated[bool, option("--fresh", help="Start anew, not where a run has ended.")]
 Memory = Annotated[str | None, option("--memory", metavar="SIZE", help="Such as 4GB. Default: 1/4 of free memory.")]
-Devices = Annotated[
-    str | None, option("--devices", metavar="N", help="all, a number, or cpu. Default: all GPUs or TPUs.")
+Devices = Annotated[str | None, option("--devices", metavar="N", help="all, N, or cpu. Default: all GPUs or TPUs.")]
+Coordinator = Annotated[
+    str | None, option("--coordinator", metavar="HOST", help="HOST:PORT, of process 0, for --processes.")
 ]
+Processes = Annotated[str | None, option("--processes", metavar="N", help="How many share it; auto: as SLURM says.")]
+Process = Annotated[int | None, option("--process", metavar="I", help="Which of them this is, from 0.")]
 ModelOutput = Annotated[
     Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or a .safetensors.")
 ]

@@ -4,6 +4,7 @@ import contextlib
 import json as json_module
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,12 +14,25 @@ from cfmerge.cli.messages import out, tell
 from cfmerge.cli.tables import counts, size
 
 if TYPE_CHECKING:
+    from cfmerge.engine.placement import Placement
+    from cfmerge.products.plan import Plan
     from cfmerge.report.result import MergeResult
 
 
 def event(kind: str, **values: Any) -> None:
     """One line of JSON on stdout."""
     print(json_module.dumps({"event": kind, **values}), flush=True)
+
+
+def run(planned: "Plan", output: Path, where: "Placement", json: bool, quiet: bool, **how: Any) -> Any:
+    """The result of a plan on a placement, with its progress; `how` as `Plan.run` takes it."""
+    with progress(planned.bytes_to_read // where.processes.count, json=json, quiet=quiet) as told:
+        return planned.run(output, devices=where, progress=told, **how)
+
+
+def by_the_first(where: "Placement", json: bool, quiet: bool) -> tuple[bool, bool]:
+    """`json` and `quiet` for this process: the first alone shows anything."""
+    return (json, quiet) if where.processes.number == 0 else (False, True)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@
         for expert: state = steps.update(state, expert's share)
         return steps.finish(state)
 
+Of several processes each does its own units, and `totals` are joined in the order of all units.
 A few threads work on units at once, and results are taken in the units' order. `accumulate` is the last pass with the
 steps `Unsolved`, which return the statistics.
 
@@ -32,6 +33,7 @@ steps `Unsolved`, which return the statistics.
     compiling  programs kept on disk between runs, and compiled quickly where they run briefly
     inputs     all that comes with their arrays
     placement  which devices do a unit; units joined to fill a mesh
+    processes  which process does a unit; what processes tell each other
     spread     how a unit lies on devices
     precision  the decisions that are made while running
     low_rank   deltas of low rank, recognised

@@ -79,7 +79,7 @@ def ranges_of(unit: Unit) -> list[Range]:
 def bytes_of(unit: Unit) -> dict[str, int]:
     """`{tensor: bytes}`, about: all that merging a unit would read."""
     return {
-        s.job.name: s.job.bytes_read * s.entries // s.job.parameter.size * (1 + len(s.job.sources))
+        s.job.name: s.job.bytes_read * s.entries // max(s.job.parameter.size, 1) * (1 + len(s.job.sources))
         for s in unit.segments
     }
 

@@ -89,7 +89,7 @@ def _measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
     def do(unit: Unit) -> Any:
         return loop.passed_over(unit, Measuring(unit, measures, loop.placement.spread(unit)), measures.compute)
 
-    loop.over(loop.units(jobs), do, take)
+    loop.over_all(loop.units(jobs), do, take)
     return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
 
 
@@ -107,7 +107,7 @@ def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job], key: str) -> O
         entries = sum(job.parameter.size for job in jobs)
         cut = units[0].row is not None and entries > SMALL
         sample = sample_of(loop.work, jobs) if cut else None
-        return tuple(on_host(measures.wanted, units, entries, keys_of, loop.over, sample))
+        return tuple(on_host(measures.wanted, units, entries, keys_of, loop.over_all, sample, agreed=loop.as_the_first))
 
     def fits(totals: Any) -> bool:
         with contextlib.suppress(KeyError):

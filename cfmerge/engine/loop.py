@@ -26,6 +26,7 @@ from cfmerge.engine.journal import Journal, bytes_of, ranges_of
 from cfmerge.engine.passes import Additive, Together, UnitSteps, Unsolved
 from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
+from cfmerge.engine.processes import joined, mine
 from cfmerge.engine.surveys import looks_within
 from cfmerge.engine.units import Unit
 from cfmerge.engine.within import found_within
@@ -49,7 +50,7 @@ class Loop:
         journal: Journal,
     ) -> None:
         self.work, self.memory, self._progress, self._stop, self.journal = work, memory, progress, stop, journal
-        self.placement = placement.within(memory)
+        self.placement, self.processes = placement.within(memory), placement.processes
         self._lock, self._context = threading.Lock(), contextlib.ExitStack()
         self._looks: dict[str, Future[dict[Any, Any]]] = {}  # within tensors that come in pieces
         largest = max((job.working_bytes for job in work.merged), default=0) if memory is not None else 0
@@ -85,7 +86,9 @@ class Loop:
         return units_of(self.work, jobs, self.memory, pieces=pieces)
 
     def over(self, units: Iterable[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
-        """`take(unit, do(unit))` for every unit, in order; `do` runs in the threads."""
+        """`take(unit, do(unit))` for every unit of this process, in order; `do` runs in the threads."""
+        if self.processes.count > 1:
+            units = mine(self.processes, list(units))
         waiting: deque[tuple[Unit, Future[Any]]] = deque()
         for unit in self.placement.grouped(units):
             self.check_stop()
@@ -99,6 +102,19 @@ class Loop:
         while waiting:
             done, future = waiting.popleft()
             take(done, future.result())
+
+    def over_all(self, units: Iterable[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
+        """The same, and `take` sees the units of all processes, in order."""
+        if self.processes.count == 1:
+            return self.over(units, do, take)
+        units, own = list(units), list[tuple[Unit, Any]]()
+        self.over(units, do, lambda unit, value: own.append((unit, value)))
+        for unit, value in joined(self.processes, "pass", units, own):
+            take(unit, value)
+
+    def as_the_first(self, value: Any) -> Any:
+        """The value that the first process has here."""
+        return self.processes.gathered("first", value)[0]
 
     def to_do(self, unit: Unit) -> bool:
         """Whether a unit is still to be merged; the progress of one that is done is told."""
@@ -115,6 +131,7 @@ class Loop:
     def check_stop(self) -> None:
         if self._stop is not None and self._stop.is_set():
             raise KeyboardInterrupt
+        self.processes.check()
 
     def precision(self, compute: str) -> Any:
         """The context in which arrays have the computing dtype."""

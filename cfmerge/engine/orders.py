@@ -65,11 +65,21 @@ def sample_of(work: Work, jobs: Sequence[Job]) -> Unit:
 
 
 def on_host(
-    order: Order, units: Sequence[Unit], entries: int, keys_of: KeysOf, over: Over, sample: Unit | None = None
+    order: Order,
+    units: Sequence[Unit],
+    entries: int,
+    keys_of: KeysOf,
+    over: Over,
+    sample: Unit | None = None,
+    agreed: Callable[[Any], Any] = lambda value: value,
 ) -> Ordered:
-    """The order statistics of all units together, of which each expert has so many entries."""
+    """The order statistics of all units together, of which each expert has so many entries.
+
+    Args:
+        agreed: the brackets that all processes take, of this one's.
+    """
     ranks = np.asarray([[int(rank) for rank in own] for own in order.ranks], np.int64)
-    low, high = _bracket(ranks, entries, sample, keys_of)
+    low, high = agreed(_bracket(ranks, entries, sample, keys_of))
     while True:
         found = _counted(units, low, high, keys_of, over)
         keys, left, missed = _keys(ranks, entries, found)
@@ -79,7 +89,7 @@ def on_host(
             np.where(missed > 0, high, np.where(missed < 0, 0, low)),
             np.where(missed > 0, _largest(high), np.where(missed < 0, low, high)),
         )
-    ends = _ends(keys, left, found, units, keys_of) if order.ties else None
+    ends = _ends(keys, left, found, units, keys_of, over) if order.ties else None
     whole = ranks >= entries
     return Ordered(np.where(whole, 0, keys), ends and {key: np.where(whole, ALL, own) for key, own in ends.items()})
 
@@ -113,13 +123,19 @@ def _counted(
     """`{place: [expert][rank]}` of all keys, in the order of the places."""
     found: dict[Place, list[list[Inside]]] = {}
 
-    def count(unit: Unit) -> dict[Place, list[list[Inside]]]:
+    def count(unit: Unit) -> dict[Place, list[list[tuple[Any, ...]]]]:
         return {
-            place: [[_inside(keys, *pair) for pair in zip(low[t], high[t], strict=True)] for t, keys in enumerate(own)]
+            place: [
+                [tuple(_inside(keys, *pair)) for pair in zip(low[t], high[t], strict=True)]
+                for t, keys in enumerate(own)
+            ]
             for place, own in places_of(unit, keys_of(unit))
         }
 
-    over(units, count, lambda unit, own: found.update(own))
+    def take(unit: Unit, own: dict[Place, list[list[tuple[Any, ...]]]]) -> None:
+        found.update({place: [[Inside(*one) for one in each] for each in of_place] for place, of_place in own.items()})
+
+    over(units, count, take)
     return dict(sorted(found.items()))
 
 
@@ -164,6 +180,7 @@ def _ends(
     found: Mapping[Place, list[list[Inside]]],
     units: Sequence[Unit],
     keys_of: KeysOf,
+    over: Over,
 ) -> dict[Place, np.ndarray]:
     """Up to which entry of each tensor those that tie with the keys belong to the ranks; see `ends_at`."""
     ends = {place: np.zeros(keys.shape, np.uint32) for place in found}
@@ -177,12 +194,18 @@ def _ends(
             elif wanted > 0:
                 again.setdefault(place, []).append((t, r, wanted))
             wanted = max(wanted - equal, 0)
-    for unit in units:  # those in which the last of them lie
-        if again.keys() & set(unit.places):
-            for place, own in places_of(unit, keys_of(unit)):
-                first = place[1] if unit.row is not None else 0
-                for t, r, wanted in again.get(place, ()):
-                    ends[place][t, r] = first + np.flatnonzero(own[t] == keys[t, r])[wanted - 1] + 1
+
+    def last(unit: Unit) -> list[tuple[Place, int, int, int]]:
+        return [
+            (place, t, r, place[1] * (unit.row is not None) + int(np.flatnonzero(own[t] == keys[t, r])[wanted - 1]) + 1)
+            for place, own in places_of(unit, keys_of(unit)) for t, r, wanted in again.get(place, ())
+        ]  # fmt: skip
+
+    def take(unit: Unit, found: list[tuple[Place, int, int, int]]) -> None:
+        for place, t, r, end in found:
+            ends[place][t, r] = end
+
+    over([unit for unit in units if again.keys() & set(unit.places)], last, take)  # in which the last of them lie
     joined: dict[Place, np.ndarray] = {}
     rows = {place for unit in units if unit.row is not None for place in unit.places}
     for place, own in ends.items():  # the first piece that does not end behind all of its entries says where

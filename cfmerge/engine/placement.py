@@ -20,6 +20,7 @@ import jax
 
 from cfmerge.engine.cutting import STACKED
 from cfmerge.engine.precision import low_rank
+from cfmerge.engine.processes import ALONE, Processes
 from cfmerge.engine.spread import Kind, Spread, on_host
 from cfmerge.engine.surveys import kind_of
 from cfmerge.engine.units import Unit
@@ -33,10 +34,12 @@ class Placement:
     Attributes:
         devices: all of one kind; none: arrays go where JAX puts them, as in memory.
         memory: bound of the working set on the host, in bytes.
+        processes: those that share the units out.
     """
 
     devices: tuple[jax.Device, ...] = ()
     memory: int | None = None
+    processes: Processes = ALONE
 
     def within(self, memory: int | None) -> "Placement":
         """The same devices under a bound of the host's memory."""

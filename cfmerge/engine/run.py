@@ -17,6 +17,7 @@ from cfmerge.engine.looks import surveys
 from cfmerge.engine.loop import Loop
 from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Outcome, compute_dtype
+from cfmerge.engine.processes import dealt, joined
 from cfmerge.engine.surveys import kind_of
 from cfmerge.engine.units import Unit
 from cfmerge.engine.writing import written
@@ -43,21 +44,23 @@ def merge(
     """
     journal = journal or Forgetful()
     account, loop = Account(), Loop(work, memory, placement, progress, stop, journal)
-    by_name = {job.name: job for job in work.jobs}
+    by_name, own = {job.name: job for job in work.jobs}, list[tuple[Unit, Any]]()
     for earlier in journal.told():
         account.add(Told(*earlier), by_name)
 
     def take(unit: Unit, outcome: Outcome) -> None:
         told = Told() if work.traced else told_of(unit, outcome)
-        account.add(told, by_name)
+        own.append((unit, tuple(told)))
         tensors = np.asarray(outcome.tensors) if work.from_files else outcome.tensors
         each = [tensors] if len(sinks) == 1 else [tensors[:, number] for number in range(len(sinks))]
         loop.writer.take(sinks, [unit.parts(own) for own in each], ranges_of(unit), told)
 
     with loop:
-        for job in work.jobs:
+        kept_jobs = [job for job in work.jobs if job.assignment.action == "keep-base"]
+        owners = dealt([job.bytes_read * (1 + len(job.sources)) for job in kept_jobs], loop.processes.count)
+        for job, owner in zip(kept_jobs, owners, strict=True):
             loop.check_stop()
-            if job.assignment.action == "keep-base":
+            if owner == loop.processes.number:
                 if not journal.done(whole(job)):
                     kept = kept_tensor(work, job)
                     for sink in sinks:
@@ -65,8 +68,11 @@ def merge(
                     journal.mark(whole(job), Told())
                 loop.tell(job.name, job.bytes_read * (1 + len(job.sources)))
         found = surveys(loop, work.merged)
-        units = filter(loop.to_do, loop.units(work.merged, pieces=True))
+        units = list(filter(loop.to_do, loop.units(work.merged, pieces=True)))
         loop.over(units, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take)
+        loop.writer.finish()
+        for _, told in joined(loop.processes, "account", units, own):
+            account.add(Told(*told), by_name)
     return account
 
 

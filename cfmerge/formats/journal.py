@@ -4,6 +4,9 @@
     CRC {"ranges": [[tensor, first, count], ...], "told": ...}         written and synced before the line is
     CRC {"key": ..., "value": ...}                                     remembered: totals of a survey
 
+Of several processes the first writes this file, and each other one a file of its own beside it, with its number, under
+the same header. The next run adds their lines to the first's, and removes them.
+
 The CRC is that of the line's JSON. A line that is cut off or damaged ends what is trusted, and is written over. Of a
 sweep every staging directory holds the same journal, and the lines that all of them hold are trusted.
 """
@@ -22,7 +25,7 @@ import numpy as np
 
 from cfmerge.formats.ranges import Covered, Range
 from cfmerge.formats.sinks import disk_errors
-from cfmerge.formats.staged import JOURNAL, staging_directories, sync
+from cfmerge.formats.staged import JOURNAL, journals, staging_directories, sync
 
 EVERY = 1.0  # seconds of work that a kill may cost: so often data are synced, and their lines appended
 
@@ -31,13 +34,20 @@ class FileJournal:
     """A journal in staging directories; see `cfmerge.engine.journal.Journal` for its calls.
 
     `read` gives the header that is there, if all directories hold the same one. Then `begin` starts anew, or `go_on`
-    trusts the lines. Lines are kept back until `sync`, which is given to both, has made their data safe.
+    trusts the lines; a process that is not the first calls `join`. Lines are kept back until `sync`, which is given to
+    these, has made their data safe.
+
+    Args:
+        output: as the user named it, for messages.
+        directories: the staging directories.
+        process: the number of this process.
     """
 
-    def __init__(self, output: Path, directories: Sequence[Path]) -> None:
-        self._output = output  # as the user named it, for messages
-        self.files = [directory / JOURNAL for directory in directories]
+    def __init__(self, output: Path, directories: Sequence[Path], process: int = 0) -> None:
+        self._output, self._directories, self._process = output, list(directories), process
+        self.files = [directory / (f"{JOURNAL}-{process}" if process else JOURNAL) for directory in directories]
         self._empty({})
+        self.written = Covered()  # by this run, whether safe or not
         self._pending: list[dict[str, Any]] = []
         self._since: float | None = None  # when lines were last written, or were first kept back
         self._sync: Callable[[], None] = lambda: None
@@ -55,7 +65,7 @@ class FileJournal:
 
     def read(self) -> dict[str, Any] | None:
         """The header of the journal that is there; None: there is none, or it is damaged."""
-        headers = [next(iter(trusted(file)), None) for file in self.files]
+        headers = [next(iter(trusted(file)), None) for file in self._first]
         return headers[0] if headers and all(header == headers[0] for header in headers) else None
 
     def begin(self, header: dict[str, Any], sync: Callable[[], None]) -> None:
@@ -68,13 +78,44 @@ class FileJournal:
 
     def go_on(self, sync: Callable[[], None]) -> None:
         """The journal that is there; lines that are not trusted are cut off."""
-        journals = [trusted(file) for file in self.files]
-        common = min(map(len, journals))
-        lines = next(journals[0][:n] for n in range(common, -1, -1) if all(j[:n] == journals[0][:n] for j in journals))
-        self.header, self._sync, self.kept = lines[0], sync, len(lines) - 1
+        lines = _common([trusted(file) for file in self._first])
+        others = self._of_others(lines[0])
         with disk_errors(self._output):
             for file in self.files:
                 os.truncate(file, sum(len(_line(line)) for line in lines))
+                _append(file, b"".join(map(_line, others)))
+            for file in (file for directory in self._directories for file in journals(directory)[1:]):
+                file.unlink()
+        self._trust([*lines, *others], sync)
+
+    def join(self, sync: Callable[[], None]) -> None:
+        """The journal that the first process has begun or gone on with, to which this one adds."""
+        lines = _common([trusted(file) for file in self._first])
+        with disk_errors(self._output):
+            for file in self.files:
+                file.write_bytes(_line(lines[0]))
+        self._trust(lines, sync)
+        self.kept = 0
+
+    def hear(self) -> None:
+        """Takes note of all that the other processes have kept."""
+        others = self._of_others(self.header)
+        self.kept += len(others)
+        for one in (one for line in others for one in line.get("ranges", ())):
+            self.safe.add(*one)
+
+    @property
+    def _first(self) -> list[Path]:
+        return [directory / JOURNAL for directory in self._directories]
+
+    def _of_others(self, header: dict[str, Any]) -> list[dict[str, Any]]:
+        """The lines of the other processes' journals with that header."""
+        names = sorted({file.name for directory in self._directories for file in journals(directory)} - {JOURNAL})
+        found = [_common([trusted(directory / name) for directory in self._directories]) for name in names]
+        return [line for lines in found if lines[:1] == [header] for line in lines[1:]]
+
+    def _trust(self, lines: Sequence[dict[str, Any]], sync: Callable[[], None]) -> None:
+        self.header, self._sync, self.kept = lines[0], sync, len(lines) - 1
         for line in lines[1:]:
             if "ranges" in line:
                 self._told.append(line["told"])
@@ -96,9 +137,13 @@ class FileJournal:
         return self._values.get(key)
 
     def mark(self, ranges: Sequence[Range], told: Any = None) -> None:
+        for one in ranges:
+            self.written.add(*one)
         self._add({"ranges": [list(one) for one in ranges], "told": told})
 
     def remember(self, key: str, value: Any) -> None:
+        if self._process:  # the first does
+            return
         try:
             self._add({"key": key, "value": _plain(value)})
         except TypeError:  # a survey's own kind of container: its pass is made again
@@ -147,6 +192,12 @@ def trusted(file: Path) -> list[dict[str, Any]]:
             break
         lines.append(json.loads(text))
     return lines
+
+
+def _common(journals: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The lines that all of them begin with."""
+    one, shortest = journals[0], min(map(len, journals))
+    return next(one[:n] for n in range(shortest, -1, -1) if all(other[:n] == one[:n] for other in journals))
 
 
 def _line(content: dict[str, Any]) -> bytes:

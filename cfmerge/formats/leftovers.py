@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cfmerge.formats.journal import trusted
 from cfmerge.formats.ranges import Covered
-from cfmerge.formats.staged import JOURNAL, STAGING, locked, removed, staging_directories
+from cfmerge.formats.staged import STAGING, journals, locked, removed, staging_directories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ def _states(staging: Path) -> Iterator[os.stat_result]:
 
 def _done(staging: Path) -> float:
     """The share of the merge that is done."""
-    header, *lines = trusted(staging / JOURNAL) or [{}]
+    own = [trusted(file) for file in journals(staging)]
+    header, lines = next((lines[0] for lines in own if lines), {}), [line for lines in own for line in lines[1:]]
     done = Covered((name, first, count) for line in lines for name, first, count in line.get("ranges", ()))
     return done.entries / max(header.get("entries", 0), 1)
 

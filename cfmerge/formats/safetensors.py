@@ -10,7 +10,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -19,7 +19,7 @@ import numpy as np
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.base import Header, TensorInfo
 from cfmerge.formats.magic import wrong_file
-from cfmerge.formats.ranges import Covered
+from cfmerge.formats.ranges import Covered, Range
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -165,6 +165,7 @@ class ShardWriter:
     All headers are written and all space is reserved at once, so a full disk is known before the first tensor.
 
     Args:
+        index: the name of the index; none: another writer makes it.
         done: ranges that an earlier writer has written into the files that are there; none: the files are new.
 
     Raises:
@@ -180,7 +181,7 @@ class ShardWriter:
         max_shard_bytes: int,
         metadata: Mapping[str, str],
         stem: str = "model",
-        index: str = "",
+        index: str | None = "",
         done: Covered | None = None,
     ):
         self._files: list[int] = []
@@ -200,7 +201,7 @@ class ShardWriter:
         except BaseException:
             self.abort()
             raise
-        if len(shards) > 1:
+        if len(shards) > 1 and index is not None:
             total = sum(size * self._dtypes[name].itemsize for name, size in self._sizes.items())
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / (index or f"{stem}.safetensors.index.json")).write_text(json.dumps(content, indent=2) + "\n")
@@ -247,6 +248,12 @@ class ShardWriter:
         with self._lock:
             self._done.add(name, first, values.size)
             self._dirty.add(file)
+
+    def covers(self, ranges: Iterable[Range]) -> None:
+        """Takes note of ranges that another writer of the same files has written."""
+        with self._lock:
+            for one in ranges:
+                self._done.add(*one)
 
     def sync(self) -> None:
         """Makes safe what is written so far."""

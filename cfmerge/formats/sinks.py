@@ -17,7 +17,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, StoppedError, and_more
 from cfmerge.formats.base import Folder, Header, Totals
-from cfmerge.formats.ranges import Covered
+from cfmerge.formats.ranges import Covered, Range
 from cfmerge.formats.safetensors import ShardWriter, save
 from cfmerge.formats.side_files import TENSORS
 from cfmerge.formats.staged import StagedDirectory, StagedFile, staging_directories
@@ -38,7 +38,7 @@ class DirectorySink:
         side_files: `{name in the directory: path}`, copied when the tensors are written.
         edits: `{name of a JSON side file: {key: value}}`, set in the copy.
         metadata: entries for every file of tensors, beside those of its folder.
-        overwrite, digest, keep, resume: see `StagedDirectory`.
+        overwrite, digest, keep, resume, join: see `StagedDirectory`.
         inputs: files and directories that are read, and so not written into.
     """
 
@@ -56,6 +56,7 @@ class DirectorySink:
         digest: str = "",
         keep: bool = False,
         resume: bool = False,
+        join: bool = False,
     ):
         self.notes: tuple[str, ...] = ()
         self._folders = sorted(folders, key=lambda folder: len(folder.prefix), reverse=True)
@@ -63,7 +64,8 @@ class DirectorySink:
         self._shard_bytes, self._metadata = shard_bytes, dict(metadata)
         self._writers: dict[str, ShardWriter] = {}  # by the prefix of their folder
         self._folder_of: dict[str, Folder] = {}
-        self._staged = self._stage(target, overwrite=overwrite, inputs=inputs, digest=digest, keep=keep, resume=resume)
+        how = {"overwrite": overwrite, "inputs": inputs, "digest": digest, "keep": keep, "resume": resume, "join": join}
+        self._staged = self._stage(target, **how)
         self.target = self._staged.target
         self._asked = target  # as the user named it, for messages
 
@@ -132,12 +134,19 @@ class DirectorySink:
             ranges = [one for one in done.ranges() if self._folder_of.get(one[0]) is folder]
             done = Covered((name.removeprefix(folder.prefix), first, count) for name, first, count in ranges)
         metadata = {**self._metadata, **folder.metadata}
-        return ShardWriter(place, headers, most, metadata, folder.stem, folder.index, done)
+        index = None if self._staged.join else folder.index
+        return ShardWriter(place, headers, most, metadata, folder.stem, index, done)
 
     def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
         folder = self._folder_of[name]
         with disk_errors(self._asked):
             self._writers[folder.prefix].write(name.removeprefix(folder.prefix), values, first)
+
+    def covers(self, ranges: Iterable[Range]) -> None:
+        """Takes note of ranges that another process has written."""
+        for name, first, count in ranges:
+            prefix = self._folder_of[name].prefix
+            self._writers[prefix].covers([(name.removeprefix(prefix), first, count)])
 
     def sync(self) -> None:
         """Makes safe on the disk what is written so far."""
@@ -224,7 +233,7 @@ def open_sink(
     Args:
         heads: heads will be written beside the model.
         recipe: kept in the metadata of a file, which has no card.
-        **how: overwrite, inputs, digest, keep and resume, see `DirectorySink`.
+        **how: overwrite, inputs, digest, keep, resume and join, see `DirectorySink`.
 
     Raises:
         CfmergeError: it is the name of a file of another format, or one file cannot hold it all.

@@ -14,7 +14,6 @@ from cfmerge.errors import CfmergeError
 
 LOCK = ".cfmerge-lock"
 JOURNAL = ".cfmerge-journal"  # of what is done, see `journal.py`
-OWN = (LOCK, JOURNAL)  # files that are no part of the output
 STAGING = re.compile(r"\.(.+)\.cfmerge-[0-9a-f]{8}", re.DOTALL)  # the name of a staging directory, with its target's
 
 
@@ -33,6 +32,7 @@ class StagedDirectory:
         digest: a name for the staging directory, in hexadecimal digits: the same work finds it again; none: by chance.
         keep: without a commit it is left where it is.
         resume: where the same work has left its staging directory, it is taken up as it is, and kept if it holds work.
+        join: another process has made it; this one writes into it, and neither locks nor removes anything.
 
     Raises:
         CfmergeError: the target exists (without `overwrite`), is not a model directory, holds an input, or lies
@@ -50,6 +50,7 @@ class StagedDirectory:
         digest: str = "",
         keep: bool = False,
         resume: bool = False,
+        join: bool = False,
     ):
         self.target = place_of(target)
         self.overwrite = overwrite
@@ -58,11 +59,13 @@ class StagedDirectory:
         prefix = f".{self.target.name}.cfmerge-"
         self._previous = self.target.with_name(prefix + "previous")
         self.path = self.target.with_name(prefix + (digest[:8] or secrets.token_hex(4)))
-        self.keep, self.resume = keep, resume
+        self.keep, self.resume, self.join = keep, resume, join
         self._lock: int | None = None
         self._new_parents = [parent for parent in self.target.parents if not parent.exists()]
 
     def __enter__(self) -> "StagedDirectory":
+        if self.join:
+            return self
         if not self._new_parents:
             self._mend()
             self._clean(only_empty=True)
@@ -115,8 +118,8 @@ class StagedDirectory:
         if self.target.is_dir() and not _is_empty(self.target):
             os.rename(self.target, self._previous)
         os.rename(self.path, self.target)
-        for name in OWN:
-            (self.target / name).unlink(missing_ok=True)
+        for path in _own(self.target):
+            path.unlink(missing_ok=True)
         sync(self.target.parent)
         self._clean()
         shutil.rmtree(self._previous, ignore_errors=True)
@@ -124,6 +127,8 @@ class StagedDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.join:
+            return
         if not self.keep and self._lock is not None:
             shutil.rmtree(self.path, ignore_errors=True)
         self._mend()
@@ -141,9 +146,9 @@ class StagedDirectory:
                 shutil.rmtree(self._previous, ignore_errors=True)
             else:
                 os.rename(self._previous, self.target)
-        for name in OWN:
+        for path in _own(self.target):
             with contextlib.suppress(OSError):
-                (self.target / name).unlink()
+                path.unlink()
 
     def _clean(self, only_empty: bool = False) -> None:
         """Removes the staging directories that killed processes have left of other work."""
@@ -203,12 +208,22 @@ def locked(staging: Path) -> int | None:
     return None
 
 
+def journals(staging: Path) -> list[Path]:
+    """The journals that are there: the first process's, and behind it those of others."""
+    return sorted(staging.glob(f"{JOURNAL}*"))
+
+
 def holds_work(staging: Path) -> bool:
-    """Whether its journal has more than a header."""
+    """Whether a journal has more than a header."""
     try:
-        return (staging / JOURNAL).read_bytes().count(b"\n") > 1
+        return any(file.read_bytes().count(b"\n") > 1 for file in journals(staging))
     except OSError:
         return False
+
+
+def _own(directory: Path) -> list[Path]:
+    """Files that are no part of the output."""
+    return [directory / LOCK, *journals(directory)]
 
 
 def removed(staging: Path) -> bool:

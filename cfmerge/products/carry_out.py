@@ -17,13 +17,15 @@ from cfmerge.engine import run
 from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.checks import same_content
 from cfmerge.engine.placement import Placement
-from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.engine.processes import by_the_first
+from cfmerge.errors import CfmergeError, NonFiniteError, StoppedError
 from cfmerge.formats import DirectorySink, Totals, check_directory_name, open_sink
 from cfmerge.formats.journal import FileJournal
 from cfmerge.models import is_float
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress
-from cfmerge.products.resume import LeftOut, kept_where_it_can_go_on, recall_left_out, resumed
+from cfmerge.products.processes import all_digests, check_same_plan, my_files, ranges_of_others
+from cfmerge.products.resume import LeftOut, joined, kept_where_it_can_go_on, recall_left_out, resumed
 from cfmerge.report.card import model_card
 from cfmerge.report.result import MergeResult
 
@@ -65,52 +67,74 @@ def carried_out(
     checkpoints = (plan.base, *plan.experts)
     inputs = [file for checkpoint in checkpoints for file in checkpoint.files]
     places = [*inputs, *(checkpoint.path for checkpoint in checkpoints)]
-    if not fresh:
-        recall_left_out(plan, outputs)
+    processes = placement.processes
+    first = processes.number == 0
+    processes.begin()
     with contextlib.ExitStack() as stack:
-        sinks = {
-            label: stack.enter_context(_sink(own, target, overwrite, places, plan.digest, fresh))
-            for (label, own), target in zip(plans.items(), outputs, strict=True)
-        }
+        with processes.telling():
+            check_same_plan(processes, plan.digest)
+            if first and not fresh:
+                recall_left_out(plan, outputs)
+            sinks = {
+                label: stack.enter_context(_sink(own, target, overwrite, places, plan.digest, fresh, join=not first))
+                for (label, own), target in zip(plans.items(), outputs, strict=True)
+            }
         outs = list(sinks.values())
-        journal = FileJournal(Path(output), [sink.path for sink in outs])
-        stack.enter_context(kept_where_it_can_go_on(Path(output), outs, journal))
-        earlier = resumed(plan, outs, journal, left_out, _check_contents)
+        journal = FileJournal(Path(output), [sink.path for sink in outs], processes.number)
+        if first:
+            stack.enter_context(kept_where_it_can_go_on(Path(output), outs, journal))
+        stack.enter_context(processes.at_once())
+        earlier = tuple(by_the_first(
+            processes, "opened", lambda: resumed(plan, outs, journal, left_out, _check_contents)
+        ))  # fmt: skip
+        if not first:
+            joined(plan, outs, journal)
+        processes.gathered("joined", None)
         notes = [*dropped, *journal.header["contents"]]
-        stop = threading.Event()
+        stop, files = threading.Event(), list(dict.fromkeys(inputs))
         with ThreadPoolExecutor(1, "hash") as hasher:
-            digests = hasher.submit(lambda: {file: _sha256(file, stop) for file in dict.fromkeys(inputs)})
+            hashing = hasher.submit(lambda: {file: _sha256(file, stop) for file in my_files(processes, files)})
             try:
                 account = run.merge(
                     plan.work, outs, memory=memory, placement=placement, progress=progress, stop=stop, journal=journal
                 )  # fmt: skip
+                hashed = hashing.result()
             except BaseException:
                 stop.set()
                 raise
+        digests = all_digests(processes, hashed, files)
+        if not first:
+            for sink in outs:
+                sink.sync()
+        others = ranges_of_others(processes, journal.written.ranges())
         notes += account.lines()
         results = {}
         for number, (label, sink) in enumerate(sinks.items()):
             warned, shown = _warned(account, number, outputs[number]), [*notes, *sink.notes]
-            card = model_card(plans[label], digests.result(), shown, warned)
-            sink.finish(Totals(card, _exported_heads(plan)))
+            if first:
+                sink.covers(others)
+                card = model_card(plans[label], digests, shown, warned)
+                sink.finish(Totals(card, _exported_heads(plan)))
             reports = account.reports_of(number)
             results[label] = MergeResult(
-                sink.target, plans[label], (*plan.notes, *shown), reports, digests.result(), warnings=warned,
-                resumed=earlier,
-            )  # fmt: skip
-        for sink in sinks.values():
-            sink.commit()
+                sink.target, plans[label], (*plan.notes, *shown), reports, digests, warnings=warned, resumed=earlier
+            )
+        if first:
+            for sink in sinks.values():
+                sink.commit()
+        with contextlib.suppress(*[StoppedError] if first else []):  # the output is there, whoever is gone now
+            processes.gathered("committed", None)
         return results
 
 
 def _sink(
-    plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path], digest: str, fresh: bool
+    plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path], digest: str, fresh: bool, join: bool
 ) -> DirectorySink:
     """The sink of a plan with one result."""
     return open_sink(
         output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
         heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
-        digest=digest, resume=not fresh,
+        digest=digest, resume=not fresh, join=join,
     )  # fmt: skip
 
 

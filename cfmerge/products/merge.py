@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from cfmerge import recipe as recipes
-from cfmerge.engine.placement import Devices, placement_of
+from cfmerge.engine.placement import Devices
 from cfmerge.methods import Method
 from cfmerge.planning.work import Progress
 from cfmerge.products.plan import Experts, as_recipe, make_plan
+from cfmerge.products.processes import together
 from cfmerge.recipe import Recipe
 from cfmerge.report.result import MergeResult
 from cfmerge.statistics import Statistics
@@ -91,6 +92,6 @@ def merge_recipe(
     Raises:
         CfmergeError: bad input; nothing is written then.
     """
-    where = placement_of(devices)  # before JAX is used: the number of a processor's devices is settled then
-    plan = make_plan(recipe, statistics)
-    return plan.run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)
+    with together(output, devices) as where:  # before JAX is used: a processor's devices are counted then
+        plan = make_plan(recipe, statistics)
+        return plan.run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)

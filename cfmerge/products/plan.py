@@ -12,13 +12,14 @@ import msgspec
 from cfmerge import recipe as recipes
 from cfmerge.core.expressions import expression
 from cfmerge.engine.cutting import check_memory
-from cfmerge.engine.placement import Devices, placement_of
+from cfmerge.engine.placement import Devices
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.methods import Method
 from cfmerge.planning.resolve import resolve
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress, Writable, silent
 from cfmerge.products.carry_out import carried_out
+from cfmerge.products.processes import memory_of, together
 from cfmerge.products.resume import LeftOut
 from cfmerge.recipe import Recipe
 from cfmerge.statistics import Statistics
@@ -73,10 +74,13 @@ class Plan(Resolved):
         Raises:
             CfmergeError: bad input; nothing is written then.
         """
-        started, where = time.monotonic(), placement_of(devices)
-        done = self.attempted(memory, lambda plan, limit, left_out: carried_out(
-            plan, output, overwrite, limit, where, progress or silent, left_out, fresh
-        ))  # fmt: skip
+        started = time.monotonic()
+        with together(output, devices) as where:
+            limit = memory_of(where.processes, memory, free_memory())
+            tell = progress if progress and where.processes.number == 0 else silent
+            done = self.attempted(limit, lambda plan, limit, left_out: carried_out(
+                plan, output, overwrite, limit, where, tell, left_out, fresh
+            ))  # fmt: skip
         seconds = time.monotonic() - started
         results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
         return results.get("", results)

@@ -79,6 +79,21 @@ def resumed(
     return (f"what an earlier run had done was done anew: {told}",) if told else ()
 
 
+def joined(plan: Resolved, sinks: Sequence[DirectorySink], journal: FileJournal) -> None:
+    """Goes on, in another process, with what `resumed` has begun or found in the first."""
+
+    def sync() -> None:
+        for sink in sinks:
+            sink.sync()
+
+    journal.join(sync)
+    for sink in sinks:
+        try:
+            sink.declare(plan.output, journal.covered)
+        except Unfit as error:
+            raise StoppedError(f"{error}; every process must see the directory that the first one writes") from None
+
+
 def _differs(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Why a journal with that header is not gone on with; empty if it is."""
     then, new = before.get("versions", {}), now["versions"]
@@ -109,6 +124,7 @@ def kept_where_it_can_go_on(output: Path, sinks: Sequence[DirectorySink], journa
         yield
     except BaseException as error:
         at_fault = isinstance(error, CfmergeError) and not isinstance(error, StoppedError)
+        journal.hear()
         for sink in sinks:
             sink.keep(bool(journal.kept) and not at_fault)
         if at_fault or not journal.kept:

@@ -7,13 +7,14 @@ from typing import Any
 
 from cfmerge import methods as registered
 from cfmerge.core.expressions import expression
-from cfmerge.engine.placement import Devices, check_no_devices, placement_of
+from cfmerge.engine.placement import Devices, check_no_devices
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.planning.jobs import as_method
 from cfmerge.planning.work import Progress
 from cfmerge.products.in_memory import merge_params_by
 from cfmerge.products.plan import as_recipe, planned
+from cfmerge.products.processes import together
 from cfmerge.recipe import Recipe
 from cfmerge.report.result import MergeResult
 
@@ -108,8 +109,9 @@ def sweep_recipes(
     fresh: bool = False,
 ) -> dict[str, MergeResult]:
     """The results of recipes that differ in method and parameters alone, in one pass; see `sweep`."""
-    where = placement_of(devices)
-    return planned(asked).run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)
+    with together(output, devices) as where:
+        how = {"overwrite": overwrite, "memory": memory, "devices": where, "progress": progress, "fresh": fresh}
+        return planned(asked).run(output, **how)  # type: ignore[arg-type]
 
 
 def _labelled(methods: Methods) -> dict[str, Method | str]:
