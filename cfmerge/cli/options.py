@@ -109,6 +109,10 @@ Memory = Annotated[str | None, option("--memory", metavar="SIZE", help="Such as 
 Devices = Annotated[
     str | None, option("--devices", metavar="N", help="all, a number, or cpu. Default: all GPUs or TPUs.")
 ]
+DeviceMemory = Annotated[
+    str | None, option("--device-memory", metavar="SIZE", help="Plan for --devices N that are not here.")
+]
+NoCalibration = Annotated[bool, option("--no-calibration", help="Predict no seconds: measure nothing.")]
 ModelOutput = Annotated[
     Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or a .safetensors.")
 ]

@@ -35,7 +35,7 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
         if job.name in work.sharded:
             yield from _layers(work, job, memory) if job.layers_apart else [_whole(work, [job])]
             continue
-        if pieces and _takes_pieces(work, job):
+        if pieces and work.in_pieces(job):
             job = dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=in_pieces(job.method)))
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
         if looks_within(job.method):
@@ -89,12 +89,6 @@ def _rows(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:
         count = min(room, job.parameter.size - first)
         filling.append(Segment(job, first, count))
         first += count
-
-
-def _takes_pieces(work: Work, job: Job) -> bool:
-    """Whether the method has a form that looks within a tensor, and findings by expert have a place for each."""
-    everybody = len(job.experts) == len(work.experts) and work.statistics is None
-    return work.from_files and everybody and job.method.pieces is not None
 
 
 def _apart(work: Work, job: Job, filling: list[Segment]) -> Iterator[Unit]:

@@ -52,7 +52,7 @@ class Loop:
         self.placement = placement.within(memory)
         self._lock, self._context = threading.Lock(), contextlib.ExitStack()
         self._looks: dict[str, Future[dict[Any, Any]]] = {}  # within tensors that come in pieces
-        largest = max((job.working_bytes for job in work.merged), default=0) if memory is not None else 0
+        largest = max(map(work.working_bytes, work.merged), default=0) if memory is not None else 0
         self._workers = WORKERS if memory is None or largest * WORKERS <= memory else 1
         if not work.from_files:
             self._workers = 0

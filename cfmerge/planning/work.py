@@ -180,6 +180,15 @@ class Work:
         """The number of experts in the statistics: those of the work are numbered after them."""
         return len(self.statistics.experts) if self.statistics else 0
 
+    def in_pieces(self, job: Job) -> bool:
+        """Whether a method that looks within a tensor takes it in pieces afterwards: findings have a place for each."""
+        everybody = len(job.experts) == len(self.experts) and self.statistics is None
+        return self.from_files and everybody and job.method.pieces is not None
+
+    def working_bytes(self, job: Job) -> int:
+        """Bytes that the job's smallest unit may need; a tensor that is merged in pieces needs no more than these."""
+        return 0 if self.in_pieces(job) else job.working_bytes
+
     @property
     def merged(self) -> tuple[Job, ...]:
         """The jobs that merge something."""
