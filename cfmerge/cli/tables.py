@@ -108,38 +108,28 @@ def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:
 
 def _costs(console: Console, forecast: "Forecast") -> None:
     """Seconds and memory as they are predicted, and the tensors that do not fit."""
-    from cfmerge.models.patterns import tell as told
+    from cfmerge.models.patterns import tell as named
 
-    told_of, devices = forecast.prediction, forecast.devices
-    if told_of.seconds is not None and told_of.compiling is not None:
-        first = f" ({told_of.compiling:.0f} s more where nothing is compiled yet)" if told_of.compiling >= 0.5 else ""
-        say(console, f"about {_duration(told_of.seconds)} on this machine{first}, {size(told_of.memory)} of memory")
+    predicted, devices = forecast.prediction, forecast.devices
+    if predicted.seconds is not None and predicted.compiling is not None:
+        more = f" ({predicted.compiling:.0f} s more where nothing is compiled yet)" if predicted.compiling > 0.5 else ""
+        say(console, f"about {_duration(predicted.seconds)} on this machine{more}, {size(predicted.memory)} of memory")
     else:
-        say(console, f"about {size(told_of.memory)} of memory on the host")
+        say(console, f"about {size(predicted.memory)} of memory on the host")
     if not devices.on_host:
         each = "" if devices.memory is None else f" of {size(devices.memory)}"
-        say(
-            console,
-            f"{devices.count} devices{each}: about {told_of.device_flops / 1e12:.2f} TFLOP and {size(told_of.device_memory)} each",
-        )
+        work, held = predicted.device_flops / 1e12, size(predicted.device_memory)
+        say(console, f"{devices.count} devices{each}: about {work:.2f} TFLOP and {held} each")
     for note in forecast.notes:
         tell(console, "note", note, "yellow")
-    if told_of.too_large:
-        most = max(told_of.too_large.values())
-        say(
-            console,
-            f"{told(list(told_of.too_large))}: up to {size(most)} on one device, which has {size(devices.memory or 0)}: take "
-            "larger devices, more of them, or a --rule",
-            "bold red",
-        )
+    if predicted.too_large:
+        names, most = named(list(predicted.too_large)), size(max(predicted.too_large.values()))
+        text = f"{names}: needs {most} on a device, which has {size(devices.memory or 0)}"
+        say(console, f"{text}: take larger devices, more of them, or a --rule", "bold red")
     if forecast.refused:
-        most = max(forecast.refused.values())
-        say(
-            console,
-            f"{told(list(forecast.refused))}: up to {size(most)}; the largest working set is too large: raise --memory "
-            "or add a --rule",
-            "bold red",
-        )
+        names, most = named(list(forecast.refused)), size(max(forecast.refused.values()))
+        text = f"{names}: needs {most}; the largest working set is too large"
+        say(console, f"{text}: raise --memory or add a --rule", "bold red")
 
 
 def _duration(seconds: float) -> str:

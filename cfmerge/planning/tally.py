@@ -10,25 +10,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 LOOPS = 8  # rounds of a loop that ends when it has converged
 DEAR = 8  # operations that a root, a quotient or a logarithm counts as
 ROOTS = {"div", "sqrt", "rsqrt", "exp", "log", "log1p", "expm1", "pow", "sin", "cos", "tanh", "erf_inv", "rem", "cbrt"}
-FREE = set(
-    [
-        "reshape",
-        "broadcast_in_dim",
-        "squeeze",
-        "expand_dims",
-        "iota",
-        "copy",
-        "stop_gradient",
-        "optimization_barrier",
-        "bitcast_convert_type",
-        "convert_element_type",
-        "random_wrap",
-        "random_unwrap",
-        "empty",
-        "pvary",
-        "create_token",
-    ]
-)
+FREE = {
+    "reshape", "broadcast_in_dim", "squeeze", "expand_dims", "iota", "copy", "stop_gradient", "optimization_barrier",
+    "bitcast_convert_type", "convert_element_type", "random_wrap", "random_unwrap", "empty", "pvary", "create_token",
+}  # fmt: skip
 
 
 class Tally(NamedTuple):
