@@ -30,16 +30,15 @@ from cfmerge.engine.loop import WORKERS
 from cfmerge.engine.placement import Placement
 from cfmerge.methods import make
 from cfmerge.planning.arithmetic import merging
-from cfmerge.planning.prediction import Rates
+from cfmerge.planning.prediction import MEMORY, Rates
 from cfmerge.planning.tally import tally
 
 MIXES = 16
 FORM = 1  # of the file, raised when the same names mean something else
 BYTES = 1 << 26  # of the file that is written and read
 CHILD = """
-import time
-import jax, cfmerge.products.merge
-jax.jit(lambda x: x + 1)(1.0)
+import jax, scipy.linalg, cfmerge.products.merge
+jax.jit(lambda x: x @ x)(jax.numpy.ones((512, 512))).block_until_ready()
 print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")])
 """
 
@@ -116,13 +115,12 @@ def _keep(file: Path, key: dict[str, Any], rates: Rates) -> str:
 
 def measured(placement: Placement) -> Rates:
     """The rates of this machine and of a placement's device, measured now."""
-    several = min(cores(), WORKERS) if placement.on_host else 1
     with _compiling_anew(), jax.default_device(_device(placement)):
         start, memory = _start()
-        trace, compiling = _programs()
+        trace, compiling, code = _programs()
         return Rates(
             cores=cores(), on_host=placement.on_host, start=start, memory=memory, call=_call(), trace=trace,
-            compile=compiling, **_files(), **_arithmetic(several), select=_select(),
+            compile=compiling, code=code, **_files(), **_arithmetic(placement), select=_select(),
         )  # fmt: skip
 
 
@@ -147,37 +145,51 @@ def _compiling_anew() -> Iterator[None]:
 
 
 def _best(function: Callable[[], Any], rounds: int = 3) -> float:
-    """The least seconds of some calls: what else the machine does only adds to them."""
+    """The least processor seconds of some calls, which hardly depend on what else the machine does."""
+    return _least(time.process_time, function, rounds)
+
+
+def _least(clock: Callable[[], float], function: Callable[[], Any], rounds: int) -> float:
     times = []
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = clock()
         jax.block_until_ready(function())
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return max(min(times), 1e-9)
 
 
 def _start() -> tuple[float, float]:
-    """Seconds and bytes of a process that imports what a merge does, and merges nothing."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    started = time.perf_counter()
+    """Processor seconds and bytes of a process that imports what a merge does, and merges nothing."""
+    environment, before = {**os.environ, "PYTHONSAFEPATH": "1"}, os.times()
     done = subprocess.run(
         [sys.executable, "-c", CHILD], capture_output=True, text=True, check=True, env=environment, timeout=60
     )
-    told = done.stdout.split()
-    return time.perf_counter() - started, 1024.0 * int(told[0]) if told else 2.5e8
+    after, told = os.times(), done.stdout.split()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return max(spent, 0.1), 1024.0 * int(told[0]) if told else MEMORY
 
 
-def _programs() -> tuple[float, float]:
-    """Seconds for each equation of programs that methods make: to trace and load them; to compile them."""
-    spent, equations = [0.0, 0.0], 0
+def _programs() -> tuple[float, float, float]:
+    """For each equation of programs that methods make: seconds to trace it, seconds to compile it, bytes of it."""
+    tracing, compiling, equations, before = 0.0, 0.0, 0, _anonymous()
     for method in (make("actmat"), make("dare_ties")):
         function, arguments = merging(method, (48, 64), 2)
         equations += tally(function, *arguments).equations
-        for number, do in enumerate((lambda f, a: jax.jit(f).lower(*a), lambda low, _: low.compile())):
-            started = time.perf_counter()
-            function = do(function, arguments)
-            spent[number] += time.perf_counter() - started
-    return spent[0] / equations, spent[1] / equations
+        times = [time.process_time()]
+        lowered = jax.jit(function).lower(*arguments)
+        times.append(time.process_time())
+        lowered.compile()
+        times.append(time.process_time())
+        tracing, compiling = tracing + times[1] - times[0], compiling + times[2] - times[1]
+    return tracing / equations, compiling / equations, max(_anonymous() - before, 1e7) / equations
+
+
+def _anonymous() -> float:
+    """Bytes of this process that are no file's; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    return 0.0
 
 
 def _call() -> float:
@@ -186,8 +198,17 @@ def _call() -> float:
     return _best(lambda: [np.asarray(add(*arrays)) for _ in range(20)]) / 20
 
 
-def _arithmetic(several: int) -> dict[str, float]:
-    """The rates of the device; `several` decompositions go on at once, each on a core of its own."""
+def _arithmetic(placement: Placement) -> dict[str, float]:
+    """The rates of the device. A processor's are those of a core, times the cores that the loop keeps busy."""
+    several = min(cores(), WORKERS) if placement.on_host else 1  # decompositions at once, each on a core of its own
+    all_cores = cores() if placement.on_host else 1
+
+    def seconds(function: Callable[..., Any], *arrays: Any) -> float:
+        compiled = jax.jit(function)
+        jax.block_until_ready(compiled(*arrays))
+        clock = time.process_time if placement.on_host else time.perf_counter
+        return _least(clock, lambda: compiled(*arrays), 3)
+
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -196,25 +217,18 @@ def _arithmetic(several: int) -> dict[str, float]:
     square, small, tall = normal(1536, 1536), normal(512, 512), normal(512, 256)
     large, flat, keys = rng.standard_normal((1024, 1024), np.float32), normal(1 << 23), normal(1 << 18)
     gram = jnp.asarray(large @ large.T / len(large) + np.eye(len(large), dtype=np.float32))
-    n, once, mixed = float(len(large)), _seconds(lambda x: x + 1, flat), _seconds(_mixed, flat)
-    move = 8.0 * flat.size / once
+    n, once, mixed = float(len(large)), seconds(lambda x: x + 1, flat), seconds(_mixed, flat)
+    move = all_cores * 8.0 * flat.size / once
     return {
-        "product": 2.0 * len(square) ** 3 / _seconds(linalg.matmul, square, square),
-        "solve": several * (n**3 / 3 + 2 * n**3) / _seconds(linalg.solve_right, gram, gram),
-        "eigen": several * float(len(small)) ** 3 / _seconds(linalg.symmetric_eigen, small),
-        "svd": several * 512 * 256.0**2 / _seconds(linalg.thin_svd, tall),
-        "qr": several * 512 * 256.0**2 / _seconds(linalg.orthonormal, tall),
-        "sort": several * keys.size / _seconds(jnp.sort, keys),
+        "product": all_cores * 2.0 * len(square) ** 3 / seconds(linalg.matmul, square, square),
+        "solve": several * (n**3 / 3 + 2 * n**3) / seconds(linalg.solve_right, gram, gram),
+        "eigen": several * float(len(small)) ** 3 / seconds(linalg.symmetric_eigen, small),
+        "svd": several * 512 * 256.0**2 / seconds(linalg.thin_svd, tall),
+        "qr": several * 512 * 256.0**2 / seconds(linalg.orthonormal, tall),
+        "sort": several * keys.size / seconds(jnp.sort, keys),
         "move": move,
-        "entry": 4.0 * MIXES * flat.size / max(mixed - once, mixed / 10),
+        "entry": all_cores * 4.0 * MIXES * flat.size / max(mixed - once, mixed / 10),
     }
-
-
-def _seconds(function: Callable[..., Any], *arrays: Any) -> float:
-    """Seconds of a compiled function of arrays."""
-    compiled = jax.jit(function)
-    jax.block_until_ready(compiled(*arrays))
-    return _best(lambda: compiled(*arrays))
 
 
 def _mixed(x: jax.Array) -> jax.Array:
@@ -266,8 +280,10 @@ def _files() -> dict[str, float]:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 return file.readinto(block)
 
-        rates = {"write": write, "sync": sync, "read": read, "hash": digest, "disk": from_disk}
-        return {name: BYTES / _best(do, 2) for name, do in rates.items()}
+        of_a_core = {"write": write, "read": read, "hash": digest}
+        of_the_disk = {"sync": sync, "disk": from_disk}
+        rates = {name: BYTES / _best(do) for name, do in of_a_core.items()}
+        return rates | {name: BYTES / _least(time.perf_counter, do, 2) for name, do in of_the_disk.items()}
 
 
 def _anywhere() -> Path | None:

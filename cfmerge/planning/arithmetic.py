@@ -14,7 +14,7 @@ from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Order, Ordered, looked
 from cfmerge.planning.tally import Tally, tally
 
-PLACE, COMPUTE = ("", 0), "float32"
+PLACE, COMPUTE, KEY = ("", 0), "float32", 4
 
 
 class Pass(NamedTuple):
@@ -99,17 +99,20 @@ class _Traced:
 
     def step(self, values: Any, found: Any, statistic: Any, base: Any, expert: Any, moment: Any, number: Any) -> Any:
         context = Context(jax.random.key(0), number, moment)
-        return self.informed(values, found).see(statistic, _delta(expert, base), jnp.ones((), COMPUTE), context)
+        method, weight = self.informed(values, found), jnp.ones((), COMPUTE)
+        return method.see(statistic, _delta(expert, base), weight, context), jnp.isfinite(expert).all()
 
     def finish(self, values: Any, found: Any, statistic: Any, base: Any) -> Any:
         merged, report = self.informed(values, found).solve(statistic)
-        return (merged + base).astype(self.stored), report
+        result = (merged + base).astype(self.stored)
+        return result, report, jnp.isfinite(result).all()
 
     def together(self, values: Any, found: Any, base: Any, experts: Any, moment: Any) -> Any:
-        statistic = self.start(values, found, base)
+        statistic, flags = self.start(values, found, base), []
         for number, expert in enumerate(experts):
-            statistic = self.step(values, found, statistic, base, expert, moment, number)
-        return self.finish(values, found, statistic, base)
+            statistic, finite = self.step(values, found, statistic, base, expert, moment, number)
+            flags.append(finite)
+        return self.finish(values, found, statistic, base), flags
 
     @property
     def all(self) -> tuple[Any, ...]:
@@ -133,7 +136,7 @@ def _arithmetic(structure: Any, numbers: int, shape: tuple[int, ...], experts: i
     merge, programs, statistic = tally(by.start, *given, array), 2, jax.eval_shape(by.start, *given, array)
     for left in range(experts, 0, -1):
         arguments = (*given, statistic, array, array, by.moment, number)
-        after, one = jax.eval_shape(by.step, *arguments), tally(by.step, *arguments)
+        after, one = jax.eval_shape(by.step, *arguments)[0], tally(by.step, *arguments)
         programs += 1
         if _same(after, statistic):
             merge += one.times(left)
@@ -185,7 +188,9 @@ def _looks(by: _Traced) -> tuple[tuple[Pass, ...], Any]:
             answer = jax.eval_shape(ask, *arguments)
             if keys[0] is None:
                 return tuple(passes), answer
-            passes.append(Pass(tally(ask, *arguments), keys[0]))
+            found = tally(ask, *arguments)
+            checked = by.array.size * by.array.dtype.itemsize * (1 + by.experts)  # for NaN, in a program of its own
+            passes.append(Pass(found._replace(moved=found.moved + checked + KEY * keys[0]), keys[0]))
         except jax.errors.JAXTypeError:  # a look that needs its numbers: all that it asked for before is counted
             return tuple(passes), Found(None)
         replies.append(answer)

@@ -32,7 +32,8 @@ class Rates(NamedTuple):
         start: seconds of a process before and after its merge.
         memory: bytes of Python and JAX.
         call: seconds of one call of a compiled function, of one core.
-        trace, compile: seconds for each equation of a program: with compiled code at hand, and without it.
+        trace, compile: seconds for each equation of a program, of one core: with compiled code at hand, and without.
+        code: bytes for each equation of a program.
         read, write, hash: bytes, of one core: from the page cache; to it; SHA-256.
         disk, sync: bytes from the disk, and to it.
         product, solve: floating-point operations of matrix products; of Cholesky and triangular solves.
@@ -49,6 +50,7 @@ class Rates(NamedTuple):
     call: float
     trace: float
     compile: float
+    code: float
     read: float
     write: float
     hash: float
@@ -144,7 +146,8 @@ def predicted(plan: "Resolved", rates: Rates | None, limits: Limits, devices: De
         for group, held in on_device.items() if devices.memory is not None and held > devices.memory
         for name in group.names
     }  # fmt: skip
-    memory = (rates.memory if rates else MEMORY) + _memory(found, limits, devices.on_host)
+    memory = rates.memory + _equations(found)[0] * rates.code if rates else MEMORY
+    memory += _memory(found, limits, devices.on_host)
     parts = _parts(plan, found, seconds(work, rates) / devices.count, rates, limits) if rates else {}
     seconds_in_all = compiling = None
     if rates:

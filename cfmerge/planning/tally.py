@@ -25,7 +25,8 @@ class Tally(NamedTuple):
         eigen, svd, qr: sums of `n^3`, or of `m n min(m, n)`, over the matrices that are decomposed.
         entries: operations on entries, one by one.
         sorted: entries that are sorted.
-        moved: bytes that are read from or written to memory, where loops over entries are fused.
+        moved: bytes that are read and written where entries are sorted or laid otherwise, and at both ends; loops over
+            entries are fused, and products and decompositions have rates that hold theirs.
         equations: the length of the trace.
         memory: bytes of all arrays that are there at once, at most.
     """
@@ -59,7 +60,9 @@ class Tally(NamedTuple):
 
 def tally(function: Callable[..., Any], *arguments: Any) -> Tally:
     """The tally of a function of arrays, or of their shapes and dtypes."""
-    return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    found, ends = _of(jaxpr), [atom for atom in (*jaxpr.invars, *jaxpr.outvars) if isinstance(atom, Var)]
+    return found._replace(moved=found.moved + sum(map(_bytes, ends)))
 
 
 def _of(jaxpr: Jaxpr) -> Tally:
@@ -67,8 +70,7 @@ def _of(jaxpr: Jaxpr) -> Tally:
     for number, equation in enumerate(jaxpr.eqns):
         inner = _of_equation(equation)
         total += inner._replace(memory=live.after(number, inner.memory))
-    ends = [atom for atom in (*jaxpr.invars, *jaxpr.outvars) if isinstance(atom, Var)]
-    return total._replace(moved=total.moved + sum(map(_bytes, ends)), memory=max(total.memory, live.now))
+    return total._replace(memory=max(total.memory, live.now))
 
 
 class _Live:
@@ -114,8 +116,7 @@ def _of_equation(equation: Any) -> Tally:
         return sum(inner[1:], inner[0])
     if name == "dot_general":
         contracted = math.prod(inputs[0].aval.shape[axis] for axis in equation.params["dimension_numbers"][0][0])
-        moved = sum(_bytes(atom) for atom in (*inputs, *outputs))
-        return Tally(products=2.0 * contracted * _size(outputs[0]), moved=moved, equations=1)
+        return Tally(products=2.0 * contracted * _size(outputs[0]), equations=1)
     return _leaf(name, equation)
 
 
@@ -129,7 +130,7 @@ def _leaf(name: str, equation: Any) -> Tally:
         size = math.prod(shape) * min(shape[-2:])
         own = _solves(name, inputs, size)
         kind, count = own if own else (name if name in {"eigh", "svd"} else "qr", float(size))
-        return one._replace(**{"eigen" if kind == "eigh" else kind: count}, moved=moved)
+        return one._replace(**{"eigen" if kind == "eigh" else kind: count})
     if name in {"sort", "top_k"}:
         return one._replace(sorted=float(sum(map(_size, inputs))), moved=moved)
     if name in FREE:
