@@ -34,6 +34,7 @@ from cfmerge.planning.prediction import MEMORY, Rates
 from cfmerge.planning.tally import tally
 
 MIXES = 16
+LONG = 0.2  # seconds of a measurement, at least
 FORM = 1  # of the file, raised when the same names mean something else
 BYTES = 1 << 26  # of the file that is written and read
 CHILD = """
@@ -144,18 +145,17 @@ def _compiling_anew() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _best(function: Callable[[], Any], rounds: int = 3) -> float:
-    """The least processor seconds of some calls, which hardly depend on what else the machine does."""
-    return _least(time.process_time, function, rounds)
+def _spent(function: Callable[[], Any], clock: Callable[[], float] = time.process_time) -> float:
+    """The seconds of one call; processor seconds, which depend less on what else the machine does.
 
-
-def _least(clock: Callable[[], float], function: Callable[[], Any], rounds: int) -> float:
-    times = []
-    for _ in range(rounds):
-        started = clock()
+    Calls are repeated for a while: some systems count a processor's seconds in coarse steps.
+    """
+    jax.block_until_ready(function())
+    started, calls = clock(), 0
+    while calls < 2 or clock() - started < LONG:
         jax.block_until_ready(function())
-        times.append(clock() - started)
-    return max(min(times), 1e-9)
+        calls += 1
+    return max((clock() - started) / calls, 1e-9)
 
 
 def _start() -> tuple[float, float]:
@@ -195,7 +195,7 @@ def _anonymous() -> float:
 def _call() -> float:
     add = jax.jit(lambda *arrays: sum(arrays))
     arrays = [np.ones(64, np.float32) for _ in range(8)]
-    return _best(lambda: [np.asarray(add(*arrays)) for _ in range(20)]) / 20
+    return _spent(lambda: [np.asarray(add(*arrays)) for _ in range(20)]) / 20
 
 
 def _arithmetic(placement: Placement) -> dict[str, float]:
@@ -205,9 +205,7 @@ def _arithmetic(placement: Placement) -> dict[str, float]:
 
     def seconds(function: Callable[..., Any], *arrays: Any) -> float:
         compiled = jax.jit(function)
-        jax.block_until_ready(compiled(*arrays))
-        clock = time.process_time if placement.on_host else time.perf_counter
-        return _least(clock, lambda: compiled(*arrays), 3)
+        return _spent(lambda: compiled(*arrays), time.process_time if placement.on_host else time.perf_counter)
 
     rng = np.random.default_rng(0)
 
@@ -246,7 +244,7 @@ def _select() -> float:
     def selected() -> Any:
         return np.unique(keys[keys - low <= width], return_counts=True), np.count_nonzero(keys > high)
 
-    return keys.size / _best(selected)
+    return keys.size / _spent(selected)
 
 
 def _files() -> dict[str, float]:
@@ -282,8 +280,8 @@ def _files() -> dict[str, float]:
 
         of_a_core = {"write": write, "read": read, "hash": digest}
         of_the_disk = {"sync": sync, "disk": from_disk}
-        rates = {name: BYTES / _best(do) for name, do in of_a_core.items()}
-        return rates | {name: BYTES / _least(time.perf_counter, do, 2) for name, do in of_the_disk.items()}
+        rates = {name: BYTES / _spent(do) for name, do in of_a_core.items()}
+        return rates | {name: BYTES / _spent(do, time.perf_counter) for name, do in of_the_disk.items()}
 
 
 def _anywhere() -> Path | None:

@@ -139,16 +139,19 @@ def _arithmetic(structure: Any, numbers: int, shape: tuple[int, ...], experts: i
         after, one = jax.eval_shape(by.step, *arguments)[0], tally(by.step, *arguments)
         programs += 1
         if _same(after, statistic):
-            merge += one.times(left)
+            merge += one.times(left)._replace(memory=one.memory - _bytes(statistic))  # which the step uses up
             break
         merge, statistic = merge + one, after
     merge += tally(by.finish, *given, statistic, array)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(statistic))
-    return Arithmetic(by.looks, merge, programs, size)
+    return Arithmetic(by.looks, merge, programs, _bytes(statistic))
 
 
 def _delta(expert: Any, base: Any) -> Any:
     return expert.astype(COMPUTE) - base.astype(COMPUTE)
+
+
+def _bytes(statistic: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(statistic))
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -172,7 +172,7 @@ def _parts(
     equations, programs = _equations(found)
     return {
         "arithmetic": computing,
-        "reading": _bytes_merged(plan.work, found) / rates.read,
+        "reading": _bytes_merged(plan.work, found, limits) / rates.read,
         "selecting": keys / rates.select,
         "calls": (calls + programs) * rates.call,
         "writing": written / rates.write,
@@ -244,13 +244,18 @@ def _by_entry(job: Job) -> bool:
     return job.method.needs.scope == "entry"
 
 
-def _bytes_merged(work: Work, found: Sequence[Group]) -> float:
-    """Bytes that are read in all passes."""
+def _bytes_merged(work: Work, found: Sequence[Group], limits: Limits) -> float:
+    """Bytes that are read in all passes, and those that are copied to lie side by side in a unit."""
     looks = {structure(group.job.method): len(group.needs.looks) for group in found}
     total = 0.0
     for job in work.jobs:
         own = in_pieces(job.method) if work.in_pieces(job) else job.method
-        total += job.bytes_read * (1 + len(job.experts)) * (1 + looks.get(structure(own), 0))
+        full, entries = (
+            (limits.entries, job.parameter.size)
+            if own.needs.scope == "entry" else (limits.stacked // 2 + 1, math.prod(job.seen_shape))
+        )  # fmt: skip
+        copies = 2 if entries < full else 1
+        total += copies * job.bytes_read * (1 + len(job.experts)) * (1 + looks.get(structure(own), 0))
     return total
 
 

@@ -87,6 +87,8 @@ class _Live:
         self.last.update({atom: len(jaxpr.eqns) for atom in jaxpr.outvars if isinstance(atom, Var)})
         self.ending: dict[int, list[Var]] = {}
         for atom, number in self.last.items():
+            if atom in jaxpr.invars:  # the caller holds them
+                continue
             self.ending.setdefault(number, []).append(atom)
         self.outputs = [equation.outvars for equation in jaxpr.eqns]
         self.inputs = [[a for a in e.invars if isinstance(a, Var)] for e in jaxpr.eqns]
