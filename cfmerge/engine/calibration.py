@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -145,16 +146,24 @@ def _compiling_anew() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _spent(function: Callable[[], Any], clock: Callable[[], float] = time.process_time) -> float:
+def _spent(function: Callable[[], Any], clock: Callable[[], float] = time.process_time, threads: int = 1) -> float:
     """The seconds of one call; processor seconds, which depend less on what else the machine does.
 
-    Calls are repeated for a while: some systems count a processor's seconds in coarse steps.
+    Calls are repeated for a while, since some systems count a processor's seconds in coarse steps, and in as many
+    threads as the loop has: two cores may be one that pretends.
     """
     jax.block_until_ready(function())
-    started, calls = clock(), 0
-    while calls < 2 or clock() - started < LONG:
-        jax.block_until_ready(function())
-        calls += 1
+    started = clock()
+
+    def repeated(_: int) -> int:
+        calls = 0
+        while calls < 2 or clock() - started < LONG * threads:
+            jax.block_until_ready(function())
+            calls += 1
+        return calls
+
+    with ThreadPoolExecutor(threads) as pool:
+        calls = sum(pool.map(repeated, range(threads)))
     return max((clock() - started) / calls, 1e-9)
 
 
@@ -205,7 +214,8 @@ def _arithmetic(placement: Placement) -> dict[str, float]:
 
     def seconds(function: Callable[..., Any], *arrays: Any) -> float:
         compiled = jax.jit(function)
-        return _spent(lambda: compiled(*arrays), time.process_time if placement.on_host else time.perf_counter)
+        clock = time.process_time if placement.on_host else time.perf_counter
+        return _spent(lambda: compiled(*arrays), clock, several)
 
     rng = np.random.default_rng(0)
 
@@ -244,7 +254,7 @@ def _select() -> float:
     def selected() -> Any:
         return np.unique(keys[keys - low <= width], return_counts=True), np.count_nonzero(keys > high)
 
-    return keys.size / _spent(selected)
+    return keys.size / _spent(selected, threads=min(cores(), WORKERS))
 
 
 def _files() -> dict[str, float]:
@@ -278,9 +288,9 @@ def _files() -> dict[str, float]:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 return file.readinto(block)
 
-        of_a_core = {"write": write, "read": read, "hash": digest}
+        busy, of_a_core = min(cores(), WORKERS), {"write": write, "read": read, "hash": digest}
         of_the_disk = {"sync": sync, "disk": from_disk}
-        rates = {name: BYTES / _spent(do) for name, do in of_a_core.items()}
+        rates = {name: BYTES / _spent(do, threads=busy) for name, do in of_a_core.items()}
         return rates | {name: BYTES / _spent(do, time.perf_counter) for name, do in of_the_disk.items()}
 
 
