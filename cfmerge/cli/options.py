@@ -107,7 +107,7 @@ Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the
 Fresh = Annotated[bool, option("--fresh", help="Start anew, not where an earlier run ended.")]
 Memory = Annotated[str | None, option("--memory", metavar="SIZE", help="Such as 4GB. Default: 1/4 of free memory.")]
 Devices = Annotated[
-    str | None, option("--devices", metavar="N", help="all, a number, or cpu. Default: all GPUs or TPUs.")
+    str | None, option("--devices", metavar="N", help="all, N or cpu. Default: all GPUs, TPUs.")
 ]
 DeviceMemory = Annotated[
     str | None, option("--device-memory", metavar="SIZE", help="Plan for --devices N that are not here.")
