@@ -104,11 +104,9 @@ RECIPE: dict[str, Any] = {
 RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML), or a model card that cfmerge wrote.")]
 Output = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="The directory to make.")]
 Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the output if it is there.")]
-Fresh = Annotated[bool, option("--fresh", help="Start anew, not where an earlier run ended.")]
+Fresh = Annotated[bool, option("--fresh", help="Start anew, whatever a run has left.")]
 Memory = Annotated[str | None, option("--memory", metavar="SIZE", help="Such as 4GB. Default: 1/4 of free memory.")]
-Devices = Annotated[
-    str | None, option("--devices", metavar="N", help="all, N or cpu. Default: all GPUs, TPUs.")
-]
+Devices = Annotated[str | None, option("--devices", metavar="N", help="all, N or cpu. Default: all GPUs, TPUs.")]
 DeviceMemory = Annotated[
     str | None, option("--device-memory", metavar="SIZE", help="Plan for --devices N that are not here.")
 ]
