@@ -15,6 +15,9 @@ from types import SimpleNamespace
 # Before JAX or NumPy are imported, and for the processes that tests start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "CFMERGE_CACHE" not in os.environ:  # one calibration for all processes of a test run, and none of the user's
+    os.environ["CFMERGE_CACHE"] = _rates = tempfile.mkdtemp(prefix="cfmerge-tests-rates-")
+    atexit.register(shutil.rmtree, _rates, ignore_errors=True)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one compilation of each step for all processes of a test run
     _cache = tempfile.mkdtemp(prefix="cfmerge-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache

@@ -16,7 +16,7 @@ from cfmerge.cli import bench, messages, show, tables
 from cfmerge.cli import options as o
 from cfmerge.cli.texts import key_values, swept
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.recipe import Recipe, parse_size
+from cfmerge.recipe import Recipe
 
 INTERRUPTED = 130
 
@@ -199,11 +199,16 @@ def plan(
     asked: Recipe,
     *,
     memory: o.Memory = None,
+    devices: o.Devices = None,
+    device_memory: o.DeviceMemory = None,
+    no_calibration: o.NoCalibration = False,
     tensors: Annotated[bool, o.option("--tensors", help="List every tensor, not only the counts.")] = False,
     json: o.Json = False,
 ) -> None:
     """Show what a merge would do and need, from headers alone."""
-    tables.plan(cfmerge.make_plan(asked), None if memory is None else parse_size(memory), tensors, json)
+    planned = cfmerge.make_plan(asked)
+    forecast = planned.forecast(memory, devices, device_memory, not no_calibration)
+    tables.plan(planned, forecast, tensors, json)
 
 
 @app.command(cls=o.Command)

@@ -112,6 +112,10 @@ Coordinator = Annotated[
 ]
 Processes = Annotated[str | None, option("--processes", metavar="N", help="How many share it; auto: as SLURM says.")]
 Process = Annotated[int | None, option("--process", metavar="I", help="Which of them this is, from 0.")]
+DeviceMemory = Annotated[
+    str | None, option("--device-memory", metavar="SIZE", help="Plan for --devices N that are not here.")
+]
+NoCalibration = Annotated[bool, option("--no-calibration", help="Predict no seconds: measure nothing.")]
 ModelOutput = Annotated[
     Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or a .safetensors.")
 ]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cfmerge.models import Parameter
     from cfmerge.planning.resolved import Resolved
     from cfmerge.products.plan import Plan
+    from cfmerge.products.predict import Forecast
     from cfmerge.recipe import Expert
 
 NARROW = 120  # columns below which a list of methods leaves their parameters out
@@ -75,14 +76,10 @@ def _broken(name: str, width: int) -> list[str]:
     return lines
 
 
-def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
+def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:
     """A plan: the action on every kind of tensor, and the cost."""
-    from cfmerge.products.plan import free_memory
-
-    limit = free_memory() // 4 if memory is None else memory
-    need = plan.largest.working_bytes if plan.largest else 0
     if json:
-        print(json_module.dumps(_plan_summary(plan, need, limit), indent=2))
+        print(json_module.dumps(_plan_summary(plan, forecast), indent=2))
         return
     console = out()
     parameters = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
@@ -104,10 +101,41 @@ def plan(plan: "Plan", memory: int | None, tensors: bool, json: bool) -> None:
     say(
         console,
         f"reads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, about {plan.flops / 1e12:.2f} TFLOP; "
-        f"largest working set {size(need)} of {size(limit)}",
+        f"largest working set {size(forecast.needed)} of {size(forecast.memory)}",
     )
-    if need > limit:
-        say(console, "the largest working set is too large: raise --memory or add a --rule", "bold red")
+    _costs(console, forecast)
+
+
+def _costs(console: Console, forecast: "Forecast") -> None:
+    """Seconds and memory as they are predicted, and the tensors that do not fit."""
+    from cfmerge.models.patterns import tell as named
+
+    predicted, devices = forecast.prediction, forecast.devices
+    if predicted.seconds is not None and predicted.compiling is not None:
+        more = f" ({predicted.compiling:.0f} s more where nothing is compiled yet)" if predicted.compiling > 0.5 else ""
+        say(console, f"about {_duration(predicted.seconds)} on this machine{more}, {size(predicted.memory)} of memory")
+    else:
+        say(console, f"about {size(predicted.memory)} of memory on the host")
+    if not devices.on_host:
+        each = "" if devices.memory is None else f" of {size(devices.memory)}"
+        work, held = predicted.device_flops / 1e12, size(predicted.device_memory)
+        say(console, f"{devices.count} devices{each}: about {work:.2f} TFLOP and {held} each")
+    for note in forecast.notes:
+        tell(console, "note", note, "yellow")
+    if predicted.too_large:
+        names, most = named(list(predicted.too_large)), size(max(predicted.too_large.values()))
+        text = f"{names}: needs {most} on a device, which has {size(devices.memory or 0)}"
+        say(console, f"{text}: take larger devices, more of them, or a --rule", "bold red")
+    if forecast.refused:
+        names, most = named(list(forecast.refused)), size(max(forecast.refused.values()))
+        text = f"{names}: needs {most}; the largest working set is too large"
+        say(console, f"{text}: raise --memory or add a --rule", "bold red")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _described(expert: "Expert") -> str:
@@ -126,7 +154,8 @@ def _list_jobs(console: Console, plan: "Plan") -> None:
     _tensors(console, ("tensor", "kind", "layout", "shape", "dtype", "what"), rows, remarks)
 
 
-def _plan_summary(plan: "Plan", need: int, limit: int) -> dict[str, Any]:
+def _plan_summary(plan: "Plan", forecast: "Forecast") -> dict[str, Any]:
+    told = forecast.prediction
     return {
         "method": plan.method.name,
         "parameters": dict(plan.method.parameters),
@@ -134,8 +163,10 @@ def _plan_summary(plan: "Plan", need: int, limit: int) -> dict[str, Any]:
         "bytes_read": plan.bytes_to_read,
         "bytes_written": plan.bytes_to_write,
         "flops": plan.flops,
-        "largest_working_set": need,
-        "memory": limit,
+        "largest_working_set": forecast.needed,
+        "memory": forecast.memory,
+        "refused": dict(forecast.refused),
+        "prediction": {**told._asdict(), "notes": list(forecast.notes)},
         "exported_heads": {expert: list(heads) for expert, heads in plan.exported.items()},
         "notes": list(plan.notes),
         "tensors": [

@@ -175,9 +175,9 @@ def _check_private(folder: Path) -> None:
         return
     found = folder.stat()
     if found.st_uid != os.getuid():
-        raise Unusable(f"{folder}, whose files are code that would run, belongs to another user ({found.st_uid})")
+        raise Unusable(f"{folder}, whose files cfmerge relies on, belongs to another user ({found.st_uid})")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unusable(f"{folder}, whose files are code that would run, can be written by others (chmod go-w)")
+        raise Unusable(f"{folder}, whose files cfmerge relies on, can be written by others (chmod go-w)")
 
 
 @functools.cache

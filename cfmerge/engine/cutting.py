@@ -34,7 +34,7 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
         if job.name in work.sharded:
             yield from _layers(work, job, memory) if job.layers_apart else [_whole(work, [job])]
             continue
-        if pieces and work.from_files and work.statistics is None:
+        if pieces and work.in_pieces(job):
             job = job.by_entry
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
         if looks_within(job.method):

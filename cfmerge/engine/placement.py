@@ -89,7 +89,7 @@ class Placement:
 
     def _at_once(self, unit: Unit) -> int:
         """How many units like this one are joined."""
-        alone = self._axis(unit) is not None and unit.job.working_bytes > _bytes_of(self.devices[0])
+        alone = self._axis(unit) is not None and unit.job.working_bytes > memory_of(self.devices[0])
         return len(self.devices) if not alone and self._fits(unit, len(self.devices)) else 1
 
     def _fits(self, unit: Unit, times: float) -> bool:
@@ -133,7 +133,7 @@ def _likeness(unit: Unit) -> Any:
 
 
 @functools.lru_cache
-def _bytes_of(device: jax.Device) -> int:
+def memory_of(device: jax.Device) -> int:
     """The device's memory; without a bound where it does not say."""
     return int((device.memory_stats() or {}).get("bytes_limit", 1 << 62))
 

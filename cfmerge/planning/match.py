@@ -39,10 +39,11 @@ def match_experts(
     """The match of base and experts: the choice about heads applied, every problem and note collected."""
     notes, problems = [*paired.notes, *ties.notes], [*paired.problems, *ties.problems]
     result = Matched(dict(assignments), paired.sources, {}, notes, problems)
+    used = [{*sources.values(), *copies} for sources, copies in zip(paired.sources, ties.copies, strict=True)]
     extras = [
-        [name for name in expert.tensors if name not in {*sources.values(), *copies}]
-        for expert, sources, copies in zip(paired.experts, paired.sources, ties.copies, strict=True)
-    ]
+        [name for name in expert.tensors if name not in own]
+        for expert, own in zip(paired.experts, used, strict=True)
+    ]  # fmt: skip
     _settle_heads(recipe, base, paired.experts, specs, extras, result)
     _settle_buffers(base, paired.experts, specs, result)
     misfits: list[Misfit] = []

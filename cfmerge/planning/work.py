@@ -203,6 +203,10 @@ class Work:
         """The number of experts in the statistics: those of the work are numbered after them."""
         return len(self.statistics.experts) if self.statistics else 0
 
+    def in_pieces(self, job: Job) -> bool:
+        """Whether the job is merged in pieces after a look within its tensor; see `Job.by_entry`."""
+        return self.from_files and self.statistics is None and job.by_entry is not job
+
     @property
     def merged(self) -> tuple[Job, ...]:
         """The jobs that merge something."""

@@ -15,10 +15,12 @@ from cfmerge.engine.cutting import check_memory
 from cfmerge.engine.placement import Devices
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.methods import Method
+from cfmerge.planning.prediction import Prediction
 from cfmerge.planning.resolve import resolve
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress, Writable, silent
 from cfmerge.products.carry_out import carried_out
+from cfmerge.products.predict import Forecast, forecast
 from cfmerge.products.processes import memory_of, together
 from cfmerge.products.resume import LeftOut
 from cfmerge.recipe import Recipe
@@ -85,6 +87,40 @@ class Plan(Resolved):
         results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
         return results.get("", results)
 
+    def prediction(
+        self,
+        *,
+        memory: str | int | None = None,
+        devices: Devices = None,
+        device_memory: str | int | None = None,
+        calibrate: bool = True,
+    ) -> Prediction:
+        """The seconds and the memory that the merge will need, from headers and the speed of this machine.
+
+            >>> plan = cfmerge.plan("base", ["math", "code"], "average")
+            >>> plan.prediction(calibrate=False).memory > 1e8
+            True
+            >>> plan.prediction(devices=8, device_memory="80GB").too_large
+            {}
+
+        The machine is measured when that is first asked for, in some seconds; the rates are kept in the user's cache.
+
+        Args:
+            memory: as in `merge`.
+            devices: as in `merge`; or a number of devices of a machine that is not here, of which no seconds are known.
+            device_memory: what each of these has.
+            calibrate: measure this machine if need be; otherwise no seconds are predicted.
+        """
+        return self.forecast(memory, devices, device_memory, calibrate).prediction
+
+    def forecast(
+        self, memory: str | int | None, devices: Devices, device_memory: str | int | None, calibrate: bool
+    ) -> Forecast:
+        """The prediction, with the bound of memory, the tensors that this refuses, and notes; see `prediction`."""
+        free = free_memory()
+        limit = free // 4 if memory is None else recipes.parse_size(str(memory))
+        return forecast(self, limit, free, devices, device_memory, calibrate)
+
     def attempted(self, memory: str | int | None, do: "Callable[[Plan, int, list[LeftOut]], T]") -> T:
         """`do(plan, bound of memory, experts left out)`; again without one that is not finite, if that is allowed."""
         limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
@@ -92,7 +128,8 @@ class Plan(Resolved):
         plan = self
         while True:
             for job in plan.jobs:
-                check_memory(job, limit)
+                if plan.sums or not plan.work.in_pieces(job):
+                    check_memory(job, limit)
             try:
                 return do(plan, limit, left_out)
             except NonFiniteError as error:

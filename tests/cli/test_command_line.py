@@ -244,6 +244,18 @@ def test_json_of_a_plan(cli):
     assert (row["kind"], row["layout"], row["shape"], row["what"]) == ("matrix", "(out, in)", [8, 8], "ace")
 
 
+def test_plan_predicts_seconds_and_memory(cli):
+    """On this machine, once it was measured; and for devices that are not here, whose speed nobody knows."""
+    assert "on this machine" in cli("plan", "--base", "base", *EXPERTS).out
+    told = json.loads(cli("plan", "--base", "base", *EXPERTS, "--json", "--no-calibration").out)["prediction"]
+    assert told["seconds"] is None
+    assert told["memory"] > 1e8
+    there = cli("plan", "--base", "base", *EXPERTS, "--devices", 8, "--device-memory", "1kB").out
+    for text in ("8 devices of 1.0 kB", "larger devices"):
+        assert text in there
+    assert "on this machine" not in there
+
+
 def test_inspect(cli, models, make_model, tmp_path, llama, llama_config):
     tied = make_model(tmp_path / "tied", llama(), llama_config | {"tie_word_embeddings": True}, shards=2)
     done = cli("inspect", tied)
