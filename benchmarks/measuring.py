@@ -17,6 +17,10 @@ EVERY = 0.01  # seconds between two looks at the memory
 Cell = str | float | int | None
 
 
+class ProcessError(SystemExit):
+    """A process has failed; it ends the benchmark where nobody catches it."""
+
+
 class Figures(NamedTuple):
     """Wall seconds; seconds of the processor in user mode, and in both modes; peak anonymous memory in GiB.
 
@@ -42,15 +46,14 @@ def run_together(
     variables = {**(os.environ if environment is None else environment), **({"PYTHONPATH": str(path)} if path else {})}
     before, started, peak = os.times(), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
+        errors = [Path(folder) / str(number) for number in range(len(commands))]  # files: nobody reads pipes meanwhile
         processes: list[subprocess.Popen[bytes]] = []
-        for number, command in enumerate(commands):
-            with (Path(folder) / str(number)).open("wb") as errors:  # a file: nobody reads a pipe meanwhile
-                processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=variables))
         try:
-            while any(process.poll() is None for process in processes):
+            for command, file in zip(commands, errors, strict=True):
+                with file.open("wb") as opened:
+                    processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=opened, env=variables))
+            while None in (ended := [process.poll() for process in processes]) and not any(ended):
                 peak = max(peak, sum(anonymous(process.pid) for process in processes))
-                if any(process.poll() for process in processes):
-                    break
                 time.sleep(EVERY)
             wall = time.monotonic() - started
         finally:
@@ -58,12 +61,10 @@ def run_together(
                 if process.poll() is None:
                     process.kill()
                 process.wait()
-        for number, (command, process) in enumerate(zip(commands, processes, strict=True)):
-            if process.returncode > 0:
-                told = (Path(folder) / str(number)).read_text(errors="replace")[-2000:]
-                sys.exit(f"{' '.join(command)}\nended with {process.returncode}\n{told}")
-        if any(process.returncode for process in processes):
-            sys.exit(f"{' '.join(commands[0])}\nended by a signal: {[each.returncode for each in processes]}")
+        for command, code, file in zip(commands, ended, errors, strict=True):
+            if code:
+                how = f"ended with {code}" if code > 0 else f"was ended by signal {-code}"
+                raise ProcessError(f"{' '.join(command)}\n{how}\n{file.read_text(errors='replace')[-2000:]}")
     after = os.times()
     user = after.children_user - before.children_user
     system = after.children_system - before.children_system
@@ -114,8 +115,8 @@ def show(value: Cell) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Cell]], columns: Sequence[str] | None = None) -> str:
-    """The rows in Markdown: numbers to the right; the columns are the first row's keys where none are given."""
-    names = list(columns or (rows[0] if rows else ()))
+    """The rows in Markdown: numbers to the right; the columns are all keys of the rows where none are given."""
+    names = list(columns or dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     numbers = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
     lines = [names, ["--:" if number else "---" for number in numbers]]
     lines += [[show(row.get(name)) for name in names] for row in rows]
