@@ -30,12 +30,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from make_llama import Size, write
+from make_llama import SIZES, write_models
 from measuring import ROOT, Figures, ProcessError, figure, machine, run, table, write_report
 from recipes import recipe
 
 HERE = Path(__file__).resolve().parent
-QUICK = Size(layers=2, hidden=32, vocabulary=256)
 REQUIREMENTS = {"mergekit": ["mergekit==0.1.5"], "fusion_bench": ["fusion_bench==0.2.33"], "ace": ["numpy"]}
 ACE = "https://github.com/unravel-xu/ACE-Merging", "22d9dfea905f905af6244484aac847e463c7b866"
 
@@ -227,9 +226,8 @@ def prepared(args: argparse.Namespace) -> Iterator[Path]:
         if args.models is None:
             if not args.quick:
                 sys.exit("peers: name a folder of make_llama.py's models, or give --quick")
-            args.models = folder / "models"
-            for number in (None, *range(args.experts)):
-                write(args.models / ("base" if number is None else f"expert_{number}"), QUICK, number)
+            args.models = write_models(folder / "models", SIZES["tiny"], args.experts)
+        args.models = args.models.resolve()  # recipes lie elsewhere
         yield folder
 
 

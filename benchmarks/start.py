@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import measuring
-from make_llama import Size, write
+from make_llama import SIZES, write_models
 from measuring import ROOT
 from recipes import chosen_methods, recipe
 
-TINY = Size(layers=2, hidden=32, vocabulary=256)
 EXPERTS = 3
 COLUMNS = (
     "method", "cold, wall", "cold, user", "warm, wall", "warm, user", "programs", "seconds", "warm", "same bytes",
@@ -121,8 +120,7 @@ def main() -> None:
     rows, imports = [], []
     with tempfile.TemporaryDirectory(prefix="start-") as directory:
         folder = Path(directory)
-        for number in (None, *range(EXPERTS)):
-            write(folder / ("base" if number is None else f"expert_{number}"), TINY, number)
+        write_models(folder, SIZES["tiny"], EXPERTS)
         for method in chosen_methods(args.method):
             found = rounds(folder, method, args.rounds, args.pythonpath.resolve())
             rows.append(row(method, found))
