@@ -33,7 +33,7 @@ import numpy as np
 from accelerator_operations import OPERATIONS, VARIANTS, ace_flops
 from accelerator_rates import bandwidth, measure, peaks
 from make_llama import SIZES, write_models
-from measuring import ROOT, figure, machine, run, table, write_report
+from measuring import ROOT, existing, figure, machine, run, table, write_report
 from recipes import recipe, shapes
 from threadpoolctl import threadpool_limits
 
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help="where models are made; default: a temporary folder")
     parser.add_argument("-o", "--output", type=Path, default=Path("results"))
     args = parser.parse_args()
+    args.work = existing(args.work)
     content: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory(prefix="accelerator-", dir=args.work) as directory:
         folder, size = Path(directory), args.size or ("tiny" if args.quick else "374M")

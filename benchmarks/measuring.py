@@ -104,6 +104,13 @@ def installed(package: str) -> str | None:
         return None
 
 
+def existing(folder: Path | None) -> Path | None:
+    """The folder's whole path, made if need be: temporary folders in it are then named in full too."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder and folder.resolve()
+
+
 # --- telling ------------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from make_llama import SIZES, write_models
-from measuring import ROOT, Figures, ProcessError, figure, machine, run, table, write_report
+from measuring import ROOT, Figures, ProcessError, existing, figure, machine, run, table, write_report
 from recipes import recipe
 
 HERE = Path(__file__).resolve().parent
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help="where outputs go; default: a temporary folder")
     parser.add_argument("-o", "--output", type=Path, default=Path("results"))
     args = parser.parse_args()
+    args.work = existing(args.work)
     if args.quick:
         args.rounds, args.methods = 1, args.methods or ["average", "ace"]
     content: dict[str, Any] = {"machine": machine(), "experts": args.experts, "cases": [], "left_out": {}}
