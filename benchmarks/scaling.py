@@ -1,7 +1,7 @@
 """How a merge grows: with experts, with parameters, over devices and over processes. Whole processes from files.
 
     python benchmarks/scaling.py --quick                                          # a minute
-    python benchmarks/scaling.py --over experts sizes --work DIR -o RESULTS       # DIR keeps the models: 45 GB
+    python benchmarks/scaling.py --over experts sizes --work DIR -o RESULTS       # DIR keeps the models: 24 GB
     python benchmarks/scaling.py --over experts devices processes --models DIR --methods average ties ace -o RESULTS
 
 Models are those of make_llama.py, made in DIR where they are not there yet; `--models` names some that are there, in
