@@ -33,9 +33,8 @@ import numpy as np
 from accelerator_operations import OPERATIONS, VARIANTS, ace_flops
 from accelerator_rates import bandwidth, measure, peaks
 from make_llama import SIZES, write_models
-from measuring import ROOT, existing, figure, machine, run, table, write_report
+from measuring import ROOT, blas_threads, existing, figure, machine, run, table, write_report
 from recipes import recipe, shapes
-from threadpoolctl import threadpool_limits
 
 SHAPES = {
     "quick": [(64, 64), (96, 64)],
@@ -96,7 +95,7 @@ def merges(models: Path, methods: Sequence[str], experts: int, folder: Path) -> 
         row["GFLOP/s"] = needed / second.wall / 1e9 if method == "ace" else None
         print(f"merge by {method}: {first.wall:.1f} s, again {second.wall:.1f} s; reading {seconds:.1f} s", flush=True)
         rows.append(row)
-    shutil.rmtree(folder / "out")
+    shutil.rmtree(folder / "out", ignore_errors=True)
     return rows
 
 
@@ -152,7 +151,7 @@ def report(content: dict[str, Any], output: Path) -> None:
     sections = [
         told, "\n## Products of square matrices, GFLOP/s\n", table(content["peaks"]),
         "\n## Operations\n", table(content["operations"], COLUMNS),
-        f"\n## A LLaMA ({content['size']}) from files\n", table(content["merges"]),
+        *([f"\n## A LLaMA ({content['size']}) from files\n", table(content["merges"])] if content["merges"] else []),
     ]  # fmt: skip
     write_report(output, "accelerator", f"cfmerge on {device['kind']}", content, sections)
     draw(content, best, output / "accelerator.png")
@@ -167,7 +166,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=list(SIZES), help="of the model that is made and merged; default: 374M")
     parser.add_argument("--models", type=Path, help="models of make_llama.py that are there, in place of --size")
-    parser.add_argument("--methods", nargs="*", default=["average", "ace"], help="of the whole merges")
+    parser.add_argument("--methods", nargs="*", default=["average", "ace"], help="of the whole merges; none: no merge")
     parser.add_argument("--experts", type=int, default=4, help="of the whole merges")
     parser.add_argument("--exact", type=int, default=4096, help="the widest shape that is compared with float64")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where models are made; default: a temporary folder")
@@ -177,15 +176,16 @@ def main() -> None:
     content: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory(prefix="accelerator-", dir=args.work) as directory:
         folder, size = Path(directory), args.size or ("tiny" if args.quick else "374M")
-        made = None if args.models else (args.work or folder) / f"llama-{size}"
-        models = args.models or write_models(made, SIZES[size], args.experts)
-        content["size"] = args.models.name if args.models else size
-        content["merges"] = merges(models.resolve(), args.methods, args.experts, folder)
+        content["size"], content["merges"] = args.models.name if args.models else size, []
+        if args.methods:
+            place = (args.work or folder) / f"llama-{size}"
+            models = args.models or write_models(place, SIZES[size], args.experts)
+            content["merges"] = merges(models.resolve(), args.methods, args.experts, folder)
     device, least = jax.devices()[0], 0.02 if args.quick else 0.3
     content["device"] = {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()}
     kind = "quick" if args.quick else "cpu" if device.platform == "cpu" else "accelerator"
     given = [tuple(map(int, text.split("x"))) for text in args.shapes or ()] or SHAPES[kind]
-    with threadpool_limits(1, user_api="blas"):  # as in a merge
+    with blas_threads(1):
         content["peaks"] = peaks(SQUARES[kind], least)
         content["bandwidth"] = bandwidth(1 << (24 if args.quick else 28), least)
         content["operations"] = [

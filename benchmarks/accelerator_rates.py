@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from accelerator_operations import VARIANTS, Arrays, Operation, product
-from threadpoolctl import threadpool_limits
+from measuring import blas_threads
 
 BATCHES = 3
 
@@ -55,7 +55,7 @@ def peaks(squares: Sequence[int], least: float) -> list[dict[str, Any]]:
 def of_blas(dtype: type, squares: Sequence[int]) -> dict[str, Any]:
     """The same by NumPy's BLAS on all cores: a processor's peak is the better of the two."""
     row: dict[str, Any] = {"dtype": np.dtype(dtype).name, "precision": "NumPy"}
-    with threadpool_limits(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()):
+    with blas_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1):
         for n in squares:
             x = np.random.default_rng(0).standard_normal((n, n)).astype(dtype)
             row[f"{n}"] = 2 * n**3 / seconds_of(np.matmul, [x, x], 0.1) / 1e9

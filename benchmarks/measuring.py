@@ -1,5 +1,6 @@
 """What the benchmarks share: a process and its memory measured, the machine told, tables and pictures written."""
 
+import contextlib
 import json
 import os
 import platform
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +103,16 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@contextlib.contextmanager
+def blas_threads(count: int) -> Iterator[None]:
+    """NumPy's BLAS and SciPy's LAPACK, which JAX takes on a processor, have so many threads: one, as in a merge."""
+    import scipy.linalg  # noqa: F401 (a bound holds for what is loaded)
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(count, user_api="blas"):
+        yield
 
 
 def existing(folder: Path | None) -> Path | None:
