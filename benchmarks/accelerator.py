@@ -155,6 +155,7 @@ def report(content: dict[str, Any], output: Path) -> None:
     ]  # fmt: skip
     write_report(output, "accelerator", f"cfmerge on {device['kind']}", content, sections)
     draw(content, best, output / "accelerator.png")
+    print(f"written: {output}/accelerator.md, .json, .png")
 
 
 def main() -> None:

@@ -149,7 +149,6 @@ def write_report(folder: Path, name: str, title: str, told: Mapping[str, Any], s
     words = ", ".join(f"{key} {value}" for key, value in told["machine"].items() if value is not None)
     head = f"# {title}\n\n    python benchmarks/{' '.join(content['command'])}\n\n{words}.\n"
     (folder / f"{name}.md").write_text("\n".join([head, *sections]))
-    print(f"written: {folder / name}.md, .json")
 
 
 def figure(panels: int, width: float = 5.0) -> tuple[Any, list[Any]]:

@@ -218,6 +218,13 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     made.savefig(file)
 
 
+def report(content: Mapping[str, Any], output: Path) -> None:
+    left = "".join(f"\nLeft out: {peer}: {why}\n" for peer, why in content["left_out"].items())
+    sections = [table([told(row) for row in content["cases"]]), left]
+    write_report(output, "peers", f"cfmerge beside its peers, {content['experts']} experts", content, sections)
+    draw(content["cases"], output / "peers.png")
+
+
 @contextlib.contextmanager
 def prepared(args: argparse.Namespace) -> Iterator[Path]:
     """A folder to work in; `--quick` has its models there, of some 30,000 parameters."""
@@ -264,12 +271,12 @@ def main() -> None:
                 content["left_out"][peer] = str(error)
                 print(f"left out: {peer}: {error}", flush=True)
                 continue
-            content["cases"] += [measure(case, started, args, folder) for case in cases]
-    lines = table([told(row) for row in content["cases"]])
-    left = "".join(f"\nLeft out: {peer}: {why}\n" for peer, why in content["left_out"].items())
-    write_report(args.output, "peers", f"cfmerge beside its peers, {args.experts} experts", content, [lines, left])
-    draw(content["cases"], args.output / "peers.png")
-    print(lines, end="")
+            for case in cases:
+                content["cases"].append(measure(case, started, args, folder))
+                report(content, args.output)  # what is measured stays, whatever comes next
+    report(content, args.output)
+    print(f"written: {args.output}/peers.md, .json, .png")
+    print(table([told(row) for row in content["cases"]]), end="")
 
 
 if __name__ == "__main__":

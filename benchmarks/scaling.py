@@ -180,6 +180,13 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     made.savefig(file)
 
 
+def report(content: dict[str, Any], output: Path) -> None:
+    rows, content["exponents"] = content["rows"], exponents(content["rows"])
+    title = f"How a merge grows: {content['start']['size']}, {content['start']['experts']} experts"
+    write_report(output, "scaling", title, content, [table(rows, COLUMNS), table(content["exponents"])])
+    draw(rows, output / "scaling.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--over", nargs="+", choices=list(AXES), default=list(AXES))
@@ -198,7 +205,8 @@ def main() -> None:
     if args.values and len(args.over) > 1:
         parser.error("--values are of one axis: name it with --over")
     methods = args.methods or (["average"] if args.quick else ["average", "ties", "ace"])
-    start = Run(args.size or ("tiny" if args.quick else "374M"), args.experts or (2 if args.quick else 4))
+    size = args.models.name if args.models else args.size or ("tiny" if args.quick else "374M")
+    start = Run(size, args.experts or (2 if args.quick else 4))
     rows: list[dict[str, Any]] = []
     content: dict[str, Any] = {"machine": machine(), "start": start._asdict(), "rows": rows}
     with tempfile.TemporaryDirectory(prefix="scaling-", dir=args.work) as directory:
@@ -210,11 +218,11 @@ def main() -> None:
                 continue
             values = args.values or (QUICK if args.quick else AXES)[axis]
             values = [value if axis == "sizes" else int(value) for value in values]
-            rows += [measure(m, axis, value, start, models, folder, args) for m in methods for value in values]
-    content["exponents"] = exponents(rows)
-    title = f"How a merge grows: {start.size if not args.models else args.models.name}, {start.experts} experts"
-    write_report(args.output, "scaling", title, content, [table(rows, COLUMNS), table(content["exponents"])])
-    draw(rows, args.output / "scaling.png")
+            for method in methods:
+                for value in values:
+                    rows.append(measure(method, axis, value, start, models, folder, args))
+                    report(content, args.output)  # what is measured stays, whatever comes next
+    print(f"written: {args.output}/scaling.md, .json, .png")
 
 
 if __name__ == "__main__":
