@@ -134,12 +134,18 @@ def draw(content: Mapping[str, Any], best: Mapping[tuple[str, str], float], file
     made.savefig(file)
 
 
-def report(content: dict[str, Any], output: Path) -> None:
+def best_rates(peaks: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """The peak of each dtype and precision; on a processor NumPy's, if that is better."""
     best: dict[tuple[str, str], float] = {}
-    of_numpy = {row["dtype"]: row["peak"] for row in content["peaks"] if row["precision"] == "NumPy"}
-    for row in content["peaks"]:
+    of_numpy = {row["dtype"]: row["peak"] for row in peaks if row["precision"] == "NumPy"}
+    for row in peaks:
         if row["precision"] != "NumPy" and row["peak"]:
             best[row["dtype"], row["precision"]] = max(row["peak"], of_numpy.get(row["dtype"], 0))
+    return best
+
+
+def report(content: dict[str, Any], output: Path) -> None:
+    best = best_rates(content["peaks"])
     for row in content["operations"]:
         add_roof(row, best, content["bandwidth"]["memory"])
     for row in content["merges"]:
@@ -154,8 +160,6 @@ def report(content: dict[str, Any], output: Path) -> None:
         *([f"\n## A LLaMA ({content['size']}) from files\n", table(content["merges"])] if content["merges"] else []),
     ]  # fmt: skip
     write_report(output, "accelerator", f"cfmerge on {device['kind']}", content, sections)
-    draw(content, best, output / "accelerator.png")
-    print(f"written: {output}/accelerator.md, .json, .png")
 
 
 def main() -> None:
@@ -174,7 +178,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("results"))
     args = parser.parse_args()
     args.work = existing(args.work)
-    content: dict[str, Any] = {"machine": machine()}
+    content: dict[str, Any] = {"machine": machine(), "operations": []}
     with tempfile.TemporaryDirectory(prefix="accelerator-", dir=args.work) as directory:
         folder, size = Path(directory), args.size or ("tiny" if args.quick else "374M")
         content["size"], content["merges"] = args.models.name if args.models else size, []
@@ -189,16 +193,14 @@ def main() -> None:
     with blas_threads(1):
         content["peaks"] = peaks(SQUARES[kind], least)
         content["bandwidth"] = bandwidth(1 << (24 if args.quick else 28), least)
-        content["operations"] = [
-            row
-            for operation in OPERATIONS
-            if not args.operations or operation.name in args.operations
-            for shape in given
-            if device.platform != "cpu" or max(shape) <= operation.widest
-            for row in measure(operation, shape, least, args.exact)
-        ]
-    content["device"]["memory"] = device.memory_stats()
-    report(content, args.output)
+        chosen = [each for each in OPERATIONS if not args.operations or each.name in args.operations]
+        for operation, shape in ((operation, shape) for operation in chosen for shape in given):
+            if device.platform != "cpu" or max(shape) <= operation.widest:
+                content["operations"] += measure(operation, shape, least, args.exact)
+                content["device"]["memory"] = device.memory_stats()
+                report(content, args.output)  # what is measured stays, whatever comes next
+    draw(content, best_rates(content["peaks"]), args.output / "accelerator.png")
+    print(f"written: {args.output}/accelerator.md, .json, .png")
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def deltas(m: int, n: int, rng: np.random.Generator, count: int = EXPERTS) -> li
 
 
 def system(m: int, n: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Right-hand sides and the Gram of some deltas with ACE's ridge."""
-    (delta,) = deltas(max(m, n), n, rng, 1)
+    """Right-hand sides, and a Gram of 512 rows with ACE's ridge."""
+    (delta,) = deltas(512, n, rng, 1)
     gram = delta.T @ delta
     return [deltas(m, n, rng, 1)[0], gram + 0.07 * np.trace(gram) / n * np.eye(n, dtype=np.float32)]
 
