@@ -116,21 +116,23 @@ def add_roof(row: dict[str, Any], best: Mapping[tuple[str, str], float], memory:
 
 
 def draw(content: Mapping[str, Any], best: Mapping[tuple[str, str], float], file: Path) -> None:
-    """The roofs of all dtypes, and a point for every operation under them."""
+    """The roofs of all dtypes by colour, and under them a point for every operation and shape, by the marker."""
     made, (axes,) = figure(1, 8.0)
     memory, reach = content["bandwidth"]["memory"], np.logspace(-1, 4, 100)
     colours = {variant: f"C{number}" for number, variant in enumerate(VARIANTS)}
     for variant, peak in best.items():
         axes.loglog(reach, np.minimum(peak, reach * memory), color=colours[variant], label=" ".join(variant), lw=1)
-    for row in content["operations"]:
-        if row.get("operations per byte"):
-            place = (row["operations per byte"], row["GFLOP/s"])
-            axes.plot(*place, ".", color=colours[row["dtype"], row["precision"]])
-            axes.annotate(f"{row['operation']} {row['shape']}", place, fontsize=4)
+    points = [row for row in content["operations"] if row.get("operations per byte")]
+    for marker, name in zip("osD^v*P", dict.fromkeys(row["operation"] for row in points), strict=False):
+        axes.plot([], [], marker, color="grey", label=name)
+        for row in points:
+            if row["operation"] == name:
+                colour = colours[row["dtype"], row["precision"]]
+                axes.plot(row["operations per byte"], row["GFLOP/s"], marker, color=colour, markersize=4)
     axes.set_xlabel("operations per byte, at least")
     axes.set_ylabel("GFLOP/s")
     axes.set_title(content["device"]["kind"], fontsize=9)
-    axes.legend(fontsize=7)
+    made.legend(fontsize=7, loc="outside right upper")
     made.savefig(file)
 
 

@@ -213,7 +213,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                 axes.plot(ratios, [place] * len(ratios), "k.", markersize=4)
         axes.axvline(1, color="#c9c9c9", zorder=0)
         axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_title(f"{title}, cfmerge / peer", fontsize=9)
     made.savefig(file)
 
