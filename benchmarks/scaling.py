@@ -11,8 +11,8 @@ one process, the devices that cfmerge takes by itself.
 Processes are started together on this machine, and share its cores; they find each other by `--coordinator`. Devices of
 a processor are virtual ones, which share its cores too. Memory is the largest sum of the anonymous memory of all
 processes. A first merge that is not counted fills the cache of compiled programs (`--cold`: none does). RESULTS gets
-scaling.md, scaling.json and scaling.png; the exponent is that of the power of the axis which fits the wall time best:
-1 where the time is linear.
+scaling.md, scaling.json and scaling.png; an exponent is that of the power of the axis which fits best: 1 where the time
+is linear, less where a constant part outweighs the rest, 0 where memory is flat.
 """
 
 import argparse
@@ -151,13 +151,13 @@ def places(rows: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def exponents(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For every curve of two points or more, the power that fits its wall time, and the same of its memory."""
+    """For every curve of two points or more, the powers that fit its times and its memory."""
     found = []
     for method, axis in dict.fromkeys((row["method"], row["over"]) for row in rows):
         curve = [row for row in rows if (row["method"], row["over"]) == (method, axis) and "wall, s" in row]
         if len(curve) > 1:
             line = {"method": method, "over": axis, "points": len(curve)}
-            for name in ("wall, s", "memory, GiB"):
+            for name in ("wall, s", "processor, s", "memory, GiB"):
                 values = [row[name] for row in curve]
                 fit = np.polyfit(np.log(places(curve)), np.log(values), 1) if all(values) else [None]
                 line[f"exponent of {name.partition(',')[0]}"] = None if fit[0] is None else round(float(fit[0]), 2)
@@ -173,7 +173,12 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     for panel, (axis, what) in zip(panels, pairs, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             curve = [row for row in rows if row["method"] == method and row["over"] == axis and row.get(what)]
-            panel.loglog(places(curve), [row[what] for row in curve], ".-", label=method)
+            panel.plot(places(curve), [row[what] for row in curve], ".-", label=method)
+        if axis == "sizes":  # over two orders of magnitude
+            panel.set_xscale("log")
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(bottom=0)
         panel.set_xlabel("parameters, M" if axis == "sizes" else axis)
         panel.set_title(what, fontsize=9)
     panels[0].legend(fontsize=7)
