@@ -130,8 +130,6 @@ def program(peer: str, args: argparse.Namespace) -> list[str]:
 def mergekit_config(case: Case, base: Path, experts: Sequence[Path], file: Path) -> Path:
     """mergekit's configuration of a merge, in JSON, which is YAML."""
     models: list[dict[str, Any]] = [{"model": str(path), "parameters": dict(case.settings)} for path in experts]
-    if case.theirs == "slerp":
-        models.insert(0, {"model": str(base)})
     content = {"merge_method": case.theirs, "dtype": "bfloat16", "models": models, "parameters": dict(case.shared)}
     file.write_text(json.dumps(content | ({"base_model": str(base)} if case.with_base else {})))
     return file
