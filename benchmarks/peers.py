@@ -131,7 +131,8 @@ def mergekit_config(case: Case, base: Path, experts: Sequence[Path], file: Path)
     """mergekit's configuration of a merge, in JSON, which is YAML."""
     models: list[dict[str, Any]] = [{"model": str(path), "parameters": dict(case.settings)} for path in experts]
     content = {"merge_method": case.theirs, "dtype": "bfloat16", "models": models, "parameters": dict(case.shared)}
-    file.write_text(json.dumps(content | ({"base_model": str(base)} if case.with_base else {})))
+    start = experts[0] if case.theirs == "slerp" else base  # from one expert to the other, here as there
+    file.write_text(json.dumps(content | ({"base_model": str(start)} if case.with_base else {})))
     return file
 
 
