@@ -8,6 +8,7 @@ as fine-tuning leaves it. DIR/base and DIR/expert_0 .. are Hugging Face director
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,14 @@ class Size(NamedTuple):
     @property
     def intermediate(self) -> int:
         return self.hidden * 11 // 4
+
+
+SIZES = {  # by their parameters; the widest layers have 88, 704, 2816 and 5632 inputs
+    "tiny": Size(2, 32, 256),
+    "15M": Size(8, 256, 16000),
+    "374M": Size(),
+    "1.1B": Size(19, 2048),
+}
 
 
 def config(size: Size) -> dict:
@@ -86,6 +95,18 @@ def write(directory: Path, size: Size, expert: int | None) -> None:
     writer.close()
 
 
+def write_models(directory: Path, size: Size, experts: int) -> Path:
+    """`directory`, with a base and experts in it; what is there already stays as it is."""
+    for number in (None, *range(experts)):
+        place = directory / ("base" if number is None else f"expert_{number}")
+        if not place.exists():
+            partial = directory / f"{place.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            write(partial, size, number)
+            partial.rename(place)
+    return directory
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("directory", type=Path)
@@ -95,7 +116,5 @@ if __name__ == "__main__":
     parser.add_argument("--vocabulary", type=int, default=Size().vocabulary)
     args = parser.parse_args()
     size = Size(args.layers, args.hidden, args.vocabulary)
-    write(args.directory / "base", size, None)
-    for number in range(args.experts):
-        write(args.directory / f"expert_{number}", size, number)
+    write_models(args.directory, size, args.experts)
     print(f"{args.directory}: base and {args.experts} experts")

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from measuring import blas_threads
 from methods_cases import CASES, STEPS, WITHOUT, Case
 from methods_sides import Arrays, Ours, PeerError, Theirs, make
-from threadpoolctl import threadpool_limits
 
 from cfmerge import CfmergeError, methods
 
@@ -221,7 +221,7 @@ def main() -> None:
         args.python, args.clones, rounds, args.time_limit, args.threads, args.steps, args.experts, args.quick
     )
     rows = []
-    with tempfile.TemporaryDirectory() as temporary, threadpool_limits(1, user_api="blas"):
+    with tempfile.TemporaryDirectory() as temporary, blas_threads(1):
         directory = (args.directory or Path(temporary)) / ("quick" if args.quick else args.shapes)
         print(f"{args.experts} experts, {', '.join(f'{name} {m} x {n}' for name, (m, n) in shapes.items())}\n")
         print(HEAD, "|---" * 10 + "|", sep="\n", flush=True)

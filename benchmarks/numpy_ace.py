@@ -1,4 +1,4 @@
-"""ACE with NumPy alone, as one would write it for a script: the yardstick of `benchmarks/llama.py`.
+"""ACE with NumPy alone, as one would write it for a script: a yardstick of `benchmarks/peers.py`.
 
     python benchmarks/numpy_ace.py BASE EXPERT [EXPERT ...] -o OUT
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from threadpoolctl import threadpool_limits
+from measuring import blas_threads
 
 import cfmerge
 from cfmerge import methods
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="of `full`: 2 GB of checkpoints, made where they are not")
     parser.add_argument("--rounds", type=int, default=3, help="of `low-rank`")
     args = parser.parse_args()
-    with threadpool_limits(1, user_api="blas"):  # as a merge does
+    with blas_threads(1):
         full(args.directory) if args.what == "full" else low_rank(args.rounds)
 
 

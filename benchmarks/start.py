@@ -14,18 +14,16 @@ import hashlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama import chosen_methods, recipe
-from make_llama import Size, write
+import measuring
+from make_llama import SIZES, write_models
+from measuring import ROOT
+from recipes import chosen_methods, recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = Size(layers=2, hidden=32, vocabulary=256)
 EXPERTS = 3
 COLUMNS = (
     "method", "cold, wall", "cold, user", "warm, wall", "warm, user", "programs", "seconds", "warm", "same bytes",
@@ -46,12 +44,8 @@ class Run(NamedTuple):
 
 def run(command: list[str], environment: dict[str, str], told: Path) -> Run:
     told.unlink(missing_ok=True)
-    before, started = os.times(), time.monotonic()
-    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wall, user = time.monotonic() - started, os.times().children_user - before.children_user
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr.decode()[-2000:]}")
-    return Run(wall, user, **json.loads(told.read_text())) if told.exists() else Run(wall, user)
+    figures = measuring.run(command, environment=environment)
+    return Run(figures.wall, figures.user, **json.loads(told.read_text()) if told.exists() else {})
 
 
 def work(told: Path, arguments: list[str]) -> None:
@@ -115,12 +109,6 @@ def row(method: str, found: list[tuple[Run, Run, Run]]) -> dict[str, Any]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    lines = [COLUMNS, ["---"] + ["--:"] * (len(COLUMNS) - 1), *(each.values() for each in rows)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--method", nargs="+", default=["all"], help="methods or expressions, or `all`")
@@ -132,8 +120,7 @@ def main() -> None:
     rows, imports = [], []
     with tempfile.TemporaryDirectory(prefix="start-") as directory:
         folder = Path(directory)
-        for number in (None, *range(EXPERTS)):
-            write(folder / ("base" if number is None else f"expert_{number}"), TINY, number)
+        write_models(folder, SIZES["tiny"], EXPERTS)
         for method in chosen_methods(args.method):
             found = rounds(folder, method, args.rounds, args.pythonpath.resolve())
             rows.append(row(method, found))
@@ -141,9 +128,9 @@ def main() -> None:
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     wall, user = (statistics.median(getattr(one, what) for one in imports) for what in ("wall", "user"))
     print(f"import jax: {wall:.2f} s of wall time, {user:.2f} s in user mode; load {os.getloadavg()[0]:.1f}")
-    print(table(rows), end="")
+    print(measuring.table(rows), end="")
     if args.markdown:
-        args.markdown.write_text(table(rows))
+        args.markdown.write_text(measuring.table(rows))
     if args.json:
         args.json.write_text(json.dumps({"import jax": {"wall": wall, "user": user}, "methods": rows}, indent=2) + "\n")
 

@@ -6,12 +6,11 @@ memory   = Python and JAX + workers * what a unit needs + what waits to be writt
 Arithmetic is counted in the traces of the methods (`arithmetic.py`), and divided by the rate of its kind.
 """
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cfmerge.core.call import form_of, in_pieces, structure
+from cfmerge.core.call import form_of, structure
 from cfmerge.planning.arithmetic import Arithmetic, arithmetic
 from cfmerge.planning.tally import Tally
 from cfmerge.planning.work import Job, Work
@@ -71,14 +70,14 @@ class Limits(NamedTuple):
     """How the loop cuts work, see `cfmerge.engine`.
 
     Attributes:
-        entries: of a unit of an entrywise method.
+        entries: `entries(job)` of a unit of an entrywise method.
         stacked: entries of a stack of matrices.
         workers: units in work at once.
         behind: results that wait to be written.
         free: bytes of files that stay in memory when they were read once.
     """
 
-    entries: int
+    entries: Callable[[Job], int]
     stacked: int
     workers: int
     behind: int
@@ -206,20 +205,19 @@ def on_one_device(group: Group, limits: Limits, devices: Devices) -> float:
     return min(held, own.merge.memory)
 
 
-def groups(work: Work, entries: int, stacked: int) -> Iterator[Group]:
+def groups(work: Work, entries: Callable[[Job], int], stacked: int) -> Iterator[Group]:
     """The jobs that merge something, by method and shape."""
     alike: dict[Any, list[Job]] = {}
     for job in work.merged:
         if work.in_pieces(job):
-            method = in_pieces(job.method)
-            job = dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=method))
+            job = job.by_entry
         shape = () if _by_entry(job) else (job.seen_shape, job.layout)
         alike.setdefault((structure(job.method), shape, len(job.experts), job.parameter.dtype), []).append(job)
     for jobs in alike.values():
         job, size = jobs[0], sum(one.parameter.size for one in jobs)
         names = tuple(one.name for one in jobs)
         if _by_entry(job):
-            most = min(size, entries)
+            most = min(size, entries(job))
             needs = arithmetic(job.method, (most,), len(job.experts), job.parameter.dtype)
             yield Group(job, names, size / most, needs, most, -(-size // most))
             continue
@@ -249,9 +247,9 @@ def _bytes_merged(work: Work, found: Sequence[Group], limits: Limits) -> float:
     looks = {structure(group.job.method): len(group.needs.looks) for group in found}
     total = 0.0
     for job in work.jobs:
-        own = in_pieces(job.method) if work.in_pieces(job) else job.method
+        own = job.by_entry.method if work.in_pieces(job) else job.method
         full, entries = (
-            (limits.entries, job.parameter.size)
+            (limits.entries(job), job.parameter.size)
             if own.needs.scope == "entry" else (limits.stacked // 2 + 1, math.prod(job.seen_shape))
         )  # fmt: skip
         copies = 2 if entries < full else 1

@@ -1,5 +1,6 @@
 """The prediction for a plan: on this machine, whose rates are measured once, or on devices that are not here."""
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 
 from cfmerge import recipe as recipes
 from cfmerge.engine.calibration import calibrated
-from cfmerge.engine.cutting import ENTRIES, STACKED
+from cfmerge.engine.cutting import STACKED, entries_of
 from cfmerge.engine.loop import WORKERS
 from cfmerge.engine.placement import Devices as Asked
 from cfmerge.engine.placement import Placement, memory_of, placement_of
@@ -53,7 +54,7 @@ def forecast(
     needed = max(needs.values(), default=0)
     refused = {name: need for name, need in needs.items() if need > memory}
     workers = WORKERS if needed * WORKERS <= memory else 1
-    limits = Limits(ENTRIES, STACKED, workers, WRITE_BEHIND, free)
+    limits = Limits(functools.partial(entries_of, memory=memory), STACKED, workers, WRITE_BEHIND, free)
     size = None if device_memory is None else recipes.parse_size(str(device_memory))
     elsewhere = _elsewhere(devices, size)
     if elsewhere is not None:

@@ -1,0 +1,135 @@
+"""The benchmarks that a user can run: each ends, and writes what it says it writes. No time is asserted."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import measuring
+import pytest
+from make_llama import SIZES, shapes, write_models
+from scaling import QUICK
+
+BENCHMARKS = Path(measuring.__file__).parent
+
+
+def script(name, *words, output):
+    """Runs a script and gives what it has written: JSON, Markdown, and what it printed."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, words), "-o", str(output)]
+    variables = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((output / f"{name}.json").read_text()), (output / f"{name}.md").read_text(), done.stdout
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"), SIZES["tiny"], 2)
+
+
+def test_accelerator_tells_peaks_rates_shares_memory_errors_and_merges(models, tmp_path):
+    words = ("--quick", "--shapes", "96x64", "--models", models, "--methods", "ace", "--experts", 2)
+    words += ("--operations", "Gram by one product", "Gram", "average")
+    told, text, _ = script("accelerator", *words, output=tmp_path)
+    assert {(row["dtype"], row["precision"]) for row in told["peaks"]} >= {
+        ("bfloat16", "default"), ("float32", "default"), ("float32", "highest"), ("float64", "highest"),
+    }  # fmt: skip
+    assert all(row["peak"] > 0 for row in told["peaks"])
+    assert told["bandwidth"]["memory"] > 0
+    rows = {(row["operation"], row["dtype"], row["precision"]): row for row in told["operations"]}
+    gram = rows["Gram", "float32", "highest"]
+    assert gram["shape"] == "96 x 64"
+    assert gram["operations"] == 96 * 64 * 65
+    assert gram["bytes"] == 4 * (96 * 64 + 64 * 64)
+    assert gram["of the roof"] >= gram["of the peak"] > 0
+    assert gram["memory, MiB"] * 2**20 >= gram["bytes"]
+    assert gram["error"] < 1e-5
+    assert rows["Gram by one product", "float32", "highest"]["error"] < 1e-5
+    assert rows["average", "bfloat16", "highest"]["of the roof"] > 0
+    assert not any("failed" in row for row in told["operations"])
+    (merge,) = told["merges"]
+    assert merge["method"] == "ace"
+    assert merge["wall, again, s"] > 0
+    assert merge["of the peak"] > 0
+    assert "| Gram | 96 x 64 | float32 | highest |" in text
+    assert "python benchmarks/accelerator.py --quick" in text
+
+
+def test_scaling_tells_every_point_and_what_it_left_out(models, tmp_path):
+    words = ("--quick", "--cold", "--over", "experts", "devices", "processes", "--models", models)
+    told, text, printed = script("scaling", *words, output=tmp_path)
+    rows = {(row["over"], row["value"]): row for row in told["rows"]}
+    assert list(rows) == [(axis, value) for axis in ("experts", "devices", "processes") for value in QUICK[axis]]
+    for place in (("experts", 2), ("devices", 1), ("devices", 2), ("processes", 1)):
+        assert rows[place]["wall, s"] > 0
+        assert rows[place]["memory, GiB"] > 0.01
+    assert rows["experts", 3]["left out"] == f"{models} has fewer than 3 experts"
+    two = rows["processes", 2]
+    assert ("wall, s" in two) != (two.get("left out") == "this cfmerge has no --processes")
+    assert told["exponents"][0]["over"] == "devices"
+    assert "| average | experts | 2 |" in text
+    assert "3 left out" in printed
+
+
+def stand_in(file, text):
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_peers_runs_both_sides_in_turn_and_tells_ratios_and_failures(models, tmp_path):
+    asked = tmp_path / "asked"
+    mergekit = stand_in(tmp_path / "mergekit-yaml", f'test ! -e "$2" && mkdir "$2" && cp "$1" {asked}')
+    failing = stand_in(tmp_path / "python", "echo no model of that name >&2; exit 3")
+    words = (models, "--quick", "--cold", "--experts", 2, "--peers", "mergekit", "fusion_bench", "ace")
+    words += ("--mergekit", mergekit, "--fusion-bench", failing, "--environments", failing)
+    told, text, _ = script("peers", *words, output=tmp_path / "out")
+    beside = {case["peer"]: case for case in told["cases"]}
+    (one,) = beside["mergekit"]["rounds"]
+    assert beside["mergekit"]["theirs"] == "linear"
+    for side in ("ours", "theirs"):
+        assert one[side]["wall"] > 0
+        assert set(one[side]) == {"wall", "user", "cpu", "memory"}
+    config = json.loads(asked.read_text())
+    assert config["merge_method"] == "linear"
+    assert [model["model"] for model in config["models"]] == [str(models / f"expert_{n}") for n in range(2)]
+    assert "no model of that name" in beside["fusion_bench"]["failed"]
+    assert "ace" in told["left_out"]
+    assert "| `average` | mergekit linear |" in text
+    assert "Left out: ace" in text
+
+
+def test_models_have_the_parameters_that_their_names_say():
+    count = {name: sum(math.prod(shape) for shape in shapes(size).values()) for name, size in SIZES.items()}
+    assert count["374M"] == pytest.approx(374e6, rel=0.02)
+    assert count["15M"] == pytest.approx(15e6, rel=0.05)
+    assert count["1.1B"] == pytest.approx(1.1e9, rel=0.02)
+
+
+def test_a_process_is_measured_with_its_memory():
+    held = "import time; held = bytearray(b'x' * (1 << 27)); time.sleep(0.2)"
+    figures = measuring.run([sys.executable, "-c", held])
+    assert figures.memory is None or figures.memory > 0.12
+    assert figures.cpu >= figures.user > 0
+
+
+def test_where_one_process_fails_the_others_are_ended_and_its_words_are_told(tmp_path):
+    number = tmp_path / "number"
+    waits = (
+        "import os, pathlib, sys, time; found = pathlib.Path(sys.argv[1] + '.partial'); "
+        "found.write_text(str(os.getpid())); found.rename(sys.argv[1]); time.sleep(600)"
+    )
+    fails = "import pathlib, sys\nwhile not pathlib.Path(sys.argv[1]).exists(): pass\nsys.exit('lost')"
+    commands = [[sys.executable, "-c", words, str(number)] for words in (waits, fails)]
+    with pytest.raises(measuring.ProcessError, match=r"ended with 1\nlost"):
+        measuring.run_together(commands)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
+
+
+def test_a_table_has_all_columns_and_numbers_to_the_right():
+    rows = [{"a": "x"}, {"a": "y", "b": 1234.5, "c": None}]
+    assert measuring.table(rows) == "| a | b | c |\n| --- | --: | --: |\n| x |  |  |\n| y | 1,234 |  |\n"
