@@ -172,6 +172,6 @@ def in_pieces(part: P) -> P | None:
 
     Its call makes it again with other numbers.
     """
-    made = part.pieces() if part.pieces is not None else None
-    call = Call.of(in_pieces, {"part": part}, frozenset())
+    made: Any = part.pieces() if part.pieces is not None else None
+    call = Call.of(in_pieces, {"part": part}, frozenset())  # type: ignore[arg-type]
     return made and dataclasses.replace(made, name=part.name, call=call, pieces=None)

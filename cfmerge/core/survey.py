@@ -108,7 +108,7 @@ class Ordered(NamedTuple):
     ends: Any = None
 
 
-def reached(keys: Array, key: Array, end: Array | None, start: int | Array) -> Array:
+def reached(keys: Array, key: Any, end: Any, start: int | Array) -> Array:
     """Which entries are of the rank of a key or above: exactly so many as the rank says, or without `end` all that tie.
 
         >>> keys = jnp.array([7, 5, 9, 5], jnp.uint32)

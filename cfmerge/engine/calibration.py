@@ -138,7 +138,7 @@ def _device(placement: Placement) -> jax.Device:
 @contextlib.contextmanager
 def _compiling_anew() -> Iterator[None]:
     """Programs come from no cache, and none is kept."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.read("jax_enable_compilation_cache")
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
@@ -180,7 +180,7 @@ def _start() -> tuple[float, float]:
 
 def _programs() -> tuple[float, float, float]:
     """For each equation of programs that methods make: seconds to trace it, seconds to compile it, bytes of it."""
-    tracing, compiling, equations, before = 0.0, 0.0, 0, _anonymous()
+    tracing, compiling, equations, before = 0.0, 0.0, 0.0, _anonymous()
     for method in (make("actmat"), make("dare_ties")):
         function, arguments = merging(method, (48, 64), 2)
         equations += tally(function, *arguments).equations
@@ -286,7 +286,7 @@ def _files() -> dict[str, float]:
             with path.open("rb", 0) as file:
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                return file.readinto(block)
+                return file.readinto(block.data)
 
         busy, of_a_core = min(cores(), WORKERS), {"write": write, "read": read, "hash": digest}
         of_the_disk = {"sync": sync, "disk": from_disk}

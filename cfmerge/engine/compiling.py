@@ -75,7 +75,8 @@ def cached() -> Iterator[None]:
     that cannot be used is told in a warning.
     """
     with _Runs.lock:
-        if _Runs.count == 0 and jax.config.jax_enable_compilation_cache and not jax.config.jax_compilation_cache_dir:
+        ours = jax.config.read("jax_enable_compilation_cache") and not jax.config.read("jax_compilation_cache_dir")
+        if _Runs.count == 0 and ours:
             try:
                 folder = prepared(directory())
             except Unusable as why:
@@ -105,7 +106,7 @@ def _turned_on(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if jax.config.jax_compilation_cache_dir == settings["jax_compilation_cache_dir"]:
+            if jax.config.read("jax_compilation_cache_dir") == settings["jax_compilation_cache_dir"]:
                 _set(before)
             if failed.is_set():
                 shrink(folder, -1)

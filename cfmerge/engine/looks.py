@@ -100,14 +100,16 @@ def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job], key: str) -> O
     def keys_of(unit: Unit) -> Any:
         return loop.passed_over(unit, Keying(unit, measures, loop.placement.alone(unit)), measures.compute)
 
+    order = measures.wanted
+    assert isinstance(order, Order)
     if loop.work.traced:
-        return traced(measures.wanted, units, keys_of)
+        return traced(order, units, keys_of)
 
     def measure() -> tuple[Any, Any]:
         entries = sum(job.parameter.size for job in jobs)
         cut = units[0].row is not None and entries > SMALL
         sample = sample_of(loop.work, jobs) if cut else None
-        return tuple(on_host(measures.wanted, units, entries, keys_of, loop.over_all, sample, agreed=loop.as_the_first))
+        return tuple(on_host(order, units, entries, keys_of, loop.over_all, sample, agreed=loop.as_the_first))
 
     def fits(totals: Any) -> bool:
         with contextlib.suppress(KeyError):

@@ -208,10 +208,10 @@ def _ends(
     over([unit for unit in units if again.keys() & set(unit.places)], last, take)  # in which the last of them lie
     joined: dict[Place, np.ndarray] = {}
     rows = {place for unit in units if unit.row is not None for place in unit.places}
-    for place, own in ends.items():  # the first piece that does not end behind all of its entries says where
+    for place, end in ends.items():  # the first piece that does not end behind all of its entries says where
         key = (place[0], PIECES) if place in rows else place
         start = place[1] if place in rows else 0
-        joined[key] = np.minimum(joined.get(key, ALL), np.where(own == 0, start, own))
+        joined[key] = np.minimum(joined.get(key, ALL), np.where(end == 0, start, end))
     return joined
 
 

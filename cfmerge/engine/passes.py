@@ -119,9 +119,8 @@ class Together(_Merging):
         experts, inputs = [list(column) for column in zip(*state, strict=True)]
         out = self.unit.job.dtype.name
         merged, reports, finite = self.by.together(self.settings[1:], base, experts, inputs, out)
-        if not self.traced:
-            finite = np.asarray(finite)  # taken apart by JAX it would be one more program
-        for flags, number in zip(finite, (*self.unit.experts, None), strict=True):
+        each: Any = finite if self.traced else np.asarray(finite)  # taken apart by JAX it would be one more program
+        for flags, number in zip(each, (*self.unit.experts, None), strict=True):
             self.checked(base, number, flags)
         return self.outcome(merged, reports)
 

@@ -236,7 +236,7 @@ def measured(view: Views, wanted: Measure | Order, measure: Callable[..., Any]) 
             return with_context(measure, (deltas[0],), contexts[0])
 
         stacks = [view.canonical(array) for array in stored], [view.given(i) for i in inputs]
-        if wanted.by_tensor:
+        if isinstance(wanted, Order) or wanted.by_tensor:
             return view.over(one, *stacks)
         join = JOINS[wanted.total]
         if counts is None or wanted.total == "max":

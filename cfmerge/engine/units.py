@@ -232,7 +232,7 @@ class Unit:
         moved = moved.astype(wide) - (0 if isinstance(delta, Factors) else base.astype(wide))
         if row == 1:
             return np.full(segment.entries, 0.5, wide)
-        ranks = middle_ranks(np.abs(moved).reshape(-1, row)).astype(wide) / wide(row - 1)
+        ranks: Any = np.asarray(middle_ranks(np.abs(moved).reshape(-1, row)), wide) / np.asarray(row - 1, wide)
         return ranks.reshape(-1)[segment.first - first : end - first]
 
     def _starts(self) -> np.ndarray:

@@ -171,11 +171,11 @@ def _answers(compute: str, needs: Needs, quick: bool) -> Callable[..., Any]:
     """The answers to the question that looks ask after so many replies, for rows; and which rows are finite."""
     view = Views("", compute, needs)
 
-    def one(calls: Any, replies: Any, entries: Any, base: Any, experts: Any, given: Any, inputs: Any) -> Any:
+    def one(inputs: Any, calls: Any, replies: Any, entries: Any, base: Any, experts: Any, given: Any) -> Any:
         parts = [jax.tree.map(lambda value: jnp.asarray(value, compute), call).part() for call in calls]
         wanted = _replayed(looked(parts[0], parts, entries), replies)
         weights, own = zip(*given, strict=True)
-        deltas = [one.delta(expert, base) for one, expert in zip(own, experts, strict=True)]
+        deltas = [given_to.delta(expert, base) for given_to, expert in zip(own, experts, strict=True)]
         contexts = tuple(view.context(*each, base.shape) for each in zip(inputs, own, strict=True))
         if wanted.joint:
             return wanted.of(Seen(base, jnp.stack(deltas), jnp.stack(weights), contexts))
@@ -184,9 +184,9 @@ def _answers(compute: str, needs: Needs, quick: bool) -> Callable[..., Any]:
         return each if isinstance(wanted, Order) else jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
     def all_rows(calls: Any, replies: Any, entries: Any, base: Any, experts: Any, inputs: Any) -> Any:
-        stacks = [view.canonical(base), [view.canonical(expert) for expert in experts]]
-        given = [view.given(one) for one in inputs]
-        rows = jax.vmap(functools.partial(one, inputs=inputs))(calls, replies, entries, *stacks, given)
+        stacks = [view.canonical(expert) for expert in experts]
+        given = [view.given(own) for own in inputs]
+        rows = jax.vmap(functools.partial(one, inputs))(calls, replies, entries, view.canonical(base), stacks, given)
         return rows, jnp.stack([finite(stack) for stack in (base, *experts)])
 
     return jax.jit(all_rows, compiler_options=options(quick))

@@ -267,7 +267,7 @@ def ranks_of(delta: Float[Array, "..."]) -> Float[Array, "..."]:
     """`rank / (n - 1)` of the magnitudes, ranks from 0 in rows of n entries."""
     rows = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)
     n = rows.shape[1]
-    share = selection.middle_ranks(magnitude_keys(rows)) / (n - 1) if n > 1 else jnp.full(rows.shape, 0.5)
+    share = jnp.asarray(selection.middle_ranks(magnitude_keys(rows))) / (n - 1) if n > 1 else jnp.full(rows.shape, 0.5)
     return share.reshape(delta.shape)
 
 

@@ -68,7 +68,8 @@ class _Traced:
         needs, self.additive, self.survey = self._asked()
         square = jax.ShapeDtypeStruct((shape[-1],) * 2 if shape else (), COMPUTE)
         self.moment = square if needs.moments == "input_gram" else self.array
-        self.looks, self.found = _looks(self) if self.survey else ((), Found(None))
+        looked: tuple[Any, Found] = _looks(self) if self.survey else ((), Found(None))
+        self.looks, self.found = looked
 
     def made(self, values: Any) -> Method:
         call: Call = jax.tree.unflatten(self.structure, values)
@@ -156,7 +157,7 @@ def _bytes(statistic: Any) -> int:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two trees of shapes are equal."""
-    return jax.tree.structure(one) == jax.tree.structure(other) and all(
+    return bool(jax.tree.structure(one) == jax.tree.structure(other)) and all(  # type: ignore[operator]
         a.shape == b.shape for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     )
 
@@ -211,7 +212,7 @@ def _answered(wanted: Any, within: bool, base: Any, deltas: list[Any], moment: A
         keys = list(own)
         most = sum(jnp.max(one) for one in keys)  # they are all used
         ranks = (len(wanted.ranks), len(wanted.ranks[0]))
-        ends = jnp.zeros(ranks, jnp.uint32) if wanted.ties else None
+        ends: Any = jnp.zeros(ranks, jnp.uint32) if wanted.ties else None
         ends = ends if within or ends is None else {PLACE: ends}
         return Ordered(jnp.zeros(ranks, keys[0].dtype) + most, ends), sum(one.size for one in keys)
     totals = own if wanted.joint else jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)

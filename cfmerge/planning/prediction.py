@@ -110,7 +110,7 @@ class Prediction(NamedTuple):
 class Devices(NamedTuple):
     """The devices that share the work; memory in bytes of each, None: not known."""
 
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # a tuple has a method of that name
     memory: float | None = None
     on_host: bool = True
 
@@ -129,7 +129,7 @@ class Group(NamedTuple):
 
     job: Job
     names: tuple[str, ...]
-    count: float
+    count: float  # type: ignore[assignment]
     needs: Arithmetic
     entries: int
     units: int
@@ -257,7 +257,7 @@ def _bytes_merged(work: Work, found: Sequence[Group], limits: Limits) -> float:
     return total
 
 
-def _equations(found: Sequence[Group]) -> tuple[int, int]:
+def _equations(found: Sequence[Group]) -> tuple[float, int]:
     """The equations of all programs, and their number."""
     looks = [look.tally.equations for group in found for look in group.needs.looks]
     return sum(group.needs.merge.equations for group in found) + sum(looks), len(looks) + sum(

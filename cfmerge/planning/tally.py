@@ -39,7 +39,7 @@ class Tally(NamedTuple):
     entries: float = 0.0
     sorted: float = 0.0
     moved: float = 0.0
-    equations: int = 0
+    equations: float = 0
     memory: float = 0.0
 
     def __add__(self, other: "Tally") -> "Tally":  # type: ignore[override]
