@@ -138,7 +138,7 @@ def _device(placement: Placement) -> jax.Device:
 @contextlib.contextmanager
 def _compiling_anew() -> Iterator[None]:
     """Programs come from no cache, and none is kept."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

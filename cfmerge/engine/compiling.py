@@ -75,7 +75,7 @@ def cached() -> Iterator[None]:
     that cannot be used is told in a warning.
     """
     with _Runs.lock:
-        ours = jax.config.read("jax_enable_compilation_cache") and not jax.config.read("jax_compilation_cache_dir")
+        ours = _setting("jax_enable_compilation_cache") and not _setting("jax_compilation_cache_dir")
         if _Runs.count == 0 and ours:
             try:
                 folder = prepared(directory())
@@ -93,20 +93,24 @@ def cached() -> Iterator[None]:
                 _Runs.context.close()
 
 
+def _setting(name: str) -> Any:
+    return getattr(jax.config, name)
+
+
 @contextlib.contextmanager
 def _turned_on(folder: Path) -> Iterator[None]:
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
-    before, failed = {name: getattr(jax.config, name) for name in settings}, threading.Event()
+    before, failed = {name: _setting(name) for name in settings}, threading.Event()
     with warnings.catch_warnings():
         _catch_errors(failed)
         _set(settings)
         try:
             yield
         finally:
-            if jax.config.read("jax_compilation_cache_dir") == settings["jax_compilation_cache_dir"]:
+            if _setting("jax_compilation_cache_dir") == settings["jax_compilation_cache_dir"]:
                 _set(before)
             if failed.is_set():
                 shrink(folder, -1)

@@ -78,11 +78,11 @@ def on_host(
     Args:
         agreed: the brackets that all processes take, of this one's.
     """
-    ranks = np.asarray([[int(rank) for rank in own] for own in order.ranks], np.int64)
+    ranks = np.minimum(np.asarray([[int(rank) for rank in own] for own in order.ranks], np.int64), entries)
     low, high = agreed(_bracket(ranks, entries, sample, keys_of))
     while True:
         found = _counted(units, low, high, keys_of, over)
-        keys, left, missed = _keys(ranks, entries, found)
+        keys, left, missed = _keys(ranks, found)
         if not missed.any():
             break
         low, high = (
@@ -90,8 +90,7 @@ def on_host(
             np.where(missed > 0, _largest(high), np.where(missed < 0, low, high)),
         )
     ends = _ends(keys, left, found, units, keys_of, over) if order.ties else None
-    whole = ranks >= entries
-    return Ordered(np.where(whole, 0, keys), ends and {key: np.where(whole, ALL, own) for key, own in ends.items()})
+    return Ordered(keys, ends)
 
 
 def _largest(like: np.ndarray) -> Any:
@@ -147,9 +146,7 @@ def _inside(keys: np.ndarray, low: Any, high: Any) -> Inside:
     return Inside(int(np.count_nonzero(keys > high)), values, counts)
 
 
-def _keys(
-    ranks: np.ndarray, entries: int, found: Mapping[Place, list[list[Inside]]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _keys(ranks: np.ndarray, found: Mapping[Place, list[list[Inside]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The keys at the ranks, how many of those that tie belong to these, and where the bracket missed it.
 
     The last is 1 where the key lies above the bracket, -1 below, else 0.
@@ -158,7 +155,7 @@ def _keys(
     keys = np.full(ranks.shape, np.iinfo(dtype).max, dtype)
     left, missed = np.zeros(ranks.shape, np.int64), np.zeros(ranks.shape, np.int64)
     for t, r in np.ndindex(ranks.shape):
-        if not 0 < ranks[t, r] < entries:
+        if ranks[t, r] < 1:
             continue
         own = [each[t][r] for each in found.values()]
         place = ranks[t, r] - sum(one.above for one in own)  # from the largest of those inside, from 1

@@ -95,7 +95,7 @@ def _ordered(
     none = np.iinfo(f"uint{8 * np.dtype(compute).itemsize}").max
     sizes = [job.parameter.size for job in jobs]
     trivial = [_trivial(order, size, none) for order, size in zip(wanted, sizes, strict=True)]
-    if all(trivial):
+    if wanted[0].ties and all(trivial):  # asked for which entries, not for the keys
         return trivial  # type: ignore[return-value]
     if len(units) == 1:
         each = places_of(units[0], keys_of(units[0]))
@@ -119,7 +119,7 @@ def _selected(order: Order, keys: Sequence[np.ndarray], none: int) -> Ordered:
 
     def one(own: np.ndarray, rank: int) -> tuple[int, int]:
         if rank <= 0 or rank >= own.size:
-            return (none, 0) if rank <= 0 else (0, int(ALL))
+            return (none, 0) if rank <= 0 else (int(own.min(initial=none)), int(ALL))
         key = np.partition(own, own.size - rank)[own.size - rank]
         if not order.ties:
             return int(key), 0

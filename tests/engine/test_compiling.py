@@ -54,7 +54,7 @@ def test_a_merge_of_files_fills_the_cache_and_restores_the_settings_of_jax(cache
     before = [getattr(jax.config, name) for name in SETTINGS]
     first = merged()
     made = entries(cache)
-    assert len(made) >= 3
+    assert len(made) >= 2
     assert (cache.stat().st_mode & 0o777, cache.parent.stat().st_mode & 0o777) == (0o700, 0o700)
     assert [getattr(jax.config, name) for name in SETTINGS] == before
     jax.clear_caches()

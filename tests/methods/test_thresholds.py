@@ -149,3 +149,27 @@ def test_all_zero_deltas():
     merged = cfmerge.merge_params(base, [base, base], methods.ties())
     for name, array in merged.items():
         np.testing.assert_array_equal(array, base[name])
+
+
+def test_the_smallest_of_a_model_is_a_rank_too():
+    """Ranks at both ends of two tensors: the largest magnitude, and the smallest, which is not 0."""
+
+    def ends_of_the_model():
+        """All entries are the sum of the largest and the smallest magnitude."""
+
+        def look(entries, own):
+            return (yield methods.Order(selection.magnitude_keys, [(1, entries)] * len(own), ties=False))
+
+        def informed(found):
+            def both(delta, context):
+                keys = jnp.asarray(found.model.keys)[context.number].astype(selection.key_dtype())
+                return jnp.full_like(delta, jnp.sum(selection.magnitude_of(keys)))
+
+            return methods.Transform("ends_of_the_model", both)
+
+        return methods.Transform("ends_of_the_model", lambda delta: delta, survey=methods.Survey(look, informed))
+
+    base = {"a": np.zeros((3, 2), np.float32), "b": np.zeros(4, np.float32)}
+    expert = {"a": np.array([[3, -9], [2, 4], [5, 6]], np.float32), "b": np.array([-7, 8, 2.5, 3.5], np.float32)}
+    merged = cfmerge.merge_params(base, [expert], ends_of_the_model() >> methods.average())
+    assert set(np.asarray(merged["b"]).tolist()) == {11.0}
