@@ -139,10 +139,10 @@ def predicted(plan: "Resolved", rates: Rates | None, limits: Limits, devices: De
     """The prediction for a plan on a machine of these rates, or on devices whose rates are not known."""
     found = list(groups(plan.work, limits.entries, limits.stacked))
     work = sum((_all(group) for group in found), Tally())
-    on_device = {group: on_one_device(group, limits, devices) for group in found}
+    on_device = [on_one_device(group, limits, devices) for group in found]
     too_large = {
         name: held
-        for group, held in on_device.items() if devices.memory is not None and held > devices.memory
+        for group, held in zip(found, on_device, strict=True) if devices.memory is not None and held > devices.memory
         for name in group.names
     }  # fmt: skip
     memory = rates.memory + _equations(found)[0] * rates.code if rates else MEMORY
@@ -154,7 +154,7 @@ def predicted(plan: "Resolved", rates: Rates | None, limits: Limits, devices: De
         seconds_in_all = rates.start + parts["tracing"] / workers + _together(parts, rates)
         compiling = _equations(found)[0] * rates.compile / workers
     return Prediction(
-        seconds_in_all, compiling, memory, max(on_device.values(), default=0.0), work.flops / devices.count, too_large,
+        seconds_in_all, compiling, memory, max(on_device, default=0.0), work.flops / devices.count, too_large,
         parts,
     )  # fmt: skip
 
