@@ -296,7 +296,7 @@ def test_matrices_that_would_leave_devices_idle_are_shared_out(make_model, tmp_p
 
 def test_a_matrix_larger_than_a_device_is_shared_out(make_model, tmp_path, every_matrix_is_large, monkeypatch):
     family = models(make_model, tmp_path, {UP.format(n): (16, 8) for n in range(8)})
-    monkeypatch.setattr(placement, "_bytes_of", lambda device: 1000)
+    monkeypatch.setattr(placement, "memory_of", lambda device: 1000)
     assert [kind for _, kind in grouped(family, "ace")[1]] == ["rows"] * 8
 
 
