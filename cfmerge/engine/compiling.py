@@ -39,7 +39,7 @@ def is_quick(work: Work) -> bool:
 
     Trees in memory may come again and again, by calls that compile once.
     """
-    return work.from_files and (1 + len(work.experts)) * sum(job.parameter.size for job in work.merged) <= FEW
+    return work.from_files and (1 + len(work.experts)) * work.entries <= FEW
 
 
 @functools.cache

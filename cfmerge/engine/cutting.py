@@ -15,10 +15,10 @@ ROW = 1 << 16  # of a row, if a unit has as many
 STACKED = 1 << 18  # of a stack of matrices: larger ones keep a processor busy alone, and stacking copies them
 
 
-def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, pieces: bool = False) -> Iterator[Unit]:
+def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iterator[Unit]:
     """The jobs as units, in about the order of the plan; the working set of a stack fits half of `memory`.
 
-    With `pieces`, methods that can look within a tensor first and then take its entries do so, and see rows.
+    Methods that can look within a tensor first and then take its entries do so, and see rows.
 
     Each job merges something: see `Work.merged`.
 
@@ -34,8 +34,7 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None, *, piec
         if job.name in work.sharded:
             yield from _layers(work, job, memory) if job.layers_apart else [_whole(work, [job])]
             continue
-        if pieces and work.in_pieces(job):
-            job = job.by_entry
+        job = work.by_entry(job)
         likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
         if looks_within(job.method):
             yield from _apart(work, job, filling.setdefault(likes, []), entries_of(job, memory))

@@ -53,7 +53,7 @@ class Loop:
         self.placement, self.processes = placement.within(memory), placement.processes
         self._lock, self._context = threading.Lock(), contextlib.ExitStack()
         self._looks: dict[str, Future[dict[Any, Any]]] = {}  # within tensors that come in pieces
-        largest = max((job.working_bytes for job in work.merged), default=0) if memory is not None else 0
+        largest = max((work.by_entry(job).working_bytes for job in work.merged), default=0) if memory is not None else 0
         self._workers = WORKERS if memory is None or largest * WORKERS <= memory else 1
         if not work.from_files:
             self._workers = 0
@@ -81,9 +81,9 @@ class Loop:
             self.writer.close()
             self._context.close()
 
-    def units(self, jobs: Sequence[Job], *, pieces: bool = False) -> Iterator[Unit]:
+    def units(self, jobs: Sequence[Job]) -> Iterator[Unit]:
         """The jobs as units; see `units_of`."""
-        return units_of(self.work, jobs, self.memory, pieces=pieces)
+        return units_of(self.work, jobs, self.memory)
 
     def over(self, units: Iterable[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
         """`take(unit, do(unit))` for every unit of this process, in order; `do` runs in the threads."""
@@ -203,9 +203,9 @@ class Loop:
     def _looked_once(self, job: Job) -> dict[Any, Any]:
         """The findings about a tensor that comes in pieces; whoever comes first finds them, with threads of its own."""
         with self._lock:
-            mine = job.name not in self._looks
+            comes_first = job.name not in self._looks
             future = self._looks.setdefault(job.name, Future())
-        if mine:
+        if comes_first:
             try:
                 with ThreadPoolExecutor(WORKERS, "look") as pool:
                     future.set_result(self._looked(list(self.units([job])), functools.partial(_side_by_side, pool)))

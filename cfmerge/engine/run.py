@@ -44,13 +44,13 @@ def merge(
     """
     journal = journal or Forgetful()
     account, loop = Account(), Loop(work, memory, placement, progress, stop, journal)
-    by_name, own = {job.name: job for job in work.jobs}, list[tuple[Unit, Any]]()
+    by_name, reports = {job.name: job for job in work.jobs}, list[tuple[Unit, Any]]()
     for earlier in journal.told():
         account.add(Told(*earlier), by_name)
 
     def take(unit: Unit, outcome: Outcome) -> None:
         told = Told() if work.traced else told_of(unit, outcome)
-        own.append((unit, tuple(told)))
+        reports.append((unit, tuple(told)))
         tensors = np.asarray(outcome.tensors) if work.from_files else outcome.tensors
         each = [tensors] if len(sinks) == 1 else [tensors[:, number] for number in range(len(sinks))]
         loop.writer.take(sinks, [unit.parts(own) for own in each], ranges_of(unit), told)
@@ -68,10 +68,10 @@ def merge(
                     journal.mark(whole(job), Told())
                 loop.tell(job.name, job.bytes_read * (1 + len(job.sources)))
         found = surveys(loop, work.merged)
-        units = list(filter(loop.to_do, loop.units(work.merged, pieces=True)))
+        units = list(filter(loop.to_do, loop.units(work.merged)))
         loop.over(units, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take)
         loop.writer.finish()
-        for _, told in joined(loop.processes, "account", units, own):
+        for _, told in joined(loop.processes, "account", units, reports):
             account.add(Told(*told), by_name)
     return account
 

@@ -209,8 +209,7 @@ def groups(work: Work, entries: Callable[[Job], int], stacked: int) -> Iterator[
     """The jobs that merge something, by method and shape."""
     alike: dict[Any, list[Job]] = {}
     for job in work.merged:
-        if work.in_pieces(job):
-            job = job.by_entry
+        job = work.by_entry(job)
         shape = () if _by_entry(job) else (job.seen_shape, job.layout)
         alike.setdefault((structure(job.method), shape, len(job.experts), job.parameter.dtype), []).append(job)
     for jobs in alike.values():
@@ -247,7 +246,7 @@ def _bytes_merged(work: Work, found: Sequence[Group], limits: Limits) -> float:
     looks = {structure(group.job.method): len(group.needs.looks) for group in found}
     total = 0.0
     for job in work.jobs:
-        own = job.by_entry.method if work.in_pieces(job) else job.method
+        own = work.by_entry(job).method
         full, entries = (
             (limits.entries(job), job.parameter.size)
             if own.needs.scope == "entry" else (limits.stacked // 2 + 1, math.prod(job.seen_shape))

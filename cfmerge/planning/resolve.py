@@ -125,7 +125,7 @@ def resolve(
     check_moments(jobs, taking_part, lambda file, name: file.tensors.get(name))  # type: ignore[attr-defined]
     work = Work(
         Participant("base", f"base ({base.path})", base), tuple(taking_part), tuple(jobs), statistics, recipe.seed,
-        recipe.precision, from_files=True,
+        recipe.precision, from_files=True, sums=sums,
     )  # fmt: skip
     if statistics and fingerprint(base, list(statistics.kinds)) != statistics.base:
         raise CfmergeError(f"base {recipe.base}: the statistics were accumulated over another base")

@@ -115,7 +115,7 @@ class Resolved:
     @property
     def largest(self) -> Job | None:
         """The job that needs most memory at once."""
-        return max(self.jobs, key=lambda job: job.working_bytes, default=None)
+        return max(map(self.work.by_entry, self.jobs), key=lambda job: job.working_bytes, default=None)
 
     @property
     def explicit_recipe(self) -> Recipe:

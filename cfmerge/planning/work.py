@@ -4,6 +4,7 @@ Planning makes it, whether the models lie in files or in memory; the loop (`run.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -143,24 +144,13 @@ class Job:
         return self.parameter.canonical[-1] if list(layout) == sorted(layout, key="boi".index) else None
 
     @property
-    def by_entry(self) -> "Job":
-        """The job, its method in the form that takes entries after a look within the tensor, if it has one.
-
-        What is found of experts has a place for each: all must have the tensor.
-        """
-        method = in_pieces(self.method) if len(self.experts) == len(self.sources) else None
-        if method is None or (method.needs.ranks and self.row is None):
-            return self
-        return dataclasses.replace(self, assignment=dataclasses.replace(self.assignment, method=method))
-
-    @property
     def working_bytes(self) -> int:
         """Bytes that merging its smallest unit may need: the statistic of all experts, the experts, and room to solve.
 
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
         method = self.method
-        if self.assignment.action != "merge" or self.by_entry.method.needs.scope == "entry":
+        if self.assignment.action != "merge" or method.needs.scope == "entry":
             return 0
         b, m, n = self.parameter.canonical if self.layout else (1, 1, self.parameter.size)
         shape = (m, n) if self.layout else self.parameter.shape
@@ -185,6 +175,7 @@ class Work:
         precision: "auto", or the dtype that all is computed in.
         traced: some values are known to a transformation of JAX only; then nothing looks at values.
         from_files: options of a recipe exist, and messages may name them.
+        sums: the statistics are wanted, unsolved.
         sharded: the shardings of the tensors that lie on several devices, by name: each is merged there by itself.
     """
 
@@ -196,6 +187,7 @@ class Work:
     precision: str = "auto"
     traced: bool = False
     from_files: bool = False
+    sums: bool = False
     sharded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -203,11 +195,23 @@ class Work:
         """The number of experts in the statistics: those of the work are numbered after them."""
         return len(self.statistics.experts) if self.statistics else 0
 
-    def in_pieces(self, job: Job) -> bool:
-        """Whether the job is merged in pieces after a look within its tensor; see `Job.by_entry`."""
-        return self.from_files and self.statistics is None and job.by_entry is not job
+    def by_entry(self, job: Job) -> Job:
+        """The job, its method in the form that takes entries after a look within the tensor, where there is one.
 
-    @property
+        Findings have a place for each expert: all must have the tensor. Statistics know no such form.
+        """
+        everybody = len(job.experts) == len(self.experts) and self.statistics is None and not self.sums
+        method = in_pieces(job.method) if self.from_files and everybody else None
+        if method is None or (method.needs.ranks and job.row is None):
+            return job
+        return dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=method))
+
+    @functools.cached_property
     def merged(self) -> tuple[Job, ...]:
         """The jobs that merge something."""
         return tuple(job for job in self.jobs if job.assignment.action == "merge" and job.parameter.size > 0)
+
+    @functools.cached_property
+    def entries(self) -> int:
+        """The number of entries that are merged, of one model."""
+        return sum(job.parameter.size for job in self.merged)

@@ -128,8 +128,7 @@ class Plan(Resolved):
         plan = self
         while True:
             for job in plan.jobs:
-                if plan.sums or not plan.work.in_pieces(job):
-                    check_memory(job, limit)
+                check_memory(plan.work.by_entry(job), limit)
             try:
                 return do(plan, limit, left_out)
             except NonFiniteError as error:

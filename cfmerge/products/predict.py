@@ -50,7 +50,7 @@ def forecast(
         devices, device_memory: see `Plan.prediction`.
         calibrate: measure this machine if need be; else no seconds are predicted.
     """
-    needs = {job.name: job.working_bytes for job in plan.work.merged}
+    needs = {job.name: plan.work.by_entry(job).working_bytes for job in plan.work.merged}
     needed = max(needs.values(), default=0)
     refused = {name: need for name, need in needs.items() if need > memory}
     workers = WORKERS if needed * WORKERS <= memory else 1

@@ -234,7 +234,7 @@ def work_of(
     ]
     check_moments(jobs, taking_part, lambda moment, name: moment.leaves.get(name))  # type: ignore[attr-defined]
     base = Participant("base", "base", Tree(trees[0], layouts))
-    return Work(base, tuple(taking_part), tuple(jobs), statistics, seed, traced=traced, sharded=layouts)
+    return Work(base, tuple(taking_part), tuple(jobs), statistics, seed, traced=traced, sums=sums, sharded=layouts)
 
 
 class Inputs(NamedTuple):

@@ -226,8 +226,8 @@ def test_tensors_with_different_numbers_share_a_batch(family, tmp_path, load, mo
     seen = []
     original = cutting.units_of
 
-    def noted(*arguments, **how):
-        for batch in original(*arguments, **how):
+    def noted(*arguments):
+        for batch in original(*arguments):
             seen.append({job.name for job in batch.jobs})
             yield batch
 

@@ -370,3 +370,11 @@ def test_chains_and_anchors_of_ace_accumulate(family, tmp_path, load, text):
     cfmerge.solve(tmp_path / "sums", family.base, output=tmp_path / "solved")
     cfmerge.merge(family.base, family.experts, text, output=tmp_path / "merged")
     close(load(tmp_path / "solved"), load(tmp_path / "merged"), 1e-4)
+
+
+def test_a_matrix_that_statistics_hold_whole_must_fit_the_memory(family, tmp_path):
+    """A merge by this chain takes the tensor in pieces; its statistics do not."""
+    chain = "trim(density=0.5) >> average"
+    cfmerge.merge(family.base, family.experts, chain, output=tmp_path / "out", memory=100)
+    with pytest.raises(CfmergeError, match="but the working set may be"):
+        cfmerge.accumulate(family.base, family.experts, chain, output=tmp_path / "stats", memory=100)
