@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from cfmerge.core.part import Part
+from cfmerge.core.part import Part, Seen, with_context
 
 
 class Measure(NamedTuple):
@@ -187,3 +187,19 @@ def looked(part: Part, each: Sequence[Part], entries: Any) -> Generator[Measure 
     assert survey is not None
     found = yield from survey.look(entries, [one.survey.own for one in each])  # type: ignore[union-attr]
     return found if isinstance(found, Found) else Found(found)
+
+
+def replayed(look: Look, replies: Sequence[Any]) -> Measure | Order:
+    """The question that a look asks after these replies; raises `StopIteration` with its findings if it asks none."""
+    wanted = next(look)
+    for reply in replies:
+        wanted = look.send(reply)
+    return wanted
+
+
+def answered(wanted: Measure | Order, seen: Seen) -> Any:
+    """The measures of one tensor: of all experts at once, or a list of each expert's."""
+    if wanted.joint:
+        return wanted.of(seen)
+    each = zip(wanted.each(len(seen.deltas)), seen.deltas, seen.contexts, strict=True)
+    return [with_context(measure, (delta,), context) for measure, delta, context in each]

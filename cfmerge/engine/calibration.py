@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,6 @@ def _file() -> Path:
 
 def _key(placement: Placement) -> dict[str, Any]:
     """All that the rates hold for."""
-    from importlib.metadata import version
-
     device = _device(placement)
     kind = f"{device.platform} {device.device_kind}"
     versions = {name: version(name) for name in ("cfmerge", "jax", "jaxlib", "numpy")}

@@ -209,11 +209,10 @@ class Keying(Measuring):
 
 def _on_host(values: Any) -> Any:
     """Sums over a whole model are kept in 64 bits; traced values stay as they are."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.core.Tracer) else wide(leaf), values)
 
-    def host(leaf: Any) -> Any:
-        if isinstance(leaf, jax.core.Tracer):
-            return leaf
-        array = np.asarray(leaf)
-        return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
 
-    return jax.tree.map(host, values)
+def wide(leaf: Any) -> np.ndarray:
+    """An array in 64 bits, on the host."""
+    array = np.asarray(leaf)
+    return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.core.call import of_expert
-from cfmerge.core.part import Needs, Seen, with_context
-from cfmerge.core.survey import Found, Order, Ordered, looked
+from cfmerge.core.part import Needs, Seen
+from cfmerge.core.survey import Found, Order, Ordered, answered, looked, replayed
 from cfmerge.engine.checks import check_finite
 from cfmerge.engine.compiling import is_quick, options
 from cfmerge.engine.inputs import Inputs
 from cfmerge.engine.orders import ALL, SMALL, KeysOf, on_host, places_of, sample_of
-from cfmerge.engine.passes import UnitSteps
+from cfmerge.engine.passes import UnitSteps, wide
 from cfmerge.engine.spread import Spread
 from cfmerge.engine.steps import Views, finite
 from cfmerge.engine.surveys import Place
@@ -72,20 +72,15 @@ def _look(job: Job) -> Look:
 def _totals(total: str, units: Sequence[Unit], jobs: Sequence[Job], asked: KeysOf, over: Any) -> list[Any]:
     """A measure's totals over the rows of every tensor."""
     found: dict[str, Any] = {}
-    join, reduce = (np.maximum, np.max) if total == "max" else (np.add, np.sum)
+    join = np.maximum if total == "max" else np.add
 
     def take(unit: Unit, values: Any) -> None:
         for job, span in zip(unit.jobs, unit.spans, strict=True):
-            own = jax.tree.map(lambda leaf, span=span: reduce(_wide(leaf[span]), axis=0), values)
+            own = jax.tree.map(lambda leaf, span=span: join.reduce(wide(leaf[span])), values)
             found[job.name] = jax.tree.map(join, found[job.name], own) if job.name in found else own
 
     over(units, asked, take)
     return [found[job.name] for job in jobs]
-
-
-def _wide(leaf: Any) -> np.ndarray:
-    array = np.asarray(leaf)
-    return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
 
 
 def _ordered(
@@ -173,15 +168,13 @@ def _answers(compute: str, needs: Needs, quick: bool) -> Callable[..., Any]:
 
     def one(inputs: Any, calls: Any, replies: Any, entries: Any, base: Any, experts: Any, given: Any) -> Any:
         parts = [jax.tree.map(lambda value: jnp.asarray(value, compute), call).part() for call in calls]
-        wanted = _replayed(looked(parts[0], parts, entries), replies)
+        wanted = replayed(looked(parts[0], parts, entries), replies)
         weights, own = zip(*given, strict=True)
         deltas = [given_to.delta(expert, base) for given_to, expert in zip(own, experts, strict=True)]
         contexts = tuple(view.context(*each, base.shape) for each in zip(inputs, own, strict=True))
-        if wanted.joint:
-            return wanted.of(Seen(base, jnp.stack(deltas), jnp.stack(weights), contexts))
-        pairs = zip(wanted.each(len(parts)), deltas, contexts, strict=True)
-        each = [with_context(measure, (delta,), context) for measure, delta, context in pairs]
-        return each if isinstance(wanted, Order) else jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        each = answered(wanted, Seen(base, jnp.stack(deltas), jnp.stack(weights), contexts))
+        alike = wanted.joint or isinstance(wanted, Order)
+        return each if alike else jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
     def all_rows(calls: Any, replies: Any, entries: Any, base: Any, experts: Any, inputs: Any) -> Any:
         stacks = [view.canonical(expert) for expert in experts]
@@ -190,11 +183,3 @@ def _answers(compute: str, needs: Needs, quick: bool) -> Callable[..., Any]:
         return rows, jnp.stack([finite(stack) for stack in (base, *experts)])
 
     return jax.jit(all_rows, compiler_options=options(quick))
-
-
-def _replayed(look: Look, replies: Sequence[Any]) -> Any:
-    """The question that a look asks after these replies."""
-    wanted = next(look)
-    for reply in replies:
-        wanted = look.send(reply)
-    return wanted

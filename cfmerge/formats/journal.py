@@ -2,7 +2,7 @@
 
     CRC {"digest": ..., "versions": ..., "entries": ..., ...}
     CRC {"ranges": [[tensor, first, count], ...], "told": ...}         written and synced before the line is
-    CRC {"key": ..., "value": ...}                                     remembered: totals of a survey
+    CRC {"key": ..., "value": ...}                                     remembered: totals of a survey, packed, in base64
 
 Of several processes the first writes this file, and each other one a file of its own beside it, with its number, under
 the same header. The next run adds their lines to the first's, and removes them.
@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from cfmerge.formats.packed import packed, unpacked
 from cfmerge.formats.ranges import Covered, Range
 from cfmerge.formats.sinks import disk_errors
 from cfmerge.formats.staged import JOURNAL, journals, staging_directories, sync
@@ -123,7 +122,7 @@ class FileJournal:
                     self.covered.add(*one)
                     self.safe.add(*one)
             else:
-                self._values[line["key"]] = _as_it_was(line["value"])
+                self._values[line["key"]] = unpacked(base64.b64decode(line["value"]))
 
     # --- what the loop asks and tells ---------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ class FileJournal:
         if self._process:  # the first does
             return
         try:
-            self._add({"key": key, "value": _plain(value)})
+            self._add({"key": key, "value": base64.b64encode(packed(value)).decode()})
         except TypeError:  # a survey's own kind of container: its pass is made again
             return
 
@@ -223,33 +222,3 @@ def _append(file: Path, content: bytes) -> None:
 def sync_data(descriptor: int) -> None:
     """Flushes the data of an open file to the disk."""
     getattr(os, "fdatasync", os.fsync)(descriptor)
-
-
-def _plain(value: Any) -> Any:
-    """Arrays, and mappings, tuples and lists of them, as JSON has them."""
-    if value is None or isinstance(value, str | bool | int) or type(value) is float:
-        return value
-    if isinstance(value, np.ndarray | np.generic):
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            raise TypeError(array.dtype)
-        content = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
-        return {"array": content, "dtype": array.dtype.str, "shape": list(array.shape)}
-    if type(value) is dict:
-        return {"dict": [[_plain(key), _plain(own)] for key, own in value.items()]}
-    if type(value) in {tuple, list}:
-        return {type(value).__name__: [_plain(own) for own in value]}
-    raise TypeError(type(value))
-
-
-def _as_it_was(value: Any) -> Any:
-    """The inverse of `_plain`; an array without axes comes back as a scalar."""
-    if not isinstance(value, dict):
-        return value
-    if "array" in value:
-        flat = np.frombuffer(base64.b64decode(value["array"]), value["dtype"])
-        return flat.reshape(value["shape"]).copy()[()]
-    if "dict" in value:
-        return {_as_it_was(key): _as_it_was(own) for key, own in value["dict"]}
-    ((kind, content),) = value.items()
-    return tuple(map(_as_it_was, content)) if kind == "tuple" else list(map(_as_it_was, content))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from cfmerge.core.call import Call, call_of, of_expert
-from cfmerge.core.part import Context, Method, Needs, Seen, with_context
+from cfmerge.core.part import Context, Method, Needs, Seen
 from cfmerge.core.several import members
-from cfmerge.core.survey import Found, Order, Ordered, looked
+from cfmerge.core.survey import Found, Order, Ordered, answered, looked, replayed
 from cfmerge.planning.tally import Tally, tally
 
 PLACE, COMPUTE, KEY = ("", 0), "float32", 4
@@ -176,9 +176,7 @@ def _looks(by: _Traced) -> tuple[tuple[Pass, ...], Any]:
             method = by.made(values)
             look = looked(method, [method] * len(experts), by.entries)
             try:
-                wanted = next(look)
-                for reply in replies:
-                    wanted = look.send(reply)
+                wanted = replayed(look, replies)
             except StopIteration as end:
                 keys.append(None)
                 return end.value
@@ -203,11 +201,7 @@ def _looks(by: _Traced) -> tuple[tuple[Pass, ...], Any]:
 def _answered(wanted: Any, within: bool, base: Any, deltas: list[Any], moment: Any) -> tuple[Any, int]:
     """An answer of the right shape to the question of a look, with the arithmetic of its parts."""
     contexts = tuple(Context(jax.random.key(0), number, moment) for number in range(len(deltas)))
-    if wanted.joint:
-        own = wanted.of(Seen(base, jnp.stack(deltas), jnp.ones(len(deltas), base.dtype), contexts))
-    else:
-        each = zip(wanted.each(len(deltas)), deltas, contexts, strict=True)
-        own = [with_context(of, (delta,), context) for of, delta, context in each]
+    own = answered(wanted, Seen(base, jnp.stack(deltas), jnp.ones(len(deltas), base.dtype), contexts))
     if isinstance(wanted, Order):
         keys = list(own)
         most = sum(jnp.max(one) for one in keys)  # they are all used

@@ -118,12 +118,11 @@ class Plan(Resolved):
     ) -> Forecast:
         """The prediction, with the bound of memory, the tensors that this refuses, and notes; see `prediction`."""
         free = free_memory()
-        limit = free // 4 if memory is None else recipes.parse_size(str(memory))
-        return forecast(self, limit, free, devices, device_memory, calibrate)
+        return forecast(self, _bound(memory, free), free, devices, device_memory, calibrate)
 
     def attempted(self, memory: str | int | None, do: "Callable[[Plan, int, list[LeftOut]], T]") -> T:
         """`do(plan, bound of memory, experts left out)`; again without one that is not finite, if that is allowed."""
-        limit = free_memory() // 4 if memory is None else recipes.parse_size(str(memory))
+        limit = _bound(memory, free_memory())
         left_out: list[LeftOut] = []
         plan = self
         while True:
@@ -236,6 +235,11 @@ def as_recipe(
         "rules": [msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in options.get("rules", ())],
     }
     return recipes.parse(content, "cfmerge.merge")
+
+
+def _bound(memory: str | int | None, free: int) -> int:
+    """The bound of the working set: what is asked for, else a quarter of the free memory."""
+    return free // 4 if memory is None else recipes.parse_size(str(memory))
 
 
 def free_memory() -> int:

@@ -17,10 +17,8 @@ from cfmerge import recipe as recipes
 from cfmerge.engine.placement import Devices, Placement, placement_of
 from cfmerge.engine.processes import Processes, dealt
 from cfmerge.errors import CfmergeError
-from cfmerge.formats.meeting import Meeting
+from cfmerge.formats.meeting import COME, Meeting
 from cfmerge.formats.ranges import Range
-
-COME = 120  # seconds in which all processes must have come
 
 
 @contextlib.contextmanager
@@ -59,7 +57,7 @@ def joined_by(coordinator: str | None, processes: str | None, process: int | Non
     waiting.daemon = True
     waiting.start()
     try:
-        jax.distributed.initialize(**how, initialization_timeout=2 * COME, shutdown_timeout_seconds=60)
+        jax.distributed.initialize(**how, initialization_timeout=int(2 * COME), shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError, TypeError) as error:
         told = str(error).strip().splitlines()[0]
         if processes == "auto":
@@ -74,8 +72,8 @@ def joined_by(coordinator: str | None, processes: str | None, process: int | Non
 def _not_come(processes: str | None) -> None:
     """Ends this process, with a message: JAX itself would end it, without one."""
     print(
-        f"error: --processes {processes}: not all processes have come in {COME} s; start each of them, with the same "
-        "--coordinator, which all must reach",
+        f"error: --processes {processes}: not all processes have come in {COME:.0f} s; start each of them, with the "
+        "same --coordinator, which all must reach",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(1)
