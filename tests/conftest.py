@@ -185,3 +185,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         return message
 
     return check
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file comes first: at the end one worker would run it while the other has nothing to do."""
+    items.sort(key=lambda item: "test_eight_devices.py" not in item.nodeid)

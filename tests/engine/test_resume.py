@@ -1,99 +1,20 @@
 """A merge that was stopped goes on where it ended: the same bytes, and nothing of what is done is read again."""
 
-import errno
-import json
 import os
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from resuming import assert_same, done, full, left, lines, merged, read_again
 
 import cfmerge
 from cfmerge.engine import cutting
 from cfmerge.errors import CfmergeError, StoppedError
-from cfmerge.formats import journal as journals
-from cfmerge.formats.journal import JOURNAL, FileJournal, trusted
-from cfmerge.formats.ranges import Covered
-from cfmerge.formats.safetensors import SafetensorsFile
-from cfmerge.products import carry_out, resume
+from cfmerge.formats.journal import JOURNAL
+from cfmerge.products import resume
 
 HEAD = "lm_head.weight"
 KEEP = [{"match": HEAD, "method": "keep-base"}]
-
-
-@pytest.fixture(autouse=True)
-def small_units(monkeypatch):
-    """Units of a few entries; every one of them is in the journal at once."""
-    monkeypatch.setattr(cutting, "ENTRIES", 128)
-    monkeypatch.setattr(cutting, "STACKED", 64)
-    monkeypatch.setattr(journals, "EVERY", 0.0)
-
-
-@pytest.fixture
-def stop(monkeypatch):
-    """`stop(after, error)`: a run ends by the error when so many units are marked.
-
-    `without`: those count that are marked when an expert was left out.
-    """
-
-    def arrange(
-        after: int, error: BaseException | type[BaseException] = KeyboardInterrupt, without: bool = False
-    ) -> None:
-        left = iter(range(after))
-
-        def mark(self, ranges, told=None):
-            if (self.header["left_out"] or not without) and next(left, None) is None:
-                raise error
-            return FileJournal.mark(self, ranges, told)
-
-        monkeypatch.setattr(carry_out, "FileJournal", type("Stopping", (FileJournal,), {"mark": mark}))
-
-    return arrange
-
-
-@pytest.fixture
-def go_on(monkeypatch):
-    """Takes the stop away; reads are noted from then on: `[(tensor, first, count)]`."""
-
-    def arrange() -> list[tuple[str, int, int]]:
-        reads, read = [], SafetensorsFile.read
-        monkeypatch.setattr(carry_out, "FileJournal", FileJournal)
-
-        def noted(self, name, first=0, count=None):
-            reads.append((name, first, self.tensors[name].size if count is None else count))
-            return read(self, name, first, count)
-
-        monkeypatch.setattr(SafetensorsFile, "read", noted)
-        return reads
-
-    return arrange
-
-
-def full():
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def left(folder: Path) -> list[Path]:
-    return sorted(folder.glob("**/.*.cfmerge-*"))
-
-
-def lines(staging: Path) -> list[dict]:
-    return trusted(staging / JOURNAL)
-
-
-def done(staging: Path) -> Covered:
-    return Covered(tuple(one) for line in lines(staging) for one in line.get("ranges", ()))
-
-
-def read_again(reads, before: Covered) -> list:
-    """Reads of what was done before."""
-    return [one for one in reads if any(before.holds(one[0], entry, 1) for entry in range(one[1], one[1] + one[2]))]
-
-
-def assert_same(result, expected, contents) -> None:
-    assert contents(result.output) == contents(expected.output)
-    assert (result.notes, result.warnings, result.reports) == (expected.notes, expected.warnings, expected.reports)
+pytestmark = pytest.mark.usefixtures("small_units")
 
 
 @pytest.mark.parametrize(
@@ -192,10 +113,6 @@ def stopped(family, tmp_path, stop, go_on, after=3) -> Path:
     go_on()
     (staging,) = left(tmp_path)
     return staging
-
-
-def merged(family, output, method="average", **options):
-    return cfmerge.merge(family.base, family.experts, method, output=output, **options)
 
 
 def test_another_recipe_starts_anew_and_removes_what_is_left_when_it_is_done(family, tmp_path, contents, stop, go_on):
@@ -319,133 +236,3 @@ def test_a_sweep_one_of_whose_outputs_is_there_loses_nothing(family, tmp_path, s
     (tmp_path / "runs/b/file").unlink()
     results = cfmerge.sweep(family.base, family.experts, labels, output=tmp_path / "runs")
     assert all(result.resumed for result in results.values())
-
-
-# --- how runs end ---------------------------------------------------------------------------------------------------
-
-
-def test_an_error_of_the_input_leaves_nothing(family, make_model, tmp_path, llama, contents):
-    tensors = llama(1)
-    tensors["model.norm.weight"][3] = np.nan  # the last unit
-    bad = make_model(tmp_path / "in" / "bad", tensors)
-    before = contents(tmp_path)
-    with pytest.raises(cfmerge.CfmergeError, match="holds NaN or infinity"):
-        cfmerge.merge(family.base, [bad, *family.experts], "average", output=tmp_path / "out")
-    assert contents(tmp_path) == before
-
-
-def test_an_expert_that_was_left_out_stays_left_out(family, make_model, tmp_path, llama, contents, stop, go_on):
-    tensors = llama(5)
-    tensors["model.norm.weight"][3] = np.nan
-    bad = make_model(tmp_path / "in" / "bad", tensors)
-    asked = ([*family.experts, bad], "average")
-    expected = cfmerge.merge(family.base, *asked, output=tmp_path / "whole/out", on_nonfinite="skip-expert")
-    stop(3, without=True)
-    with pytest.raises(KeyboardInterrupt):
-        cfmerge.merge(family.base, *asked, output=tmp_path / "out", on_nonfinite="skip-expert")
-    (staging,) = left(tmp_path)
-    assert done(staging).entries
-    go_on()
-    result = cfmerge.merge(family.base, *asked, output=tmp_path / "out", on_nonfinite="skip-expert")
-    assert result.resumed
-    assert any("was left out" in note for note in result.notes)
-    assert_same(result, expected, contents)
-
-
-@pytest.mark.parametrize("moment", ["a tensor", "the journal", "the card", "the last flush"])
-def test_a_full_disk_and_then_room(family, tmp_path, contents, monkeypatch, go_on, moment):
-    expected = merged(family, tmp_path / "whole" / "out")
-    calls = {"a tensor": ("pwrite", 8), "the journal": ("write", 3), "the last flush": ("fsync", 3)}
-    with monkeypatch.context() as patched:
-        if moment == "the card":
-            patched.setattr(Path, "write_text", lambda *arguments: (_ for _ in ()).throw(full()))
-        else:
-            name, count = calls[moment]
-            real, before = getattr(os, name), iter(range(count))
-
-            def limited(*arguments):
-                if next(before, None) is None:
-                    raise full()
-                return real(*arguments)
-
-            patched.setattr(os, name, limited)
-        with pytest.raises(StoppedError) as caught:
-            merged(family, tmp_path / "out")
-    message = str(caught.value)
-    (staging,) = left(tmp_path)
-    for word in (str(tmp_path / "out"), "the disk is full", f"kept in {staging}", "--fresh", "cfmerge clean"):
-        assert word in message
-    assert "nothing was written" not in message
-    before, plan = done(staging), cfmerge.plan(family.base, family.experts, "average")
-    assert before.entries
-    reads = go_on()
-    result = plan.run(tmp_path / "out")
-    assert result.resumed
-    assert not read_again(reads, before)
-    assert_same(result, expected, contents)
-    assert left(tmp_path) == []
-
-
-def test_an_error_of_another_kind_keeps_what_is_done(family, tmp_path, stop):
-    """Such as memory that has run out."""
-    stop(3, MemoryError("no more"))
-    with pytest.raises(MemoryError, match="no more") as caught:
-        merged(family, tmp_path / "out")
-    assert "The same command goes on from there" in caught.value.__notes__[0]
-    assert len(left(tmp_path)) == 1
-
-
-def test_a_unit_that_was_not_written_is_not_marked(family, tmp_path, monkeypatch):
-    """The first write that fails is followed by others, which are given up."""
-    real, calls = os.pwrite, iter(range(10**6))
-
-    def failing(*arguments):
-        if next(calls) == 6:
-            raise full()
-        return real(*arguments)
-
-    monkeypatch.setattr(os, "pwrite", failing)
-    with pytest.raises(StoppedError):
-        merged(family, tmp_path / "out")
-    (staging,) = left(tmp_path)
-    there = {name: array.reshape(-1) for name, array in written(staging / "model.safetensors").items()}
-    assert all(there[name][first : first + count].any() for line in lines(staging)[1:]
-               for name, first, count in line["ranges"])  # fmt: skip
-
-
-def written(file: Path) -> dict[str, np.ndarray]:
-    opened = SafetensorsFile(file)
-    return {name: opened.read(name) for name in opened.tensors}
-
-
-def test_a_users_own_sink_has_no_journal(family, tmp_path):
-    class Kept:
-        def write(self, name, values, first=0):
-            pass
-
-    cfmerge.plan(family.base, family.experts, "average").run(Kept())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-
-
-def test_the_command_line_says_how_to_go_on(family, tmp_path, stop, monkeypatch, capsys):
-    from cfmerge import cli
-
-    stop(3)
-    monkeypatch.setattr(cli.signal, "signal", lambda *arguments: None)
-    arguments = ["--base", family.base, *(text for path in family.experts for text in ("-e", path))]
-    monkeypatch.setattr(
-        sys, "argv", ["cfmerge", "merge", *map(str, arguments), "-m", "average", "-o", str(tmp_path / "out")]
-    )
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 130
-    told = capsys.readouterr().err
-    assert "interrupted; " in told
-    assert f"cfmerge clean {tmp_path / 'out'} --yes" in told
-    assert "nothing was written" not in told
-    monkeypatch.setattr(carry_out, "FileJournal", FileJournal)
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--json", "-q"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
-    assert "was done by an earlier run" in json.loads(capsys.readouterr().out.splitlines()[-1])["resumed"][0]

@@ -25,6 +25,12 @@ METHODS = [
     "scale(factor=2) >> trim(density=0.2) >> average >> scale(factor=0.5)",
 ]
 
+APART = (
+    "breadcrumbs(density=0.6, gamma=0.1)",
+    "sce(density=0.3)",
+    "della(epsilon=0.2)",
+)  # without ties in the core too
+
 
 def models(decimals):
     """A base and three experts, whose deltas have many ties if rounded."""
@@ -39,14 +45,21 @@ def models(decimals):
     return [base, *({name: moved(tensor) for name, tensor in base.items()} for _ in range(3))]
 
 
-@pytest.fixture(params=[2, 8], ids=["ties", "no ties"])
+@pytest.fixture(params=[2])
 def family(request, make_model, tmp_path):
     trees = models(request.param)
     paths = [make_model(tmp_path / "in" / f"m{n}", tree, None) for n, tree in enumerate(trees)]
     return trees, paths
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        *((method, 2) for method in METHODS),
+        *(pytest.param(method, 8, marks=() if method in APART else pytest.mark.long) for method in METHODS),
+    ],
+    indirect=["family"],
+)
 def test_pieces_are_merged_as_the_whole(family, tmp_path, load, monkeypatch, method):
     """In rows of whole tensors, in pieces, and in pieces of which a sample brackets the order statistics."""
     trees, (base, *experts) = family
@@ -66,6 +79,7 @@ def test_pieces_are_merged_as_the_whole(family, tmp_path, load, monkeypatch, met
             np.testing.assert_allclose(merged[name], np.asarray(tensor), rtol=0, atol=1e-6, err_msg=f"{run} {name}")
 
 
+@pytest.mark.parametrize("family", [2, 8], indirect=True, ids=["ties", "no ties"])
 def test_a_bracket_that_misses_is_widened(family, tmp_path, load, monkeypatch):
     """A sample that does not see the largest entries: above the bracket, and below it."""
     trees, (base, *experts) = family
