@@ -27,6 +27,7 @@ from cfmerge.engine.passes import Additive, Together, UnitSteps, Unsolved
 from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
 from cfmerge.engine.processes import joined, mine
+from cfmerge.engine.room import Room
 from cfmerge.engine.surveys import looks_within
 from cfmerge.engine.units import Unit
 from cfmerge.engine.within import found_within
@@ -53,10 +54,8 @@ class Loop:
         self.placement, self.processes = placement.within(memory), placement.processes
         self._lock, self._context = threading.Lock(), contextlib.ExitStack()
         self._looks: dict[str, Future[dict[Any, Any]]] = {}  # within tensors that come in pieces
-        largest = max((work.by_entry(job).working_bytes for job in work.merged), default=0) if memory is not None else 0
-        self._workers = WORKERS if memory is None or largest * WORKERS <= memory else 1
-        if not work.from_files:
-            self._workers = 0
+        self._workers = WORKERS if work.from_files else 0
+        self._room = Room(memory)
         self.writer = Writer(journal, threaded=self._workers > 0)
 
     def __enter__(self) -> "Loop":
@@ -95,13 +94,17 @@ class Loop:
             if self._pool is None:
                 take(unit, do(unit))
                 continue
-            waiting.append((unit, self._pool.submit(do, unit)))
+            waiting.append((unit, self._pool.submit(self._in_room, do, unit)))
             if len(waiting) > self._workers:
                 done, future = waiting.popleft()
                 take(done, future.result())
         while waiting:
             done, future = waiting.popleft()
             take(done, future.result())
+
+    def _in_room(self, do: Callable[[Unit], Any], unit: Unit) -> Any:
+        with self._room.holding(unit.working_bytes):
+            return do(unit)
 
     def over_all(self, units: Iterable[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
         """The same, and `take` sees the units of all processes, in order."""

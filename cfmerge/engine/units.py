@@ -102,6 +102,12 @@ class Unit:
         return sum(segment.entries for segment in self.segments)
 
     @property
+    def working_bytes(self) -> int:
+        """Bytes that merging it may need, see `Job.working_bytes`."""
+        each = len(self.layers) if self.job.layers_apart and not self.row else 1
+        return len(self.segments) * each * self.job.working_bytes
+
+    @property
     def layers(self) -> range:
         """Which canonical matrices of its tensor the first segment holds; the others hold as many."""
         return self.layers_of(self.segments[0])

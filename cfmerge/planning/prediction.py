@@ -74,6 +74,7 @@ class Limits(NamedTuple):
         stacked: entries of a stack of matrices.
         workers: units in work at once.
         behind: results that wait to be written.
+        memory: bytes that units in work may need together.
         free: bytes of files that stay in memory when they were read once.
     """
 
@@ -81,6 +82,7 @@ class Limits(NamedTuple):
     stacked: int
     workers: int
     behind: int
+    memory: float
     free: float
 
 
@@ -272,7 +274,8 @@ def _memory(found: Sequence[Group], limits: Limits, on_host: bool) -> float:
     results = [
         min(group.units, waiting) * group.entries * _stack(group, limits) * group.job.dtype.itemsize for group in found
     ]
-    return sum(sorted(each, reverse=True)[: limits.workers]) + max(results, default=0)
+    at_once = min(sum(sorted(each, reverse=True)[: limits.workers]), max(limits.memory, *each, 0))
+    return at_once + max(results, default=0)
 
 
 def _stack(group: Group, limits: Limits) -> float:

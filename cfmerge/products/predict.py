@@ -53,8 +53,7 @@ def forecast(
     needs = {job.name: plan.work.by_entry(job).working_bytes for job in plan.work.merged}
     needed = max(needs.values(), default=0)
     refused = {name: need for name, need in needs.items() if need > memory}
-    workers = WORKERS if needed * WORKERS <= memory else 1
-    limits = Limits(functools.partial(entries_of, memory=memory), STACKED, workers, WRITE_BEHIND, free)
+    limits = Limits(functools.partial(entries_of, memory=memory), STACKED, WORKERS, WRITE_BEHIND, memory, free)
     size = None if device_memory is None else recipes.parse_size(str(device_memory))
     elsewhere = _elsewhere(devices, size)
     if elsewhere is not None:

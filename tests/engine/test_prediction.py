@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from make_headers import LLAMA, family, llama
 
 ONES = Rates(**dict.fromkeys(Rates._fields, 1000000000.0) | {"cores": 2, "on_host": True, "start": 2.0, "memory": 1e8})
-LIMITS = Limits(entries=lambda job: 1 << 22, stacked=1 << 18, workers=2, behind=8, free=1e12)
+LIMITS = Limits(entries=lambda job: 1 << 22, stacked=1 << 18, workers=2, behind=8, memory=6e9, free=1e12)
 HERE = Devices()
 
 
