@@ -37,6 +37,8 @@ class Measure(NamedTuple):
         joint: it takes all experts at once.
         by_tensor: the measures are not summed over the model.
         total: "sum", or "max": the totals are the largest of the measures.
+        known: of a look within a tensor: `known()` are the totals where they follow from earlier answers, which saves
+            the pass, or None. It is called where numbers are known, not in compiled code.
 
     The totals that come back are sums over all tensors, of measures that are not joint stacked over the experts; if
     `by_tensor` `{place: measures}`, places in order. On the host they have 64 bits; under `jit` they are traced.
@@ -46,6 +48,7 @@ class Measure(NamedTuple):
     joint: bool = False
     by_tensor: bool = False
     total: Literal["sum", "max"] = "sum"
+    known: Callable[[], Any] | None = None
 
     def each(self, experts: int) -> tuple[Callable[..., Any], ...]:
         """The measure of every expert."""

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from cfmerge.core.call import of_expert
 from cfmerge.core.part import Needs, Seen
-from cfmerge.core.survey import Found, Order, Ordered, answered, looked, replayed
+from cfmerge.core.survey import Found, Measure, Order, Ordered, answered, looked, replayed
 from cfmerge.engine.checks import check_finite
 from cfmerge.engine.compiling import is_quick, options
 from cfmerge.engine.inputs import Inputs
@@ -59,7 +60,7 @@ def found_within(
         if isinstance(wanted[0], Order):
             fresh = _ordered(wanted, units, jobs, keys_of, over, compute)
         else:
-            fresh = _totals(wanted[0].total, units, jobs, keys_of, over)
+            fresh = _totals(wanted, units, jobs, keys_of, over)
         for given, answer in zip(answers, fresh, strict=True):
             given.append(answer)
 
@@ -69,18 +70,24 @@ def _look(job: Job) -> Look:
     return looked(method, [of_expert(method, t) for t in job.experts], job.parameter.size)
 
 
-def _totals(total: str, units: Sequence[Unit], jobs: Sequence[Job], asked: KeysOf, over: Any) -> list[Any]:
-    """A measure's totals over the rows of every tensor."""
+def _totals(
+    wanted: Sequence[Measure], units: Sequence[Unit], jobs: Sequence[Job], asked: KeysOf, over: Any
+) -> list[Any]:
+    """A measure's totals over the rows of every tensor; without a pass where they are known."""
+    known = [None if measure.known is None else measure.known() for measure in wanted]
+    if not any(one is None for one in known):
+        return known
     found: dict[str, Any] = {}
-    join = np.maximum if total == "max" else np.add
+    join = np.maximum if wanted[0].total == "max" else np.add
 
     def take(unit: Unit, values: Any) -> None:
         for job, span in zip(unit.jobs, unit.spans, strict=True):
             own = jax.tree.map(lambda leaf, span=span: join.reduce(wide(leaf[span])), values)
             found[job.name] = jax.tree.map(join, found[job.name], own) if job.name in found else own
 
-    over(units, asked, take)
-    return [found[job.name] for job in jobs]
+    with np.errstate(invalid="ignore"):  # squares may overflow: the look sees it
+        over(units, asked, take)
+    return [found[job.name] if one is None else one for one, job in zip(known, jobs, strict=True)]
 
 
 def _ordered(
@@ -179,7 +186,8 @@ def _answers(compute: str, needs: Needs, quick: bool) -> Callable[..., Any]:
     def all_rows(calls: Any, replies: Any, entries: Any, base: Any, experts: Any, inputs: Any) -> Any:
         stacks = [view.canonical(expert) for expert in experts]
         given = [view.given(own) for own in inputs]
-        rows = jax.vmap(functools.partial(one, inputs))(calls, replies, entries, view.canonical(base), stacks, given)
+        each = calls, replies, entries, view.canonical(base), stacks, given
+        rows = lax.map(lambda own: one(inputs, *own), each)
         return rows, jnp.stack([finite(stack) for stack in (base, *experts)])
 
     return jax.jit(all_rows, compiler_options=options(quick))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -28,7 +29,7 @@ class Sphere(NamedTuple):
         units, lengths: `u_t (T, ...)` and `||V_t|| (T,)`.
         longer: `||V_t|| - ||V_0||`.
         chords: `||u_s - u_t||^2 (T, T)`.
-        q: of a piece of the tensors, `||sum_t p_t u_t||` of the whole for some shares `p`.
+        q: of a piece of the tensors, `||sum_t p_t u_t||` of the whole for some shares `p`; NaN: far from zero.
     """
 
     base: Array
@@ -50,7 +51,11 @@ class Sphere(NamedTuple):
         Args:
             number: which of the shares that `q` is about these are, where the sphere is of a piece.
         """
-        q = linalg.norm(linalg.weighted_sum(shares, self.units)).reshape(()) if self.q is None else self.q[number]
+        if self.q is None:
+            q = linalg.norm(linalg.weighted_sum(shares, self.units)).reshape(())
+        else:
+            far_from_zero = linalg.root(jnp.sum(shares) ** 2 - spread(shares, self.chords))
+            q = jnp.where(jnp.isnan(self.q[number]), far_from_zero, self.q[number])
         return q, q <= 16 * jnp.finfo(q.dtype).eps * jnp.sum(jnp.abs(shares))
 
     def merged(
@@ -96,50 +101,81 @@ class Extent(NamedTuple):
         return Sphere(base, deltas, units, lengths, longer, chords, q)
 
 
-def look_at_sphere(of: Callable[[Seen], Seen], shares_for: Callable[[Sphere, Array], Sequence[Array]]) -> Look:
-    """A look within a tensor: its `Extent`.
+def look_at_sphere(
+    of: Callable[[Seen], Seen], shares_for: Callable[[Sphere, Array], Sequence[Array]], means: int
+) -> Look:
+    """A look within a tensor: its `Extent`, from one Gram of all tensors and of their differences from the first.
+
+    Two more questions are asked where the answer does not follow from it: the same Gram at another scale where squares
+    overflow or vanish, and the lengths of mean directions where directions may cancel.
 
     Args:
         of: base, deltas and weights of the tensors that are averaged, out of what is seen.
         shares_for: `shares_for(sphere, weights)`: the shares of the mean directions whose lengths are wanted.
+        means: how many they are.
     """
 
-    def sizes(seen: Seen) -> Array:
-        base, deltas, *_ = of(seen)
-        return jnp.max(jnp.abs(base + deltas).reshape(len(deltas), -1), axis=1, initial=0)
+    def gram_of(scales: Any) -> Callable[[Seen], tuple[Array, Array]]:
+        def gram(seen: Seen) -> tuple[Array, Array]:
+            base, deltas, weights, _ = of(seen)
+            each = jnp.broadcast_to(_each(scales, base), (len(deltas), *(1,) * base.ndim))
+            rows = jnp.concatenate([(base + deltas) / each, (deltas - deltas[0]) / jnp.max(each)])
+            rows = rows.reshape(len(rows), -1)
+            return linalg.matmul(rows, rows.T), jnp.sum(jnp.minimum(weights, 0))
 
-    size = yield Measure(sizes, joint=True, total="max")
+        return gram
 
-    def squares(seen: Seen) -> tuple[Array, Array]:
-        base, deltas, *_ = of(seen)
-        tensors, scale = base + deltas, _each(size, base)
-        beyond = linalg.ratio(deltas - deltas[0], scale) * linalg.ratio(tensors + tensors[0], scale)
-        axes = tuple(range(1, tensors.ndim))
-        return jnp.sum(linalg.ratio(tensors, scale) ** 2, axis=axes), jnp.sum(beyond, axis=axes)
+    first = yield Measure(gram_of(1), joint=True)
+    scales = _scales(first[0])
+    gram, negative = yield Measure(gram_of(scales), joint=True, known=lambda: first if (scales == 1).all() else None)
+    extent = _extent(gram, scales)
 
-    square, beyond = yield Measure(squares, joint=True)
-    xp = xp_of(square, size)
-    lengths = size * xp.sqrt(square)
-    sums = lengths + lengths[0]
-    known = Extent(lengths, beyond * size * (size / xp.where(sums > 0, sums, 1)), xp.zeros((len(lengths),) * 2))
-
-    def grams(seen: Seen) -> Array:
-        base, deltas, *_ = of(seen)
-        units = known.sphere(base, deltas).units
-        away = (units - units[0]).reshape(len(units), -1)
-        return linalg.matmul(away, away.T)
-
-    gram = yield Measure(grams, joint=True)
-    squared = xp.diagonal(gram)
-    known = known._replace(chords=xp.clip(squared[:, None] + squared - 2 * gram, 0, 4))
-
-    def means(seen: Seen) -> Array:
+    def lengths(seen: Seen) -> Array:
         base, deltas, weights, _ = of(seen)
-        sphere = known.sphere(base, deltas)
+        sphere = extent.sphere(base, deltas)
         each = [linalg.weighted_sum(shares, sphere.units) for shares in shares_for(sphere, weights)]
         return jnp.stack([jnp.sum(mean**2) for mean in each])
 
-    return known._replace(q=xp.sqrt((yield Measure(means, joint=True))))
+    def follow() -> Any:
+        cosines = 1 - extent.chords / 2
+        never = np.linalg.eigvalsh(cosines)[0] > 0.02 * len(cosines)  # for any shares
+        return np.full(means, np.nan) if never or (negative == 0 and cosines.min() > 0.02) else None
+
+    return extent._replace(q=xp_of(gram).sqrt((yield Measure(lengths, joint=True, known=follow))))
+
+
+def _scales(gram: Any) -> Any:
+    """What each tensor `(T,)` is divided by so that its square neither overflows nor vanishes."""
+    xp = xp_of(gram)
+    squares = xp.diagonal(gram)[: len(gram) // 2]
+    vanish = xp.where(squares < 1e-20, 2.0**-80, 1.0)
+    return xp.where(xp.isfinite(squares), vanish, 2.0**80)
+
+
+def _extent(gram: Any, scales: Any) -> Extent:
+    """Lengths and chords, from the Gram of `V_t / scales_t` and `(D_t - D_0) / max scales`.
+
+    A chord is taken from the difference of its ends where they are near, else from the angle between them.
+    """
+    xp, count = xp_of(gram), len(gram) // 2
+    largest = xp.max(scales)
+    shrunk = scales / largest
+    roots = xp.sqrt(xp.diagonal(gram)[:count])
+    lengths = shrunk * roots
+    beyond = shrunk * xp.diagonal(gram[count:, :count]) + shrunk[0] * gram[count:, 0]  # (D_t - D_0) . (V_t + V_0)
+    longer = _ratio(beyond, lengths + lengths[0])
+    away = xp.diagonal(gram[count:, count:])
+    squares = away[:, None] + away - 2 * gram[count:, count:]  # ||V_s - V_t||^2
+    near = _ratio(squares - (longer[:, None] - longer) ** 2, lengths[:, None] * lengths)
+    far = 2 - 2 * _ratio(gram[:count, :count], roots[:, None] * roots)
+    chords = xp.where(squares < lengths[:, None] * lengths, near, far)
+    return Extent(largest * lengths, largest * longer, xp.clip(chords, 0, 4) * (1 - xp.eye(count)))
+
+
+def _ratio(above: Any, below: Any) -> Any:
+    """`above / below`, and zero where `below` is."""
+    xp = xp_of(above, below)
+    return xp.where(below > 0, above / xp.where(below > 0, below, 1), 0)
 
 
 def _each(numbers: Any, base: Array) -> Array:

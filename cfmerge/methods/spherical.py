@@ -155,7 +155,7 @@ def multislerp(normalise_weights: bool = True, on: On = "deltas", eps: Number = 
 
     needs = Needs("tensor", normalises=True)
     return _mean_of(
-        lambda seen: seen._replace(base=_origin(seen.base, on)), directions, mean, needs, {"opposed": OPPOSED}
+        lambda seen: seen._replace(base=_origin(seen.base, on)), directions, 1, mean, needs, {"opposed": OPPOSED}
     )
 
 
@@ -197,12 +197,13 @@ def karcher(max_iter: int = 10, tol: Number = 1e-5, on: On = "weights", with_bas
         "opposed": OPPOSED,
         "unfinished": (bool, "the mean was not reached within tol: use a larger max_iter"),
     }
-    return _mean_of(of, directions, mean, Needs("tensor", weights="positive", normalises=True), notes)
+    return _mean_of(of, directions, 2, mean, Needs("tensor", weights="positive", normalises=True), notes)
 
 
 def _mean_of(
     of: Callable[[Seen], Seen],
     directions: Callable[[Sphere, Array], Sequence[Array]],
+    means: int,
     mean: Callable[[Sphere, Array], tuple[Array, Report]],
     needs: Needs,
     notes: Mapping[str, Note],
@@ -210,7 +211,7 @@ def _mean_of(
     """The method of a mean on the sphere, of whole tensors or in pieces.
 
     Args:
-        of, directions: see `look_at_sphere`.
+        of, directions, means: see `look_at_sphere`.
         mean: the merged delta and the report, of a sphere and the weights.
     """
 
@@ -225,7 +226,7 @@ def _mean_of(
 
         return of_deltas(piece, needs.but(scope="entry"), notes=notes)
 
-    survey = Survey(lambda entries, own: look_at_sphere(of, directions), informed, within="tensor")
+    survey = Survey(lambda entries, own: look_at_sphere(of, directions, means), informed, within="tensor")
     method = of_deltas(whole, needs, notes=notes)
     return dataclasses.replace(
         method, pieces=lambda: dataclasses.replace(method, needs=needs.but(scope="entry"), survey=survey)

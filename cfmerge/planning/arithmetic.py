@@ -166,33 +166,40 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _looks(by: _Traced) -> tuple[tuple[Pass, ...], Any]:
-    """The passes of a method's look at the model or at the tensor, and the shapes of its findings."""
+    """The passes of a method's look at the model or at the tensor, and the shapes of its findings.
+
+    An answer that may be known already (`Measure.known`) is taken as known: so it is for most tensors.
+    """
     passes: list[Pass] = []
     replies: list[Any] = []
     while True:
-        keys: list[int | None] = []  # of the question that was asked; None: the look has ended
+        asked: list[
+            tuple[int, bool] | None
+        ] = []  # keys of the question, and if a pass is made; None: the look has ended
 
-        def ask(values: Any, replies: Any, base: Any, experts: Any, moment: Any, keys: Any = keys) -> Any:
+        def ask(values: Any, replies: Any, base: Any, experts: Any, moment: Any, asked: Any = asked) -> Any:
             method = by.made(values)
             look = looked(method, [method] * len(experts), by.entries)
             try:
                 wanted = replayed(look, replies)
             except StopIteration as end:
-                keys.append(None)
+                asked.append(None)
                 return end.value
             within = method.survey is not None and method.survey.within == "tensor"
             answer, count = _answered(wanted, within, base.astype(COMPUTE), [_delta(e, base) for e in experts], moment)
-            keys.append(count)
+            asked.append((count, isinstance(wanted, Order) or wanted.known is None))
             return answer
 
         arguments = (by.values, replies, by.array, [by.array] * by.experts, by.moment)
         try:
             answer = jax.eval_shape(ask, *arguments)
-            if keys[0] is None:
+            if asked[0] is None:
                 return tuple(passes), answer
-            found = tally(ask, *arguments)
-            checked = by.array.size * by.array.dtype.itemsize * (1 + by.experts)  # for NaN, in a program of its own
-            passes.append(Pass(found._replace(moved=found.moved + checked + KEY * keys[0]), keys[0]))
+            keys, passed = asked[0]
+            if passed:
+                found = tally(ask, *arguments)
+                checked = by.array.size * by.array.dtype.itemsize * (1 + by.experts)  # for NaN, in a program of its own
+                passes.append(Pass(found._replace(moved=found.moved + checked + KEY * keys), keys))
         except jax.errors.JAXTypeError:  # a look that needs its numbers: all that it asked for before is counted
             return tuple(passes), Found(None)
         replies.append(answer)

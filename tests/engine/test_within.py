@@ -5,6 +5,7 @@ import pytest
 
 import cfmerge
 from cfmerge.engine import cutting, orders
+from cfmerge.engine.loop import Loop
 from cfmerge.errors import CfmergeError
 
 SHAPES = {"a.weight": (40, 30), "b.weight": (6, 5), "c.bias": (7,), "d.weight": (30, 20), "e.scale": (1,)}
@@ -77,6 +78,54 @@ def test_pieces_are_merged_as_the_whole(family, tmp_path, load, monkeypatch, met
         merged = load(tmp_path / run)
         for name, tensor in expected.items():
             np.testing.assert_allclose(merged[name], np.asarray(tensor), rtol=0, atol=1e-6, err_msg=f"{run} {name}")
+
+
+def _on_spheres():
+    """Three experts by kind: near each other, or about as long as the base; scaled; opposite; zero; one much longer."""
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal((20, 30))
+    near = [base + 1e-3 * rng.standard_normal(base.shape) for _ in range(3)]
+    far = [rng.standard_normal(base.shape) for _ in range(3)]
+    kinds = {
+        "near": (base, *near), "far": (base, *far), "huge": [1e25 * array for array in (base, *near)],
+        "tiny": [1e-25 * array for array in (base, *far)], "opposite": (0 * base, far[0], -far[0], 0 * base),
+        "none": [0 * base] * 4, "longer": (0 * base, far[0], 1e3 * far[1], 1e-3 * far[2]),
+        "multiples": (base, 1.5 * base, 1.5 * base + 1e-4 * far[0], 0.5 * base),
+    }  # fmt: skip
+    return [{kind: np.float32(models[number]) for kind, models in kinds.items()} for number in range(4)]
+
+
+@pytest.mark.parametrize("method", ["karcher", "karcher(on='deltas')", "multislerp", "multislerp(on='weights')"])
+def test_spheres_in_pieces_are_as_the_whole(tmp_path, load, make_model, monkeypatch, method):
+    """Squares overflow or vanish, directions cancel, tensors are zero: what is asked once more where it must be."""
+    trees = _on_spheres()
+    base, *experts = [make_model(tmp_path / f"m{n}", tree, None) for n, tree in enumerate(trees)]
+    expected = cfmerge.merge_params(trees[0], trees[1:], method)
+    monkeypatch.setattr(cutting, "ROW", 16)
+    monkeypatch.setattr(cutting, "ENTRIES", 256)
+    cfmerge.merge(base, experts, method, output=tmp_path / "out")
+    merged = load(tmp_path / "out")
+    for name, tensor in expected.items():
+        size = max(np.abs(tree[name] - trees[0][name]).max() for tree in trees[1:])  # of the deltas
+        np.testing.assert_allclose(merged[name], np.asarray(tensor), rtol=2e-7, atol=2e-6 * size, err_msg=name)
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("near", 2), ("huge", 3), ("opposite", 3)])
+def test_what_is_known_is_not_asked(tmp_path, make_model, monkeypatch, kind, passes):
+    """A mean on the sphere needs one look; another where squares overflow, or where directions cancel."""
+    trees = [{kind: tree[kind]} for tree in _on_spheres()[:3]]
+    base, *experts = [make_model(tmp_path / f"m{n}", tree, None) for n, tree in enumerate(trees)]
+    monkeypatch.setattr(cutting, "ROW", 16)
+    monkeypatch.setattr(cutting, "ENTRIES", 256)
+    seen, pass_over = [], Loop.passed_over
+
+    def counted(loop, unit, *others):
+        seen.append(unit.entries)
+        return pass_over(loop, unit, *others)
+
+    monkeypatch.setattr(Loop, "passed_over", counted)
+    cfmerge.merge(base, experts, "karcher", output=tmp_path / "out")
+    assert sum(seen) == passes * trees[0][kind].size
 
 
 @pytest.mark.parametrize("family", [2, 8], indirect=True, ids=["ties", "no ties"])
