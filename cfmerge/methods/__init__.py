@@ -60,6 +60,8 @@ from cfmerge.methods.pairs import arcee_fusion as arcee_fusion
 from cfmerge.methods.pairs import nearswap as nearswap
 from cfmerge.methods.robust import cauchy_poe as cauchy_poe
 from cfmerge.methods.robust import two_sided as two_sided
+from cfmerge.methods.slerp import nuslerp as nuslerp
+from cfmerge.methods.slerp import slerp as slerp
 from cfmerge.methods.sparsify import drop as drop
 from cfmerge.methods.sparsify import drop_by_rank as drop_by_rank
 from cfmerge.methods.sparsify import outliers as outliers
@@ -74,8 +76,6 @@ from cfmerge.methods.spectral import subspace_boosting as subspace_boosting
 from cfmerge.methods.spectral import svc as svc
 from cfmerge.methods.spherical import karcher as karcher
 from cfmerge.methods.spherical import multislerp as multislerp
-from cfmerge.methods.spherical import nuslerp as nuslerp
-from cfmerge.methods.spherical import slerp as slerp
 from cfmerge.methods.sums import average as average
 from cfmerge.methods.sums import expo as expo
 from cfmerge.methods.sums import linear as linear

@@ -1,4 +1,4 @@
-"""Weighted means of tensors on the sphere of their directions, for `spherical`.
+"""Weighted means of tensors on the sphere of their directions, for `spherical` and `slerp`.
 
 With shares `p_t` that sum to 1, directions `u_t`, `q = ||sum_t p_t u_t||` and the mean length `L`, the merged tensor
 is `L sum_t p_t u_t / q`. Its part `X`, the change of the base, is formed without subtracting two large numbers:
@@ -9,7 +9,7 @@ is `L sum_t p_t u_t / q`. Its part `X`, the change of the base, is formed withou
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,13 @@ from cfmerge import linalg
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Seen
 from cfmerge.core.survey import Look, Measure, xp_of
+
+On = Literal["weights", "deltas"]
+
+
+def origin(base: Array, on: On) -> Array:
+    """The tensor that deltas are added to: the base, or zero where deltas are averaged."""
+    return base if on == "weights" else jnp.zeros_like(base)
 
 
 class Sphere(NamedTuple):
@@ -93,6 +100,11 @@ class Extent(NamedTuple):
     chords: Any
     q: Any = None
 
+    @property
+    def cosines(self) -> Any:
+        """Of the angles between the tensors `(T, T)`; of one that is zero, 0."""
+        return 1 - self.chords / 2
+
     def sphere(self, base: Array, deltas: Array) -> Sphere:
         """The sphere of a piece of the tensors."""
         lengths, longer, chords = (jnp.asarray(own, base.dtype) for own in self[:3])
@@ -101,18 +113,14 @@ class Extent(NamedTuple):
         return Sphere(base, deltas, units, lengths, longer, chords, q)
 
 
-def look_at_sphere(
-    of: Callable[[Seen], Seen], shares_for: Callable[[Sphere, Array], Sequence[Array]], means: int
-) -> Look:
-    """A look within a tensor: its `Extent`, from one Gram of all tensors and of their differences from the first.
+def look_at_extent(of: Callable[[Seen], Seen]) -> Look:
+    """A look within a tensor: its `Extent` without mean directions, and whether a weight is negative.
 
-    Two more questions are asked where the answer does not follow from it: the same Gram at another scale where squares
-    overflow or vanish, and the lengths of mean directions where directions may cancel.
+    It takes one Gram of all tensors and of their differences from the first; another at another scale where squares
+    overflow or vanish.
 
     Args:
-        of: base, deltas and weights of the tensors that are averaged, out of what is seen.
-        shares_for: `shares_for(sphere, weights)`: the shares of the mean directions whose lengths are wanted.
-        means: how many they are.
+        of: base, deltas and weights of the tensors, out of what is seen.
     """
 
     def gram_of(scales: Any) -> Callable[[Seen], tuple[Array, Array]]:
@@ -128,7 +136,20 @@ def look_at_sphere(
     first = yield Measure(gram_of(1), joint=True)
     scales = _scales(first[0])
     gram, negative = yield Measure(gram_of(scales), joint=True, known=lambda: first if (scales == 1).all() else None)
-    extent = _extent(gram, scales)
+    return _extent(gram, scales), negative < 0
+
+
+def look_at_sphere(
+    of: Callable[[Seen], Seen], shares_for: Callable[[Sphere, Array], Sequence[Array]], means: int
+) -> Look:
+    """A look within a tensor: its `Extent`. The lengths of mean directions are asked for where directions may cancel.
+
+    Args:
+        of: see `look_at_extent`.
+        shares_for: `shares_for(sphere, weights)`: the shares of the mean directions whose lengths are wanted.
+        means: how many they are.
+    """
+    extent, negative = yield from look_at_extent(of)
 
     def lengths(seen: Seen) -> Array:
         base, deltas, weights, _ = of(seen)
@@ -137,11 +158,25 @@ def look_at_sphere(
         return jnp.stack([jnp.sum(mean**2) for mean in each])
 
     def follow() -> Any:
-        cosines = 1 - extent.chords / 2
+        cosines = extent.cosines
         never = np.linalg.eigvalsh(cosines)[0] > 0.02 * len(cosines)  # for any shares
-        return np.full(means, np.nan) if never or (negative == 0 and cosines.min() > 0.02) else None
+        return np.full(means, np.nan) if never or (not negative and cosines.min() > 0.02) else None
 
-    return extent._replace(q=xp_of(gram).sqrt((yield Measure(lengths, joint=True, known=follow))))
+    q = yield Measure(lengths, joint=True, known=follow)
+    return extent._replace(q=xp_of(q).sqrt(q))
+
+
+def look_at_arc(of: Callable[[Seen], Seen]) -> Look:
+    """A look within a tensor at two directions: their `Extent`, and `||u_1 + u_2||` as `q`."""
+    extent, _ = yield from look_at_extent(of)
+    chord = extent.chords[0, 1]
+
+    def across(seen: Seen) -> Array:
+        base, deltas, *_ = of(seen)
+        return jnp.sum(jnp.sum(extent.sphere(base, deltas).units, axis=0) ** 2)
+
+    square = yield Measure(across, joint=True, known=lambda: np.asarray(4 - chord) if chord < 3.9 else None)
+    return extent._replace(q=xp_of(square).sqrt(square))
 
 
 def _scales(gram: Any) -> Any:
@@ -169,7 +204,9 @@ def _extent(gram: Any, scales: Any) -> Extent:
     near = _ratio(squares - (longer[:, None] - longer) ** 2, lengths[:, None] * lengths)
     far = 2 - 2 * _ratio(gram[:count, :count], roots[:, None] * roots)
     chords = xp.where(squares < lengths[:, None] * lengths, near, far)
-    return Extent(largest * lengths, largest * longer, xp.clip(chords, 0, 4) * (1 - xp.eye(count)))
+    directed = (roots > 0)[:, None] & (roots > 0)
+    chords = xp.where(directed, xp.clip(chords, 0, 4), 2) * (1 - xp.eye(count))  # a zero is at a right angle to all
+    return Extent(largest * lengths, largest * longer, chords)
 
 
 def _ratio(above: Any, below: Any) -> Any:

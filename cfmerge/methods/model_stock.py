@@ -10,14 +10,18 @@ on the plane through base and experts. With `u_t = D_t / ||D_t||` the cosines of
 `(||sum u_t||^2 - sum ||u_t||^2) / 2`: two sums over experts are all that is kept.
 """
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.core.deltas import of_deltas
 from cfmerge.core.part import Method, Needs, Report
 from cfmerge.core.registry import register
+from cfmerge.core.survey import Found, Look, Survey
+from cfmerge.methods._sphere import look_at_extent
 
 
 class Units(NamedTuple):
@@ -66,12 +70,13 @@ def model_stock(
         if angle == "degrees":
             count = jnp.asarray(len(statistic), statistic[0].dtype)
             total = sum(statistic)
-            cosine = _cosine_of_mean_angle(jnp.stack(statistic), over(total))
-        else:
-            total, units, count, changed = statistic
-            pairs = count * (count - 1)
-            among = jnp.sum(units * units, axis=over(total), keepdims=True) - changed
-            cosine = jnp.where(pairs > 0, among / jnp.where(pairs > 0, pairs, 1), 1)
+            return shrunk(total, count, _cosine_of_mean_angle(_cosines(jnp.stack(statistic), over(total)), total.ndim))
+        total, units, count, changed = statistic
+        pairs = count * (count - 1)
+        among = jnp.sum(units * units, axis=over(total), keepdims=True) - changed
+        return shrunk(total, count, jnp.where(pairs > 0, among / jnp.where(pairs > 0, pairs, 1), 1))
+
+    def shrunk(total: Array, count: Array, cosine: Array) -> tuple[Array, Report]:
         below = 1 + (count - 1) * cosine
         defined = jnp.abs(below) > 16 * jnp.finfo(total.dtype).eps
         ratio = jnp.where(defined, count * cosine / jnp.where(defined, below, 1), 0)
@@ -84,16 +89,35 @@ def model_stock(
             "clamped": jnp.mean(opposed, dtype=total.dtype),
         }
 
-    return Method(
+    def informed(found: Found) -> Method:
+        def piece(base: Array, deltas: Float[Array, "T ..."], weights: Array) -> tuple[Array, Report]:
+            cosines, count = jnp.asarray(found.model.cosines, base.dtype), len(deltas)
+            if angle == "degrees":
+                cosine = _cosine_of_mean_angle(cosines[None], base.ndim)
+            else:
+                cosine = (jnp.sum(cosines) - jnp.trace(cosines)) / (count * (count - 1))
+            return shrunk(jnp.sum(deltas, axis=0), jnp.asarray(count, base.dtype), cosine)
+
+        return of_deltas(piece, needs.but(scope="entry"), notes=NOTES)
+
+    def look() -> Look:
+        extent, _ = yield from look_at_extent(lambda seen: seen._replace(base=jnp.zeros_like(seen.base)))
+        return extent
+
+    needs = Needs("tensor", experts=(2, None), weights="none")
+    method = Method(
         "model_stock",
         init,
         update,
         solve,
-        needs=Needs("tensor", experts=(2, None), weights="none"),
+        needs=needs,
         additive=angle == "cosine",
         statistic=("model_stock", filter_wise) if angle == "cosine" else None,
         notes=NOTES,
     )
+    survey = Survey(lambda entries, own: look(), informed, within="tensor")
+    by_entry = dataclasses.replace(method, needs=needs.but(scope="entry"), survey=survey)
+    return method if filter_wise else dataclasses.replace(method, pieces=lambda: by_entry)
 
 
 NOTES = {
@@ -105,13 +129,19 @@ NOTES = {
 }
 
 
-def _cosine_of_mean_angle(deltas: Float[Array, "experts ..."], over: tuple[int, ...]) -> Array:
-    """The cosine of the mean angle over all pairs, of each filter; that with a zero delta is a right one."""
+def _cosines(deltas: Float[Array, "experts ..."], over: tuple[int, ...]) -> Float[Array, "filters experts experts"]:
+    """The cosines of all pairs, of each filter; that with a zero delta is 0."""
     experts, shape = len(deltas), deltas.shape[1:]
     filters = 1 if 0 in over or not shape else shape[0]
     units = linalg.unit(deltas.reshape(experts, filters, -1), -1).swapaxes(0, 1)
+    return linalg.matmul(units, units.swapaxes(1, 2))
+
+
+def _cosine_of_mean_angle(cosines: Float[Array, "filters experts experts"], ndim: int) -> Array:
+    """The cosine of the mean angle over all pairs, of each filter of a tensor with so many axes."""
+    filters, experts, _ = cosines.shape
     first, second = jnp.triu_indices(experts, 1)
-    cosines = jnp.clip(linalg.matmul(units, units.swapaxes(1, 2))[:, first, second], -1, 1)
-    angles = 2 * jnp.arctan2(linalg.root(1 - cosines), linalg.root(1 + cosines))
+    pairs = jnp.clip(cosines[:, first, second], -1, 1)
+    angles = 2 * jnp.arctan2(linalg.root(1 - pairs), linalg.root(1 + pairs))
     mean = jnp.sum(angles, axis=1) / max(len(first), 1)
-    return jnp.cos(mean).reshape((filters,) + (1,) * (len(shape) - 1) if shape else ())
+    return jnp.cos(mean).reshape((filters,) + (1,) * (ndim - 1) if ndim else ())

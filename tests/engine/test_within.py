@@ -23,6 +23,8 @@ METHODS = [
     "multislerp(normalise_weights=False, on='weights')",
     "karcher",
     "karcher(on='deltas', with_base=True)",
+    "model_stock",
+    "model_stock(angle='degrees', clamp=False)",
     "scale(factor=2) >> trim(density=0.2) >> average >> scale(factor=0.5)",
 ]
 
@@ -95,11 +97,19 @@ def _on_spheres():
     return [{kind: np.float32(models[number]) for kind, models in kinds.items()} for number in range(4)]
 
 
-@pytest.mark.parametrize("method", ["karcher", "karcher(on='deltas')", "multislerp", "multislerp(on='weights')"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "karcher", "karcher(on='deltas')", "multislerp", "multislerp(on='weights')", "model_stock", "slerp(t=0.3)",
+        "slerp(threshold=1, on='deltas')", "nuslerp", "nuslerp(on='weights')",
+    ],
+)  # fmt: skip
 def test_spheres_in_pieces_are_as_the_whole(tmp_path, load, make_model, monkeypatch, method):
     """Squares overflow or vanish, directions cancel, tensors are zero: what is asked once more where it must be."""
     trees = _on_spheres()
     base, *experts = [make_model(tmp_path / f"m{n}", tree, None) for n, tree in enumerate(trees)]
+    if "slerp" in method.replace("multislerp", ""):
+        trees, experts = trees[:3], experts[:2]
     expected = cfmerge.merge_params(trees[0], trees[1:], method)
     monkeypatch.setattr(cutting, "ROW", 16)
     monkeypatch.setattr(cutting, "ENTRIES", 256)
