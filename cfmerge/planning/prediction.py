@@ -76,6 +76,7 @@ class Limits(NamedTuple):
         behind: results that wait to be written.
         memory: bytes that units in work may need together.
         free: bytes of files that stay in memory when they were read once.
+        hashed: bytes of input files whose SHA-256 is known.
     """
 
     entries: Callable[[Job], int]
@@ -84,6 +85,7 @@ class Limits(NamedTuple):
     behind: int
     memory: float
     free: float
+    hashed: float = 0
 
 
 class Prediction(NamedTuple):
@@ -177,7 +179,7 @@ def _parts(
         "selecting": keys / rates.select,
         "calls": (calls + programs) * rates.call,
         "writing": written / rates.write,
-        "hashing": inputs / rates.hash,
+        "hashing": max(inputs - limits.hashed, 0) / rates.hash,
         "tracing": equations * rates.trace,
         "disk": written / rates.sync + ((1 + passes) * inputs / rates.disk if inputs > limits.free else 0.0),
     }

@@ -1,7 +1,6 @@
 """A plan carried out: sinks for its results, the run, model cards."""
 
 import contextlib
-import hashlib
 import json
 import re
 import shlex
@@ -24,6 +23,7 @@ from cfmerge.formats.journal import FileJournal
 from cfmerge.models import is_float
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress
+from cfmerge.products.hashes import sha256
 from cfmerge.products.processes import all_digests, check_same_plan, my_files, ranges_of_others
 from cfmerge.products.resume import LeftOut, joined, kept_where_it_can_go_on, recall_left_out, resumed
 from cfmerge.report.card import model_card
@@ -93,7 +93,7 @@ def carried_out(
         notes = [*dropped, *journal.header["contents"]]
         stop, files = threading.Event(), list(dict.fromkeys(inputs))
         with ThreadPoolExecutor(1, "hash") as hasher:
-            hashing = hasher.submit(lambda: {file: _sha256(file, stop) for file in my_files(processes, files)})
+            hashing = hasher.submit(lambda: {file: sha256(file, stop, fresh) for file in my_files(processes, files)})
             try:
                 account = run.merge(
                     plan.work, outs, memory=memory, placement=placement, progress=progress, stop=stop, journal=journal
@@ -193,13 +193,3 @@ def _exported_heads(plan: Resolved) -> Iterator[tuple[str, dict[str, np.ndarray]
                 )  # fmt: skip
         if tensors:
             yield spec.name, tensors
-
-
-def _sha256(file: Path, stop: threading.Event) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            if stop.is_set():
-                return ""
-            digest.update(block)
-    return digest.hexdigest()

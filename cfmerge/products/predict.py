@@ -15,6 +15,7 @@ from cfmerge.engine.placement import Placement, memory_of, placement_of
 from cfmerge.engine.writing import WRITE_BEHIND
 from cfmerge.errors import CfmergeError
 from cfmerge.planning.prediction import Devices, Limits, Prediction, predicted
+from cfmerge.products.hashes import is_known
 
 if TYPE_CHECKING:
     from cfmerge.products.plan import Plan
@@ -53,7 +54,10 @@ def forecast(
     needs = {job.name: plan.work.by_entry(job).working_bytes for job in plan.work.merged}
     needed = max(needs.values(), default=0)
     refused = {name: need for name, need in needs.items() if need > memory}
-    limits = Limits(functools.partial(entries_of, memory=memory), STACKED, WORKERS, WRITE_BEHIND, memory, free)
+    entries = functools.partial(entries_of, memory=memory)
+    files = {file for model in (plan.base, *plan.experts) for file in model.files}
+    hashed = sum(file.stat().st_size for file in files if is_known(file))
+    limits = Limits(entries, STACKED, WORKERS, WRITE_BEHIND, memory, free, hashed)
     size = None if device_memory is None else recipes.parse_size(str(device_memory))
     elsewhere = _elsewhere(devices, size)
     if elsewhere is not None:
