@@ -173,16 +173,17 @@ class Loop:
         # Rows are read once by one program for all experts; traced, the statistics of a whole stack would be kept.
         at_once = self.work.statistics is None and (self.work.traced or attempt.unit.row is not None)
         streamed = attempt.methods[0].additive and not at_once
-        each = (Additive if streamed else Together)(attempt, self.placement.spread(attempt.unit))
-        if attempt.statistics is not None:
-            with self.precision(attempt.compute):
+        with self.precision(attempt.compute):
+            each = (Additive if streamed else Together)(attempt, self.placement.spread(attempt.unit))
+            if attempt.statistics is not None:
                 base = each.spread.stored(attempt.unit.base())
                 return each.finish(jax.tree.map(_doubled, attempt.statistics), base)
         return self.passed_over(attempt.unit, each, attempt.compute, silent if attempt.silent else self.tell)
 
     def accumulated(self, unit: Unit, compute: str) -> Any:
         """The statistics of a unit's tensors when all experts were seen."""
-        each = Unsolved(Attempt(unit, unit.methods, None, compute), self.placement.spread(unit))
+        with self.precision(compute):
+            each = Unsolved(Attempt(unit, unit.methods, None, compute), self.placement.spread(unit))
         return self.passed_over(unit, each, compute, self.tell)
 
     def _within(self, unit: Unit) -> Found:

@@ -87,6 +87,12 @@ def test_the_same_on_one_two_and_eight_devices(make_model, tmp_path, load, every
         assert all(np.array_equal(one[name], eight[name]) for name in one)
 
 
+def test_numbers_and_findings_keep_64_bits_on_several_devices(make_model, tmp_path, load, every_matrix_is_large):
+    family = models(make_model, tmp_path, SEVERAL, 3, np.dtype("float64"))
+    one, two = (merged(family, load, "trim(density=0.3) >> task_arithmetic", tmp_path / f"on{n}", n) for n in (1, 2))
+    assert differ(one, two) < 1e-12
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("part", PARTS)
