@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"}  # see conftest.py: here programs are compiled as users' are
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in QUICKLY}
+ENVIRONMENT |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def run(name: str, *arguments: object) -> str:
