@@ -46,6 +46,8 @@ _files = [file for room in _rooms for file in _package.glob(room) if '[Array, "'
 _modules = [".".join(("cfmerge", *file.relative_to(_package).with_suffix("").parts)) for file in _files]
 install_import_hook(_modules, "beartype.beartype")
 
+LONGEST = ("test_eight_devices.py", "test_examples.py", "test_battery.py", "test_transformers.py", "test_ace.py",
+           "test_in_memory.py", "test_minilm.py")  # fmt: skip
 Tensors = dict[str, np.ndarray]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 16,
@@ -200,8 +202,12 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file comes first: at the end one worker would run it while the other has nothing to do."""
-    items.sort(key=lambda item: "test_eight_devices.py" not in item.nodeid)
+    """The longest files come first: at the end one worker would run one while the other has nothing to do.
+
+    xdist keeps to this order when it is told not to start with the files of most tests (`pyproject.toml`).
+    """
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 def pytest_collection_finish() -> None:
