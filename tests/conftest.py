@@ -1,6 +1,7 @@
 """Shared by all tests: a calm environment, and tiny models on disk."""
 
 import atexit
+import gc
 import hashlib
 import importlib.util
 import json
@@ -15,6 +16,11 @@ from types import SimpleNamespace
 # Before JAX or NumPy are imported, and for the processes that tests start.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the time that tests take, so programs are compiled quickly, as users' small merges of files are
+# (`engine/compiling.py`). Compiled in full are the tests that ask for `compiled_in_full`, the examples, and in
+# `.ci/run` the demo and the accuracy suite; all tests are by `JAX_DISABLE_MOST_OPTIMIZATIONS=false XLA_FLAGS= pytest`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 if "CFMERGE_CACHE" not in os.environ:  # one calibration for all processes of a test run, and none of the user's
     os.environ["CFMERGE_CACHE"] = _rates = tempfile.mkdtemp(prefix="cfmerge-tests-rates-")
     atexit.register(shutil.rmtree, _rates, ignore_errors=True)
@@ -28,6 +34,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one compilation of each ste
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 from jaxtyping import install_import_hook
 
 # Shapes that annotations state are checked at run time, in the modules that state some: a function is wrapped anew
@@ -39,6 +46,8 @@ _files = [file for room in _rooms for file in _package.glob(room) if '[Array, "'
 _modules = [".".join(("cfmerge", *file.relative_to(_package).with_suffix("").parts)) for file in _files]
 install_import_hook(_modules, "beartype.beartype")
 
+LONGEST = ("test_eight_devices.py", "test_examples.py", "test_battery.py", "test_transformers.py", "test_ace.py",
+           "test_in_memory.py", "test_minilm.py")  # fmt: skip
 Tensors = dict[str, np.ndarray]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 16,
@@ -117,15 +126,20 @@ def _compiled_code_is_freed():
 
 
 @pytest.fixture(scope="module")
-def unoptimised():
-    """Code that is not optimised: compiling is most of the time that tests of mathematics take.
+def compiled_in_full():
+    """Programs with all optimisations, as users compile what is not small: slower by far, and another arithmetic."""
+    quick, options = jax.config.read("jax_disable_most_optimizations"), compiler.get_compile_options
 
-    For those that compare with NumPy and with the peers' numbers within tolerances. What asks for the same bits, and
-    what works from end to end, is tested as users compile it.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    def in_full(*arguments, env_options_overrides=None, **named):
+        overrides = {"xla_cpu_use_fusion_emitters": True, **(env_options_overrides or {})}
+        return options(*arguments, env_options_overrides=overrides, **named)
+
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", in_full)
+        yield
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="session")
@@ -188,5 +202,14 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file comes first: at the end one worker would run it while the other has nothing to do."""
-    items.sort(key=lambda item: "test_eight_devices.py" not in item.nodeid)
+    """The longest files come first: at the end one worker would run one while the other has nothing to do.
+
+    xdist keeps to this order when it is told not to start with the files of most tests (`pyproject.toml`).
+    """
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so the garbage collector need not look at it again: it took a fifteenth of the time."""
+    gc.freeze()

@@ -17,8 +17,6 @@ from cfmerge.formats.pytree import flatten
 from cfmerge.methods import average, lot, regmean
 from cfmerge.models import classify, to_canonical
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 def gram(rows):
     rows = np.asarray(rows, np.float64).reshape(-1, np.shape(rows)[-1])

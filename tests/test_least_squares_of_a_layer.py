@@ -9,7 +9,6 @@ from least_squares_parts import close, problem, ridged, sums
 import cfmerge
 from cfmerge import CfmergeError, covariance, least_squares, methods
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
 WEIGHTS = [1.0, 0.5, 2.0]
 
 

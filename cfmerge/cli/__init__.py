@@ -1,24 +1,20 @@
 """The command line. JAX is imported by the commands that compute, not here."""
 
-import json as json_module
-import signal
 import sys
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import msgspec
 import typer
 
 import cfmerge
-from cfmerge.cli import bench, messages, show, tables
+from cfmerge.cli import bench, show, tables
 from cfmerge.cli import options as o
+from cfmerge.cli.ending import ended
 from cfmerge.cli.texts import key_values, swept
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.recipe import Recipe
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="cfmerge",
@@ -272,32 +268,7 @@ def demo(
         typer.echo(result.to_json())
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    """The `cfmerge` command: runs it, and turns errors into messages and exit codes (1; 130 interrupted)."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """The `cfmerge` command: errors become messages and exit codes."""
     warnings.formatwarning = lambda message, *where, **how: f"warning: {message}\n"
-    json = "--json" in sys.argv
-    try:
-        app()
-    except CfmergeError as error:
-        if json:
-            typer.echo(json_module.dumps({"event": "error", "message": str(error)}))
-        messages.error(str(error))
-        sys.exit(1)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer turns KeyboardInterrupt into this
-            messages.error(f"interrupted; {_left(end)}")
-        raise
-
-
-def _left(error: BaseException | None) -> str:
-    """What an interrupted merge has left, which it has noted on its KeyboardInterrupt."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt) and getattr(error, "__notes__", None):
-            return error.__notes__[0]
-        error = error.__cause__ or error.__context__
-    return "nothing was written"
+    ended(app, json="--json" in sys.argv)

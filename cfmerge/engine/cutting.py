@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cfmerge.engine.segments import Segment
 from cfmerge.engine.surveys import kind_of, looks_within
-from cfmerge.engine.units import Segment, Unit
+from cfmerge.engine.units import Unit
 from cfmerge.errors import CfmergeError
 from cfmerge.planning.work import Job, Work
 

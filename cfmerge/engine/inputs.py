@@ -55,11 +55,12 @@ def settings_of(methods: Sequence[Method], repeats: Any = 1, found: Found | None
     Args:
         repeats: how many matrices, or rows, each tensor has in the stack; one number or one for each.
     """
-    call = jax.tree.map(lambda *values: _column(values, repeats), *(call_of(method) for method in methods))
+    call = jax.tree.map(lambda *values: column(values, repeats), *(call_of(method) for method in methods))
     return Settings(call, found.model if found else None, found.tensor if found else None)
 
 
-def _column(values: Sequence[Any], repeats: Any) -> Any:
+def column(values: Sequence[Any], repeats: Any) -> Any:
+    """The tensors' numbers, each as often as its tensor has matrices, or rows, in the stack."""
     if any(isinstance(value, jax.Array) for value in values):
         return jnp.repeat(jnp.stack([jnp.asarray(value) for value in values]), np.asarray(repeats))
     return np.repeat(np.asarray(values, np.float64), repeats)

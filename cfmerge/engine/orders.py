@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.core.survey import Order, Ordered
+from cfmerge.engine.segments import Segment
 from cfmerge.engine.surveys import Place
-from cfmerge.engine.units import Segment, Unit
+from cfmerge.engine.units import Unit
 from cfmerge.linalg.filled import filled
 from cfmerge.linalg.selection import highest
 from cfmerge.planning.work import Job, Work

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from cfmerge.engine.journal import bytes_of
+from cfmerge.engine.segments import Segment
 from cfmerge.engine.surveys import looks_within
-from cfmerge.engine.units import Segment, Unit
+from cfmerge.engine.units import Unit
 
 
 class Processes(Protocol):

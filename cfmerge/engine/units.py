@@ -11,7 +11,6 @@ A unit depends on headers, methods and the memory bound alone: never on devices 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,30 +22,13 @@ from cfmerge.core.call import of_expert
 from cfmerge.core.random import digest_of
 from cfmerge.core.several import leaders, members
 from cfmerge.core.survey import Found
-from cfmerge.engine.inputs import Inputs, Settings, settings_of
+from cfmerge.engine.inputs import Inputs, Settings, column, settings_of
+from cfmerge.engine.segments import Segment
 from cfmerge.engine.surveys import Place, at_places
-from cfmerge.linalg.selection import middle_ranks
 from cfmerge.methods import Method
-from cfmerge.models.deltas import Delta, Dense, Factors
+from cfmerge.models.deltas import Dense, Factors
 from cfmerge.planning.work import Job, Readable, Work
 from cfmerge.statistics import named_leaves, stacked
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """`count` entries of a tensor as it is stored, from entry `first` on; the whole tensor without a count."""
-
-    job: Job
-    first: int = 0
-    count: int | None = None
-
-    @property
-    def entries(self) -> int:
-        return self.job.parameter.size if self.count is None else self.count
-
-    def rows(self, row: int) -> int:
-        """How many rows of that length hold it."""
-        return -(-self.entries // row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +96,7 @@ class Unit:
 
     def layers_of(self, segment: Segment) -> range:
         """Which canonical matrices of its tensor a segment holds."""
-        if self.row is not None or segment.count is None:
-            return range(segment.job.matrices)
-        size = math.prod(segment.job.seen_shape)
-        return range(segment.first // size, (segment.first + segment.count) // size)
+        return segment.layers if self.row is None else range(segment.job.matrices)
 
     @property
     def _places(self) -> Iterator[tuple[Job, int]]:
@@ -147,21 +126,18 @@ class Unit:
         """
         if number not in self.experts:
             return self.base(), None
-        deltas = self._deltas(number)
+        deltas = [segment.delta(self.work, number) for segment in self.segments]
         arrays = [delta.product if isinstance(delta, Factors) else delta.tensor for delta in deltas]
         if all(isinstance(delta, Dense) for delta in deltas):
             return self._stacked(arrays), None
         return self._stacked(arrays), np.repeat([float(isinstance(delta, Dense)) for delta in deltas], self._repeats)
 
-    def _deltas(self, number: int) -> list[Delta]:
-        names, source = [str(job.sources[number]) for job in self.jobs], self.work.experts[number].tensors
-        return [source.delta(name, s.first, s.count) for name, s in zip(names, self.segments, strict=True)]
-
     def rank(self) -> int | None:
         """The rank of the experts' deltas where all come as factors, which are read for it; else None."""
         ranks = []
         for number in self.experts:
-            for delta in self._deltas(number):
+            for segment in self.segments:
+                delta = segment.delta(self.work, number)
                 if not isinstance(delta, Factors):
                     return None
                 ranks.append(delta.right.shape[0])
@@ -169,7 +145,7 @@ class Unit:
 
     def read(self, model: Readable, names: Sequence[str]) -> Any:
         """The unit's share of a model, one name for each segment."""
-        return self._stacked([model.read(name, s.first, s.count) for name, s in zip(names, self.segments, strict=True)])
+        return self._stacked([s.read(model, name) for s, name in zip(self.segments, names, strict=True)])
 
     def _stacked(self, arrays: Sequence[Any]) -> Any:
         if self.row is None and self.segments[0].count is not None:
@@ -214,32 +190,18 @@ class Unit:
     def inputs(self, number: int) -> Inputs:
         """The weights of an expert, and all that its context needs."""
         needs, expert = self.job.method.needs, self.work.experts[number]
-        weight = _repeated([job.weights[number] for job in self.jobs], self._repeats)
+        weight = column([job.weights[number] for job in self.jobs], self._repeats)
         inputs = Inputs(weight, self.work.before + number, seed=self.work.seed, start=self._starts())
         if needs.random:
             told = [layer_name(job.name, layer, job.matrices) for job, layer in self._places]
             digests = np.stack([digest_of(layer, expert.name) for layer in told])
             inputs = inputs._replace(digest=digests if self.row is None else np.repeat(digests, self._repeats, axis=0))
         if needs.ranks:
-            inputs = inputs._replace(rank=self._in_rows([self._ranks(s, number) for s in self.segments], self.row or 1))
+            ranks = [segment.ranks(self.work, number) for segment in self.segments]
+            inputs = inputs._replace(rank=self._in_rows(ranks, self.row or 1))
         if needs.moments and expert.moments is not None:
             inputs = inputs._replace(moment=self._moment(expert.moments, needs.moments))
         return inputs
-
-    def _ranks(self, segment: Segment, number: int) -> np.ndarray:
-        """The ranks of a segment's entries in the rows of its tensor, of which it may begin or end within one."""
-        job, end = segment.job, segment.first + segment.entries
-        row = job.row or 1
-        first, last = segment.first // row * row, -(-end // row) * row
-        base = self.work.base.tensors.read(job.name, first, last - first)
-        delta = self.work.experts[number].tensors.delta(str(job.sources[number]), first, last - first)
-        moved = delta.product if isinstance(delta, Factors) else delta.tensor
-        wide = np.float64 if "float64" in {moved.dtype.name, base.dtype.name} else np.float32
-        moved = moved.astype(wide) - (0 if isinstance(delta, Factors) else base.astype(wide))
-        if row == 1:
-            return np.full(segment.entries, 0.5, wide)
-        ranks: Any = np.asarray(middle_ranks(np.abs(moved).reshape(-1, row)), wide) / np.asarray(row - 1, wide)
-        return ranks.reshape(-1)[segment.first - first : end - first]
 
     def _starts(self) -> np.ndarray:
         """The first entry of every row in its tensor; 0 of what is no row."""
@@ -271,22 +233,14 @@ class Unit:
         if self.work.statistics is None:
             return None
         own = [self.work.statistics.tensors[name] for name in self.names]
-        shares = [{leaf: self._share(n, array) for leaf, array in leaves.items()} for n, leaves in enumerate(own)]
+        shares = [
+            {leaf: segment.share(array, self.row) for leaf, array in leaves.items()}
+            for segment, leaves in zip(self.segments, own, strict=True)
+        ]
         if self.row is not None:
             shares.append(_nothing(shares[-1], self.stack - self.spans[-1].stop))
         each = [stacked(shares, one, self.job.seen_shape, compute) for one in leaders(method)]
         return each[0] if members(method) == (method,) else tuple(each)
-
-    def _share(self, number: int, leaf: Any) -> Any:
-        """A segment's share of an array `(matrices, ...)` of a tensor's statistic."""
-        if self.row is None:
-            layers = self.layers_of(self.segments[number])
-            return leaf[layers.start : layers.stop]
-        segment, rows = self.segments[number], self.spans[number].stop - self.spans[number].start
-        if leaf.ndim == 1:
-            return np.repeat(leaf, rows)
-        flat = np.asarray(leaf.reshape(-1)[segment.first : segment.first + segment.entries])
-        return np.pad(flat, (0, rows * self.row - flat.size)).reshape(rows, self.row)
 
     def shares(self, statistics: Any) -> Iterator[tuple[Job, int, dict[str, Any]]]:
         """`(job, first layer or entry, {leaf: its share})` of each segment; a scalar comes with the first entry."""
@@ -314,12 +268,6 @@ def _one_dtype(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 def _nothing(like: dict[str, Any], rows: int) -> dict[str, Any]:
     """Statistics of rows that only fill up."""
     return {leaf: np.zeros((rows, *array.shape[1:]), array.dtype) for leaf, array in like.items()}
-
-
-def _repeated(values: Sequence[Any], times: Any) -> Any:
-    if any(isinstance(value, jax.Array) for value in values):
-        return jnp.repeat(jnp.stack([jnp.asarray(value) for value in values]), np.asarray(times))
-    return np.repeat(np.asarray(values, np.float64), times)
 
 
 def layer_name(name: str, layer: int, layers: int) -> str:

@@ -28,7 +28,7 @@ from cfmerge.products.in_memory import merge_assigned
 from cfmerge.products.merge import merge_recipe
 from cfmerge.products.plan import Plan, as_recipe, make_plan
 from cfmerge.products.sharded import automatic, nowhere, spread, statistic_home
-from cfmerge.products.trees import Inputs, Problem
+from cfmerge.products.trees import Arrays, Problem
 from cfmerge.statistics import (
     Statistics,
     fingerprint,
@@ -186,11 +186,11 @@ def _of_trees(
 ) -> Statistics:
     problem = Problem.of(base, experts, [method], rules)
     weights, given = problem.by_expert(weights, "weights"), problem.moments(moments)
-    inputs = Inputs.of(problem.assignments, problem.trees, weights, given)
+    arrays = Arrays.of(problem.assignments, problem.trees, weights, given)
     kinds: dict[str, str] = {}
 
-    def summed(inputs: Inputs) -> dict[str, dict[str, Any]]:
-        work = inputs.work(problem.assignments, problem.names, seed, sums=True)
+    def summed(arrays: Arrays) -> dict[str, dict[str, Any]]:
+        work = arrays.work(problem.assignments, problem.names, seed, sums=True)
         for job in work.merged:
             _check_job(job)
         kinds.update({job.name: statistic_name(job.method) for job in work.merged})
@@ -199,7 +199,7 @@ def _of_trees(
     def homes(tensors: dict[str, dict[str, Any]], mesh: Any) -> Any:
         return jax.tree.map(lambda leaf: statistic_home(leaf, mesh), tensors)
 
-    tensors = automatic(summed, inputs, homes)
+    tensors = automatic(summed, arrays, homes)
     base_print = automatic(lambda leaves: fingerprint(leaves, list(kinds)), problem.trees[0], nowhere)
     options = {"rules": [msgspec.to_builtins(rule) for rule in rules], "heads": None}
     plain = jax.tree.map(plain_number, [1.0] * len(problem.names) if weights is None else list(weights))

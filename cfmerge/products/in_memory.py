@@ -17,8 +17,9 @@ from cfmerge.methods import Method
 from cfmerge.models import Kind, Parameter
 from cfmerge.planning.assign import Assignment
 from cfmerge.planning.jobs import as_method
+from cfmerge.products.leaves import Kept
 from cfmerge.products.sharded import Outside, automatic, home, nowhere
-from cfmerge.products.trees import Inputs, Kept, Problem, names_of
+from cfmerge.products.trees import Arrays, Problem, names_of
 from cfmerge.recipe import Rule
 from cfmerge.statistics import Statistics, fingerprint, full_form
 
@@ -172,17 +173,17 @@ def merge_leaves(
         kept: statistics before the experts.
     """
 
-    def merged(inputs: Inputs) -> list[dict[str, Array]]:
-        work = inputs.work(assignments, experts, seed, kept)
+    def merged(arrays: Arrays) -> list[dict[str, Array]]:
+        work = arrays.work(assignments, experts, seed, kept)
         sinks = [Kept(work.sharded) for _ in assignments]
         account = run.merge(work, sinks)
         for note in (*account.told(), *filter(None, map(account.warning, range(len(sinks))))):
             warnings.warn(note, stacklevel=6)
-        return [sink.arrays(inputs.trees[0]) for sink in sinks]
+        return [sink.arrays(arrays.trees[0]) for sink in sinks]
 
     def homes(results: list[dict[str, Array]], mesh: Any) -> list[dict[str, Sharding | None]]:
         return [{name: home(trees[0][name], mesh) for name in result} for result in results]
 
     if kept is not None and not isinstance(kept.tensors, dict):
         kept = dataclasses.replace(kept, tensors=Outside(kept.tensors))
-    return automatic(merged, Inputs.of(assignments, trees, weights, given, kept), homes)
+    return automatic(merged, Arrays.of(assignments, trees, weights, given, kept), homes)

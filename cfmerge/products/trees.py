@@ -1,7 +1,6 @@
 """Trees of parameters as named arrays: checks that base and experts fit together, and the work that they make."""
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,75 +16,13 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats.pytree import flatten
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_float
-from cfmerge.models.deltas import Delta, Dense
 from cfmerge.planning.assign import Assignment, assign
 from cfmerge.planning.jobs import check_moments, settled_jobs
 from cfmerge.planning.work import Job, Participant, Work
+from cfmerge.products.leaves import Tree
 from cfmerge.products.sharded import is_spread, layout_of, replicated
 from cfmerge.recipe import Rule, parse_rule
 from cfmerge.statistics import Statistics
-
-
-class Tree:
-    """Named arrays as the loop reads them.
-
-    Args:
-        leaves: the arrays.
-        layouts: where to lay those that are merged on several devices, see `sharded`.
-    """
-
-    def __init__(self, leaves: Mapping[str, Any], layouts: Mapping[str, Sharding] | None = None) -> None:
-        self.leaves, self.layouts = leaves, layouts or {}
-        self._last: tuple[str, Any] = "", None
-
-    def read(self, name: str, first: int = 0, count: int | None = None) -> Any:
-        leaf = self._laid(name, count is not None)
-        if count is None:
-            return leaf
-        if not is_spread(leaf):
-            return leaf.reshape(-1)[first : first + count]
-        size = math.prod(leaf.shape[1:])  # whole layers: the flat array would be gathered
-        return leaf[first // size : (first + count) // size]
-
-    def _laid(self, name: str, again: bool) -> Any:
-        """The whole array, kept where other pieces of it are read next."""
-        if name not in self.layouts:
-            return self.leaves[name]
-        kept, leaf = self._last
-        if kept != name:
-            leaf = jax.device_put(self.leaves[name], self.layouts[name])
-        self._last = (name, leaf) if again else ("", None)
-        return leaf
-
-    def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
-        return Dense(self.read(name, first, count))
-
-
-class Kept:
-    """A sink that keeps the arrays in memory, those that have a layout as it says."""
-
-    def __init__(self, layouts: Mapping[str, Sharding] | None = None) -> None:
-        self._layouts = layouts or {}
-        self._pieces: dict[str, list[tuple[int, Any]]] = {}
-
-    def write(self, name: str, values: Any, first: int = 0) -> None:
-        if name in self._layouts:
-            values = jax.device_put(values, self._layouts[name])
-        self._pieces.setdefault(name, []).append((first, values))
-
-    def arrays(self, like: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The arrays by name, in the shapes of those of the same names in `like`."""
-        return {name: _joined(pieces, like[name].shape) for name, pieces in self._pieces.items()}
-
-
-def _joined(pieces: list[tuple[int, Any]], shape: tuple[int, ...]) -> jax.Array:
-    parts = [values for _, values in sorted(pieces, key=lambda piece: piece[0])]
-    if len(parts) == 1 and isinstance(parts[0], jax.Array):
-        return parts[0].reshape(shape)
-    with jax.enable_x64(jax.config.read("jax_enable_x64") or parts[0].dtype == np.float64):
-        if all(part.shape[1:] == shape[1:] for part in parts):  # layers: flat, they would be gathered
-            return jnp.concatenate(parts)
-        return jnp.concatenate([jnp.asarray(part).reshape(-1) for part in parts]).reshape(shape)
 
 
 class Problem(NamedTuple):
@@ -237,19 +174,19 @@ def work_of(
     return Work(base, tuple(taking_part), tuple(jobs), statistics, seed, traced=traced, sums=sums, sharded=layouts)
 
 
-class Inputs(NamedTuple):
+class Arrays(NamedTuple):
     """All arrays that work is made of, as a pytree: those of a tree's caller may lie on a mesh, and be traced.
 
     Attributes:
         trees: the base's leaves by name, then the experts'.
-        weights, given: weights and moments of the experts.
+        weights, moments: one for each expert, see `cfmerge.merge_params`.
         calls: of each result, the methods of its tensors, whose numbers may be arrays.
         kept: the statistics' arrays.
     """
 
     trees: Sequence[Mapping[str, Any]]
     weights: Sequence[Any] | None
-    given: Sequence[Any]
+    moments: Sequence[Any]
     calls: Sequence[Mapping[str, Call]]
     kept: Mapping[str, Any] | None
 
@@ -258,12 +195,12 @@ class Inputs(NamedTuple):
         assignments: Sequence[Mapping[str, Assignment]],
         trees: Sequence[Mapping[str, Any]],
         weights: Sequence[Any] | None,
-        given: Sequence[Any],
+        moments: Sequence[Any],
         kept: Statistics | None = None,
-    ) -> "Inputs":
+    ) -> "Arrays":
         calls = [{name: call_of(a.method) for name, a in each.items() if a.action == "merge"} for each in assignments]
         held = kept.tensors if kept is not None and isinstance(kept.tensors, dict) else None
-        return Inputs(trees, weights, given, calls, held)
+        return Arrays(trees, weights, moments, calls, held)
 
     def work(
         self,
@@ -281,7 +218,7 @@ class Inputs(NamedTuple):
         ]
         if kept is not None and self.kept is not None:
             kept = dataclasses.replace(kept, tensors=self.kept)
-        return work_of(own, self.trees, experts, self.weights, self.given, seed, kept, sums=sums)
+        return work_of(own, self.trees, experts, self.weights, self.moments, seed, kept, sums=sums)
 
 
 def _with(assignment: Assignment, call: Call) -> Assignment:

@@ -6,11 +6,6 @@ import pytest
 import toys
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly(unoptimised):
-    """All of them."""
-
-
 @pytest.fixture(scope="module")
 def own():
     with toys.registered(toys.times, toys.deeper, toys.toward, toys.by_chance, toys.middle, toys.squares, toys.unit,

@@ -36,14 +36,6 @@ def every_matrix_is_large(monkeypatch):
         monkeypatch.setattr(module, "STACKED", 1)
 
 
-@pytest.fixture
-def compiled_quickly():
-    """Code that is not optimised: compiling is most of the time that these tests take."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def models(make_model, directory, shapes, experts=3, dtype=np.float32, scale=0.05, common=0.0):
     """Models on disk of tensors of these shapes: `.base`, `.experts`, `.deltas` by expert."""
     rng = np.random.default_rng(3)
@@ -96,7 +88,7 @@ def test_numbers_and_findings_keep_64_bits_on_several_devices(make_model, tmp_pa
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.usefixtures("compiled_quickly", "every_matrix_is_large")
+@pytest.mark.usefixtures("every_matrix_is_large")
 def test_every_method_is_the_same_on_one_two_and_eight_devices(make_model, tmp_path, load, part, dtype):
     method = methods.make(text_of(part))
     common = 1.0 if part == "model_stock" else 0.0  # which leaves nothing of deltas that point away from each other
@@ -138,7 +130,7 @@ def test_surveys_do_not_count_what_fills_the_mesh_up(make_model, tmp_path, load,
 MIXTURE = {"experts.gate_up_proj": (10, 6, 10), "experts.down_proj": (10, 5, 6), "norm.weight": (6,)}
 
 
-@pytest.mark.usefixtures("compiled_quickly", "every_matrix_is_large")
+@pytest.mark.usefixtures("every_matrix_is_large")
 def test_layers_of_a_stacked_tensor_are_joined(make_model, tmp_path, load, monkeypatch):
     """Ten experts of a mixture on eight devices, with draws of each layer's own; and their statistics."""
     shapes = {f"model.layers.0.mlp.{name}": shape for name, shape in MIXTURE.items()}
@@ -160,7 +152,7 @@ def test_layers_of_a_stacked_tensor_are_joined(make_model, tmp_path, load, monke
         np.testing.assert_allclose(one[name], eight[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compiled_quickly", "every_matrix_is_large")
+@pytest.mark.usefixtures("every_matrix_is_large")
 def test_a_sweep_is_the_same_on_eight_devices(make_model, tmp_path, load):
     family = models(make_model, tmp_path, {UP.format(n): (16, 8) for n in range(3)})
     grid = cfmerge.grid("ace", eps_rel=[0.05, 0.5])
@@ -172,7 +164,6 @@ def test_a_sweep_is_the_same_on_eight_devices(make_model, tmp_path, load):
             np.testing.assert_allclose(one[name], eight[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 def test_deltas_of_low_rank_are_found_in_joined_units(make_model, tmp_path, load, monkeypatch):
     """And one that looks like it but is not is merged in full, as on one device."""
     for module, name, value in [

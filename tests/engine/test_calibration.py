@@ -18,7 +18,7 @@ def cache(tmp_path, monkeypatch):
     """The cache directory, and a list that grows with every measurement, which is not really made."""
     monkeypatch.setenv("CFMERGE_CACHE", str(tmp_path / "cache"))
     made = []
-    monkeypatch.setattr(calibration, "measured", lambda placement: made.append(placement) or FAKE)
+    monkeypatch.setattr(calibration, "measured", lambda placement, folder: made.append(placement) or FAKE)
     return tmp_path / "cache", made
 
 
@@ -65,7 +65,7 @@ def test_a_directory_that_others_may_write_is_not_used(cache):
 
 
 def test_a_machine_that_cannot_be_measured_stops_no_plan(cache, family, monkeypatch):
-    def fails(placement):
+    def fails(placement, folder):
         raise OSError("no room")
 
     monkeypatch.setattr(calibration, "measured", fails)

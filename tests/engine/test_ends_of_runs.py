@@ -125,7 +125,7 @@ def test_the_command_line_says_how_to_go_on(family, tmp_path, stop, monkeypatch,
     from cfmerge import cli
 
     stop(3)
-    monkeypatch.setattr(cli.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(cli.ending.signal, "signal", lambda *arguments: None)
     arguments = ["--base", family.base, *(text for path in family.experts for text in ("-e", path))]
     monkeypatch.setattr(
         sys, "argv", ["cfmerge", "merge", *map(str, arguments), "-m", "average", "-o", str(tmp_path / "out")]

@@ -11,7 +11,8 @@ from cfmerge.engine import run
 from cfmerge.models import classify
 from cfmerge.models.deltas import Dense, Factors
 from cfmerge.planning.assign import assign
-from cfmerge.products.trees import Kept, work_of
+from cfmerge.products.leaves import Kept
+from cfmerge.products.trees import work_of
 
 SHAPES = {"up.weight": (10, 6), "down.weight": (6, 10), "norm.weight": (6,)}
 

@@ -15,8 +15,8 @@ from cfmerge.engine import cutting, run
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.huggingface import HuggingFaceSource
 from cfmerge.products.carry_out import directory_name
+from cfmerge.products.leaves import Kept
 from cfmerge.products.plan import as_recipe
-from cfmerge.products.trees import Kept
 from cfmerge.recipe import load as load_recipe
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -8,7 +8,7 @@ import pytest
 import cfmerge
 from cfmerge.engine import cutting, run, steps
 from cfmerge.formats.huggingface import HuggingFaceSource
-from cfmerge.products.trees import Kept
+from cfmerge.products.leaves import Kept
 
 ODD = {f"layer{n}.weight": shape for n, shape in enumerate([(3, 5), (7, 2), (4, 4), (1, 9), (40, 3)])}
 ODD |= {f"layer{n}.bias": (n + 2,) for n in range(4)}

@@ -10,8 +10,6 @@ from lowered import lapack_calls
 from cfmerge import covariance, linalg
 from cfmerge.methods.orthomerge import rotation
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 def test_shapes_that_annotations_state_are_checked():
     """By tests/conftest.py, not where users call them."""

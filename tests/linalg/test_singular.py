@@ -8,8 +8,6 @@ import pytest
 from cfmerge import linalg
 from cfmerge.linalg import low_rank, polar_factors
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 SHAPES = [(6, 24), (24, 6), (9, 12), (8, 8), (1, 5), (5, 1)]
 
 

@@ -53,13 +53,9 @@ COARSE = {  # float32 against float64, relative to the largest entry, where it i
     "dc_merge": 0.3,  # of opposite deltas: the signs' votes cancel but for rounding
 }
 
-
 COMPARED = ("plain", "one zero", "opposite")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Not here: what comes is extreme, and has to be stood by the code that users run."""
+pytestmark = pytest.mark.usefixtures("compiled_in_full")  # the code that users run has to stand what is extreme
 
 
 def problems(m, n, experts):
