@@ -18,6 +18,8 @@ from cfmerge.linalg.filled import filled
 from cfmerge.linalg.products import gram, matmul
 from cfmerge.linalg.spectra import orthonormal, symmetric_eigen, thin_svd
 
+MARGIN = 16  # at least so many eigenvectors beyond the leading ones are turned with them
+
 
 def rank_cutoff(shape: tuple[int, ...], dtype: Any) -> float:
     """The singular value, relative to the largest, up to which a matrix is singular to working precision.
@@ -59,7 +61,8 @@ def leading(
 ) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
     """The `k` largest singular triplets, largest first: by the smaller Gram if it resolves them, else by the SVD.
 
-    Two Grams, for one sees `s_k / s_1` squared (`_by_grams`); trusted while `s_k / s_1 > eps^0.6` (7e-5 in float32). In
+    Two Grams, for one sees `s_k / s_1` squared (`_by_grams`), the second of few vectors where the others are apart
+    (`_against_the_rest`); trusted while `s_k / s_1 > eps^0.6` (7e-5 in float32). In
     derivatives the vectors of equal singular values do not turn into one another.
 
     Args:
@@ -96,12 +99,19 @@ def _triplets(matrix: Array, k: int) -> tuple[Array, Array, Array]:
     values, vectors = values[::-1], vectors[:, ::-1]
 
     def by_grams(x: Array) -> tuple[Array, Array, Array]:
-        u = _by_grams(x, values, vectors, k)
+        u = lax.cond(are_apart(values, k, p), near, whole, x) if 2 * p <= m else whole(x)
         rows = matmul(u.T, x)
         s = jnp.sqrt(jnp.sum(rows**2, axis=1))
         order = jnp.argsort(-s)
         return u[:, order], s[order], _orthonormal((rows / s[:, None])[order].T).T
 
+    def whole(x: Array) -> Array:
+        return _orthonormal(matmul(vectors, _by_grams(x, values, vectors, k)))
+
+    def near(x: Array) -> Array:
+        return _orthonormal(_against_the_rest(x, values, vectors, _by_grams(x, values[:p], vectors[:, :p], k)))
+
+    p = k + max(MARGIN, k // 2)
     smallest = float(jnp.finfo(matrix.dtype).eps) ** 0.6
     zeros = jax.tree.map(lambda part: filled(0, scaled, part.shape), jax.eval_shape(by_grams, scaled))
     found = lax.cond(values[k - 1] > smallest**2 * values[0], by_grams, lambda x: zeros, scaled)
@@ -110,8 +120,8 @@ def _triplets(matrix: Array, k: int) -> tuple[Array, Array, Array]:
     return u, scale * s, vt
 
 
-def _by_grams(x: Float[Array, "m n"], values: Array, vectors: Array, k: int) -> Float[Array, "m k"]:
-    """The `k` leading left singular vectors, from the eigenvalues `s^2` and eigenvectors of the rounded `X X^T`.
+def _by_grams(x: Float[Array, "m n"], values: Array, vectors: Array, k: int) -> Float[Array, "p k"]:
+    """The `k` leading left singular vectors, in terms of the `p` leading eigenvectors of the rounded `X X^T`.
 
     Two of those vectors are mixed by `eps s_1^2` over the distance of their eigenvalues, as an SVD would mix them by
     `eps s_1 s_j` over it. The Gram of the rows `U^T X` has a rounding of only `eps s_i s_j`, so it shows the mixing.
@@ -119,7 +129,7 @@ def _by_grams(x: Float[Array, "m n"], values: Array, vectors: Array, k: int) -> 
     neighbours across that line does no harm, both are kept. All others have a Gram of their own, of a rounding of
     `eps s_1^(1/2) s_k^(3/2)`.
     """
-    m = len(values)
+    p = len(values)
     image = gram(matmul(vectors.T, x).T)
     cut = values[0] ** 0.25 * values[k - 1] ** 0.75
     above = values > cut
@@ -127,9 +137,35 @@ def _by_grams(x: Float[Array, "m n"], values: Array, vectors: Array, k: int) -> 
     apart = square[None] - square[:, None]
     small = either & (16 * jnp.abs(image) < jnp.abs(apart))
     mixed = jnp.where(small, image / jnp.where(small, apart, 1), 0)
-    first = jnp.diag(cut * jnp.linspace(3, 2, m, dtype=x.dtype))  # decoupled from the rest, in the order they have
+    first = jnp.diag(cut * jnp.linspace(3, 2, p, dtype=x.dtype))  # decoupled from the rest, in the order they have
     turned = symmetric_eigen(jnp.where(either, first * above, image))[1][:, ::-1][:, :k]
-    return _orthonormal(matmul(vectors, turned + matmul(mixed, turned)))
+    return turned + matmul(mixed, turned)
+
+
+def are_apart(values: Float[Array, " m"], k: int, p: int) -> Bool[Array, ""]:
+    """Whether the `k` leading vectors are mixed so little with those from `p` on that two corrections undo it.
+
+    With `e = eps s_1^2 / (s_k^2 - s_p^2)` they leave `e^3` of it, and an SVD mixes by `e s_k / s_1`.
+    """
+    noise = 16 * jnp.finfo(values.dtype).eps * values[0]
+    return (values[k - 1] - values[p]) * jnp.maximum(values[k - 1], 0) ** 0.25 > noise * values[0] ** 0.25
+
+
+def _against_the_rest(x: Float[Array, "m n"], values: Array, vectors: Array, own: Float[Array, "p k"]) -> Array:
+    """The left vectors `own`, in terms of the first `p` eigenvectors, corrected by what they hold of the others.
+
+    A vector `u` of `u^T X X^T u = l` lacks `v_j (v_j^T X X^T u) / (l - l_j)`, to first order, of an eigenvector `v_j`.
+    """
+    p = len(own)
+    first, rest = vectors[:, :p], vectors[:, p:]
+    u, others = matmul(first, own), 0
+    for _ in range(2):
+        rows = matmul(u.T, x)
+        squares = jnp.sum(rows**2, axis=1) / jnp.sum(u**2, axis=0)
+        image = matmul(rest.T, matmul(x, rows.T))
+        others = others + (image - others * squares) / (squares - values[p:, None])
+        u = matmul(first, own) + matmul(rest, others)
+    return u
 
 
 def _orthonormal(columns: Float[Array, "m k"]) -> Float[Array, "m k"]:

@@ -86,8 +86,43 @@ def _polar_factor(matrix: Array, cutoff: float) -> Polar:
         root = matmul(vectors / jnp.sqrt(values), vectors.T)
         return Polar(matmul(root, x), filled(m, x), filled(0, x))
 
-    resolved = values[0] > jnp.finfo(matrix.dtype).eps ** 0.4 * values[-1]
-    return lax.cond(resolved, by_gram, lambda x: _by_platform(x, cutoff), scaled)
+    def by_rows(x: Array) -> Polar:
+        rows, converged = orthonormal_rows(matmul(vectors.T, x), cutoff)
+        found = Polar(matmul(vectors, rows), filled(m, x), filled(0, x))
+        return lax.cond(converged, lambda x: found, lambda x: _by_platform(x, cutoff), x)
+
+    eps, ratio = float(jnp.finfo(matrix.dtype).eps), values[0] / values[-1]
+    way = jnp.where(ratio > eps**0.4, 0, jnp.where(ratio > max(eps, cutoff**2), 1, 2))
+    return lax.switch(way, [by_gram, by_rows, lambda x: _by_platform(x, cutoff)], scaled)
+
+
+def orthonormal_rows(rows: Float[Array, "m n"], cutoff: float) -> tuple[Float[Array, "m n"], Bool[Array, ""]]:
+    """The polar factor of rows that are nearly orthogonal, by Newton's method, and whether it was found.
+
+    With unit rows `R`, `D R = rows`, it is `F R` such that `N = F R R^T F^T` is `I` and `H = F R R^T D` symmetric. For
+    `F - Z F` that is, to first order and with `H` nearly `D`: `Z + Z^T = N - I`, `Z D - D Z^T = H - H^T`. It is not
+    looked for where a row is shorter than `cutoff` or the root of the machine epsilon, times the longest.
+    """
+    lengths = jnp.linalg.norm(rows, axis=1)
+    units = rows / lengths[:, None]
+    square, eye = gram(units.T), jnp.eye(len(rows), dtype=rows.dtype)
+    enough = float(jnp.finfo(rows.dtype).eps) ** 0.5  # the next would be its square
+
+    def following(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        count, root, _ = state
+        half = matmul(root, square)
+        change = changed(half, matmul(half, root.T))
+        return count + 1, root - matmul(change, root), jnp.linalg.norm(change)
+
+    def changed(half: Array, whole: Array) -> Array:
+        skew = half * lengths - (half * lengths).T
+        return (skew + lengths[:, None] * (whole - eye)) / (lengths[:, None] + lengths)
+
+    first = changed(square, square)
+    start = (jnp.zeros((), int), eye - first, jnp.linalg.norm(first))
+    _, root, left = lax.while_loop(lambda state: (state[0] < 5) & (state[2] > enough), following, start)
+    found = (left <= enough) & (jnp.min(lengths) > max(enough, cutoff) * jnp.max(lengths))
+    return matmul(root, units), found
 
 
 def _by_platform(x: Float[Array, "m n"], cutoff: float) -> Polar:

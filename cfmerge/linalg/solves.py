@@ -35,7 +35,7 @@ def solve_right(rhs: Float[Array, "m n"], matrix: Float[Array, "n n"]) -> tuple[
 
 @one_by_one
 def _solve_right(rhs: Array, matrix: Array) -> tuple[Array, Array]:
-    factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
+    factor = lax.linalg.cholesky(matrix.T, symmetrize_input=False)  # LAPACK's arrays lie by columns: no copy
     held = jnp.isfinite(factor[-1, -1])
 
     def by_cholesky(b: Array) -> Array:

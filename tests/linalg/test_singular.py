@@ -54,6 +54,22 @@ def test_triplets_amid_a_dense_bulk_are_what_an_svd_gives():
         np.testing.assert_allclose(vectors @ vectors.T, np.eye(k), atol=2e-6)
 
 
+@pytest.mark.parametrize(("least", "apart"), [(0.1, True), (0.008, True), (0.005, False)])
+def test_few_vectors_are_turned_where_the_others_are_apart(least, apart):
+    """The wanted values decay to `least`, the others, slower, to an eighth of it."""
+    k, values = 24, np.concatenate([np.geomspace(1, least, 24), np.geomspace(least, least / 8, 73)[1:]])
+    matrix = matrix_of((96, 200), values).astype(np.float32)
+    true = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)[0]
+
+    def outside(u):
+        return np.linalg.norm(true[:, k:].T @ np.asarray(u, np.float64))
+
+    found = linalg.leading(jnp.asarray(matrix), k)[0]
+    assert bool(low_rank.are_apart(jnp.asarray(values**2, jnp.float32), k, k + low_rank.MARGIN)) is apart
+    assert outside(found) < 2 * outside(low_rank.svd_wide(jnp.asarray(matrix), k)[0])
+    np.testing.assert_allclose(found.T @ found, np.eye(k), atol=2e-6)
+
+
 def test_the_gram_is_trusted_only_where_it_resolves():
     """In float32 one Gram of values 1 .. 1e-4 has noise in place of the last, two have not; of 1 .. 1e-6 both have."""
     for smallest, k in ((0.1, 3), (1e-4, 3), (1e-4, 1), (1e-6, 3)):
@@ -98,6 +114,17 @@ def test_what_is_nearly_orthogonal_takes_no_svd(shape):
             found = linalg.polar(jnp.asarray(matrix, precision))
             np.testing.assert_allclose(found.factor, polar(matrix), atol=tolerance)
             assert (float(found.rank), float(found.by_svd)) == (min(shape), 0)
+
+
+@pytest.mark.parametrize(("condition", "by_svd"), [(5, 0), (100, 0), (1000, 0), (1e4, 1)])
+@pytest.mark.parametrize("shape", [(64, 160), (160, 64)])
+def test_a_wide_matrix_takes_no_svd_while_its_gram_resolves_it(shape, condition, by_svd):
+    """A polar factor turns by `eps s_1 / s_r` when it is rounded, however it is found."""
+    matrix = matrix_of(shape, np.geomspace(1, 1 / condition, 64)).astype(np.float32)
+    found = linalg.polar(jnp.asarray(matrix))
+    assert (float(found.rank), float(found.by_svd)) == (64, by_svd)
+    expected = polar(matrix.astype(np.float64))
+    assert np.linalg.norm(found.factor - expected) < np.finfo(np.float32).eps * max(condition, 150)
 
 
 def test_zero_has_the_polar_factor_zero():
