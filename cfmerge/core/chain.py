@@ -143,7 +143,7 @@ def _check(parts: tuple[Any, ...], before: tuple[Any, ...], after: tuple[Any, ..
     if len(methods) > 1:
         raise CfmergeError(f"chain: two methods, {methods[0]} and {methods[1]}; the other parts must be transforms")
     for part in before:
-        if part.needs.seen:
+        if part.needs.seen or part.needs.behind:
             raise CfmergeError(f"chain: {part.name} looks at the merged delta: it must stand behind a method")
     for part in after:
         if part.needs.random:

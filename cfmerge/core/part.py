@@ -82,7 +82,8 @@ class Needs:
         ordered: the result depends on the order of the experts.
         random: a key in the context.
         ranks: the ranks of the delta's entries in their rows, in the context: for the first part of a chain.
-        seen: a transform behind a method is called as `apply(merged, Seen)`.
+        behind: a transform that must stand behind a method, as its survey measures the merged delta.
+        seen: one that is called as `apply(merged, Seen)`; it too must stand there.
     """
 
     scope: Scope = "matrix"
@@ -93,6 +94,7 @@ class Needs:
     ordered: bool = False
     random: bool = False
     ranks: bool = False
+    behind: bool = False
     seen: bool = False
 
     def but(self, **changes: Any) -> "Needs":

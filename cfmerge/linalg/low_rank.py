@@ -158,7 +158,8 @@ def _against_the_rest(x: Float[Array, "m n"], values: Array, vectors: Array, own
     """
     p = len(own)
     first, rest = vectors[:, :p], vectors[:, p:]
-    u, others = matmul(first, own), 0
+    u = matmul(first, own)
+    others = jnp.zeros((rest.shape[1], own.shape[1]), x.dtype)
     for _ in range(2):
         rows = matmul(u.T, x)
         squares = jnp.sum(rows**2, axis=1) / jnp.sum(u**2, axis=0)

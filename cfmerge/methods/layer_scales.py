@@ -113,7 +113,7 @@ def larv(low: Number = 0.8, high: Number = 1.2, tiers: Literal[2, 3] = 3) -> Tra
 
         return Transform("larv", apply, needs=Needs("tensor"))
 
-    return Transform("larv", lambda merged: merged, needs=Needs("tensor"), survey=Survey(look, informed))
+    return Transform("larv", lambda merged: merged, needs=Needs("tensor", behind=True), survey=Survey(look, informed))
 
 
 def effective_rank(matrix: Float[Array, "m n"]) -> Float[Array, ""]:

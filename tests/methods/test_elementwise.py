@@ -311,6 +311,12 @@ def test_lines_of_the_data_free_rule():
     np.testing.assert_allclose(merge(methods.magmax(1.0) >> methods.lines(), deltas), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["larv", "svc"])
+def test_what_looks_at_the_merged_delta_stands_behind_a_method(name):
+    with pytest.raises(cfmerge.CfmergeError, match=f"{name} looks at the merged delta: it must stand behind a method"):
+        methods.make(f"{name} >> average")
+
+
 def test_larv_scales_the_tiers():
     rng = np.random.default_rng(0)
     names_, base, experts = [f"layers.{n}.w.weight" for n in range(6)], {}, [{}, {}]
