@@ -158,7 +158,7 @@ def test_models_of_up_to_671b_are_planned_without_their_tensors(tmp_path, model)
     before = resident_files()
     plan = cfmerge.plan(tmp_path / "base", [tmp_path / "expert_0", tmp_path / "expert_1"], "ace")
     told = plan.prediction(devices=8, device_memory="80GB")
-    assert told.device_memory > 1e9
+    assert told.device_memory > 5e8  # of a matrix, whose experts come with it
     assert resident_files() - before < 1e9
 
 
