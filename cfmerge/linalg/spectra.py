@@ -25,7 +25,7 @@ def symmetric_eigen(matrix: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Fl
         >>> values.round(5).tolist(), vectors.shape
         ([1.0, 3.0], (2, 2))
     """
-    values, vectors = jnp.linalg.eigh(matrix.T, symmetrize_input=False)  # LAPACK's arrays lie by columns: no copy
+    values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors
 
 
