@@ -11,8 +11,9 @@ A look is a generator: it yields a `Measure`, gets the totals over the whole mod
 An `Order` asks for order statistics, such as the k-th largest of all magnitudes, and gets them exactly.
 """
 
+import dataclasses
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,15 @@ class Survey(NamedTuple):
 def xp_of(*values: Any) -> Any:
     """`jax.numpy` if some are traced, else `numpy`, which counts in 64 bits."""
     return jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)) else np
+
+
+P = TypeVar("P", bound=Part)
+
+
+def with_pieces(part: P, survey: Survey) -> P:
+    """The part with its form of scope "entry" after a look within each tensor: see `Part.pieces`."""
+    by_entry = dataclasses.replace(part, needs=part.needs.but(scope="entry"), survey=survey)
+    return dataclasses.replace(part, pieces=lambda: by_entry)
 
 
 def looked(part: Part, each: Sequence[Part], entries: Any) -> Generator[Measure | Order, Any, Found]:

@@ -7,7 +7,6 @@ ram         the mean over those that changed the entry                          
 random_expert   the delta of an expert drawn at random: a control for all of these
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +20,7 @@ from cfmerge.core.numbers import Number
 from cfmerge.core.part import Context, Method, Needs, Seen
 from cfmerge.core.random import draws
 from cfmerge.core.registry import register
-from cfmerge.core.survey import Found, Look, Measure, Order, Survey, reached
+from cfmerge.core.survey import Found, Look, Measure, Order, Survey, reached, with_pieces
 from cfmerge.linalg.selection import largest, magnitude_keys, steady
 from cfmerge.methods._stack import total, weighted
 from cfmerge.methods._thresholds import share_of
@@ -145,12 +144,11 @@ def sce(density: Number = 1.0, uniform_below: Number = 0.0) -> Method:
             own = shares(jnp.asarray(energies, base.dtype), jnp.asarray(size, base.dtype), entries)
             return _erased(_where(selected, stack), own)
 
-        return of_deltas(pieces, needs, name="sce", located=True)
+        return of_deltas(pieces, needs.but(scope="entry"), name="sce", located=True)
 
     survey = Survey(look, informed, own=density, within="tensor")
-    needs = Needs("entry", weights="none")
-    whole = of_deltas(chosen, needs.but(scope="tensor"))
-    return dataclasses.replace(whole, pieces=lambda: dataclasses.replace(whole, needs=needs, survey=survey))
+    needs = Needs("tensor", weights="none")
+    return with_pieces(of_deltas(chosen, needs), survey)
 
 
 def _where(selected: Array, deltas: Float[Array, "T ..."]) -> list[Array]:

@@ -10,7 +10,6 @@ on the plane through base and experts. With `u_t = D_t / ||D_t||` the cosines of
 `(||sum u_t||^2 - sum ||u_t||^2) / 2`: two sums over experts are all that is kept.
 """
 
-import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from cfmerge import linalg
 from cfmerge.core.deltas import of_deltas
 from cfmerge.core.part import Method, Needs, Report
 from cfmerge.core.registry import register
-from cfmerge.core.survey import Found, Look, Survey
+from cfmerge.core.survey import Found, Look, Survey, with_pieces
 from cfmerge.methods._sphere import look_at_extent
 
 
@@ -116,8 +115,7 @@ def model_stock(
         notes=NOTES,
     )
     survey = Survey(lambda entries, own: look(), informed, within="tensor")
-    by_entry = dataclasses.replace(method, needs=needs.but(scope="entry"), survey=survey)
-    return method if filter_wise else dataclasses.replace(method, pieces=lambda: by_entry)
+    return method if filter_wise else with_pieces(method, survey)
 
 
 NOTES = {

@@ -12,7 +12,6 @@ precision. The result is needed as `X = V - W_0`, small against both, so that to
 It is linear where one of the two is zero, and so has no direction.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from cfmerge.core.deltas import of_deltas
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Note, Report, Seen
 from cfmerge.core.registry import register
-from cfmerge.core.survey import Found, Survey
+from cfmerge.core.survey import Found, Survey, with_pieces
 from cfmerge.methods._sphere import On, look_at_arc, origin
 
 
@@ -126,8 +125,7 @@ def _slerp_of(
 
     method = of_deltas(whole, needs, notes=notes)
     survey = Survey(lambda entries, own: look_at_arc(two), informed, within="tensor")
-    by_entry = dataclasses.replace(method, needs=needs.but(scope="entry"), survey=survey)
-    return dataclasses.replace(method, pieces=lambda: by_entry) if axis(1) is None else method
+    return with_pieces(method, survey) if axis(1) is None else method
 
 
 def _slerp(

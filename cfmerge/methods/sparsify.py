@@ -13,7 +13,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from cfmerge.core.numbers import Number, PerExpert
 from cfmerge.core.part import NO_CONTEXT, Context, Needs, Transform
 from cfmerge.core.random import draws
 from cfmerge.core.registry import register
-from cfmerge.core.survey import Found, Look, Order, Ordered, Survey, reached
+from cfmerge.core.survey import Found, Look, Order, Ordered, Survey, reached, with_pieces
 from cfmerge.linalg import selection
 from cfmerge.linalg.selection import magnitude_keys
 from cfmerge.methods._thresholds import share_of
@@ -99,8 +98,8 @@ def trim(
     survey = Survey(look, informed, own=density, within=scope, rows=True)
     if scope == "model":
         return Transform("trim", apply, needs=informed(Found(Ordered(0))).needs, survey=survey)
-    pieces = partial(Transform, "trim", apply, survey=survey) if rescale == "none" else None
-    return Transform("trim", apply, needs=Needs("tensor"), pieces=pieces)
+    whole = Transform("trim", apply, needs=Needs("tensor"))
+    return with_pieces(whole, survey) if rescale == "none" else whole
 
 
 def _count(density: Any, size: Any, count: Count) -> Any:
@@ -195,8 +194,8 @@ def outliers(density: PerExpert = 0.9, gamma: PerExpert = 0.01, rescale: Norm = 
         return Transform("outliers", applied)
 
     survey = Survey(look, informed, own=(density, gamma), within="tensor")
-    pieces = partial(Transform, "outliers", apply, survey=survey) if rescale == "none" else None
-    return Transform("outliers", apply, needs=Needs("tensor"), pieces=pieces)
+    whole = Transform("outliers", apply, needs=Needs("tensor"))
+    return with_pieces(whole, survey) if rescale == "none" else whole
 
 
 @register

@@ -9,7 +9,6 @@ The result is needed as `X = V - W_0`, small against both: `_sphere` forms it wi
 zero has no direction, and is left out of `m`.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from cfmerge.core.deltas import of_deltas
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Note, Report, Seen
 from cfmerge.core.registry import register
-from cfmerge.core.survey import Found, Survey
+from cfmerge.core.survey import Found, Survey, with_pieces
 from cfmerge.methods._sphere import (
     On,
     Sphere,
@@ -133,10 +132,7 @@ def _mean_of(
         return of_deltas(piece, needs.but(scope="entry"), notes=notes)
 
     survey = Survey(lambda entries, own: look_at_sphere(of, directions, means), informed, within="tensor")
-    method = of_deltas(whole, needs, notes=notes)
-    return dataclasses.replace(
-        method, pieces=lambda: dataclasses.replace(method, needs=needs.but(scope="entry"), survey=survey)
-    )
+    return with_pieces(of_deltas(whole, needs, notes=notes), survey)
 
 
 OPPOSED = (
