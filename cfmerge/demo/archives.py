@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.engine.compiling import cache_directory as cache_directory
+from cfmerge.engine.user_cache import cache_directory as cache_directory
 from cfmerge.errors import CfmergeError
 
 

@@ -6,19 +6,16 @@ The file is `rates/MACHINE/rates.json` in cfmerge's cache directory, which is ch
 made anew when the device, the number of cores or a version is another. Whatever is wrong, a plan goes on without it.
 """
 
-import contextlib
 import json
 import math
-import os
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cfmerge.engine.compiling import Unusable, cache_directory, machine, prepared
 from cfmerge.engine.placement import Placement
 from cfmerge.engine.rates import cores, device_of, measured
+from cfmerge.engine.user_cache import Unusable, machine, own_directory, write_whole
 from cfmerge.planning.prediction import Rates
 
 FORM = 1  # of the file, raised when the same names mean something else
@@ -44,10 +41,7 @@ def calibrated(placement: Placement) -> tuple[Rates | None, str]:
 
 
 def _file() -> Path:
-    try:
-        return prepared(cache_directory().absolute() / "rates" / machine()) / "rates.json"
-    except RuntimeError as error:
-        raise Unusable(f"there is no home directory ({error})") from None
+    return own_directory("rates", machine()) / "rates.json"
 
 
 def _key(placement: Placement) -> dict[str, Any]:
@@ -73,14 +67,9 @@ def _kept(file: Path, key: dict[str, Any]) -> Rates | None:
 
 
 def _keep(file: Path, key: dict[str, Any], rates: Rates) -> str:
-    """Writes the file at once or not at all; why it could not be written."""
+    """Writes the file; why it could not be written."""
     try:
-        descriptor, name = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump({"key": key, "rates": rates._asdict()}, stream, indent=2)
-        os.replace(name, file)
+        write_whole(file, json.dumps({"key": key, "rates": rates._asdict()}, indent=2))
     except OSError as error:
-        with contextlib.suppress(OSError, UnboundLocalError):
-            Path(name).unlink()
         return f"the calibration is not kept: {file} cannot be written: {error.strerror}"
     return ""

@@ -3,16 +3,12 @@
     with cached(): ...        JAX's persistent compilation cache is on, in the user's cache directory
     jax.jit(function, compiler_options=options(quick))
 
-A program in the cache is code that this process will run. So the directory is the user's alone (mode 0700), and one
-that another user owns, or may write, is not used. Whatever is wrong with the cache, the merge goes on without it.
+A program in the cache is code that this process will run: see `user_cache` for whose it is. Whatever is wrong with the
+cache, the merge goes on without it.
 """
 
 import contextlib
 import functools
-import hashlib
-import os
-import platform
-import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -22,6 +18,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from cfmerge.engine.user_cache import Unusable, machine, own_directory, shrink
 from cfmerge.planning.work import Work
 
 LIMIT = 256 << 20  # bytes; a merge of one model adds about one to three million
@@ -57,10 +54,6 @@ def options(quick: bool) -> dict[str, Any] | None:
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 
-class Unusable(Exception):
-    """Why a directory is not used."""
-
-
 class _Runs:
     """The runs that use the cache now: the first turns it on, the last turns it off."""
 
@@ -69,7 +62,7 @@ class _Runs:
 
 @contextlib.contextmanager
 def cached() -> Iterator[None]:
-    """Turns on JAX's persistent compilation cache, in `directory()`; afterwards JAX's settings are as they were.
+    """Turns on JAX's persistent compilation cache, in the user's `compiled/MACHINE`; afterwards it is as before.
 
     A cache that the user has set, or turned off (`JAX_ENABLE_COMPILATION_CACHE=false`), stays as it is. A directory
     that cannot be used is told in a warning.
@@ -78,7 +71,7 @@ def cached() -> Iterator[None]:
         ours = _setting("jax_enable_compilation_cache") and not _setting("jax_compilation_cache_dir")
         if _Runs.count == 0 and ours:
             try:
-                folder = prepared(directory())
+                folder = own_directory("compiled", machine())
             except Unusable as why:
                 warnings.warn(f"compilation cache: {why}; programs are compiled anew in every run", stacklevel=3)
             else:
@@ -138,80 +131,3 @@ def _catch_errors(failed: threading.Event) -> None:
 
     warnings.filterwarnings("always", message=ERRORS)  # were they errors, they would end the merge
     warnings.showwarning = shown
-
-
-def cache_directory() -> Path:
-    """`$CFMERGE_CACHE`, else `$XDG_CACHE_HOME/cfmerge`, else `~/.cache/cfmerge`."""
-    if chosen := os.environ.get("CFMERGE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cfmerge"
-
-
-def directory() -> Path:
-    """`compiled/MACHINE` in cfmerge's cache directory."""
-    try:
-        return cache_directory().absolute() / "compiled" / machine()
-    except RuntimeError as error:
-        raise Unusable(f"there is no home directory ({error})") from None
-
-
-def prepared(folder: Path) -> Path:
-    """The directory, made if need be, when it and the two around it are the user's alone.
-
-    Raises:
-        Unusable: it cannot be made or written, or another user owns it or may write it.
-    """
-    own = (folder.parent.parent, folder.parent, folder)
-    for one in (*reversed(own[0].parents), *own):
-        try:
-            if not one.is_dir():
-                one.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise Unusable(f"{one} cannot be made: {error.strerror}") from None
-    for one in own:
-        _check_private(one)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise Unusable(f"{folder} cannot be written")
-    return folder
-
-
-def _check_private(folder: Path) -> None:
-    if not hasattr(os, "getuid"):  # Windows: a user's cache directory is his own
-        return
-    found = folder.stat()
-    if found.st_uid != os.getuid():
-        raise Unusable(f"{folder}, whose files cfmerge relies on, belongs to another user ({found.st_uid})")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise Unusable(f"{folder}, whose files cfmerge relies on, can be written by others (chmod go-w)")
-
-
-@functools.cache
-def machine() -> str:
-    """A name for the class of processor: a home directory may be shared by machines, whose code differs."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        features = platform.processor()
-    digest = hashlib.sha256(features.encode()).hexdigest()[:8]
-    return f"{platform.machine() or 'machine'}-{digest}"
-
-
-def shrink(folder: Path, limit: int) -> None:
-    """Removes the files that were not used for the longest time, where all are larger than `limit`; -1: all files."""
-    files = []
-    with contextlib.suppress(OSError):
-        for file in folder.rglob("*"):
-            with contextlib.suppress(OSError):
-                if file.is_file():
-                    found = file.stat()
-                    files.append((max(found.st_atime, found.st_mtime), found.st_size, file))
-    size = sum(each for _, each, _ in files)
-    if size <= limit:
-        return
-    for _, each, file in sorted(files):
-        if size <= limit // 2:
-            break
-        with contextlib.suppress(OSError):
-            file.unlink()
-        size -= each

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from cfmerge.engine.compiling import Unusable, cache_directory, prepared, shrink
+from cfmerge.engine.user_cache import Unusable, own_directory, shrink, write_whole
 
 SETTLED = 2.0  # seconds since the last change
 LIMIT = 1 << 20  # bytes of all digests that are kept
@@ -61,8 +61,8 @@ def _place(file: Path) -> Path | None:
     known = f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
     machine, name = (hashlib.sha256(text.encode()).hexdigest() for text in (platform.node(), known))
     try:
-        return prepared(cache_directory().absolute() / "sha256" / machine[:8]) / name
-    except (Unusable, RuntimeError):
+        return own_directory("sha256", machine[:8]) / name
+    except Unusable:
         return None
 
 
@@ -76,7 +76,5 @@ def _read(kept: Path) -> str | None:
 
 def _keep(kept: Path, digest: str) -> None:
     with contextlib.suppress(OSError):
-        written = kept.with_suffix(f".{os.getpid()}")
-        written.write_text(digest)
-        written.replace(kept)
+        write_whole(kept, digest)
         shrink(kept.parent, LIMIT)

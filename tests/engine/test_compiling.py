@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import cfmerge
-from cfmerge.engine import compiling
+from cfmerge.engine import compiling, user_cache
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
 
@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
-    yield tmp_path / "caches/cfmerge/compiled" / compiling.machine()
+    yield tmp_path / "caches/cfmerge/compiled" / user_cache.machine()
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -211,12 +211,12 @@ def test_the_files_that_were_not_used_for_the_longest_time_go_first(tmp_path):
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"x" * 100)
         os.utime(file, (1000 + number, 1000))
-    compiling.shrink(tmp_path, 400)
+    user_cache.shrink(tmp_path, 400)
     assert len(list(tmp_path.rglob("?"))) == 4
-    compiling.shrink(tmp_path, 399)
+    user_cache.shrink(tmp_path, 399)
     assert sorted(file.name for file in tmp_path.rglob("?")) == ["3"]
     (tmp_path / "empty").touch()
-    compiling.shrink(tmp_path, -1)
+    user_cache.shrink(tmp_path, -1)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
