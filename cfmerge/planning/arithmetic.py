@@ -173,9 +173,8 @@ def _looks(by: _Traced) -> tuple[tuple[Pass, ...], Any]:
     passes: list[Pass] = []
     replies: list[Any] = []
     while True:
-        asked: list[
-            tuple[int, bool] | None
-        ] = []  # keys of the question, and if a pass is made; None: the look has ended
+        # of the question: its keys, and whether it takes a pass; None: the look has ended
+        asked: list[tuple[int, bool] | None] = []
 
         def ask(values: Any, replies: Any, base: Any, experts: Any, moment: Any, asked: Any = asked) -> Any:
             method = by.made(values)

@@ -54,16 +54,16 @@ def forecast(
     needs = {job.name: plan.work.by_entry(job).working_bytes for job in plan.work.merged}
     needed = max(needs.values(), default=0)
     refused = {name: need for name, need in needs.items() if need > memory}
-    entries = functools.partial(entries_of, memory=memory)
-    files = {file for model in (plan.base, *plan.experts) for file in model.files}
-    hashed = sum(file.stat().st_size for file in files if is_known(file))
-    limits = Limits(entries, STACKED, WORKERS, WRITE_BEHIND, memory, free, hashed)
+    limits = Limits(functools.partial(entries_of, memory=memory), STACKED, WORKERS, WRITE_BEHIND, memory, free)
     size = None if device_memory is None else recipes.parse_size(str(device_memory))
     elsewhere = _elsewhere(devices, size)
     if elsewhere is not None:
         return Forecast(predicted(plan, None, limits, elsewhere), memory, needed, refused, elsewhere, ())
     placement = placement_of(devices)
     rates, note = calibrated(placement) if calibrate else (None, "")
+    if rates is not None:
+        files = {file for model in (plan.base, *plan.experts) for file in model.files}
+        limits = limits._replace(hashed=sum(file.stat().st_size for file in files if is_known(file)))
     here, notes = _here(placement), (note,) if note else ()
     return Forecast(predicted(plan, rates, limits, here), memory, needed, refused, here, notes)
 
