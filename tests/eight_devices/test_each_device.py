@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from every_part import PARTS, text_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded_parts import EXPERTS, METHODS, mesh_of, some
@@ -47,19 +48,18 @@ def test_under_pmap(method):
     assert np.linalg.norm(found - alone) <= METHODS[method] * np.linalg.norm(alone)
 
 
+def _of_deltas_alone(part: str) -> bool:
+    """Whether it needs nothing but deltas, of as many experts as there are."""
+    needs = cfmerge.methods.make(text_of(part)).needs
+    least, most = needs.experts
+    return not needs.moments and least <= EXPERTS <= (most or EXPERTS)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", cfmerge.methods.registry())
-def test_every_method_inside_shard_map(name):
-    """All of the registry that can be called without more: those are traced with varying values."""
-    entry = cfmerge.methods.registry()[name]
-    text = name if entry.kind == "method" else f"{name} >> average"
-    try:
-        method = cfmerge.methods.make(text)
-    except cfmerge.CfmergeError:
-        method = cfmerge.methods.make(f"average >> {name}")
-    if method.needs.moments or not (method.needs.experts[0] <= EXPERTS <= (method.needs.experts[1] or EXPERTS)):
-        pytest.skip("needs more than deltas, or another number of experts")
-    found, alone = on_each_device(method, "shard_map")
+@pytest.mark.parametrize("part", [part for part in PARTS if _of_deltas_alone(part)])
+def test_every_method_inside_shard_map(part):
+    """They are traced with varying values."""
+    found, alone = on_each_device(text_of(part), "shard_map")
     assert np.linalg.norm(found - alone) <= 1e-4 * np.linalg.norm(alone) + 1e-7
 
 
