@@ -15,7 +15,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cfmerge.formats.safetensors import ShardWriter
+from cfmerge.formats.shards import ShardWriter
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -18,7 +18,7 @@ from measuring import blas_threads
 
 import cfmerge
 from cfmerge import methods
-from cfmerge.formats.safetensors import save
+from cfmerge.formats.shards import save
 from cfmerge.methods import Method
 
 M, N, EXPERTS, RANK = 4096, 11008, 8, 16

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,6 +17,11 @@ from cfmerge.models import Shape
 from cfmerge.models.deltas import Delta
 
 Header = tuple[Shape, np.dtype]
+
+
+def bytes_of(header: Header) -> int:
+    """How many bytes a tensor has."""
+    return math.prod(header[0]) * np.dtype(header[1]).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Folder:
         sharded: whether its client looks for an index at all; otherwise it is one file, however large.
         declared: whether the model says that it consists of such folders; otherwise it may hold something else.
         metadata: its first file's, text.
+        format: its files', a key of `containers.FORMATS`.
+        suffix: its files'.
     """
 
     prefix: str = ""
@@ -57,6 +64,63 @@ class Folder:
     sharded: bool = True
     declared: bool = True
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    format: str = "safetensors"
+    suffix: str = ".safetensors"
+
+
+class Container(Protocol):
+    """One file, or one directory, of named tensors: headers when it is opened, tensors when asked for.
+
+    A model on disk is one container or several. Reading is safe from several threads.
+
+    Attributes:
+        path: the file or directory that was named.
+        files: the files that hold the tensors.
+        tensors: `{name: TensorInfo}` in the order in which they lie.
+        metadata: the format's own, text.
+        ties: `{alias: name}`: names that are stored once under another, and are not among `tensors`.
+        notes: notes for the user on reading it.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    ties: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    def grain(self, name: str) -> int:
+        """See `Source`."""
+        ...
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        """See `Source`."""
+        ...
+
+
+class Checksum(NamedTuple):
+    """A CRC-32 of so many bytes of a file, which stands in it at some places, 4 bytes little-endian."""
+
+    first: int
+    count: int
+    places: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileLayout:
+    """Where everything lies in a file that is written: all but the tensors' bytes is known before the first of them.
+
+    Attributes:
+        size: of the whole file.
+        fixed: `(offset, bytes)` of all that is no tensor.
+        places: `{name: offset}` of the tensors; or of pieces of one, `((first byte in the tensor, offset), ...)`.
+        checksums: those that are written when the tensors are.
+    """
+
+    size: int
+    fixed: tuple[tuple[int, bytes], ...]
+    places: Mapping[str, int | tuple[tuple[int, int], ...]]
+    checksums: tuple[Checksum, ...] = ()
 
 
 class Source(Protocol):

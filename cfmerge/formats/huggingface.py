@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
-from cfmerge.formats.base import Folder, TensorInfo
+from cfmerge.formats.base import Container, Folder, TensorInfo
+from cfmerge.formats.containers import open_container
 from cfmerge.formats.layout import Component, Weights, find_components, read_json
-from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.formats.side_files import about, look_beside
 from cfmerge.models.deltas import Delta, Dense
 from cfmerge.models.ties import likely_ties
@@ -23,14 +23,14 @@ class HuggingFaceSource:
         self.path = path
         directory = path if path.is_dir() else None
         components = find_components(directory) if directory else [_one_file(path)]
-        self._where: dict[str, tuple[SafetensorsFile, str]] = {}  # {name: (file, the tensor's name in it)}
+        self._where: dict[str, tuple[Container, str]] = {}  # {name: (file, the tensor's name in it)}
         self.folders: tuple[Folder, ...] = ()
         self.ties: Mapping[str, str] = {}
         self.notes: tuple[str, ...] = ()
         files: list[Path] = []
         apart: list[Path] = []  # folders that hold the model once more
         for component in components:
-            opened = [SafetensorsFile(file) for file in component.weights.files]
+            opened = [open_container(file) for file in component.weights.files]
             where = _chosen(path, component.weights, opened)
             if not component.declared and self._is_again(where):
                 apart.append(path / component.folder)
@@ -82,13 +82,13 @@ def _one_file(path: Path) -> Component:
     return Component("", "", Weights([path], None, {}, path.stem, []))
 
 
-def _chosen(path: Path, weights: Weights, opened: Sequence[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+def _chosen(path: Path, weights: Weights, opened: Sequence[Container]) -> dict[str, Container]:
     """`{name: the file that it is read from}`; the index decides, where there is one.
 
     Raises:
         CfmergeError: a tensor is not where the index says, or in no index, or in two files without one.
     """
-    holders: dict[str, list[SafetensorsFile]] = {}
+    holders: dict[str, list[Container]] = {}
     for file in opened:
         for name in file.tensors:
             holders.setdefault(name, []).append(file)
@@ -113,7 +113,7 @@ def _chosen(path: Path, weights: Weights, opened: Sequence[SafetensorsFile]) -> 
 
 
 def _notes(
-    weights: Weights, where: Mapping[str, SafetensorsFile], opened: Sequence[SafetensorsFile], path: Path
+    weights: Weights, where: Mapping[str, Container], opened: Sequence[Container], path: Path
 ) -> tuple[str, ...]:
     """Notes on how a folder was read, where it is not as expected."""
     notes = []
@@ -128,7 +128,5 @@ def _notes(
         ignored = and_more([file.name for file in weights.ignored])
         read = and_more([file.name for file in weights.files])
         notes.append(f"{path}: {ignored}: not read; the model's weights are {read}")
-    odd = sorted({key for file in opened for key in file.odd})
-    if odd:
-        notes.append(f"{path}: metadata {and_more([repr(key) for key in odd])} is not text; it is kept as JSON text")
+    notes += [f"{path}: {note}" for note in dict.fromkeys(note for file in opened for note in file.notes)]
     return tuple(notes)

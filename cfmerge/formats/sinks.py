@@ -17,8 +17,9 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, StoppedError, and_more
 from cfmerge.formats.base import Folder, Header, Totals
+from cfmerge.formats.containers import FORMATS
 from cfmerge.formats.ranges import Covered, Range
-from cfmerge.formats.safetensors import ShardWriter, save
+from cfmerge.formats.shards import ShardWriter, save
 from cfmerge.formats.side_files import TENSORS
 from cfmerge.formats.staged import StagedDirectory, StagedFile, staging_directories
 
@@ -125,8 +126,8 @@ class DirectorySink:
         size = total_bytes(headers)
         if not folder.sharded and size > self._shard_bytes:
             note = (
-                f"{folder.stem}.safetensors is one file of {size / 1e9:.2f} GB, as in the base, whatever --shard-size "
-                "says: no client looks for an index of that name"
+                f"{folder.stem}{folder.suffix} is one file of {size / 1e9:.2f} GB, as in the base, whatever "
+                "--shard-size says: no client looks for an index of that name"
             )
             self.notes += () if note in self.notes else (note,)
         most = self._shard_bytes if folder.sharded else UNBOUNDED
@@ -135,7 +136,8 @@ class DirectorySink:
             done = Covered((name.removeprefix(folder.prefix), first, count) for name, first, count in ranges)
         metadata = {**self._metadata, **folder.metadata}
         index = None if self._staged.join else folder.index
-        return ShardWriter(place, headers, most, metadata, folder.stem, index, done)
+        how = FORMATS[folder.format]
+        return ShardWriter(place, headers, most, metadata, folder.stem, index, done, suffix=folder.suffix, lay=how.lay)
 
     def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
         folder = self._folder_of[name]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from cfmerge.errors import CfmergeError, NonFiniteError, StoppedError
 from cfmerge.formats import DirectorySink
 from cfmerge.formats.journal import FileJournal, found_beside
-from cfmerge.formats.safetensors import Unfit
+from cfmerge.formats.shards import Unfit
 from cfmerge.formats.sinks import total_entries
 from cfmerge.planning.resolved import Resolved
 from cfmerge.report.card import versions

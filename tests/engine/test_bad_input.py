@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 import cfmerge
 from cfmerge import Expert, Rule
 from cfmerge.errors import CfmergeError
-from cfmerge.formats.safetensors import save
+from cfmerge.formats.shards import save
 from cfmerge.recipe import load, parse, parse_size
 
 Q = "model.layers.0.self_attn.q_proj.weight"

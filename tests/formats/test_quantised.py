@@ -11,7 +11,7 @@ import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
 from cfmerge.formats.quantised import notes, problem, quantised
-from cfmerge.formats.safetensors import save
+from cfmerge.formats.shards import save
 
 Q = "model.layers.0.self_attn.q_proj"
 F8 = ml_dtypes.float8_e4m3fn

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfmerge.errors import CfmergeError
-from cfmerge.formats.safetensors import DTYPES, SafetensorsFile, ShardWriter, save, shard
+from cfmerge.formats.safetensors import DTYPES, SafetensorsFile
+from cfmerge.formats.shards import ShardWriter, save, shard
 
 F32 = np.dtype(np.float32)
 
