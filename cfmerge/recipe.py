@@ -19,6 +19,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.models import Kind
 
 Heads = Literal["keep-base", "drop", "export"]
+Format = Literal["safetensors", "torch", "msgpack", "npz", "orbax", "orbax-v0", "distributed"]
 Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert"]
 
 
@@ -105,6 +106,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     on_nonfinite: Literal["error", "skip-expert"] = "error"
     allow: list[Allowed] = []
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # the output's; none: the base's
+    format: Format | None = None  # of the output's files; none: the base's, or as the name of a file says
     precision: Literal["auto", "float32", "float64"] = "auto"  # the computation's
     shard_size: str = "5GB"
     side_files: str | None = None  # where config and tokenizer come from; none: the base

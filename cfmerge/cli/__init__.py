@@ -142,7 +142,7 @@ def sweep(
         "cfmerge merge --base BASE --statistics ALL -o OUT",
     ),
 )
-@o.takes_recipe("dtype", "shard_size", "side_files")
+@o.takes_recipe("dtype", "format", "shard_size", "side_files")
 def accumulate(
     asked: Recipe,
     *,
@@ -224,7 +224,7 @@ def clean(
 
 @app.command(cls=o.Command)
 def inspect(
-    checkpoint: Annotated[Path, o.argument("CHECKPOINT", "A model directory or a .safetensors file.")],
+    checkpoint: Annotated[Path, o.argument("CHECKPOINT", "A model: a directory or a file.")],
     json: o.Json = False,
 ) -> None:
     """Show a checkpoint's tensors: kinds, layouts, dtypes, ties."""

@@ -11,7 +11,7 @@ import typer.core
 from rich.markup import escape
 
 from cfmerge.cli.texts import make_recipe
-from cfmerge.recipe import Recipe
+from cfmerge.recipe import Format, Recipe
 
 WHAT, HOW, WHERE, RUN = "What is merged", "How it is merged", "Where it goes", "How it runs"  # panels of --help
 
@@ -45,7 +45,7 @@ Parameters = Annotated[
 # The option of each key of a recipe, on every command that takes a recipe and does not leave the key out.
 RECIPE: dict[str, Any] = {
     "base": Annotated[
-        str | None, option("--base", metavar="PATH", panel=WHAT, help="A directory or .safetensors file.")
+        str | None, option("--base", metavar="PATH", panel=WHAT, help="A directory or a file of tensors.")
     ],
     "experts": Annotated[
         list[str] | None,
@@ -93,6 +93,9 @@ RECIPE: dict[str, Any] = {
         Literal["float32", "float16", "bfloat16"] | None,
         option("--dtype", metavar="DTYPE", panel=WHERE, help="float32, float16, bfloat16 (else base's)."),
     ],
+    "format": Annotated[
+        Format | None, option("--format", metavar="NAME", panel=WHERE, help="torch, orbax, ... Default: base's.")
+    ],
     "shard_size": Annotated[
         str | None, option("--shard-size", metavar="SIZE", panel=WHERE, help="Largest file. Default: 5GB.")
     ],
@@ -117,7 +120,7 @@ DeviceMemory = Annotated[
 ]
 NoCalibration = Annotated[bool, option("--no-calibration", help="Predict no seconds: measure nothing.")]
 ModelOutput = Annotated[
-    Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or a .safetensors.")
+    Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or one file.")
 ]
 NoCompileCache = Annotated[
     bool, option("--no-compile-cache", help="Compile anew, keep nothing of it.", callback=_compile_anew)

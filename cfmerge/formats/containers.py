@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from cfmerge.errors import CfmergeError
 from cfmerge.formats import safetensors
 from cfmerge.formats.base import Container, FileLayout, Header
+from cfmerge.formats.magic import format_of, wrong_file
 
 
 class Format(NamedTuple):
@@ -27,11 +29,16 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def format_of(path: Path) -> str:
-    """The format of a file, a key of `FORMATS`."""
-    return "safetensors"
-
-
 def open_container(path: Path) -> Container:
-    """The container in a file."""
+    """The container in a file.
+
+    Raises:
+        CfmergeError: it cannot be read, is of a format that is not read, or is corrupt.
+    """
+    try:
+        wrong = wrong_file(path)
+    except OSError as error:
+        raise CfmergeError(f"{path}: cannot be read: {error.strerror}") from None
+    if wrong:
+        raise CfmergeError(wrong)
     return FORMATS[format_of(path)].open(path)

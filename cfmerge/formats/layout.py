@@ -12,29 +12,74 @@ from typing import Any, NamedTuple
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.base import Folder
 from cfmerge.formats.magic import CONVERT, is_lfs_pointer, lfs_advice, wrong_file
-from cfmerge.formats.side_files import COPY_FOLDERS, TENSORS, TRAINING_FOLDERS
+from cfmerge.formats.side_files import COPY_FOLDERS, TENSORS, TRAINING_FOLDERS, is_training
 
+
+class Files(NamedTuple):
+    """A format's files in a model's folder: their suffixes, and the stems that clients look for, in their order."""
+
+    format: str
+    suffixes: tuple[str, ...]
+    stems: tuple[str, ...]
+
+    def there(self, folder: Path) -> list[Path]:
+        return sorted(path for path in folder.iterdir() if path.suffix in self.suffixes and not path.is_dir())
+
+    def indices(self, folder: Path) -> list[Path]:
+        names = (path for suffix in self.suffixes for path in folder.glob(f"*{suffix}.index*.json"))
+        return sorted(names)
+
+
+KINDS = (  # the first whose files are there is read
+    Files("safetensors", (".safetensors",), ("model", "diffusion_pytorch_model")),
+    Files(
+        "torch",
+        (".bin", ".pt", ".pth", ".ckpt"),
+        ("pytorch_model", "diffusion_pytorch_model", "open_clip_pytorch_model", "model"),
+    ),
+    Files("msgpack", (".msgpack",), ("flax_model", "diffusion_flax_model")),
+    Files("npz", (".npz",), ("model",)),
+)
 INDEX = "model.safetensors.index.json"
-STEMS = ("model", "diffusion_pytorch_model")  # clients look for an index of these too; the first that is there is read
-# safetensors that lie beside a model's weights, and are not they
-OTHERS = ("consolidated*", "adapter_model*", "optimizer*", "pytorch_lora_weights*", "training_*", "random_states*")
+# files of tensors that lie beside a model's weights, and are not they
+ADAPTERS = ("adapter_model*", "pytorch_lora_weights*", "adapter.*")
+OTHERS = (
+    *ADAPTERS,
+    "consolidated*",
+    "optimizer*",
+    "optim_states*",
+    "training_*",
+    "random_states*",
+    "rng_state*",
+    "scheduler*",
+    "scaler*",
+    "*_optim_states*",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The weights in one folder: `where` is the index, {} without one; `ignored` are safetensors that are not read."""
+    """The weights in one folder.
+
+    Attributes:
+        where: the index, `{tensor: file}`; {} without one.
+        stem, suffix: the first part of their names, and the last.
+        ignored: files of tensors of the same format that are not read.
+    """
 
     files: list[Path]
     index: Path | None
     where: Mapping[str, str]
     stem: str
     ignored: list[Path]
+    suffix: str = ".safetensors"
+    known: bool = False  # clients look for an index of this stem
 
     def folder(self, prefix: str, name: str) -> Folder:
         plain, _, variant = self.stem.partition(".")
-        index = f"{plain}.safetensors.index.{variant}.json" if variant else f"{plain}.safetensors.index.json"
-        sharded = self.index is not None or plain in STEMS
-        return Folder(prefix, name, self.stem, self.index.name if self.index else index, sharded)
+        index = f"{plain}{self.suffix}.index.{variant}.json" if variant else f"{plain}{self.suffix}.index.json"
+        sharded = self.index is not None or self.known
+        return Folder(prefix, name, self.stem, self.index.name if self.index else index, sharded, suffix=self.suffix)
 
 
 class Component(NamedTuple):
@@ -71,36 +116,46 @@ def find_components(directory: Path) -> list[Component]:
 
 
 def find_weights(folder: Path) -> Weights | None:
-    """The safetensors of one folder; None if it has none.
+    """The files of tensors in one folder, of the first format that it has; None if it has none.
 
     Raises:
         CfmergeError: several without an index, shards that are missing, or links to nothing.
     """
-    there = sorted(folder.glob("*.safetensors"))
-    indices = sorted(folder.glob("*.safetensors.index*.json"))
-    for path in (*there, *indices, folder / "config.json"):
-        if path.is_symlink() and not path.exists():
+    _check_links(folder)
+    for files in KINDS:
+        there, indices = files.there(folder), files.indices(folder)
+        chosen = _first_known(folder, files, indices, there) or _first_other(folder, files, indices, there)
+        if chosen:
+            pickled = files.format == "torch"
+            ignored = [path for path in there if path not in chosen.files and (not pickled or not is_training(path))]
+            known = chosen.stem.partition(".")[0] in files.stems
+            return dataclasses.replace(chosen, ignored=ignored, known=known)
+    return None
+
+
+def _check_links(folder: Path) -> None:
+    for path in folder.iterdir():
+        weights = path.suffix in KINDS[0].suffixes or path.name.endswith(".index.json") or path.name == "config.json"
+        if weights and path.is_symlink() and not path.exists():
             raise CfmergeError(
                 f"{path}: is a link to {os.readlink(path)}, which is not there: the download is not complete, or its "
                 "cache was cleaned; fetch the model again"
             )
-    chosen = _first_known(folder, indices, there) or _first_other(folder, indices, there)
-    return chosen and dataclasses.replace(chosen, ignored=[path for path in there if path not in chosen.files])
 
 
-def _first_known(folder: Path, indices: list[Path], there: list[Path]) -> Weights | None:
+def _first_known(folder: Path, files: Files, indices: list[Path], there: list[Path]) -> Weights | None:
     """The weights of the first stem that clients know: its index, else its one file."""
-    for stem in STEMS:
+    for stem in files.stems:
         index = next((path for path in indices if _stem(path) == stem), None)
         single = next((path for path in there if path.stem == stem), None)
         if index:
             return _of_index(folder, index, single)
         if single:
-            return Weights([single], None, {}, stem, [])
+            return Weights([single], None, {}, stem, [], single.suffix)
     return None
 
 
-def _first_other(folder: Path, indices: list[Path], there: list[Path]) -> Weights | None:
+def _first_other(folder: Path, files: Files, indices: list[Path], there: list[Path]) -> Weights | None:
     """The weights where no stem is known: the one index, not of a variant such as fp16 if it can be; else one file."""
     plain = [path for path in indices if "." not in _stem(path)] or indices
     if len(plain) > 1:
@@ -110,15 +165,22 @@ def _first_other(folder: Path, indices: list[Path], there: list[Path]) -> Weight
     if plain:
         single = next((path for path in there if path.stem == _stem(plain[0])), None)
         return _of_index(folder, plain[0], single)
-    only = _only(folder, there)
-    return Weights([only], None, {}, only.stem, []) if only else None
+    only = _only(folder, files, there)
+    return Weights([only], None, {}, only.stem, [], only.suffix) if only else None
 
 
 def _stem(index: Path) -> str:
     """`model.fp16` of `model.safetensors.index.fp16.json` (or of `model.fp16.safetensors.index.json`)."""
-    before, _, after = index.name.partition(".safetensors.index")
+    before, _, after = _parts(index)
     variant = after.removesuffix("json").strip(".")
     return f"{before}.{variant}" if variant else before
+
+
+def _parts(index: Path) -> tuple[str, str, str]:
+    """The stem, the suffix of the shards, and the rest of an index's name."""
+    before, _, after = index.name.partition(".index")
+    stem = Path(before)
+    return stem.stem, stem.suffix, after
 
 
 def _of_index(folder: Path, index: Path, single: Path | None) -> Weights:
@@ -132,29 +194,35 @@ def _of_index(folder: Path, index: Path, single: Path | None) -> Weights:
             )
     missing = [name for name in names if not (folder / name).is_file()]
     if single and missing == names:  # the index of shards that were joined
-        return Weights([single], None, {}, single.stem, [])
+        return Weights([single], None, {}, single.stem, [], single.suffix)
     if missing:
         raise CfmergeError(f"{folder}: shard {missing[0]} of {index.name} is missing; fetch it again")
-    return Weights([folder / name for name in names], index, where, _stem(index), [])
+    return Weights([folder / name for name in names], index, where, _stem(index), [], _parts(index)[1])
 
 
-def _only(folder: Path, there: list[Path]) -> Path | None:
+def _is_other(path: Path) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, other) for other in OTHERS)
+
+
+def _only(folder: Path, files: Files, there: list[Path]) -> Path | None:
     """The one file that can be the model's, where none has a known name."""
-    models = [path for path in there if not any(fnmatch.fnmatchcase(path.name, other) for other in OTHERS)]
+    models = [path for path in there if not _is_other(path)]
     plain = [path for path in models if "." not in path.stem]
-    if not models and (folder / "adapter_config.json").is_file():
+    pieces = [path for path in there if path.name.startswith("consolidated")]
+    if not models:
+        models = pieces
+    if len(pieces) > 1 and models == pieces and files.format == "torch":
         raise CfmergeError(
-            f"{folder}: holds an adapter (LoRA), not a model; adapters are not read yet. Merge it into its "
-            "base first: peft's model.merge_and_unload().save_pretrained(...)"
+            f"{folder}: {', '.join(path.name for path in pieces[:2])}: pieces of a model in Meta's own format, cut for "
+            "several devices; take its Hugging Face one"
         )
-    if not models and there:
-        models = [path for path in there if path.name.startswith("consolidated")] or there
     if len(models) > 1 and len(plain) == 1:  # the others are its variants: fp16, ...
         models = plain
     if len(models) > 1:
         raise CfmergeError(
-            f"{folder}: {len(models)} safetensors files and no {INDEX}: "
-            f"{', '.join(file.name for file in models[:4])}; name one file, or restore the index"
+            f"{folder}: {len(models)} {'safetensors' if files.format == 'safetensors' else files.format} files and no "
+            f"{files.stems[0]}{files.suffixes[0]}.index.json: {', '.join(file.name for file in models[:4])}; "
+            "name one file, or restore the index"
         )
     return models[0] if models else None
 
@@ -211,7 +279,7 @@ def _folders(directory: Path, declared: bool) -> dict[str, Weights]:
             if declared:
                 raise
             continue  # files of something else
-        if weights and (declared or weights.index or weights.stem.partition(".")[0] in STEMS):
+        if weights and (declared or weights.index or weights.known):
             found[here.relative_to(directory).as_posix()] = weights
     return dict(sorted(found.items(), key=lambda item: _numbers_first(item[0])))
 
@@ -230,29 +298,29 @@ def _numbers_first(folder: str) -> list[tuple[int, str]]:
 
 
 def _nothing(directory: Path) -> str:
-    """The message about a directory without safetensors: the files that are there instead, and the way out."""
-    start = f"{directory}: no safetensors here"
-    models = sorted(path.parent.name for path in directory.glob("*/*.safetensors"))
+    """The message about a directory without weights: the files that are there instead, and the way out."""
+    start = f"{directory}: no weights here"
+    models = sorted(path.parent.name for files in KINDS for path in directory.glob(f"*/*{files.suffixes[0]}"))
     others = sorted(file for file in directory.iterdir() if file.suffix in TENSORS)
-    pieces = sorted(file.name for file in directory.glob("consolidated.*.pth"))
-    if pieces:
-        return (
-            f"{start}, but {', '.join(pieces[:2])}: pieces of a model in Meta's own format; take its Hugging Face one"
-        )
     if (directory / "zero_to_fp32.py").is_file():
         return f"{start}, but a DeepSpeed checkpoint; join it first: python {directory}/zero_to_fp32.py {directory} OUT"
+    adapters = [file.name for file in others if any(fnmatch.fnmatchcase(file.name, name) for name in ADAPTERS)]
+    if adapters or (directory / "adapter_config.json").is_file():
+        return (
+            f"{directory}: holds an adapter (LoRA), not a model: {', '.join(adapters) or 'adapter_config.json'}; name "
+            "it as an expert, beside the base that it was trained on"
+        )
     if others:
         return f"{start}, but {', '.join(file.name for file in others[:4])}. {_conversion(others)}"
     if models:
         return f"{start}, but in its folders {', '.join(list(dict.fromkeys(models))[:6])}; name the one that is meant"
-    return f"{start}; a model directory holds model.safetensors, or shards and {INDEX}"
+    return f"{start}; a model directory holds model.safetensors, or shards and {INDEX}, or a file of another format"
 
 
 def _conversion(files: list[Path]) -> str:
-    """How files of tensors in other formats become safetensors: told by the first bytes of one of them."""
+    """How files of tensors in other formats become ones that are read: told by the first bytes of one of them."""
     for file in files:
-        with file.open("rb") as stream:
-            told = wrong_file(file, stream.read(64), file.stat().st_size) or ""
+        told = wrong_file(file) or ""
         if "from_tf" in told or "gguf_file" in told or "LFS" in told:
             return told
     return f"Convert it with transformers: {CONVERT}"

@@ -103,7 +103,7 @@ def look_beside(
             continue
         if file.is_symlink() and not file.exists():
             found.missing.append(name)
-        elif _matches(file.name, TRAINING):
+        elif is_training(file):
             found.training.append(name)
         elif _is_copy(file, own, {directory, *(path.parent for path in own)}) or is_index(file):
             found.copies.append(name)
@@ -132,6 +132,11 @@ def _walk(directory: Path, apart: set[Path], found: Beside) -> Iterable[Path]:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_training(file: Path) -> bool:
+    """Whether a training run has left the file beside its model."""
+    return _matches(file.name, TRAINING)
 
 
 def _is_copy(file: Path, weights: set[Path], places: set[Path]) -> bool:

@@ -1,4 +1,4 @@
-"""Sinks of merged models: a directory of safetensors as its base lies, or one `.safetensors` file.
+"""Sinks of merged models: a directory that lies as its base does, or one file, in its format or in another.
 
 Both appear whole or not at all, and turn errors of the disk into `CfmergeError`s.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from cfmerge.errors import CfmergeError, StoppedError, and_more
 from cfmerge.formats.base import Folder, Header, Totals
 from cfmerge.formats.containers import FORMATS
+from cfmerge.formats.naming import format_by_name, in_format
 from cfmerge.formats.ranges import Covered, Range
 from cfmerge.formats.shards import ShardWriter, save
 from cfmerge.formats.side_files import TENSORS
@@ -193,7 +194,7 @@ class DirectorySink:
 
 
 class FileSink(DirectorySink):
-    """One `.safetensors` file, and nothing beside it: no side files, no card, no heads."""
+    """One file, and nothing beside it: no side files, no card, no heads."""
 
     def __init__(
         self,
@@ -208,8 +209,7 @@ class FileSink(DirectorySink):
             raise CfmergeError(
                 f"output {target}: one file cannot hold the base, whose weights lie in {names}; name a directory"
             )
-        stem = target.name.removesuffix(".safetensors")
-        folder = dataclasses.replace(folders[0], name="", stem=stem, sharded=False)
+        folder = dataclasses.replace(folders[0], name="", stem=target.stem, suffix=target.suffix, sharded=False)
         super().__init__(target, [folder], shard_bytes=UNBOUNDED, metadata=metadata, **how)
 
     def _stage(self, target: Path, **how: Any) -> StagedDirectory:
@@ -226,13 +226,15 @@ def open_sink(
     shard_bytes: int,
     side_files: Mapping[str, Path],
     edits: Mapping[str, Mapping[str, Any]],
+    format: str | None = None,
     heads: bool = False,
     recipe: str = "",
     **how: Any,
 ) -> DirectorySink:
-    """The sink that the output's name asks for: `NAME.safetensors` is one file, any other name a directory.
+    """The sink that the output's name asks for: one file where its ending is a format's, otherwise a directory.
 
     Args:
+        format: the format of the files, a key of `FORMATS`; None: as the name of a file says, else the base's.
         heads: heads will be written beside the model.
         recipe: kept in the metadata of a file, which has no card.
         **how: overwrite, inputs, digest, keep, resume and join, see `DirectorySink`.
@@ -240,15 +242,18 @@ def open_sink(
     Raises:
         CfmergeError: it is the name of a file of another format, or one file cannot hold it all.
     """
-    if target.suffix != ".safetensors":
+    single = format_by_name(target, format)
+    folders = [in_format(folder, single or format) for folder in folders]
+    if single is None or target.is_dir():
         return DirectorySink(target, folders, shard_bytes=shard_bytes, side_files=side_files, edits=edits, **how)
     if heads:
         raise CfmergeError(f"output {target}: exported heads lie beside the model; name a directory")
-    metadata = FORMAT | ({"cfmerge.recipe": recipe} if recipe else {})
+    told = single == "safetensors"
+    metadata = FORMAT | ({"cfmerge.recipe": recipe} if recipe and told else {})
     sink = FileSink(target, folders, metadata=metadata, **how)
     if side_files:
         sink.notes += (
-            f"{target.name} is one file, with its recipe in its metadata, and not beside it: "
+            f"{target.name} is one file{', with its recipe in its metadata,' if told else ''} and not beside it: "
             f"{and_more(list(side_files))} of the base; name a directory to have that too",
         )
     return sink
@@ -259,7 +264,7 @@ def check_directory_name(target: Path) -> None:
     if target.suffix.lower() in FILES and not target.is_dir():
         raise CfmergeError(
             f"output {target}: would be a directory, and {target.suffix} is the ending of a file; name a directory, "
-            "or, for a merged model in one file, NAME.safetensors"
+            "or, for a merged model in one file, NAME.safetensors, .pt, .msgpack or .npz"
         )
 
 

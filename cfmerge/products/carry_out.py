@@ -20,6 +20,7 @@ from cfmerge.engine.processes import by_the_first
 from cfmerge.errors import CfmergeError, NonFiniteError, StoppedError
 from cfmerge.formats import DirectorySink, Totals, check_directory_name, open_sink
 from cfmerge.formats.journal import FileJournal
+from cfmerge.formats.naming import format_by_name
 from cfmerge.models import is_float
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress
@@ -133,6 +134,7 @@ def _sink(
     """The sink of a plan with one result."""
     return open_sink(
         output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
+        format=plan.recipe.format,
         heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
         digest=digest, resume=not fresh, join=join,
     )  # fmt: skip
@@ -152,8 +154,9 @@ def _new_dtype(plan: Resolved) -> dict[str, dict[str, str]]:
 def _warned(account: Account, result: int, output: Path | None = None) -> tuple[str, ...]:
     """The warning about a whole model, with the command that makes another."""
     text = account.warning(result)
-    if text and output is not None:
-        single = output.suffix == ".safetensors"  # it holds its recipe itself
+    file = output is not None and format_by_name(output, None)
+    if text and output is not None and file in {None, "safetensors"}:  # others hold no recipe to begin from
+        single = file is not None  # it holds its recipe itself
         recipe = output if single else output / "README.md"
         other = output.with_stem(f"{output.stem}-{SAFER}") if single else f"{output}-{SAFER}"
         text += f":\n  cfmerge merge {shlex.quote(str(recipe))} -m {SAFER} -o {shlex.quote(str(other))}"

@@ -111,7 +111,7 @@ def test_broken_config(tmp_path, make_model, content):
 
 def test_pickles_only(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    refused(tmp_path, "no safetensors", "pytorch_model.bin", "safe_serialization=True")
+    refused(tmp_path, "no weights", "pytorch_model.bin", "safe_serialization=True")
 
 
 def test_adapter(tmp_path, make_model):
@@ -128,7 +128,7 @@ def test_several_files_without_an_index(tmp_path, make_model):
 
 
 def test_empty_directory(tmp_path):
-    refused(tmp_path, str(tmp_path), "no safetensors", "model.safetensors")
+    refused(tmp_path, str(tmp_path), "no weights", "model.safetensors")
 
 
 def test_no_tensors(tmp_path, make_model):
