@@ -107,6 +107,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     allow: list[Allowed] = []
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # the output's; none: the base's
     format: Format | None = None  # of the output's files; none: the base's, or as the name of a file says
+    dequantize: bool = False  # weights of 8 bits (fp8) with scales count as the bfloat16 that they stand for
     precision: Literal["auto", "float32", "float64"] = "auto"  # the computation's
     shard_size: str = "5GB"
     side_files: str | None = None  # where config and tokenizer come from; none: the base

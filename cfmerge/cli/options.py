@@ -80,6 +80,7 @@ RECIPE: dict[str, Any] = {
         Literal["error", "skip-expert"] | None,
         option("--on-nonfinite", metavar="CHOICE", panel=HOW, help="At NaN: error (default), skip-expert."),
     ],
+    "dequantize": Annotated[bool, option("--dequantize", panel=HOW, help="Read fp8 weights with scales as bfloat16.")],
     "precision": Annotated[
         Literal["auto", "float32", "float64"] | None,
         option("--precision", metavar="CHOICE", panel=HOW, help="auto (default), float32, float64."),
@@ -119,9 +120,7 @@ DeviceMemory = Annotated[
     str | None, option("--device-memory", metavar="SIZE", help="Plan for --devices N that are not here.")
 ]
 NoCalibration = Annotated[bool, option("--no-calibration", help="Predict no seconds: measure nothing.")]
-ModelOutput = Annotated[
-    Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or one file.")
-]
+ModelOutput = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or one file.")]
 NoCompileCache = Annotated[
     bool, option("--no-compile-cache", help="Compile anew, keep nothing of it.", callback=_compile_anew)
 ]

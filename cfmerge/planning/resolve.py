@@ -13,6 +13,7 @@ from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, open_checkpoint, quantised
 from cfmerge.formats.adapters import check_adapters
+from cfmerge.formats.dequantised import dequantised
 from cfmerge.formats.folders import check_folders, same_folders
 from cfmerge.formats.side_files import check_whole, side_files
 from cfmerge.methods import Method
@@ -68,6 +69,9 @@ def resolve(
     opened = opened or {}
     base = opened.get(recipe.base) or open_checkpoint(recipe.base)
     experts = [opened.get(spec.path) or open_checkpoint(spec.path) for spec in specs]
+    if recipe.dequantize:
+        base = dequantised("base", base)
+        experts = [dequantised(f"expert {spec.name!r}", expert) for spec, expert in zip(specs, experts, strict=True)]
     opened = {**dict(zip([spec.path for spec in specs], experts, strict=True)), recipe.base: base}
     for expert in experts:
         if not expert.config:  # a bare file: tied as the base is
