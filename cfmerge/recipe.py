@@ -102,6 +102,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     parameters: dict[str, Any] = {}
     rules: list[Rule] = []
     rename: list[Rename] = []  # for all experts' names
+    components: list[str] = []  # folders of a pipeline that are merged; the others are copied; none: all
     heads: Heads | None = None
     on_nonfinite: Literal["error", "skip-expert"] = "error"
     allow: list[Allowed] = []

@@ -55,6 +55,10 @@ RECIPE: dict[str, Any] = {
         list[str] | None,
         option("--rename", metavar="RENAME", panel=WHAT, help="'REGEX => TEXT' for experts' names; repeat."),
     ],
+    "components": Annotated[
+        list[str] | None,
+        option("--component", metavar="FOLDER", panel=WHAT, help="Of a pipeline: merge these alone; repeat."),
+    ],
     "statistics": Annotated[
         str | None,
         option("--statistics", metavar="PATH", panel=WHAT, help="Experts accumulated before, to begin from."),
