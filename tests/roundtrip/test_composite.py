@@ -15,7 +15,6 @@ from sentence_transformers.sentence_transformer import modules
 import cfmerge
 
 
-
 def moved(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """The model, its parameters a little elsewhere."""
     generator = torch.Generator().manual_seed(seed)
