@@ -13,6 +13,7 @@ from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import TensorInfo
 from cfmerge.formats.pickles import Global
 from cfmerge.formats.torch_archives import AGAIN, open_archive
+from cfmerge.formats.torch_layouts import lay as lay
 from cfmerge.formats.torch_objects import chosen, unwrapped
 from cfmerge.formats.torch_tensors import MAX_CLAIM, MAX_REPEATED, View, read, view_of
 
@@ -32,12 +33,11 @@ class TorchFile:
         CfmergeError: it is no file of torch's, truncated or corrupt, would run something, or holds no named tensors.
     """
 
-    metadata: Mapping[str, str] = {}
-
     def __init__(self, path: Path, key: str = ""):
         self.path, self.files = path, (path,)
         self._content = mapped(path)
         archive = open_archive(self._content, str(path))
+        self.metadata = archive.metadata
         found = chosen(archive.pickle.value, str(path), key)
         values, taken_off = unwrapped(found.tensors)
         views = {

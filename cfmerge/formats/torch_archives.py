@@ -6,6 +6,7 @@ the system, the object, the keys of the storages), then for each key a count of 
 
 import dataclasses
 import io
+import json
 import struct
 import threading
 import zipfile
@@ -37,6 +38,7 @@ STORAGES: dict[str, np.dtype] = {
         "ComplexDouble": "complex128", "ComplexFloat": "complex64",
     }.items()
 }  # fmt: skip
+METADATA = "cfmerge/metadata.json"  # the member of an archive that cfmerge adds
 AGAIN = "fetch the file again"
 
 
@@ -73,11 +75,12 @@ class Storage:
 
 
 class Archive(NamedTuple):
-    """A file's content: the bytes, the pickle, and the storages by their keys."""
+    """A file's content: the bytes, the pickle, the storages by their keys, and the metadata that cfmerge has added."""
 
     content: memoryview
     pickle: Pickle
     storages: Mapping[str, Storage]
+    metadata: Mapping[str, str]
 
 
 def open_archive(content: memoryview, where: str) -> Archive:
@@ -174,7 +177,17 @@ def _open_zip(content: memoryview, where: str) -> Archive:
             found = "is missing" if member is None else f"has {member.size} bytes"
             raise CfmergeError(f"{where}: member {root}data/{key} {found}, expected {nbytes} bytes; {AGAIN}")
         storages[key] = Storage(key, dtype, member.start, nbytes, member.crc or None)  # 0: written without CRC-32s
-    return Archive(content, pickle, storages)
+    return Archive(content, pickle, storages, _metadata(_small(content, files, f"{root}{METADATA}", where), where))
+
+
+def _metadata(content: bytes | None, where: str) -> dict[str, str]:
+    try:
+        found = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CfmergeError(f"{where}: member {METADATA} is not a JSON object of texts; {AGAIN}")
+    return found
 
 
 def _small(content: memoryview, files: Mapping[str, Member], name: str, where: str) -> bytes | None:
@@ -221,7 +234,7 @@ def _open_old(content: memoryview, where: str) -> Archive:
         storages[key] = Storage(key, dtype, at + 8, nbytes)
         at += 8 + nbytes
     globals = tuple(dict.fromkeys(name for one in (magic, version, system, pickle, keys) for name in one.globals))
-    return Archive(content, pickle._replace(globals=globals), storages)
+    return Archive(content, pickle._replace(globals=globals), storages, {})
 
 
 def _named(persistents: Sequence[Persistent], where: str) -> list[tuple[str, np.dtype | None, int]]:
