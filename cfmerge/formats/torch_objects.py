@@ -105,12 +105,15 @@ def _is_state(value: Any) -> bool:
 
 def _options(entries: Mapping[Any, Any]) -> list[str]:
     """The keys under which there is a dictionary of tensors, or a wrapped one."""
-    return [
-        key
-        for key, entry in entries.items()
-        if type(key) is str
-        and (_is_state(entry) or (key in WRAPPERS and any(_is_state(one) for one in _entries(entry).values())))
-    ]
+    known: dict[int, bool] = {}  # by object: it may stand under many keys
+    options = []
+    for key, entry in entries.items():
+        if type(key) is str:
+            if id(entry) not in known:
+                known[id(entry)] = _is_state(entry)
+            if known[id(entry)] or (key in WRAPPERS and any(_is_state(one) for one in _entries(entry).values())):
+                options.append(key)
+    return options
 
 
 def _state(value: Any, where: str) -> Found:
@@ -131,16 +134,16 @@ def _walked(module: Call, where: str) -> Iterator[tuple[str, Call]]:
     while todo:
         prefix, one, depth = todo.pop()
         left_out = _members(one.state.get("_non_persistent_buffers_set"))
-        own = [
+        members = [(kind, _entries(one.state.get(kind))) for kind in ("_parameters", "_buffers")]
+        yield from (
             (prefix + name, value)
-            for kind in ("_parameters", "_buffers")
-            for name, value in _entries(one.state.get(kind)).items()
+            for kind, entries in members
+            for name, value in entries.items()
             if type(name) is str and is_tensor(value) and not (kind == "_buffers" and name in left_out)
-        ]
-        yield from own
+        )
         children = [item for item in _entries(one.state["_modules"]).items() if type(item[0]) is str]
         todo += [(f"{prefix}{name}.", child, depth + 1) for name, child in reversed(children) if _is_module(child)]
-        count += 1 + len(own) + len(children)
+        count += 1 + len(left_out) + len(children) + sum(len(entries) for _, entries in members)
         if count > MAX_MEMBERS or depth > MAX_DEPTH or len(prefix) > MAX_NAME:
             raise CfmergeError(
                 f"{where}: its modules are nested deeper than {MAX_DEPTH}, are more than {MAX_MEMBERS}, or have names "

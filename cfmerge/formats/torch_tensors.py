@@ -84,10 +84,10 @@ def view_of(value: Call, archive: Archive, where: str) -> View:
     storage = archive.storages.get(id[2]) if type(id) is tuple and len(id) > 2 and type(id[2]) is str else None
     if storage is None:
         raise CfmergeError(f"{where} has no storage in the file; {AGAIN}")
-    dtype = _dtype(args[6], where) if func == "torch._utils._rebuild_tensor_v3" else storage.dtype
+    dtype = dtype_of(args[6], where) if func == "torch._utils._rebuild_tensor_v3" else storage.dtype
     if dtype is None:
         raise CfmergeError(f"{where} has a storage without a dtype; {AGAIN}")
-    view = View(storage, dtype, args[1], _numbers(args[2]), _numbers(args[3]))
+    view = View(storage, dtype, args[1], numbers(args[2]), numbers(args[3]))
     _check(view, where)
     return view
 
@@ -142,16 +142,17 @@ def _is_contiguous(view: View) -> bool:
     return True
 
 
-def _numbers(value: Any) -> tuple[int, ...]:
+def numbers(value: Any) -> tuple[int, ...]:
     """Sizes or strides, a tuple or a `torch.Size`; (-1,) if they are neither."""
     if isinstance(value, Call) and str(value.func) == "torch.Size" and len(value.args) == 1:
         value = value.args[0]
-    if type(value) not in (tuple, list) or not all(type(n) is int and 0 <= n < 1 << 60 for n in value):
+    if type(value) not in (tuple, list) or len(value) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 60 for n in value):
         return (-1,)
     return tuple(value)
 
 
-def _dtype(value: Any, where: str) -> np.dtype:
+def dtype_of(value: Any, where: str) -> np.dtype:
+    """The dtype that `torch.NAME` is."""
     if not isinstance(value, Global) or value.module != "torch" or value.name not in DTYPES:
         named = str(value) if isinstance(value, Global) else "no dtype"
         raise CfmergeError(f"{where} has dtype {named}, which cfmerge does not read; it reads {', '.join(DTYPES)}")
@@ -165,7 +166,7 @@ def _check_bits(metadata: Any, where: str) -> None:
 
 def _check(view: View, where: str) -> None:
     shape, strides, offset = view.shape, view.strides, view.offset
-    if len(shape) != len(strides) or -1 in shape + strides or len(shape) > MAX_AXES or type(offset) is not int:
+    if len(shape) != len(strides) or -1 in shape + strides or type(offset) is not int:
         raise CfmergeError(f"{where} has a corrupt header: {len(shape)} sizes, {len(strides)} strides; {AGAIN}")
     if offset < 0 or view.span[1] > view.storage.nbytes:
         raise CfmergeError(
