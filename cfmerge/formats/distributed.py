@@ -15,7 +15,7 @@ import numpy as np
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import TensorInfo
 from cfmerge.formats.boxes import Box, boxes_of, common
-from cfmerge.formats.distributed_index import NAME, Chunk, Record, read_index
+from cfmerge.formats.distributed_index import NAME, Chunk, Entry, Record, read_index
 from cfmerge.formats.pickles import Call
 from cfmerge.formats.pytorch import mapped
 from cfmerge.formats.safetensors import SafetensorsFile
@@ -62,11 +62,10 @@ class DistributedCheckpoint:
         self._entries = {name: entry for name, entry in index.tensors.items() if name in taken}
         self.opaque = {name: record for name, record in index.opaque.items() if name in taken}
         self.paths = {name: keys for name, keys in index.paths.items() if name in taken}
-        chunks = {name: entry.chunks for name, entry in self._entries.items()}
         self._maps: dict[str, memoryview] = {}
         self._views: dict[Record, tuple[Archive, View]] = {}
-        self._plain = _files_in_safetensors(self._root, chunks, self.opaque)
-        files = {chunk.record.file for own in chunks.values() for chunk in own}
+        self._plain = _files_in_safetensors(self._root, self._entries, self.opaque)
+        files = {chunk.record.file for entry in self._entries.values() for chunk in entry.chunks}
         self.files = tuple(self._root / file for file in sorted(files))
         self.tensors = {
             name: TensorInfo(entry.shape, entry.dtype, self._root / (entry.chunks[0].record.file if entry.chunks else NAME))
@@ -84,8 +83,8 @@ class DistributedCheckpoint:
             notes.append(f"{self.path.name}: entries that {why} are left out: {_told(left_out)}")
         if self.opaque:
             notes.append(
-                f"{self.path.name}: {len(self.opaque)} entries are objects, not tensors, and are not merged, only "
-                f"copied from the base: {and_more(list(self.opaque))}"
+                f"{self.path.name}: objects that are no tensors are not merged, only copied from the base: "
+                f"{and_more(list(self.opaque))}"
             )
         fused = [name for name in self.tensors if FUSED.search(name)]
         if fused:
@@ -184,7 +183,7 @@ def checkpoint_directory(path: Path) -> Path:
 
 
 def _files_in_safetensors(
-    root: Path, chunks: Mapping[str, tuple[Chunk, ...]], opaque: Mapping[str, Record]
+    root: Path, entries: Mapping[str, Entry], opaque: Mapping[str, Record]
 ) -> dict[str, SafetensorsFile]:
     """The files that are not records one behind another, but one safetensors file each.
 
@@ -192,8 +191,8 @@ def _files_in_safetensors(
         CfmergeError: a file is missing or too short, or records overlap.
     """
     by_file: dict[str, list[tuple[Record, str, Chunk | None]]] = {}
-    for name, own in chunks.items():
-        for chunk in own:
+    for name, entry in entries.items():
+        for chunk in entry.chunks:
             by_file.setdefault(chunk.record.file, []).append((chunk.record, name, chunk))
     for name, record in opaque.items():
         by_file.setdefault(record.file, []).append((record, name, None))
@@ -211,7 +210,7 @@ def _files_in_safetensors(
             continue
         end = 0
         for record, name, chunk in sorted(held, key=lambda one: one[0].offset):
-            least = 0 if chunk is None else chunk.box.size
+            least = 0 if chunk is None else chunk.box.size * entries[name].dtype.itemsize
             if record.offset < end or record.offset + record.length > size or record.length < least:
                 raise CfmergeError(
                     f"{path}: {name!r} is to lie in {record.length} bytes from {record.offset} on, which overlap "
@@ -236,5 +235,5 @@ def _checked(file: SafetensorsFile, held: list[tuple[Record, str, Chunk | None]]
 def _told(names: list[str]) -> str:
     """Names as their beginnings, with counts."""
     counts = Counter(re.match(r"[^./]*[./]?", name).group() for name in names)  # type: ignore[union-attr]
-    told = [f"{name}... ({count})" if name[-1:] in ("/", ".") else name for name, count in counts.most_common(6)]
+    told = [f"{name}* ({count})" if name[-1:] in ("/", ".") else name for name, count in counts.most_common(6)]
     return ", ".join(told) + (f" and {len(counts) - 6} more" if len(counts) > 6 else "")
