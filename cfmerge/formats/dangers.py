@@ -39,7 +39,7 @@ NAMES = re.compile(  # of libraries that are harmless otherwise
     r"|torch\.fx\..*|torch\.distributed\.rpc\..*|torch\.utils\.(cpp_extension|collect_env|bottleneck|_config_module|model_zoo)\..*"
     r"|torch\.utils\.data\.datapipes\..*|torch\.multiprocessing\..*|torch\.testing\..*|torch\.storage\._load_from_bytes"
     r"|numpy\.(load|save|fromfile|memmap|loadtxt|genfromtxt|f2py\..*|distutils\..*|testing\..*|lib\.npyio\..*)"
-    r"|numpy\.lib\._npyio_impl\..*|uuid\._.*|pathlib\.Path\..*|pathlib\.\w+\.\w+|typing\.get_type_hints|mailcap\..*"
+    r"|numpy\.lib\._npyio_impl\..*|uuid\._.*|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path\..*|typing\.get_type_hints|mailcap\..*"
     r"|pandas\.(read_\w+|eval|io\..*|core\.computation\..*)|test\.support.*|unittest\.mock\..*"
 )
 

@@ -18,7 +18,7 @@ from cfmerge.formats.dangers import danger
 MAX_BYTES = 1 << 28
 MAX_OPCODES = 10_000_000  # each makes at most one small object
 MAX_DEPTH = 100
-MAX_KEY = 64  # parts of a tuple that is a key
+MAX_KEY = 64  # parts of a tuple that is a key, and as many levels
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -336,10 +336,12 @@ def _key(key: Any) -> Any:
 
 def _parts(key: Any, left: int) -> int:
     """How many more parts a key may have; negative if it is none that is looked at."""
-    if type(key) is tuple and left > 0:
-        left -= len(key)
+    if type(key) is tuple:
+        left -= 1 + len(key)
         for part in key if left >= 0 else ():
             left = _parts(part, left)
+            if left < 0:
+                break
     elif type(key) is list or type(key) is dict:
         raise Malformed(f"a key that is a {type(key).__name__}")
     elif type(key) is int and key.bit_length() > 64:
