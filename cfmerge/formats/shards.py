@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from cfmerge.formats.base import FileLayout, Header, bytes_of
 from cfmerge.formats.ranges import Covered, Range
 
 Lay = Callable[[Mapping[str, Header], Mapping[str, str]], FileLayout]  # of named tensors and metadata in one file
+# The layouts of files by name, and the small files beside them, of tensors and of the bytes that a file has at most.
+Divide = Callable[[Mapping[str, Header], int], tuple[Mapping[str, FileLayout], Mapping[str, bytes]]]
 CHECKED_AT_ONCE = 1 << 24  # bytes
 
 
@@ -33,6 +35,26 @@ def shard(tensors: Mapping[str, Header], max_bytes: int) -> list[list[str]]:
     return shards
 
 
+def divide(stem: str, suffix: str, index: str | None, metadata: Mapping[str, str], lay: Lay) -> Divide:
+    """The division into one file, or into numbered shards with an index in JSON beside them."""
+
+    def divided(tensors: Mapping[str, Header], max_bytes: int) -> tuple[dict[str, FileLayout], dict[str, bytes]]:
+        shards = shard(tensors, max_bytes)
+        layouts, weight_map = {}, {}
+        for number, names in enumerate(shards, 1):
+            numbered = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+            file = f"{stem}{numbered}{suffix}"
+            layouts[file] = lay({name: tensors[name] for name in names}, metadata)
+            weight_map |= dict.fromkeys(names, file)
+        if len(shards) == 1:
+            return layouts, {}
+        total = sum(bytes_of(header) for header in tensors.values())
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        return layouts, {index or f"{stem}{suffix}.index.json": (json.dumps(content, indent=2) + "\n").encode()}
+
+    return divided
+
+
 class Unfit(Exception):
     """Files of an earlier writer that cannot be gone on with."""
 
@@ -46,6 +68,8 @@ class ShardWriter:
         index: the name of the index; none: another writer makes it.
         done: ranges that an earlier writer has written into the files that are there; none: the files are new.
         suffix, lay: of the format's files.
+        files: how a format that has its own division into files, and its own index, divides tensors into files of so
+            many bytes; then `stem`, `suffix`, `metadata`, `lay` and the index's name are not looked at.
 
     Raises:
         Unfit: the files that are there are not those of an earlier writer.
@@ -65,29 +89,26 @@ class ShardWriter:
         *,
         suffix: str = ".safetensors",
         lay: Lay = safetensors.lay,
+        files: Divide | None = None,
     ):
         self._files: list[tuple[int, FileLayout]] = []
-        self._place: dict[
-            str, tuple[int, tuple[tuple[int, int], ...]]
-        ] = {}  # {name: (file, ((first byte, offset), ...))}
+        self._place: dict[str, list[tuple[int, int, int]]] = {}  # {name: [(first byte, file, offset), ...]}
         self._dtypes = {name: np.dtype(dtype) for name, (_, dtype) in tensors.items()}
         self._sizes = {name: bytes_of(header) for name, header in tensors.items()}
         self._done = Covered() if done is None else done
         self._lock, self._dirty, self._resumed = threading.Lock(), set[int](), done is not None
-        shards = shard(tensors, max_shard_bytes)
-        weight_map: dict[str, str] = {}
+        divided = files or divide(stem, suffix, index, metadata, lay)
+        layouts, beside = divided(tensors, max_shard_bytes)
         try:
-            for number, names in enumerate(shards, 1):
-                numbered = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
-                file = f"{stem}{numbered}{suffix}"
-                weight_map |= dict.fromkeys(names, file)
-                self._create(directory / file, lay({name: tensors[name] for name in names}, metadata))
+            for name, layout in layouts.items():
+                self._create(directory / name, layout)
         except BaseException:
             self.abort()
             raise
-        if len(shards) > 1 and index is not None:
-            content = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": weight_map}
-            (directory / (index or f"{stem}{suffix}.index.json")).write_text(json.dumps(content, indent=2) + "\n")
+        for places in self._place.values():
+            places.sort()
+        for name, content in beside.items() if index is not None else ():
+            (directory / name).write_bytes(content)
 
     def _create(self, path: Path, layout: FileLayout) -> None:
         how = os.O_RDWR if self._resumed else os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -104,21 +125,23 @@ class ShardWriter:
             for offset, content in layout.fixed:
                 _write_all(file, content, offset)
         for name, place in layout.places.items():
-            self._place[name] = (file, ((0, place),) if isinstance(place, int) else place)
+            pieces = ((0, place),) if isinstance(place, int) else place
+            self._place.setdefault(name, []).extend((first, file, offset) for first, offset in pieces)
 
     def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
         """Writes a tensor, or a piece of it from flat element `first` on."""
-        file, places = self._place[name]
         if values.dtype != self._dtypes[name]:
             raise TypeError(f"tensor {name!r} is to be {self._dtypes[name]}, got {values.dtype}")
         values = np.ascontiguousarray(values)
+        pieces: list[tuple[int, int, memoryview]] = []
         if values.nbytes:
             data = values.reshape(-1).view(np.uint8).data
-            for offset, piece in _pieces(places, data, first * values.itemsize):
+            pieces = list(_pieces(self._place[name], data, first * values.itemsize))
+            for file, offset, piece in pieces:
                 _write_all(file, piece, offset)
         with self._lock:
             self._done.add(name, first, values.size)
-            self._dirty.add(file)
+            self._dirty.update(file for file, _, _ in pieces)
 
     def covers(self, ranges: Iterable[Range]) -> None:
         """Takes note of ranges that another writer of the same files has written."""
@@ -169,14 +192,16 @@ def _begun(file: int, layout: FileLayout) -> bool:
     return True
 
 
-def _pieces(places: tuple[tuple[int, int], ...], data: memoryview, first: int) -> Iterator[tuple[int, memoryview]]:
-    """`(offset in the file, bytes)` of a tensor's bytes from `first` on."""
-    starts = [start for start, _ in places]
+def _pieces(
+    places: Sequence[tuple[int, int, int]], data: memoryview, first: int
+) -> Iterator[tuple[int, int, memoryview]]:
+    """`(file, offset in it, bytes)` of a tensor's bytes from `first` on."""
+    starts = [start for start, _, _ in places]
     while data:
         number = bisect.bisect_right(starts, first) - 1
-        start, offset = places[number]
+        start, file, offset = places[number]
         count = len(data) if number + 1 == len(starts) else min(len(data), starts[number + 1] - first)
-        yield offset + first - start, data[:count]
+        yield file, offset + first - start, data[:count]
         data, first = data[count:], first + count
 
 

@@ -1,0 +1,295 @@
+"""PyTorch's two kinds of file, as a pickle's records and the places of the storages that it names.
+
+Zip (since 1.6): members `*/data.pkl`, `*/data/KEY`, stored. Before: five pickles in a row (a magic number, 1001, facts of
+the system, the object, the keys of the storages), then for each key a count of 8 bytes and the bytes.
+"""
+
+import dataclasses
+import io
+import json
+import struct
+import threading
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from cfmerge.errors import CfmergeError
+from cfmerge.formats.pickles import MAX_BYTES, Global, Persistent, Pickle, interpret
+
+ZIP = b"PK\x03\x04"
+MAGIC = 0x1950A86A20F9469CFC6C
+OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickle of the magic number
+DTYPES: dict[str, np.dtype] = {  # by their names in torch
+    name: np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name))
+    for name in (
+        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 complex64 complex128 "
+        "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
+    ).split()
+} | {"bool": np.dtype(np.bool_)}
+STORAGES: dict[str, np.dtype] = {
+    f"{kind}Storage": DTYPES[name]
+    for kind, name in {
+        "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
+        "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
+        "ComplexDouble": "complex128", "ComplexFloat": "complex64",
+    }.items()
+}  # fmt: skip
+METADATA = "cfmerge/metadata.json"  # the member of an archive that cfmerge adds
+AGAIN = "fetch the file again"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Storage:
+    """Bytes that tensors view.
+
+    Attributes:
+        dtype: its numbers'; None if its tensors say it.
+        start, nbytes: its place in the file.
+        crc: its CRC-32; None if the file has none, or if it has been checked.
+    """
+
+    key: str
+    dtype: np.dtype | None
+    start: int
+    nbytes: int
+    crc: int | None = None
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
+
+    def check(self, content: memoryview, where: str) -> None:
+        """Raises `CfmergeError` if the bytes are not those that were written; looks once."""
+        if self.crc is None:
+            return
+        with self.lock:
+            if self.crc is not None:
+                found = zlib.crc32(content[self.start : self.start + self.nbytes])
+                if found != self.crc:
+                    raise CfmergeError(
+                        f"{where}: the file is corrupt there: member data/{self.key} has the CRC-32 {found:08x}, its "
+                        f"directory says {self.crc:08x}; {AGAIN}"
+                    )
+                self.crc = None
+
+
+class Archive(NamedTuple):
+    """A file's content: the bytes, the pickle, the storages by their keys, and the metadata that cfmerge has added."""
+
+    content: memoryview
+    pickle: Pickle
+    storages: Mapping[str, Storage]
+    metadata: Mapping[str, str]
+
+
+def open_archive(content: memoryview, where: str) -> Archive:
+    """The archive in some bytes, which are read where they are needed.
+
+    Raises:
+        CfmergeError: it is no file of torch's, it is corrupt, or it holds something that is not read.
+    """
+    if content[:4] == ZIP:
+        return _open_zip(content, where)
+    if content[: len(OLD)] == OLD:
+        return _open_old(content, where)
+    raise CfmergeError(
+        f"{where}: is not a file that torch.save wrote: it begins with {bytes(content[:8])!r}, expected a zip archive "
+        f"or torch's magic number; {AGAIN}"
+    )
+
+
+class Member(NamedTuple):
+    """A member of a zip archive: its place, and its CRC-32."""
+
+    start: int
+    size: int
+    crc: int
+
+
+def members(content: memoryview, where: str) -> dict[str, Member]:
+    """The members of a zip archive that are stored as they are, by name; none overlaps another.
+
+    Raises:
+        CfmergeError: a member is compressed or encrypted, or headers contradict one another.
+    """
+    try:
+        with zipfile.ZipFile(io.BufferedReader(_Bytes(content))) as archive:
+            infos, end = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError, LookupError, OverflowError,
+            EOFError) as error:  # fmt: skip
+        raise CfmergeError(f"{where}: the zip archive is truncated or corrupt ({error}); {AGAIN}") from None
+    found: dict[str, Member] = {}
+    last = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        name, at = info.filename, info.header_offset
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1:
+            raise CfmergeError(
+                f"{where}: member {name!r} is compressed or encrypted, and torch.save writes neither; "
+                "unpack the archive and name what it holds, or save the model again"
+            )
+        start = _data_start(content, info)
+        if start is None or name in found or at < last or start + info.file_size > end:
+            raise CfmergeError(
+                f"{where}: member {name!r} is corrupt: its header at {at} and its {info.file_size} bytes do not fit "
+                f"what the archive's directory says; {AGAIN}"
+            )
+        found[name], last = Member(start, info.file_size, info.CRC), start + info.file_size
+    return found
+
+
+def _data_start(content: memoryview, info: zipfile.ZipInfo) -> int | None:
+    """Where a member's bytes begin; None if its own header is not the one that the directory tells of."""
+    header = bytes(content[info.header_offset : info.header_offset + 30])
+    if len(header) < 30 or not header.startswith(ZIP) or info.file_size != info.compress_size:
+        return None
+    _, _, flags, method, _, _, crc, packed, size, name_length, extra_length = struct.unpack("<4s5H3L2H", header)
+    start = info.header_offset + 30
+    name = bytes(content[start : start + name_length])
+    later = bool(flags & 0x8)  # CRC and sizes stand behind the data
+    fits = name == info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace")
+    fits &= method == 0 and flags == info.flag_bits
+    fits &= (later and crc == 0) or crc == info.CRC
+    fits &= all((later and n == 0) or n in (info.file_size, 0xFFFFFFFF) for n in (packed, size))
+    return start + name_length + extra_length if fits else None
+
+
+def _open_zip(content: memoryview, where: str) -> Archive:
+    files = members(content, where)
+    pickles = [name for name in files if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise CfmergeError(
+            f"{where}: is a zip archive with {len(pickles)} members NAME/data.pkl, and torch.save writes one; "
+            "unpack it, and name what it holds"
+        )
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in files or any(name.startswith(f"{root}code/") for name in files):
+        raise CfmergeError(
+            f"{where}: is a TorchScript program, not only weights; save these: "
+            "torch.save(torch.jit.load(FILE).state_dict(), OUT)"
+        )
+    _check_order(_small(content, files, f"{root}byteorder", where) or b"little", where)
+    pickle = interpret(_small(content, files, pickles[0], where) or b"", where)
+    checked = any(member.crc for member in files.values())  # none has a CRC-32: torch was told to write none
+    storages = {}
+    for key, dtype, nbytes in _named(pickle.persistents, where):
+        member = files.get(f"{root}data/{key}")
+        if member is None or member.size != nbytes:
+            found = "is missing" if member is None else f"has {member.size} bytes"
+            raise CfmergeError(f"{where}: member {root}data/{key} {found}, expected {nbytes} bytes; {AGAIN}")
+        storages[key] = Storage(key, dtype, member.start, nbytes, member.crc if checked else None)
+    return Archive(content, pickle, storages, _metadata(_small(content, files, f"{root}{METADATA}", where), where))
+
+
+def _metadata(content: bytes | None, where: str) -> dict[str, str]:
+    try:
+        found = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CfmergeError(f"{where}: member {METADATA} is not a JSON object of texts; {AGAIN}")
+    return found
+
+
+def _small(content: memoryview, files: Mapping[str, Member], name: str, where: str) -> bytes | None:
+    """The content of a member, checked; None if there is none."""
+    if name not in files:
+        return None
+    start, size, crc = files[name]
+    if size > MAX_BYTES:
+        raise CfmergeError(f"{where}: member {name!r} has {size} bytes, cfmerge reads at most {MAX_BYTES}")
+    found = bytes(content[start : start + size])
+    if zlib.crc32(found) != crc and any(member.crc for member in files.values()):
+        raise CfmergeError(f"{where}: member {name!r} is corrupt: its CRC-32 is another; {AGAIN}")
+    return found
+
+
+def _check_order(order: bytes, where: str) -> None:
+    if order != b"little":
+        raise CfmergeError(
+            f"{where}: its numbers are big-endian ({order[:16]!r}), cfmerge reads little-endian ones; load it with "
+            "torch on such a machine as cfmerge runs on, and save it again"
+        )
+
+
+def _open_old(content: memoryview, where: str) -> Archive:
+    file = io.BufferedReader(_Bytes(content[:MAX_BYTES]))
+    magic, version, system, pickle, keys = (interpret(file, where) for _ in range(5))  # type: ignore[arg-type]
+    if magic.value != MAGIC or version.value != 1001 or not isinstance(system.value, dict):
+        raise CfmergeError(f"{where}: is not a file that torch.save wrote, or a corrupt one; {AGAIN}")
+    _check_order(b"little" if system.value.get("little_endian", True) is True else b"big", where)
+    named = {key: (dtype, nbytes) for key, dtype, nbytes in _named(pickle.persistents, where)}
+    if type(keys.value) is not list or not named.keys() <= {key for key in keys.value if type(key) is str}:
+        raise CfmergeError(f"{where}: its list of storages lacks some that its tensors view; {AGAIN}")
+    storages, at = {}, file.tell()
+    for key in keys.value:
+        if type(key) is not str or key not in named or key in storages:
+            raise CfmergeError(f"{where}: its list of storages holds one that no tensor views, or one twice; {AGAIN}")
+        dtype, nbytes = named[key]
+        count = int.from_bytes(content[at : at + 8], "little") * (1 if dtype is None else dtype.itemsize)
+        if count != nbytes or at + 8 + nbytes > len(content):
+            raise CfmergeError(
+                f"{where}: storage {key} at byte {at} has {count} bytes, its tensors say {nbytes}, and the file has "
+                f"{max(0, len(content) - at - 8)} left; it is truncated or corrupt, {AGAIN}"
+            )
+        storages[key] = Storage(key, dtype, at + 8, nbytes)
+        at += 8 + nbytes
+    globals = tuple(dict.fromkeys(name for one in (magic, version, system, pickle, keys) for name in one.globals))
+    return Archive(content, pickle._replace(globals=globals), storages, {})
+
+
+def _named(persistents: Sequence[Persistent], where: str) -> list[tuple[str, np.dtype | None, int]]:
+    """`(key, dtype, bytes)` of the storages that a pickle names, each once."""
+    found: dict[str, tuple[np.dtype | None, int]] = {}
+    for persistent in persistents:
+        key, *rest = _storage(persistent.id, where)
+        if found.setdefault(key, (rest[0], rest[1])) != (rest[0], rest[1]):
+            raise CfmergeError(f"{where}: storage {key} is described in two ways; the file is corrupt, {AGAIN}")
+    return [(key, *rest) for key, rest in found.items()]
+
+
+def _storage(id: Any, where: str) -> tuple[str, np.dtype | None, int]:
+    """`(key, dtype, bytes)` out of `("storage", type, key, location, count)`, or that and a view's, which is None."""
+    if not (type(id) is tuple and len(id) in (5, 6) and id[0] == "storage" and isinstance(id[1], Global)):
+        raise CfmergeError(f"{where}: it refers to something that is no storage of numbers; {AGAIN}")
+    kind, key, _, count, *view = id[1:]
+    if type(key) is not str or type(count) is not int or not 0 <= count < 1 << 60:
+        raise CfmergeError(f"{where}: a storage has a key that is no text, or no size; {AGAIN}")
+    if view and view[0] is not None:
+        raise CfmergeError(f"{where}: storage {key} is a view of another, as in 2017; load and save it with torch")
+    if kind.name == "UntypedStorage":
+        return key, None, count
+    if kind.name not in STORAGES or kind.module not in ("torch", "torch.cuda"):
+        raise CfmergeError(
+            f"{where}: storage {key} is a {kind}, which cfmerge does not read (quantised numbers have no meaning of "
+            f"their own); it reads {', '.join(DTYPES)}"
+        )
+    return key, STORAGES[kind.name], count * STORAGES[kind.name].itemsize
+
+
+class _Bytes(io.RawIOBase):
+    """Bytes as a file, without a copy of them."""
+
+    def __init__(self, content: memoryview):
+        self._content, self._at = content, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._content[self._at : self._at + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, len(self._content))[whence]
+        if self._at < 0:
+            raise OSError("before the first byte")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
