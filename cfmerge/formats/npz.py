@@ -5,7 +5,6 @@ NumPy does not know bfloat16: it writes such arrays as two bytes without a meani
 """
 
 import ast
-import dataclasses
 import io
 import math
 import struct
