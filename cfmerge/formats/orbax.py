@@ -36,12 +36,12 @@ class OrbaxCheckpoint:
 
     ties: Mapping[str, str] = {}
 
-    def __init__(self, path: Path, subtree: str = ""):
-        """Opens a directory, or of it the arrays below `subtree` alone; see `trees.chosen`."""
+    def __init__(self, path: Path, subtree: str = "", *, whole: bool = False):
+        """Opens a directory, or of it the arrays below `subtree` alone, see `trees.chosen`; or all that is in it."""
         self.path = path
         folder, notes = find_tree(path)
         tree = read_tree(folder)
-        own, left_out = chosen(tree.leaves, subtree, path)
+        own, left_out = ({name: name for name in tree.leaves}, ()) if whole else chosen(tree.leaves, subtree, path)
         self.notes: tuple[str, ...] = notes + tree.notes + left_out
         self.metadata: Mapping[str, str] = {}
         self.files = files_of(tree)

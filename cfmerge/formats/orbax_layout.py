@@ -8,16 +8,10 @@ from typing import Any, NamedTuple
 from cfmerge.errors import CfmergeError, and_more
 
 TREE, CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"
-OWN = (
-    TREE,
-    CHECKPOINT,
-    "manifest.ocdbt",
-    "commit_success.txt",
-    "orbax.checkpoint",
-    "_sharding",
-    "array_metadatas",
-    "d",
-)
+OWN = {  # the names that Orbax gives to its files, beside `ocdbt.process_*`
+    *(TREE, CHECKPOINT, "manifest.ocdbt", "commit_success.txt", "orbax.checkpoint", "_sharding", "array_metadatas"),
+    *("d", "state"),
+}
 UNFINISHED = (".orbax-checkpoint-tmp", ".partial_save")
 STEP = re.compile(r"(?:\w+_)?(\d{1,18})")
 ARRAYS = {"jax.Array", "np.ndarray"}
