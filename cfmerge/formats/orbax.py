@@ -15,7 +15,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.base import TensorInfo
-from cfmerge.formats.orbax_layout import Tree, files_of, find_tree, read_tree
+from cfmerge.formats.orbax_layout import Tree, files_of, find_tree, read_tree, text_metadata
 from cfmerge.formats.safetensors import READ
 from cfmerge.formats.trees import chosen
 
@@ -43,7 +43,7 @@ class OrbaxCheckpoint:
         tree = read_tree(folder)
         own, left_out = ({name: name for name in tree.leaves}, ()) if whole else chosen(tree.leaves, subtree, path)
         self.notes: tuple[str, ...] = notes + tree.notes + left_out
-        self.metadata: Mapping[str, str] = {}
+        self.metadata: Mapping[str, str] = text_metadata(folder)
         self.files = files_of(tree)
         arrays = _open(tree, {name: tree.leaves[whole] for name, whole in own.items()})
         stored = sum(file.stat().st_size for file in self.files)

@@ -164,3 +164,13 @@ def files_of(tree: Tree) -> tuple[Path, ...]:
     parts = [tree.folder / name for name in (TREE, *(stored if tree.ocdbt else tree.leaves.values()))]
     inside = [file for part in parts for file in ([part] if part.is_file() else part.rglob("*"))]
     return tuple(sorted(file for file in inside if file.is_file()))
+
+
+def text_metadata(folder: Path) -> dict[str, str]:
+    """The texts in a checkpoint's custom metadata, which lie beside a tree or one folder up."""
+    file = next((place / CHECKPOINT for place in (folder, folder.parent) if (place / CHECKPOINT).is_file()), None)
+    try:
+        content = json.loads(file.read_bytes()).get("custom_metadata") if file else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}  # a damaged one takes nothing from the arrays
+    return {key: text for key, text in content.items() if isinstance(text, str)} if isinstance(content, dict) else {}
