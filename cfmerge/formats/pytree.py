@@ -16,15 +16,21 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     Raises:
         CfmergeError: a leaf is not an array.
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = {}
-    for path, leaf in paths:
-        name = "/".join(_part(key) for key in path)
-        if name.endswith("/value"):  # flax variables
-            name = name.removesuffix("/value")
+    named, treedef = named_leaves(tree)
+    for name, leaf in named.items():
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int):
             raise CfmergeError(f"leaf {name!r} is not an array, but {type(leaf).__name__}")
-        leaves[name] = leaf if hasattr(leaf, "shape") else jnp.asarray(leaf)
+    return {name: leaf if hasattr(leaf, "shape") else jnp.asarray(leaf) for name, leaf in named.items()}, treedef
+
+
+def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
+    """`({name: leaf}, treedef)`, whatever the leaves are.
+
+    Raises:
+        CfmergeError: two have the same path.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = {"/".join(_part(key) for key in path).removesuffix("/value"): leaf for path, leaf in paths}
     if len(leaves) != len(paths):
         raise CfmergeError("two leaves of the tree have the same path")
     return leaves, treedef
