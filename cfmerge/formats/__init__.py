@@ -17,7 +17,7 @@ from cfmerge.formats.sinks import open_sink as open_sink
 
 
 def open_checkpoint(path: str | Path) -> Source:
-    """The source of a model directory, a single `.safetensors` file or a model's folder in the Hugging Face cache.
+    """The source of a model: a directory, a file of tensors, a checkpoint, or its folder in the Hugging Face cache.
 
         >>> model = cfmerge.open_checkpoint("base")
         >>> {name: info.shape for name, info in model.tensors.items()}
@@ -25,12 +25,13 @@ def open_checkpoint(path: str | Path) -> Source:
         >>> model.read("layer.weight", first=3, count=2)
         array([3., 4.], dtype=float32)
 
-    Only headers are read. The content of the files decides the format; a new one is one more line here.
+    Only headers are read. The content of the files decides the format. `PATH::PART` names a part of a file or
+    checkpoint that holds several sets of tensors: `run.ckpt::ema`, `checkpoints/100::params`.
 
     Raises:
         CfmergeError: there is nothing there, it is of a format that is not read, or its headers are corrupt.
     """
-    path = Path(path).expanduser()
+    path, part = _parts(path)
     if path.is_symlink() and not path.exists():
         raise CfmergeError(f"{path}: is a link to {path.readlink()}, which is not there; fetch the model again")
     if not path.exists():
@@ -41,4 +42,11 @@ def open_checkpoint(path: str | Path) -> Source:
             else ""
         )
         raise CfmergeError(f"{path}: no such file or directory{hint}")
-    return HuggingFaceSource(hub.newest(path))
+    return HuggingFaceSource(hub.newest(path), part)
+
+
+def _parts(path: str | Path) -> tuple[Path, str]:
+    """The path, and the part of it that is named behind `::`."""
+    whole = Path(path).expanduser()
+    before, separator, part = str(path).partition("::")
+    return (Path(before).expanduser(), part) if separator and not whole.exists() else (whole, "")

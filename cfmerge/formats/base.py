@@ -55,6 +55,9 @@ class Folder:
         metadata: its first file's, text.
         format: its files', a key of `containers.FORMATS`.
         suffix: its files'.
+        ties: `{alias: name}` of names that its files hold once, without the prefix.
+        key: the entry under which its files have their tensors, in a format that has such.
+        like: the container that it was read from, where a writer copies from it what is no tensor.
     """
 
     prefix: str = ""
@@ -66,6 +69,9 @@ class Folder:
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     format: str = "safetensors"
     suffix: str = ".safetensors"
+    ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    key: str = ""
+    like: "Container | None" = None
 
 
 class Container(Protocol):

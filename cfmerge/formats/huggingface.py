@@ -9,7 +9,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import Container, Folder, TensorInfo
-from cfmerge.formats.containers import open_container
+from cfmerge.formats.containers import kind_of, open_container
 from cfmerge.formats.layout import Component, Weights, find_components, read_json
 from cfmerge.formats.side_files import about, look_beside
 from cfmerge.models.deltas import Delta, Dense
@@ -17,12 +17,18 @@ from cfmerge.models.ties import likely_ties
 
 
 class HuggingFaceSource:
-    """A directory with `model.safetensors`, an index of shards or components in folders, or one `.safetensors` file."""
+    """A directory with weights of any format, in one file, shards or components in folders; or one file or checkpoint.
 
-    def __init__(self, path: Path):
+    Args:
+        part: of one file or checkpoint the part that is named, such as `ema` or `params`; "": all parameters.
+    """
+
+    def __init__(self, path: Path, part: str = ""):
         self.path = path
         directory = path if path.is_dir() else None
         components = find_components(directory) if directory else [_one_file(path)]
+        if part and len(components) > 1:
+            raise CfmergeError(f"{path}::{part}: is a model of several folders; name the file that holds the part")
         self._where: dict[str, tuple[Container, str]] = {}  # {name: (file, the tensor's name in it)}
         self.folders: tuple[Folder, ...] = ()
         self.ties: Mapping[str, str] = {}
@@ -30,7 +36,7 @@ class HuggingFaceSource:
         files: list[Path] = []
         apart: list[Path] = []  # folders that hold the model once more
         for component in components:
-            opened = [open_container(file) for file in component.weights.files]
+            opened = [open_container(file, part) for file in component.weights.files]
             where = _chosen(path, component.weights, opened)
             if not component.declared and self._is_again(where):
                 apart.append(path / component.folder)
@@ -38,12 +44,18 @@ class HuggingFaceSource:
             self._where |= {component.prefix + name: (file, name) for name, file in where.items()}
             config = read_json(path / component.folder / "config.json") if directory else {}
             metadata = opened[0].metadata
+            stored = {alias: name for file in opened for alias, name in file.ties.items() if name in where}
             folder = component.weights.folder(component.prefix, component.folder)
-            self.folders += (dataclasses.replace(folder, metadata=metadata, declared=component.declared),)
-            found = likely_ties(where, config, metadata)
+            self.folders += (
+                dataclasses.replace(
+                    folder, metadata=metadata, declared=component.declared, format=kind_of(opened[0].path),
+                    ties=stored, key=getattr(opened[0], "key", ""), like=opened[0],
+                ),
+            )  # fmt: skip
+            found = {**likely_ties(where, config, metadata), **stored}
             self.ties |= {component.prefix + alias: component.prefix + name for alias, name in found.items()}
             self.notes += _notes(component.weights, where, opened, path)
-            files += component.weights.files
+            files += [file for container in opened for file in container.files]
         self.tensors: Mapping[str, TensorInfo] = {n: file.tensors[own] for n, (file, own) in self._where.items()}
         if not self.tensors:
             raise CfmergeError(f"{path}: holds no tensors")
@@ -54,7 +66,7 @@ class HuggingFaceSource:
         self.metadata: Mapping[str, str] = self.folders[0].metadata
         self.side_files: Mapping[str, Path] = {}
         self.left_out: tuple[str, ...] = ()
-        if directory:
+        if directory and directory not in main.weights.files:
             ignored = [file for component in components for file in component.weights.ignored]
             ignored += [component.weights.index for component in components if component.weights.index]
             beside = look_beside(directory, files, ignored, apart)
@@ -64,7 +76,8 @@ class HuggingFaceSource:
         pass
 
     def grain(self, name: str) -> int:
-        return 1
+        file, own = self._where[name]
+        return file.grain(own)
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         file, own = self._where[name]

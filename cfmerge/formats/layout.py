@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.base import Folder
+from cfmerge.formats.containers import directory_format
 from cfmerge.formats.magic import CONVERT, is_lfs_pointer, lfs_advice, wrong_file
 from cfmerge.formats.side_files import COPY_FOLDERS, TENSORS, TRAINING_FOLDERS, is_training
 
@@ -105,6 +106,8 @@ def find_components(directory: Path) -> list[Component]:
     """
     root = find_weights(directory)
     declared = any((directory / name).is_file() for name in ("modules.json", "model_index.json"))
+    if root is None and not declared and directory_format(directory):
+        return [Component("", "", Weights([directory], None, {}, "model", [], ""))]
     folders = {} if root is None and not declared else _folders(directory, declared)
     if root is None and not folders:
         raise CfmergeError(_nothing(directory))

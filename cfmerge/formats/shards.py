@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -57,6 +58,20 @@ def divide(stem: str, suffix: str, index: str | None, metadata: Mapping[str, str
 
 class Unfit(Exception):
     """Files of an earlier writer that cannot be gone on with."""
+
+
+class Writer(Protocol):
+    """The writer of one folder of an output."""
+
+    def write(self, name: str, values: np.ndarray, first: int = 0) -> None: ...
+
+    def covers(self, ranges: Iterable[Range]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None: ...
 
 
 class ShardWriter:

@@ -20,7 +20,7 @@ from cfmerge.formats.base import Folder, Header, Totals
 from cfmerge.formats.containers import FORMATS
 from cfmerge.formats.naming import format_by_name, in_format
 from cfmerge.formats.ranges import Covered, Range
-from cfmerge.formats.shards import ShardWriter, save
+from cfmerge.formats.shards import Writer, save
 from cfmerge.formats.side_files import TENSORS
 from cfmerge.formats.staged import StagedDirectory, StagedFile, staging_directories
 
@@ -64,8 +64,9 @@ class DirectorySink:
         self._folders = sorted(folders, key=lambda folder: len(folder.prefix), reverse=True)
         self._side_files, self._edits = dict(side_files or {}), dict(edits or {})
         self._shard_bytes, self._metadata = shard_bytes, dict(metadata)
-        self._writers: dict[str, ShardWriter] = {}  # by the prefix of their folder
+        self._writers: dict[str, Writer] = {}  # by the prefix of their folder
         self._folder_of: dict[str, Folder] = {}
+        self._copies: dict[str, list[str]] = {}  # {name: further names, that are written too}
         how = {"overwrite": overwrite, "inputs": inputs, "digest": digest, "keep": keep, "resume": resume, "join": join}
         self._staged = self._stage(target, **how)
         self.target = self._staged.target
@@ -108,6 +109,7 @@ class DirectorySink:
             if done is None:
                 self._staged.clear()
                 _check_space(self._staged, headers)
+            headers = self._with_copies(headers)
             self._folder_of = {name: self._find_folder(name) for name in headers}
             for folder in self._folders:
                 mine = {
@@ -118,10 +120,26 @@ class DirectorySink:
                 if mine:
                     self._writers[folder.prefix] = self._open(folder, mine, done)
 
+    def _with_copies(self, headers: Mapping[str, Header]) -> dict[str, Header]:
+        """The headers, and those of further names of tensors, in formats that write each name by itself."""
+        self._copies = {}
+        named = dict(headers)
+        for folder in self._folders:
+            ties = {} if FORMATS[folder.format].shares else folder.ties
+            for alias, name in ((folder.prefix + alias, folder.prefix + name) for alias, name in ties.items()):
+                if name in headers and alias not in headers:
+                    self._copies.setdefault(name, []).append(alias)
+                    named[alias] = headers[name]
+        return named
+
+    def _all_names(self, ranges: Iterable[Range]) -> Iterator[Range]:
+        for name, first, count in ranges:
+            yield from ((own, first, count) for own in (name, *self._copies.get(name, ())))
+
     def _find_folder(self, name: str) -> Folder:
         return next(folder for folder in self._folders if name.startswith(folder.prefix))
 
-    def _open(self, folder: Folder, headers: Mapping[str, Header], done: Covered | None) -> ShardWriter:
+    def _open(self, folder: Folder, headers: Mapping[str, Header], done: Covered | None) -> Writer:
         place = self.path / folder.name
         place.mkdir(parents=True, exist_ok=True)
         size = total_bytes(headers)
@@ -133,21 +151,22 @@ class DirectorySink:
             self.notes += () if note in self.notes else (note,)
         most = self._shard_bytes if folder.sharded else UNBOUNDED
         if done is not None:
-            ranges = [one for one in done.ranges() if self._folder_of.get(one[0]) is folder]
+            ranges = [one for one in self._all_names(done.ranges()) if self._folder_of.get(one[0]) is folder]
             done = Covered((name.removeprefix(folder.prefix), first, count) for name, first, count in ranges)
         metadata = {**self._metadata, **folder.metadata}
         index = None if self._staged.join else folder.index
-        how = FORMATS[folder.format]
-        return ShardWriter(place, headers, most, metadata, folder.stem, index, done, suffix=folder.suffix, lay=how.lay)
+        write = FORMATS[folder.format].write
+        return write(place, headers, most, folder, metadata=metadata, index=index, done=done)
 
     def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
-        folder = self._folder_of[name]
         with disk_errors(self._asked):
-            self._writers[folder.prefix].write(name.removeprefix(folder.prefix), values, first)
+            for own in (name, *self._copies.get(name, ())):
+                prefix = self._folder_of[own].prefix
+                self._writers[prefix].write(own.removeprefix(prefix), values, first)
 
     def covers(self, ranges: Iterable[Range]) -> None:
         """Takes note of ranges that another process has written."""
-        for name, first, count in ranges:
+        for name, first, count in self._all_names(ranges):
             prefix = self._folder_of[name].prefix
             self._writers[prefix].covers([(name.removeprefix(prefix), first, count)])
 
