@@ -13,7 +13,7 @@ from cfmerge.formats.distributed_files import distributed
 from cfmerge.formats.distributed_index import NAME as INDEX_OF_CHUNKS
 from cfmerge.formats.magic import format_of, wrong_file
 from cfmerge.formats.orbax import OrbaxCheckpoint
-from cfmerge.formats.orbax_layout import is_orbax
+from cfmerge.formats.orbax_layout import FIRST, is_orbax
 from cfmerge.formats.orbax_writer import OrbaxWriter
 from cfmerge.formats.ranges import Covered
 from cfmerge.formats.shards import Lay, ShardWriter, Writer
@@ -109,7 +109,10 @@ def directory_format(path: Path) -> str | None:
     """The format of a directory that is one checkpoint as a whole; None where it may hold files of tensors."""
     if (path / INDEX_OF_CHUNKS).is_file() or (path / LATEST).is_file():
         return "distributed"
-    return "orbax" if is_orbax(path) else None
+    if not is_orbax(path):
+        return None
+    first = any((folder / FIRST).exists() for folder in (path, *(inner for inner in path.iterdir() if inner.is_dir())))
+    return "orbax" if first else "orbax-v0"
 
 
 def kind_of(path: Path) -> str:

@@ -19,11 +19,14 @@ def in_format(folder: Folder, wanted: str | None) -> Folder:
     """
     if wanted in {None, folder.format}:
         return folder
+    suffixes = FORMATS[str(wanted)].suffixes
+    if not suffixes:  # a directory as a whole
+        return dataclasses.replace(folder, stem="model", suffix="", format=str(wanted), sharded=True, metadata={})
     stem, dot, variant = folder.stem.partition(".")
     known = {name for files in KINDS for name in files.stems}
     if stem in known and not (stem == BOTH and wanted in {"safetensors", "torch"}):
         stem = USUAL[str(wanted)]
-    suffix = FORMATS[str(wanted)].suffixes[0]
+    suffix = suffixes[0]
     sharded = any(stem in files.stems and files.format == wanted != "npz" for files in KINDS)
     return dataclasses.replace(
         folder, stem=stem + dot + variant, suffix=suffix, format=str(wanted), sharded=sharded, metadata={},

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from cfmerge.errors import CfmergeError, and_more
 
 TREE, CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"
+FIRST = "orbax.checkpoint"  # which only version 1 writes
 OWN = {  # the names that Orbax gives to its files, beside `ocdbt.process_*`
-    *(TREE, CHECKPOINT, "manifest.ocdbt", "commit_success.txt", "orbax.checkpoint", "_sharding", "array_metadatas"),
+    *(TREE, CHECKPOINT, "manifest.ocdbt", "commit_success.txt", FIRST, "_sharding", "array_metadatas"),
     *("d", "state"),
 }
 UNFINISHED = (".orbax-checkpoint-tmp", ".partial_save")

@@ -265,7 +265,7 @@ def open_sink(
     """
     single = format_by_name(target, format)
     folders = [in_format(folder, single or format) for folder in folders]
-    if single is None or target.is_dir():
+    if single is None:
         return DirectorySink(target, folders, shard_bytes=shard_bytes, side_files=side_files, edits=edits, **how)
     if heads:
         raise CfmergeError(f"output {target}: exported heads lie beside the model; name a directory")

@@ -42,9 +42,9 @@ def test_a_transformer_in_a_folder_has_plain_names(tmp_path):
 
 def test_weights_of_a_module_that_cannot_be_read_are_told(tmp_path):
     files = {name: content for name, content in FLAT.items() if name != "2_Dense/model.safetensors"}
-    model = open_checkpoint(laid(tmp_path, files | {"2_Dense/pytorch_model.bin": b"PK\3\4" + b"0" * 60}))
-    assert "2_Dense/pytorch_model.bin" in model.side_files
-    assert any("2_Dense/pytorch_model.bin: copied" in note and "not merged" in note for note in model.left_out)
+    model = open_checkpoint(laid(tmp_path, files | {"2_Dense/tf_model.h5": b"\x89HDF" + b"0" * 60}))
+    assert "2_Dense/tf_model.h5" in model.side_files
+    assert any("2_Dense/tf_model.h5: copied" in note and "not merged" in note for note in model.left_out)
 
 
 def test_a_module_that_no_expert_has_is_copied(tmp_path):

@@ -111,14 +111,14 @@ def test_broken_config(tmp_path, make_model, content):
 
 def test_pickles_only(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    refused(tmp_path, "no weights", "pytorch_model.bin", "safe_serialization=True")
+    refused(tmp_path, "pytorch_model.bin", "truncated or corrupt")
 
 
 def test_adapter(tmp_path, make_model):
     directory = make_model(tmp_path / "m")
     (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text("{}")
-    refused(directory, "adapter", "merge_and_unload")
+    refused(directory, "adapter", "as an expert")
 
 
 def test_several_files_without_an_index(tmp_path, make_model):

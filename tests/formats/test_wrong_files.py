@@ -12,12 +12,12 @@ WRONG = {
     "model.safetensors.index.json": (b'{"weight_map": {}}', ["index of shards", "name the directory"]),
     "model.safetensors": (b"", ["is empty", "fetch it again"]),
     "pointer.safetensors": (POINTER, ["Git LFS pointer", "git lfs pull"]),
-    "pytorch_model.bin": (b"PK\3\4" + b"0" * 60, ["pickle", "safe_serialization"]),
-    "old.pt": (b"\x80\x02\x8a\x0a" + b"0" * 60, ["pickle", "safe_serialization"]),
-    "old.ckpt": (b"0" * 600, ["pickle", "safe_serialization"]),
+    "pytorch_model.bin": (b"PK\3\4" + b"0" * 60, ["truncated or corrupt", "fetch the file again"]),
+    "old.pt": (b"\x80\x02\x8a\x0a" + b"0" * 60, ["Python pickle", "torch.save did not write"]),
+    "old.ckpt": (b"0" * 600, ["not a file that torch.save wrote"]),
     "model.gguf": (b"GGUF" + b"\0" * 60, ["GGUF", "gguf_file"]),
     "tf_model.h5": (b"\x89HDF\r\n" + b"0" * 60, ["HDF5", "from_tf"]),
-    "arrays.npz": (b"PK\3\4" + b"0" * 60, ["NumPy archive"]),
+    "arrays.npz": (b"PK\3\4" + b"0" * 60, ["corrupt", "fetch"]),
     "model.tar.gz": (b"\x1f\x8b" + b"0" * 60, ["archive", "unpack"]),
 }
 
