@@ -27,7 +27,7 @@ import numpy as np
 from cfmerge import covariance
 from cfmerge.activations.inputs import Seen, see, together, wide
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import safetensors
+from cfmerge.formats import safetensors, shards
 from cfmerge.formats.pytree import flatten
 
 Grams = dict[str, Any]  # {kernel's name: (in, in), or (stack, in, in) where layers are stacked}
@@ -101,7 +101,7 @@ def save(grams: Mapping[str, Any], path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors" or path.exists():
         raise CfmergeError(f"{path}: " + ("exists already" if path.exists() else "must be called .safetensors"))
-    safetensors.save(
+    shards.save(
         path.parent, {name: np.asarray(g) for name, g in grams.items()}, {"holds": "input_gram"}, path.stem
     )
 

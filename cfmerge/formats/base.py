@@ -88,12 +88,23 @@ class Container(Protocol):
         notes: notes for the user on reading it.
     """
 
-    path: Path
-    files: tuple[Path, ...]
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
-    ties: Mapping[str, str]
-    notes: tuple[str, ...]
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def ties(self) -> Mapping[str, str]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def grain(self, name: str) -> int:
         """See `Source`."""
@@ -108,7 +119,7 @@ class Checksum(NamedTuple):
     """A CRC-32 of so many bytes of a file, which stands in it at some places, 4 bytes little-endian."""
 
     first: int
-    count: int
+    size: int
     places: tuple[int, ...]
 
 

@@ -41,7 +41,8 @@ def divide(stem: str, suffix: str, index: str | None, metadata: Mapping[str, str
 
     def divided(tensors: Mapping[str, Header], max_bytes: int) -> tuple[dict[str, FileLayout], dict[str, bytes]]:
         shards = shard(tensors, max_bytes)
-        layouts, weight_map = {}, {}
+        layouts: dict[str, FileLayout] = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             numbered = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
             file = f"{stem}{numbered}{suffix}"
@@ -179,7 +180,7 @@ class ShardWriter:
             raise CfmergeError(f"tensors were not wholly written: {', '.join(missing[:5])}")
         for file, layout in self._files:
             for checked in layout.checksums:
-                crc = _crc32(file, checked.first, checked.count).to_bytes(4, "little")
+                crc = _crc32(file, checked.first, checked.size).to_bytes(4, "little")
                 for place in checked.places:
                     _write_all(file, crc, place)
             os.fsync(file)

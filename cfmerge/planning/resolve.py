@@ -87,7 +87,7 @@ def resolve(
     for method in made:
         check_count(method, len(earlier) + len(specs))
     notes = _check_same_files(recipe, base, specs, experts)
-    named = {spec.name: expert for spec, expert in zip(specs, experts, strict=True)}
+    named: Mapping[str, Source] = {spec.name: expert for spec, expert in zip(specs, experts, strict=True)}
     notes += _of_files(recipe, base, named)
     base, named, of_components = chosen_folders(base, named, recipe.components)
     base, experts, of_folders = same_folders(base, named)
