@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.pickles import MAX_BYTES, Global, Persistent, Pickle, interpret
 
 ZIP = b"PK\x03\x04"
@@ -100,18 +100,19 @@ def open_archive(content: memoryview, where: str) -> Archive:
 
 
 class Member(NamedTuple):
-    """A member of a zip archive: its place, and its CRC-32."""
+    """A member of a zip archive: its place, its CRC-32, and whether its bytes stand there as they are."""
 
     start: int
     size: int
     crc: int
+    stored: bool
 
 
 def members(content: memoryview, where: str) -> dict[str, Member]:
-    """The members of a zip archive that are stored as they are, by name; none overlaps another.
+    """The members of a zip archive by name; none overlaps another.
 
     Raises:
-        CfmergeError: a member is compressed or encrypted, or headers contradict one another.
+        CfmergeError: headers contradict one another.
     """
     try:
         with zipfile.ZipFile(io.BufferedReader(_Bytes(content))) as archive:
@@ -123,34 +124,32 @@ def members(content: memoryview, where: str) -> dict[str, Member]:
     last = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         name, at = info.filename, info.header_offset
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1:
-            raise CfmergeError(
-                f"{where}: member {name!r} is compressed or encrypted, and torch.save writes neither; "
-                "unpack the archive and name what it holds, or save the model again"
-            )
         start = _data_start(content, info)
-        if start is None or name in found or at < last or start + info.file_size > end:
+        if start is None or name in found or at < last or start + info.compress_size > end:
             raise CfmergeError(
                 f"{where}: member {name!r} is corrupt: its header at {at} and its {info.file_size} bytes do not fit "
                 f"what the archive's directory says; {AGAIN}"
             )
-        found[name], last = Member(start, info.file_size, info.CRC), start + info.file_size
+        stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 0x1
+        found[name], last = Member(start, info.compress_size, info.CRC, stored), start + info.compress_size
     return found
 
 
 def _data_start(content: memoryview, info: zipfile.ZipInfo) -> int | None:
     """Where a member's bytes begin; None if its own header is not the one that the directory tells of."""
     header = bytes(content[info.header_offset : info.header_offset + 30])
-    if len(header) < 30 or not header.startswith(ZIP) or info.file_size != info.compress_size:
+    if len(header) < 30 or not header.startswith(ZIP):
         return None
     _, _, flags, method, _, _, crc, packed, size, name_length, extra_length = struct.unpack("<4s5H3L2H", header)
     start = info.header_offset + 30
     name = bytes(content[start : start + name_length])
     later = bool(flags & 0x8)  # CRC and sizes stand behind the data
     fits = name == info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace")
-    fits &= method == 0 and flags == info.flag_bits
+    fits &= method == info.compress_type and flags == info.flag_bits
+    fits &= method != zipfile.ZIP_STORED or info.file_size == info.compress_size
     fits &= (later and crc == 0) or crc == info.CRC
-    fits &= all((later and n == 0) or n in (info.file_size, 0xFFFFFFFF) for n in (packed, size))
+    sizes = ((packed, info.compress_size), (size, info.file_size))
+    fits &= all((later and n == 0) or n in (told, 0xFFFFFFFF) for n, told in sizes)
     return start + name_length + extra_length if fits else None
 
 
@@ -167,6 +166,12 @@ def _open_zip(content: memoryview, where: str) -> Archive:
         raise CfmergeError(
             f"{where}: is a TorchScript program, not only weights; save these: "
             "torch.save(torch.jit.load(FILE).state_dict(), OUT)"
+        )
+    packed = [name for name, member in files.items() if not member.stored]
+    if packed:
+        raise CfmergeError(
+            f"{where}: member {and_more([repr(name) for name in packed])} is compressed or encrypted, and torch.save "
+            "writes neither; unpack the archive and name what it holds, or save the model again"
         )
     _check_order(_small(content, files, f"{root}byteorder", where) or b"little", where)
     pickle = interpret(_small(content, files, pickles[0], where) or b"", where)
@@ -195,7 +200,7 @@ def _small(content: memoryview, files: Mapping[str, Member], name: str, where: s
     """The content of a member, checked; None if there is none."""
     if name not in files:
         return None
-    start, size, crc = files[name]
+    start, size, crc, _ = files[name]
     if size > MAX_BYTES:
         raise CfmergeError(f"{where}: member {name!r} has {size} bytes, cfmerge reads at most {MAX_BYTES}")
     found = bytes(content[start : start + size])
