@@ -107,7 +107,9 @@ def _shared(views: Mapping[str, View]) -> str:
 def _foreign(names: Sequence[Global]) -> str:
     """The note on names that the file would import, other than those that every file of torch's names."""
     others = [str(name) for name in names if not (str(name) in KNOWN or name.module in ("torch", "torch._utils"))]
-    others = [name for name in others if name not in ("torch.storage.UntypedStorage", "torch._tensor._rebuild_from_type_v2")]
+    others = [
+        name for name in others if name not in ("torch.storage.UntypedStorage", "torch._tensor._rebuild_from_type_v2")
+    ]
     more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
     told = ", ".join(others[:LISTED]) + more
     return f"names objects of other code, which are not made, only their tensors read: {told}" if others else ""

@@ -1,15 +1,13 @@
 """PyTorch's two kinds of file, as a pickle's records and the places of the storages that it names.
 
-Zip (since 1.6): members `*/data.pkl`, `*/data/KEY`, stored. Before: five pickles in a row (a magic number, 1001, facts of
-the system, the object, the keys of the storages), then for each key a count of 8 bytes and the bytes.
+Zip (since 1.6): members `*/data.pkl`, `*/data/KEY`, stored. Before: five pickles in a row (a magic number,
+1001, facts of the system, the object, the keys of the storages), then for each key a count of 8 bytes and the bytes.
 """
 
 import dataclasses
 import io
 import json
-import struct
 import threading
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,16 +17,18 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.pickles import MAX_BYTES, Global, Persistent, Pickle, interpret
+from cfmerge.formats.zips import AGAIN as AGAIN
+from cfmerge.formats.zips import ZIP as ZIP
+from cfmerge.formats.zips import BytesFile, Member, members
 
-ZIP = b"PK\x03\x04"
 MAGIC = 0x1950A86A20F9469CFC6C
 OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickle of the magic number
+_NAMES = (
+    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 complex64 complex128 "
+    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
+)
 DTYPES: dict[str, np.dtype] = {  # by their names in torch
-    name: np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name))
-    for name in (
-        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 complex64 complex128 "
-        "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
-    ).split()
+    name: np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name)) for name in _NAMES.split()
 } | {"bool": np.dtype(np.bool_)}
 STORAGES: dict[str, np.dtype] = {
     f"{kind}Storage": DTYPES[name]
@@ -39,7 +39,6 @@ STORAGES: dict[str, np.dtype] = {
     }.items()
 }  # fmt: skip
 METADATA = "cfmerge/metadata.json"  # the member of an archive that cfmerge adds
-AGAIN = "fetch the file again"
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -97,60 +96,6 @@ def open_archive(content: memoryview, where: str) -> Archive:
         f"{where}: is not a file that torch.save wrote: it begins with {bytes(content[:8])!r}, expected a zip archive "
         f"or torch's magic number; {AGAIN}"
     )
-
-
-class Member(NamedTuple):
-    """A member of a zip archive: its place, its CRC-32, and whether its bytes stand there as they are."""
-
-    start: int
-    size: int
-    crc: int
-    stored: bool
-
-
-def members(content: memoryview, where: str) -> dict[str, Member]:
-    """The members of a zip archive by name; none overlaps another.
-
-    Raises:
-        CfmergeError: headers contradict one another.
-    """
-    try:
-        with zipfile.ZipFile(io.BufferedReader(_Bytes(content))) as archive:
-            infos, end = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError, LookupError, OverflowError,
-            EOFError) as error:  # fmt: skip
-        raise CfmergeError(f"{where}: the zip archive is truncated or corrupt ({error}); {AGAIN}") from None
-    found: dict[str, Member] = {}
-    last = 0
-    for info in sorted(infos, key=lambda info: info.header_offset):
-        name, at = info.filename, info.header_offset
-        start = _data_start(content, info)
-        if start is None or name in found or at < last or start + info.compress_size > end:
-            raise CfmergeError(
-                f"{where}: member {name!r} is corrupt: its header at {at} and its {info.file_size} bytes do not fit "
-                f"what the archive's directory says; {AGAIN}"
-            )
-        stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 0x1
-        found[name], last = Member(start, info.compress_size, info.CRC, stored), start + info.compress_size
-    return found
-
-
-def _data_start(content: memoryview, info: zipfile.ZipInfo) -> int | None:
-    """Where a member's bytes begin; None if its own header is not the one that the directory tells of."""
-    header = bytes(content[info.header_offset : info.header_offset + 30])
-    if len(header) < 30 or not header.startswith(ZIP):
-        return None
-    _, _, flags, method, _, _, crc, packed, size, name_length, extra_length = struct.unpack("<4s5H3L2H", header)
-    start = info.header_offset + 30
-    name = bytes(content[start : start + name_length])
-    later = bool(flags & 0x8)  # CRC and sizes stand behind the data
-    fits = name == info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace")
-    fits &= method == info.compress_type and flags == info.flag_bits
-    fits &= method != zipfile.ZIP_STORED or info.file_size == info.compress_size
-    fits &= (later and crc == 0) or crc == info.CRC
-    sizes = ((packed, info.compress_size), (size, info.file_size))
-    fits &= all((later and n == 0) or n in (told, 0xFFFFFFFF) for n, told in sizes)
-    return start + name_length + extra_length if fits else None
 
 
 def _open_zip(content: memoryview, where: str) -> Archive:
@@ -218,7 +163,7 @@ def _check_order(order: bytes, where: str) -> None:
 
 
 def _open_old(content: memoryview, where: str) -> Archive:
-    file = io.BufferedReader(_Bytes(content[:MAX_BYTES]))
+    file = io.BufferedReader(BytesFile(content[:MAX_BYTES]))
     magic, version, system, pickle, keys = (interpret(file, where) for _ in range(5))  # type: ignore[arg-type]
     if magic.value != MAGIC or version.value != 1001 or not isinstance(system.value, dict):
         raise CfmergeError(f"{where}: is not a file that torch.save wrote, or a corrupt one; {AGAIN}")
@@ -270,31 +215,3 @@ def _storage(id: Any, where: str) -> tuple[str, np.dtype | None, int]:
             f"their own); it reads {', '.join(DTYPES)}"
         )
     return key, STORAGES[kind.name], count * STORAGES[kind.name].itemsize
-
-
-class _Bytes(io.RawIOBase):
-    """Bytes as a file, without a copy of them."""
-
-    def __init__(self, content: memoryview):
-        self._content, self._at = content, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self._content[self._at : self._at + len(buffer)]
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, len(self._content))[whence]
-        if self._at < 0:
-            raise OSError("before the first byte")
-        return self._at
-
-    def tell(self) -> int:
-        return self._at

@@ -144,7 +144,11 @@ def numbers(value: Any) -> tuple[int, ...]:
     """Sizes or strides, a tuple or a `torch.Size`; (-1,) if they are neither."""
     if isinstance(value, Call) and str(value.func) == "torch.Size" and len(value.args) == 1:
         value = value.args[0]
-    if type(value) not in (tuple, list) or len(value) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 60 for n in value):
+    if (
+        type(value) not in (tuple, list)
+        or len(value) > MAX_AXES
+        or not all(type(n) is int and 0 <= n < 1 << 60 for n in value)
+    ):
         return (-1,)
     return tuple(value)
 

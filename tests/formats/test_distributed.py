@@ -64,9 +64,7 @@ def split(directory: Path, name: str) -> Path:
     """A checkpoint whose 6x4 tensor lies in three chunks: two rows, and two halves of the other four."""
     tensor = weights()["a.weight"]
     boxes = [((0, 0), (2, 4)), ((2, 0), (4, 2)), ((2, 2), (4, 2))]
-    parts = {
-        str(number): tensor[a : a + n, b : b + m].contiguous() for number, ((a, b), (n, m)) in enumerate(boxes)
-    }
+    parts = {str(number): tensor[a : a + n, b : b + m].contiguous() for number, ((a, b), (n, m)) in enumerate(boxes)}
     saved(directory, {**parts, name: torch.zeros(6, 4)})
 
     def change(metadata):
@@ -328,8 +326,8 @@ def flips(count: int, seed: int, folder: Path) -> list[str]:
             found = everything(DistributedCheckpoint(directory))
             ended.append(f"{name} {'same' if found == expected else 'other'}")
         except CfmergeError as error:
-            assert str(directory) in str(error)
-            ended.append(f"{name} error")
+            named = str(directory) in str(error)
+            ended.append(f"{name} error" if named else "unnamed")
         shutil.rmtree(directory)
     assert len(used) == 3
     return ended

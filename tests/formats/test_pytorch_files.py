@@ -54,9 +54,7 @@ def some_tensors() -> dict[str, torch.Tensor]:
 
 def everything(file: TorchFile) -> dict:
     """All that a file gives, as plain values."""
-    tensors = {
-        name: (info.shape, info.dtype.name, file.read(name).tobytes()) for name, info in file.tensors.items()
-    }
+    tensors = {name: (info.shape, info.dtype.name, file.read(name).tobytes()) for name, info in file.tensors.items()}
     return {"tensors": tensors, "ties": dict(file.ties)}
 
 
@@ -120,8 +118,8 @@ W, V = torch.ones(2), torch.zeros(3)
 WRAPPED = {
     "plain": ({"w": W}, "", ["w"], []),
     "ordered": (nn.ParameterDict({"w": W}).state_dict(), "", ["w"], []),
-    "state_dict": ({"state_dict": {"w": W}, "epoch": 3, "loss": V}, "", ["w"], ["under 'state_dict'", "epoch and 1 more"]),
-    "two levels": ({"model": {"state_dict": {"w": W}}, "optimizer": {"state": {0: {"m": V}}}}, "", ["w"], ["optimizer"]),
+    "state_dict": ({"state_dict": {"w": W}, "epoch": 3, "loss": V}, "", ["w"], ["'state_dict'", "epoch and 1 more"]),
+    "two levels": ({"model": {"state_dict": {"w": W}}, "optimizer": {"s": {0: V}}}, "", ["w"], ["optimizer"]),
     "an unknown key": ({"generator": {"w": W}, "step": 1}, "", ["w"], ["under 'generator'"]),
     "a known key beside others": ({"params": {"w": W}, "discriminator": {"d": V}}, "", ["w"], ["discriminator"]),
     "asked for": ({"model": {"w": W}, "ema": {"w": V}}, "ema", ["w"], []),
@@ -130,7 +128,7 @@ WRAPPED = {
     "compiled": ({"_orig_mod.w": W}, "", ["w"], ["began with '_orig_mod.'"]),
     "compiled and parallel": ({"_orig_mod.module.w": W}, "", ["w"], ["'_orig_mod.'", "'module.'"]),
     "a module among others": ({"module.w": W, "v": V}, "", ["module.w", "v"], []),
-    "with objects": ({"w": W, "x._extra_state": None, "n": 3}, "", ["w"], ["no tensors are not read: 'x._extra_state'"]),
+    "with objects": ({"w": W, "x._extra_state": None, "n": 3}, "", ["w"], ["not read: 'x._extra_state'"]),
 }  # fmt: skip
 
 
@@ -269,7 +267,9 @@ def test_a_storages_checksum_is_looked_at_once_before_its_bytes_are_given_out(tm
     path = saved(tmp_path / "model.pt", {"w": torch.ones(64), "v": torch.ones(64)})
     looks = []
     crc32 = zlib.crc32
-    monkeypatch.setattr("cfmerge.formats.torch_archives.zlib.crc32", lambda data: looks.append(len(data)) or crc32(data))
+    monkeypatch.setattr(
+        "cfmerge.formats.torch_archives.zlib.crc32", lambda data: looks.append(len(data)) or crc32(data)
+    )
     file = TorchFile(path)
     assert 256 not in looks
     threads = [threading.Thread(target=file.read, args=("w", n, 1)) for n in range(16)]
@@ -323,8 +323,8 @@ def flips(kind: str, count: int, seed: int, folder: Path) -> list[str]:
         try:
             ended.append("same" if everything(TorchFile(path)) == expected else "other")
         except CfmergeError as error:
-            assert str(path) in str(error)
-            ended.append("error")
+            named = str(path) in str(error)
+            ended.append("error" if named else "unnamed")
         path.unlink()
     return ended
 
