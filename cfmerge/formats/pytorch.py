@@ -11,6 +11,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import TensorInfo
+from cfmerge.formats.magic import is_lfs_pointer, lfs_advice
 from cfmerge.formats.pickles import Global
 from cfmerge.formats.torch_archives import AGAIN, open_archive
 from cfmerge.formats.torch_layouts import lay as lay
@@ -69,6 +70,8 @@ def mapped(path: Path) -> memoryview:
         with path.open("rb") as file:
             if not path.stat().st_size:
                 raise CfmergeError(f"{path}: is empty (0 bytes): the file was truncated; {AGAIN}")
+            if is_lfs_pointer(path):
+                raise CfmergeError(lfs_advice(path))
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise CfmergeError(f"{path}: cannot be read: {error.strerror}") from None

@@ -92,6 +92,8 @@ def open_archive(content: memoryview, where: str) -> Archive:
         return _open_zip(content, where)
     if content[: len(OLD)] == OLD:
         return _open_old(content, where)
+    if content[257:262] == b"ustar":
+        raise CfmergeError(f"{where}: is a tar file, as torch wrote before 2017; load and save it with torch")
     raise CfmergeError(
         f"{where}: is not a file that torch.save wrote: it begins with {bytes(content[:8])!r}, expected a zip archive "
         f"or torch's magic number; {AGAIN}"

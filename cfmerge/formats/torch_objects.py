@@ -45,20 +45,22 @@ def chosen(value: Any, where: str, key: str = "") -> Found:
             raise CfmergeError(f"{where}: has no entry {step!r}{nearest(step, _texts(entries))}")
         value = entries[step]
     notes: tuple[str, ...] = ()
+    trail, asked = [where, *([key] if key else [])], bool(key)
     for _ in range(MAX_DEPTH):
         entries = _entries(value)
         options = _options(entries)
         known = [name for name in options if name in WRAPPERS]
-        if (_is_state(value) and (key or not known)) or not options:
+        if (_is_state(value) and (asked or not known)) or not options:
             break
         options = known or options
         if len(options) > 1:
-            shown = "\n".join(f"  {where}::{f'{key}::' if key else ''}{name}" for name in options)
+            shown = "\n".join(f"  {'::'.join([*trail, name])}" for name in options)
             raise CfmergeError(f"{where}: holds several dictionaries of tensors; name the one that is meant:\n{shown}")
         others = [name for name in _texts(entries) if name != options[0]]
         if others:
             notes += (f"its weights are those under {options[0]!r}; not read: {and_more(others)}",)
-        value, key = entries[options[0]], ""
+        value, asked = entries[options[0]], False
+        trail.append(options[0])
     found = _state(value, where)
     if not found.tensors:
         raise CfmergeError(

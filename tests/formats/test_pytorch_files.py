@@ -147,6 +147,9 @@ def test_several_dictionaries_are_asked_for(tmp_path):
     with pytest.raises(CfmergeError, match="several dictionaries") as caught:
         TorchFile(path)
     assert f"{path}::model\n  {path}::ema" in str(caught.value)
+    inner = saved(tmp_path / "inner.pt", {"model": {"net": {"w": W}, "ema": {"w": V}}, "step": 1})
+    with pytest.raises(CfmergeError, match=f"{inner}::model::net\n  {inner}::model::ema"):
+        TorchFile(inner)
     with pytest.raises(CfmergeError, match="no entry 'emma'; did you mean 'ema'"):
         TorchFile(path, "emma")
 
@@ -207,11 +210,14 @@ def test_other_archives_are_refused(tmp_path):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.addfile(tarfile.TarInfo("storages"))
-    content["tar"] = buffer.getvalue()
+    content["tar file"] = buffer.getvalue()
+    content["Git LFS pointer"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    words = {"npz": "0 members", "no archive": "not a file that torch.save wrote", "empty": "0 bytes"}
     for name, own in content.items():
         (tmp_path / name).write_bytes(own)
-        with pytest.raises(CfmergeError, match=name.split()[0] if name == "truncated" else str(tmp_path / name)):
+        with pytest.raises(CfmergeError, match=words.get(name, name)) as caught:
             TorchFile(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
     with pytest.raises(CfmergeError, match="No such file"):
         TorchFile(tmp_path / "absent")
 
