@@ -5,42 +5,43 @@ The list makes a message, not safety: nothing that a pickle names is ever import
 
 import re
 
-ROOTS = frozenset(
-    # the system, and Python itself
+_ROOTS = (  # the system and Python itself; files and connections
     "os posix nt posixpath ntpath sys subprocess _posixsubprocess socket _socket socketserver importlib imp runpy "
-    "builtins __builtin__ __builtins__ shutil commands popen2 pty pdb bdb code codeop site sysconfig "
-    "ctypes _ctypes cffi signal atexit threading _thread multiprocessing concurrent asyncio inspect gc types marshal "
-    "pickle _pickle cPickle dill cloudpickle zipimport pkgutil pydoc timeit trace profile cProfile doctest platform "
-    "ensurepip venv pip setuptools distutils pkg_resources lib2to3 idlelib "
-    # files and connections
-    "io _io glob fileinput tempfile linecache mmap fcntl select selectors resource sqlite3 dbm shelve zipfile tarfile "
-    "urllib urllib2 urllib3 http httplib ftplib smtplib poplib imaplib telnetlib nntplib xmlrpc xmlrpclib ssl "
-    "webbrowser wsgiref requests httpx aiohttp paramiko fabric tornado boto3 winreg _winreg msvcrt _winapi "
-    "yaml joblib IPython ipykernel jupyter logging antigravity".split()
+    "builtins __builtin__ __builtins__ shutil commands popen2 pty pdb bdb code codeop site sysconfig ctypes _ctypes "
+    "cffi signal atexit threading _thread multiprocessing concurrent asyncio inspect gc types marshal pickle _pickle "
+    "cPickle dill cloudpickle zipimport pkgutil pydoc timeit trace profile cProfile doctest platform ensurepip venv "
+    "pip setuptools distutils pkg_resources lib2to3 idlelib io _io glob fileinput tempfile linecache mmap fcntl select "
+    "selectors resource sqlite3 dbm shelve zipfile tarfile urllib urllib2 urllib3 http httplib ftplib smtplib poplib "
+    "imaplib telnetlib nntplib xmlrpc xmlrpclib ssl webbrowser wsgiref requests httpx aiohttp paramiko fabric tornado "
+    "boto3 winreg _winreg msvcrt _winapi yaml joblib IPython ipykernel jupyter logging antigravity"
 )
-WITHIN = frozenset(  # wherever they stand: `torch.os.system`, `six.moves.builtins.eval`
-    "os posix nt sys subprocess socket importlib runpy builtins __builtin__ __builtins__ shutil ctypes pickle".split()
+_WITHIN = "os posix nt sys subprocess socket importlib runpy builtins __builtin__ __builtins__ shutil ctypes pickle"
+_FUNCTIONS = "eval exec execfile system popen import_module load_library cpp_extension"
+_TYPES = (
+    "set frozenset list dict tuple int long float complex bool str unicode bytes bytearray object slice range xrange "
+    "type NoneType Ellipsis NotImplemented Exception ValueError"
 )
-FUNCTIONS = frozenset("eval exec execfile system popen import_module load_library cpp_extension".split())
+_HARMLESS = (
+    "types.SimpleNamespace types.MappingProxyType io.BytesIO _io.BytesIO io.StringIO _io.StringIO codecs.encode "
+    "_codecs.encode copyreg._reconstructor copy_reg._reconstructor copyreg.__newobj__ copyreg.__newobj_ex__ "
+    "logging.Logger logging.getLogger"
+)
+ROOTS = frozenset(_ROOTS.split())
+MODULES = frozenset({"copyreg", "copy_reg", "codecs", "_codecs"})  # dangerous but for what is harmless
+WITHIN = frozenset(_WITHIN.split())  # wherever they stand: `torch.os.system`, `six.moves.builtins.eval`
+FUNCTIONS = frozenset(_FUNCTIONS.split())
 HARMLESS = frozenset(
-    [f"{root}.{name}" for root in ("builtins", "__builtin__") for name in (
-        "set frozenset list dict tuple int long float complex bool str unicode bytes bytearray object slice range "
-        "xrange type NoneType Ellipsis NotImplemented Exception ValueError"
-    ).split()]
-    + ["types.SimpleNamespace", "types.MappingProxyType", "io.BytesIO", "_io.BytesIO", "io.StringIO", "_io.StringIO"]
-    + ["copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.__newobj__", "copyreg.__newobj_ex__"]
-    + ["codecs.encode", "_codecs.encode", "logging.Logger", "logging.getLogger"]
-)  # fmt: skip
-MODULES = frozenset("copyreg copy_reg codecs _codecs".split())  # dangerous but for what is harmless
+    [*_HARMLESS.split(), *(f"{root}.{name}" for root in ("builtins", "__builtin__") for name in _TYPES.split())]
+)
 NAMES = re.compile(  # of libraries that are harmless otherwise
-    r"operator\.(attrgetter|methodcaller)|_operator\.(attrgetter|methodcaller)|functools\.reduce"
-    r"|torch\.(load|save|compile)|torch\.serialization\.(load|save|_load|_legacy_load)|torch\.hub\..*"
-    r"|torch\.(ops|classes|_ops|_classes)\..*|torch\.jit\..*|torch\._dynamo\.guards\..*|torch\._inductor\..*|torch\.package\..*"
-    r"|torch\.fx\..*|torch\.distributed\.rpc\..*|torch\.utils\.(cpp_extension|collect_env|bottleneck|_config_module|model_zoo)\..*"
-    r"|torch\.utils\.data\.datapipes\..*|torch\.multiprocessing\..*|torch\.testing\..*|torch\.storage\._load_from_bytes"
-    r"|numpy\.(load|save|fromfile|memmap|loadtxt|genfromtxt|f2py\..*|distutils\..*|testing\..*|lib\.npyio\..*)"
-    r"|numpy\.lib\._npyio_impl\..*|uuid\._.*|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path\..*|typing\.get_type_hints|mailcap\..*"
-    r"|pandas\.(read_\w+|eval|io\..*|core\.computation\..*)|test\.support.*|unittest\.mock\..*"
+    r"_?operator\.(attrgetter|methodcaller)|functools\.reduce|typing\.get_type_hints|mailcap\..*|uuid\._.*"
+    r"|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path\..*|test\.support.*|unittest\.mock\..*"
+    r"|torch\.(load|save|compile)|torch\.serialization\.(load|save|_load|_legacy_load)|torch\.storage\._load_from_bytes"
+    r"|torch\.(hub|jit|ops|classes|_ops|_classes|_inductor|package|fx|multiprocessing|testing)\..*"
+    r"|torch\._dynamo\.guards\..*|torch\.distributed\.rpc\..*|torch\.utils\.data\.datapipes\..*"
+    r"|torch\.utils\.(cpp_extension|collect_env|bottleneck|_config_module|model_zoo)\..*"
+    r"|numpy\.(load|save|fromfile|memmap|loadtxt|genfromtxt|f2py\..*|distutils\..*|testing\..*|lib\._?npyio.*)"
+    r"|pandas\.(read_\w+|eval|io\..*|core\.computation\..*)"
 )
 
 

@@ -68,7 +68,9 @@ class DistributedCheckpoint:
         files = {chunk.record.file for entry in self._entries.values() for chunk in entry.chunks}
         self.files = tuple(self._root / file for file in sorted(files))
         self.tensors = {
-            name: TensorInfo(entry.shape, entry.dtype, self._root / (entry.chunks[0].record.file if entry.chunks else NAME))
+            name: TensorInfo(
+                entry.shape, entry.dtype, self._root / (entry.chunks[0].record.file if entry.chunks else NAME)
+            )
             for name, entry in self._entries.items()
         }
         self.metadata: Mapping[str, str] = {}

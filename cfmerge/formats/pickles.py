@@ -5,78 +5,23 @@ name becomes a `Global`, a call becomes a `Call`, and the reader looks at them. 
 whoever opens the file with another tool would run it, is refused by `dangers.danger`.
 """
 
-import dataclasses
 import io
 import pickletools
 import struct
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.dangers import danger
+from cfmerge.formats.records import Call as Call
+from cfmerge.formats.records import Global as Global
+from cfmerge.formats.records import Malformed, key_of
+from cfmerge.formats.records import Persistent as Persistent
+from cfmerge.formats.records import Pickle as Pickle
 
 MAX_BYTES = 1 << 28
 MAX_OPCODES = 10_000_000  # each makes at most one small object
 MAX_DEPTH = 100
-MAX_KEY = 64  # parts of a tuple that is a key, and as many levels
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Global:
-    """A name that the pickle would import."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-class Call:
-    """An object that the pickle would make by a call, and what it would put into it.
-
-    Attributes:
-        func: what is called; a `Global`.
-        args: its arguments, a tuple.
-        state: what `__setstate__` would be given; None if nothing is.
-        items: `(key, value)` pairs that would be set.
-        entries: values that would be appended.
-    """
-
-    __slots__ = ("args", "entries", "func", "items", "state")
-
-    def __init__(self, func: Global, args: tuple):
-        self.func, self.args = func, args
-        self.state: Any = None
-        self.items: list[tuple[Any, Any]] = []
-        self.entries: list[Any] = []
-
-
-class Persistent:
-    """An object that lies outside of the pickle, by its id."""
-
-    __slots__ = ("id",)
-
-    def __init__(self, id: Any):
-        self.id = id
-
-
-class Opaque:
-    """A key that is not looked at: too large, or made of objects."""
-
-    __slots__ = ()
-
-
-class Pickle(NamedTuple):
-    """What a pickle holds, the names that it would import, and the objects that lie elsewhere, in order."""
-
-    value: Any
-    globals: tuple[Global, ...]
-    persistents: tuple[Persistent, ...]
-
-
-class Malformed(Exception):
-    """It is no pickle, or a broken one."""
 
 
 def interpret(data: bytes | memoryview | BinaryIO, where: str) -> Pickle:
@@ -118,46 +63,30 @@ class _Machine:
         self.persistents: list[Persistent] = []
 
     def run(self, file: BinaryIO) -> Pickle:
-        actions: dict[str, Callable[[Any], None] | None] = {
-            name: getattr(self, f"on_{method}") if method else None for name, method in ACTIONS.items()
+        actions: dict[str, Callable[[Any], None]] = {
+            name: getattr(self, f"on_{method}") for method, names in ACTIONS.items() for name in names.split()
         }
         for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
             name = opcode.name
             if name in LITERALS:
                 self.stack.append(arg)
+            elif name in CONSTANTS:
+                self.stack.append(CONSTANTS[name])
+            elif name in FRESH:
+                self.stack.append(FRESH[name]())
+            elif name in TUPLES:
+                self.stack.append(tuple(self.take(TUPLES[name])))
             elif name in actions:
-                action = actions[name]
-                if action is not None:
-                    action(arg)
+                actions[name](arg)
             elif name == "STOP":
                 break
-            else:
+            elif name not in NOTHING:
                 raise Malformed(f"opcode {name}")
             if count > MAX_OPCODES:
                 raise Malformed(f"more than {MAX_OPCODES} opcodes")
         if len(self.stack) != 1 or self.marks:
             raise Malformed(f"{len(self.stack)} values and {len(self.marks)} marks are left at its end")
         return Pickle(self.stack[0], tuple(self.globals), tuple(self.persistents))
-
-    # values
-
-    def on_none(self, _: Any) -> None:
-        self.stack.append(None)
-
-    def on_true(self, _: Any) -> None:
-        self.stack.append(True)
-
-    def on_false(self, _: Any) -> None:
-        self.stack.append(False)
-
-    def on_empty_list(self, _: Any) -> None:
-        self.stack.append([])
-
-    def on_empty_tuple(self, _: Any) -> None:
-        self.stack.append(())
-
-    def on_empty_dict(self, _: Any) -> None:
-        self.stack.append({})
 
     # the stack
 
@@ -204,15 +133,6 @@ class _Machine:
         values = self.on_pop_mark()
         self.stack.append(tuple(values))
 
-    def on_tuple1(self, _: Any) -> None:
-        self.stack.append(tuple(self.take(1)))
-
-    def on_tuple2(self, _: Any) -> None:
-        self.stack.append(tuple(self.take(2)))
-
-    def on_tuple3(self, _: Any) -> None:
-        self.stack.append(tuple(self.take(3)))
-
     def on_list(self, _: Any) -> None:
         values = self.on_pop_mark()
         self.stack.append(values)
@@ -251,7 +171,7 @@ class _Machine:
         if isinstance(target, Call):
             target.items.extend(pairs)
         elif type(target) is dict:
-            target.update((_key(key), value) for key, value in pairs)
+            target.update((key_of(key), value) for key, value in pairs)
         else:
             raise Malformed(f"sets items of a {type(target).__name__}")
 
@@ -329,41 +249,38 @@ class _Machine:
         )
 
 
-def _key(key: Any) -> Any:
-    """A key that is hashed in no time."""
-    return key if _parts(key, MAX_KEY) >= 0 else Opaque()
-
-
-def _parts(key: Any, left: int) -> int:
-    """How many more parts a key may have; negative if it is none that is looked at."""
-    if type(key) is tuple:
-        left -= 1 + len(key)
-        for part in key if left >= 0 else ():
-            left = _parts(part, left)
-            if left < 0:
-                break
-    elif type(key) is list or type(key) is dict:
-        raise Malformed(f"a key that is a {type(key).__name__}")
-    elif type(key) is int and key.bit_length() > 64:
-        return -1
-    return left
-
-
-LITERALS = frozenset(
+_LITERALS = (
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 "
-    "BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT BINFLOAT".split()
+    "BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 FLOAT BINFLOAT"
 )
-ACTIONS: dict[str, str] = {
-    "PROTO": "", "FRAME": "",
-    "NONE": "none", "NEWTRUE": "true", "NEWFALSE": "false",
-    "EMPTY_LIST": "empty_list", "EMPTY_TUPLE": "empty_tuple", "EMPTY_DICT": "empty_dict", "EMPTY_SET": "empty_list",
-    "MARK": "mark", "POP": "pop", "POP_MARK": "pop_mark", "DUP": "dup", "MEMOIZE": "memoize",
-    "PUT": "put", "BINPUT": "put", "LONG_BINPUT": "put", "GET": "get", "BINGET": "get", "LONG_BINGET": "get",
-    "TUPLE": "tuple", "TUPLE1": "tuple1", "TUPLE2": "tuple2", "TUPLE3": "tuple3", "FROZENSET": "tuple",
-    "LIST": "list", "DICT": "dict", "APPEND": "append", "APPENDS": "appends", "ADDITEMS": "appends",
-    "SETITEM": "setitem", "SETITEMS": "setitems",
-    "GLOBAL": "named", "STACK_GLOBAL": "stack_named", "REDUCE": "reduce", "NEWOBJ": "reduce",
-    "NEWOBJ_EX": "newobj_ex", "INST": "inst", "OBJ": "obj", "BUILD": "build",
-    "EXT1": "extension", "EXT2": "extension", "EXT4": "extension",
-    "PERSID": "persistent", "BINPERSID": "stack_persistent",
-}  # fmt: skip
+LITERALS = frozenset(_LITERALS.split())
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+FRESH: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+NOTHING = {"PROTO", "FRAME"}
+ACTIONS = {  # the method, and its opcodes
+    "mark": "MARK",
+    "pop": "POP",
+    "pop_mark": "POP_MARK",
+    "dup": "DUP",
+    "memoize": "MEMOIZE",
+    "put": "PUT BINPUT LONG_BINPUT",
+    "get": "GET BINGET LONG_BINGET",
+    "tuple": "TUPLE FROZENSET",
+    "list": "LIST",
+    "dict": "DICT",
+    "append": "APPEND",
+    "appends": "APPENDS ADDITEMS",
+    "setitem": "SETITEM",
+    "setitems": "SETITEMS",
+    "named": "GLOBAL",
+    "stack_named": "STACK_GLOBAL",
+    "reduce": "REDUCE NEWOBJ",
+    "newobj_ex": "NEWOBJ_EX",
+    "inst": "INST",
+    "obj": "OBJ",
+    "build": "BUILD",
+    "extension": "EXT1 EXT2 EXT4",
+    "persistent": "PERSID",
+    "stack_persistent": "BINPERSID",
+}

@@ -11,6 +11,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import TensorInfo
+from cfmerge.formats.magic import is_lfs_pointer, lfs_advice
 from cfmerge.formats.pickles import Global
 from cfmerge.formats.torch_archives import AGAIN, open_archive
 from cfmerge.formats.torch_layouts import lay as lay
@@ -69,6 +70,8 @@ def mapped(path: Path) -> memoryview:
         with path.open("rb") as file:
             if not path.stat().st_size:
                 raise CfmergeError(f"{path}: is empty (0 bytes): the file was truncated; {AGAIN}")
+            if is_lfs_pointer(path):
+                raise CfmergeError(lfs_advice(path))
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise CfmergeError(f"{path}: cannot be read: {error.strerror}") from None
@@ -107,7 +110,9 @@ def _shared(views: Mapping[str, View]) -> str:
 def _foreign(names: Sequence[Global]) -> str:
     """The note on names that the file would import, other than those that every file of torch's names."""
     others = [str(name) for name in names if not (str(name) in KNOWN or name.module in ("torch", "torch._utils"))]
-    others = [name for name in others if name not in ("torch.storage.UntypedStorage", "torch._tensor._rebuild_from_type_v2")]
+    others = [
+        name for name in others if name not in ("torch.storage.UntypedStorage", "torch._tensor._rebuild_from_type_v2")
+    ]
     more = f" and {len(others) - LISTED} more" if len(others) > LISTED else ""
     told = ", ".join(others[:LISTED]) + more
     return f"names objects of other code, which are not made, only their tensors read: {told}" if others else ""

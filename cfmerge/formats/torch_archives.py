@@ -1,15 +1,13 @@
 """PyTorch's two kinds of file, as a pickle's records and the places of the storages that it names.
 
-Zip (since 1.6): members `*/data.pkl`, `*/data/KEY`, stored. Before: five pickles in a row (a magic number, 1001, facts of
-the system, the object, the keys of the storages), then for each key a count of 8 bytes and the bytes.
+Zip (since 1.6): members `*/data.pkl`, `*/data/KEY`, stored. Before: five pickles in a row (a magic number,
+1001, facts of the system, the object, the keys of the storages), then for each key a count of 8 bytes and the bytes.
 """
 
 import dataclasses
 import io
 import json
-import struct
 import threading
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,18 +15,20 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.pickles import MAX_BYTES, Global, Persistent, Pickle, interpret
+from cfmerge.formats.zips import AGAIN as AGAIN
+from cfmerge.formats.zips import ZIP as ZIP
+from cfmerge.formats.zips import BytesFile, Member, members
 
-ZIP = b"PK\x03\x04"
 MAGIC = 0x1950A86A20F9469CFC6C
 OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickle of the magic number
+_NAMES = (
+    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 complex64 complex128 "
+    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
+)
 DTYPES: dict[str, np.dtype] = {  # by their names in torch
-    name: np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name))
-    for name in (
-        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 complex64 complex128 "
-        "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
-    ).split()
+    name: np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name)) for name in _NAMES.split()
 } | {"bool": np.dtype(np.bool_)}
 STORAGES: dict[str, np.dtype] = {
     f"{kind}Storage": DTYPES[name]
@@ -39,7 +39,6 @@ STORAGES: dict[str, np.dtype] = {
     }.items()
 }  # fmt: skip
 METADATA = "cfmerge/metadata.json"  # the member of an archive that cfmerge adds
-AGAIN = "fetch the file again"
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -93,65 +92,12 @@ def open_archive(content: memoryview, where: str) -> Archive:
         return _open_zip(content, where)
     if content[: len(OLD)] == OLD:
         return _open_old(content, where)
+    if content[257:262] == b"ustar":
+        raise CfmergeError(f"{where}: is a tar file, as torch wrote before 2017; load and save it with torch")
     raise CfmergeError(
         f"{where}: is not a file that torch.save wrote: it begins with {bytes(content[:8])!r}, expected a zip archive "
         f"or torch's magic number; {AGAIN}"
     )
-
-
-class Member(NamedTuple):
-    """A member of a zip archive: its place, and its CRC-32."""
-
-    start: int
-    size: int
-    crc: int
-
-
-def members(content: memoryview, where: str) -> dict[str, Member]:
-    """The members of a zip archive that are stored as they are, by name; none overlaps another.
-
-    Raises:
-        CfmergeError: a member is compressed or encrypted, or headers contradict one another.
-    """
-    try:
-        with zipfile.ZipFile(io.BufferedReader(_Bytes(content))) as archive:
-            infos, end = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError, LookupError, OverflowError,
-            EOFError) as error:  # fmt: skip
-        raise CfmergeError(f"{where}: the zip archive is truncated or corrupt ({error}); {AGAIN}") from None
-    found: dict[str, Member] = {}
-    last = 0
-    for info in sorted(infos, key=lambda info: info.header_offset):
-        name, at = info.filename, info.header_offset
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1:
-            raise CfmergeError(
-                f"{where}: member {name!r} is compressed or encrypted, and torch.save writes neither; "
-                "unpack the archive and name what it holds, or save the model again"
-            )
-        start = _data_start(content, info)
-        if start is None or name in found or at < last or start + info.file_size > end:
-            raise CfmergeError(
-                f"{where}: member {name!r} is corrupt: its header at {at} and its {info.file_size} bytes do not fit "
-                f"what the archive's directory says; {AGAIN}"
-            )
-        found[name], last = Member(start, info.file_size, info.CRC), start + info.file_size
-    return found
-
-
-def _data_start(content: memoryview, info: zipfile.ZipInfo) -> int | None:
-    """Where a member's bytes begin; None if its own header is not the one that the directory tells of."""
-    header = bytes(content[info.header_offset : info.header_offset + 30])
-    if len(header) < 30 or not header.startswith(ZIP) or info.file_size != info.compress_size:
-        return None
-    _, _, flags, method, _, _, crc, packed, size, name_length, extra_length = struct.unpack("<4s5H3L2H", header)
-    start = info.header_offset + 30
-    name = bytes(content[start : start + name_length])
-    later = bool(flags & 0x8)  # CRC and sizes stand behind the data
-    fits = name == info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace")
-    fits &= method == 0 and flags == info.flag_bits
-    fits &= (later and crc == 0) or crc == info.CRC
-    fits &= all((later and n == 0) or n in (info.file_size, 0xFFFFFFFF) for n in (packed, size))
-    return start + name_length + extra_length if fits else None
 
 
 def _open_zip(content: memoryview, where: str) -> Archive:
@@ -167,6 +113,12 @@ def _open_zip(content: memoryview, where: str) -> Archive:
         raise CfmergeError(
             f"{where}: is a TorchScript program, not only weights; save these: "
             "torch.save(torch.jit.load(FILE).state_dict(), OUT)"
+        )
+    packed = [name for name, member in files.items() if not member.stored]
+    if packed:
+        raise CfmergeError(
+            f"{where}: member {and_more([repr(name) for name in packed])} is compressed or encrypted, and torch.save "
+            "writes neither; unpack the archive and name what it holds, or save the model again"
         )
     _check_order(_small(content, files, f"{root}byteorder", where) or b"little", where)
     pickle = interpret(_small(content, files, pickles[0], where) or b"", where)
@@ -195,7 +147,7 @@ def _small(content: memoryview, files: Mapping[str, Member], name: str, where: s
     """The content of a member, checked; None if there is none."""
     if name not in files:
         return None
-    start, size, crc = files[name]
+    start, size, crc, _ = files[name]
     if size > MAX_BYTES:
         raise CfmergeError(f"{where}: member {name!r} has {size} bytes, cfmerge reads at most {MAX_BYTES}")
     found = bytes(content[start : start + size])
@@ -213,7 +165,7 @@ def _check_order(order: bytes, where: str) -> None:
 
 
 def _open_old(content: memoryview, where: str) -> Archive:
-    file = io.BufferedReader(_Bytes(content[:MAX_BYTES]))
+    file = io.BufferedReader(BytesFile(content[:MAX_BYTES]))
     magic, version, system, pickle, keys = (interpret(file, where) for _ in range(5))  # type: ignore[arg-type]
     if magic.value != MAGIC or version.value != 1001 or not isinstance(system.value, dict):
         raise CfmergeError(f"{where}: is not a file that torch.save wrote, or a corrupt one; {AGAIN}")
@@ -265,31 +217,3 @@ def _storage(id: Any, where: str) -> tuple[str, np.dtype | None, int]:
             f"their own); it reads {', '.join(DTYPES)}"
         )
     return key, STORAGES[kind.name], count * STORAGES[kind.name].itemsize
-
-
-class _Bytes(io.RawIOBase):
-    """Bytes as a file, without a copy of them."""
-
-    def __init__(self, content: memoryview):
-        self._content, self._at = content, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self._content[self._at : self._at + len(buffer)]
-        buffer[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, len(self._content))[whence]
-        if self._at < 0:
-            raise OSError("before the first byte")
-        return self._at
-
-    def tell(self) -> int:
-        return self._at

@@ -67,7 +67,9 @@ def tensor(write: Opcodes, header: Header, key: str) -> bytes:
     typed, size = TYPED.get(dtype), bytes_of(header)
     kind = write.name("torch", typed) if typed else write.name("torch.storage", "UntypedStorage")
     count = size // dtype.itemsize if typed else size
-    storage = write.tuple_of(write.word("storage"), kind, write.text(key), write.word("cpu"), write.number(count)) + b"Q"
+    storage = (
+        write.tuple_of(write.word("storage"), kind, write.text(key), write.word("cpu"), write.number(count)) + b"Q"
+    )
     strides, step = [], 1
     for n in reversed(shape):
         strides.insert(0, step)
@@ -122,9 +124,7 @@ def _local(name: bytes, size: int, crc: int, at: int) -> bytes:
         extra += b"FB" + struct.pack("<H", pad - 4) + b"\0" * (pad - 4)
     told = min(size, LARGE)
     version = 45 if size >= LARGE else 20
-    head = struct.pack(
-        "<4s5H3I2H", b"PK\3\4", version, UTF8, 0, 0, DOS_DATE, crc, told, told, len(name), len(extra)
-    )
+    head = struct.pack("<4s5H3I2H", b"PK\3\4", version, UTF8, 0, 0, DOS_DATE, crc, told, told, len(name), len(extra))
     return head + name + extra
 
 

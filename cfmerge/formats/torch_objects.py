@@ -1,4 +1,4 @@
-"""The one dictionary of tensors in the object that a PyTorch file holds: a state dict, a wrapped one, a whole module."""
+"""The one dictionary of tensors in a PyTorch file's object: a state dict, a wrapped one, a whole module."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -7,9 +7,18 @@ from cfmerge.errors import CfmergeError, and_more, nearest
 from cfmerge.formats.pickles import MAX_DEPTH, Call
 from cfmerge.formats.torch_tensors import is_tensor
 
-WRAPPERS = (
-    "state_dict model_state_dict model module net weights params ema model_ema state_dict_ema".split()
-)  # keys under which training scripts keep the weights
+WRAPPERS = [
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "weights",
+    "params",
+    "ema",
+    "model_ema",
+    "state_dict_ema",
+]  # keys under which training scripts keep the weights
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, of torch.compile
 MAX_MEMBERS, MAX_NAME = 1_000_000, 10_000
 
@@ -36,20 +45,22 @@ def chosen(value: Any, where: str, key: str = "") -> Found:
             raise CfmergeError(f"{where}: has no entry {step!r}{nearest(step, _texts(entries))}")
         value = entries[step]
     notes: tuple[str, ...] = ()
+    trail, asked = [where, *([key] if key else [])], bool(key)
     for _ in range(MAX_DEPTH):
         entries = _entries(value)
         options = _options(entries)
         known = [name for name in options if name in WRAPPERS]
-        if _is_state(value) and (key or not known) or not options:
+        if (_is_state(value) and (asked or not known)) or not options:
             break
         options = known or options
         if len(options) > 1:
-            shown = "\n".join(f"  {where}::{f'{key}::' if key else ''}{name}" for name in options)
+            shown = "\n".join(f"  {'::'.join([*trail, name])}" for name in options)
             raise CfmergeError(f"{where}: holds several dictionaries of tensors; name the one that is meant:\n{shown}")
         others = [name for name in _texts(entries) if name != options[0]]
         if others:
             notes += (f"its weights are those under {options[0]!r}; not read: {and_more(others)}",)
-        value, key = entries[options[0]], ""
+        value, asked = entries[options[0]], False
+        trail.append(options[0])
     found = _state(value, where)
     if not found.tensors:
         raise CfmergeError(

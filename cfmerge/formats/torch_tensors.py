@@ -4,7 +4,6 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.pickles import Call, Global
@@ -99,13 +98,12 @@ def read(view: View, content: memoryview, first: int = 0, count: int | None = No
         raise IndexError(f"a tensor of {size} entries has no {count} from {first} on")
     if size == 0:
         return np.zeros(view.shape if count is None else 0, view.dtype)
-    start, end = view.span
-    entries = (end - start) // view.dtype.itemsize
-    flat = np.frombuffer(content, view.dtype, entries, view.storage.start + start)
+    itemsize = view.dtype.itemsize
+    start = view.storage.start + view.offset * itemsize
     if _is_contiguous(view):
+        flat = np.frombuffer(content, view.dtype, size, start)
         return flat.reshape(view.shape) if count is None else flat[first : first + count]
-    steps = tuple(stride * view.dtype.itemsize for stride in view.strides)
-    seen = as_strided(flat, view.shape, steps, writeable=False)
+    seen = np.ndarray(view.shape, view.dtype, content, start, tuple(stride * itemsize for stride in view.strides))
     return seen if count is None else flat_range(seen, first, count)
 
 
@@ -146,7 +144,11 @@ def numbers(value: Any) -> tuple[int, ...]:
     """Sizes or strides, a tuple or a `torch.Size`; (-1,) if they are neither."""
     if isinstance(value, Call) and str(value.func) == "torch.Size" and len(value.args) == 1:
         value = value.args[0]
-    if type(value) not in (tuple, list) or len(value) > MAX_AXES or not all(type(n) is int and 0 <= n < 1 << 60 for n in value):
+    if (
+        type(value) not in (tuple, list)
+        or len(value) > MAX_AXES
+        or not all(type(n) is int and 0 <= n < 1 << 60 for n in value)
+    ):
         return (-1,)
     return tuple(value)
 

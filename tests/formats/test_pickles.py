@@ -38,7 +38,15 @@ PAYLOADS = {
     "REDUCE": state(MKDIR),
     "REDUCE under the weights' own key": b"\x80\x02}(" + text("w") + MKDIR + b"u.",
     "REDUCE as the whole file": b"\x80\x02" + MKDIR + b".",
-    "REDUCE in a wrapper": b"\x80\x02}(" + text("state_dict") + b"}" + text("w") + TENSOR + b"s" + text("x") + MKDIR + b"u.",
+    "REDUCE in a wrapper": b"\x80\x02}("
+    + text("state_dict")
+    + b"}"
+    + text("w")
+    + TENSOR
+    + b"s"
+    + text("x")
+    + MKDIR
+    + b"u.",
     "REDUCE, thrown away": b"\x80\x02" + MKDIR + b"0}" + text("w") + TENSOR + b"s.",
     "REDUCE, thrown away with a mark": b"\x80\x02(" + MKDIR + b"1}" + text("w") + TENSOR + b"s.",
     "a key": state(b"}" + MKDIR + b"K\1s"),
@@ -58,7 +66,9 @@ PAYLOADS = {
     "EXT2": state(b"\x83\1\1" + ARGS + b"R"),
     "EXT4": state(b"\x84\1\1\1\0" + ARGS + b"R"),
     "STACK_GLOBAL": state(text("os") + text("mkdir") + b"\x93" + ARGS + b"R"),
-    "STACK_GLOBAL of remembered names": state(text("os") + b"q\1" + text("mkdir") + b"q\x020" + b"0h\1h\2\x93" + ARGS + b"R"),
+    "STACK_GLOBAL of remembered names": state(
+        text("os") + b"q\1" + text("mkdir") + b"q\x020" + b"0h\1h\2\x93" + ARGS + b"R"
+    ),
     "STACK_GLOBAL of names of protocol 4": state(b"\x80\x04\x8c\2os\x94\x8c\5mkdir\x94\x93" + ARGS + b"R"),
     "a name through another module": state(text("torch") + text("os.mkdir") + b"\x93" + ARGS + b"R"),
     "a name through a class": state(text("torch") + text("Tensor.__init__.__globals__") + b"\x93"),
@@ -72,25 +82,97 @@ PAYLOADS = {
     "in a frozenset": state(b"(" + MKDIR + b"\x91"),
     "twice nested calls": state(b"cfunctools\npartial\n" + RUN + b"\x85R"),
 }
-CALLABLES = (
-    "os.system posix.system nt.system posix.execv subprocess.Popen subprocess.check_output builtins.eval builtins.exec "
-    "builtins.getattr builtins.__import__ builtins.open __builtin__.execfile __builtin__.apply sys.exit "
-    "sys.modules.get runpy.run_path socket.create_connection importlib.import_module shutil.rmtree ctypes.CDLL "
-    "pickle.loads _pickle.loads dill.loads cloudpickle.loads marshal.loads types.FunctionType types.CodeType pty.spawn "
-    "commands.getoutput webbrowser.open code.interact io.open _io.FileIO operator.attrgetter operator.methodcaller "
-    "torch.load torch.hub.load torch.serialization.load torch.jit.load torch.utils.cpp_extension.load "
-    "torch.ops.load_library torch.storage._load_from_bytes numpy.load numpy.f2py.compile pandas.read_pickle "
-    "copyreg.add_extension codecs.open pathlib.Path.write_text urllib.request.urlopen requests.get multiprocessing.Process "
-    "asyncio.run timeit.timeit pdb.run bdb.Bdb.run profile.run pip.main threading.Thread tempfile.mktemp"
-).split()
-HARMLESS = (
-    "collections.OrderedDict builtins.set __builtin__.set torch._utils._rebuild_tensor_v2 torch.float32 torch.Size "
-    "torch.device argparse.Namespace pathlib.PosixPath pathlib._local.PosixPath numpy.core.multiarray.scalar "
-    "numpy._core.multiarray._reconstruct numpy.dtype numpy.ndarray _codecs.encode copyreg._reconstructor enum.Enum "
-    "functools.partial omegaconf.dictconfig.DictConfig pytorch_lightning.utilities.parsing.AttributeDict "
-    "ultralytics.nn.tasks.DetectionModel models.yolo.Model torch.nn.modules.linear.Linear datetime.datetime uuid.UUID "
-    "types.SimpleNamespace transformers.training_args.TrainingArguments mmdet.core.evaluation.Meter"
-).split()
+CALLABLES = [
+    "os.system",
+    "posix.system",
+    "nt.system",
+    "posix.execv",
+    "subprocess.Popen",
+    "subprocess.check_output",
+    "builtins.eval",
+    "builtins.exec",
+    "builtins.getattr",
+    "builtins.__import__",
+    "builtins.open",
+    "__builtin__.execfile",
+    "__builtin__.apply",
+    "sys.exit",
+    "sys.modules.get",
+    "runpy.run_path",
+    "socket.create_connection",
+    "importlib.import_module",
+    "shutil.rmtree",
+    "ctypes.CDLL",
+    "pickle.loads",
+    "_pickle.loads",
+    "dill.loads",
+    "cloudpickle.loads",
+    "marshal.loads",
+    "types.FunctionType",
+    "types.CodeType",
+    "pty.spawn",
+    "commands.getoutput",
+    "webbrowser.open",
+    "code.interact",
+    "io.open",
+    "_io.FileIO",
+    "operator.attrgetter",
+    "operator.methodcaller",
+    "torch.load",
+    "torch.hub.load",
+    "torch.serialization.load",
+    "torch.jit.load",
+    "torch.utils.cpp_extension.load",
+    "torch.ops.load_library",
+    "torch.storage._load_from_bytes",
+    "numpy.load",
+    "numpy.f2py.compile",
+    "pandas.read_pickle",
+    "copyreg.add_extension",
+    "codecs.open",
+    "pathlib.Path.write_text",
+    "urllib.request.urlopen",
+    "requests.get",
+    "multiprocessing.Process",
+    "asyncio.run",
+    "timeit.timeit",
+    "pdb.run",
+    "bdb.Bdb.run",
+    "profile.run",
+    "pip.main",
+    "threading.Thread",
+    "tempfile.mktemp",
+]
+HARMLESS = [
+    "collections.OrderedDict",
+    "builtins.set",
+    "__builtin__.set",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.float32",
+    "torch.Size",
+    "torch.device",
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "_codecs.encode",
+    "copyreg._reconstructor",
+    "enum.Enum",
+    "functools.partial",
+    "omegaconf.dictconfig.DictConfig",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "ultralytics.nn.tasks.DetectionModel",
+    "models.yolo.Model",
+    "torch.nn.modules.linear.Linear",
+    "datetime.datetime",
+    "uuid.UUID",
+    "types.SimpleNamespace",
+    "transformers.training_args.TrainingArguments",
+    "mmdet.core.evaluation.Meter",
+]
 
 
 def torch_zip(path, content: bytes):
@@ -145,7 +227,7 @@ VALUES = [
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_values_are_as_pickle_has_them(protocol):
     for value in VALUES:
-        if protocol < 3 and isinstance(value, bytes | bytearray) or isinstance(value, bytearray) and protocol < 5:
+        if (protocol < 3 and isinstance(value, bytes | bytearray)) or (isinstance(value, bytearray) and protocol < 5):
             continue
         found = interpret(pickle.dumps(value, protocol), "file").value
         assert found == value
@@ -215,7 +297,12 @@ BOMBS = {
     "calls in calls": b"\x80\x02N" + b"".join(b"\x85q\1" + b"0cfoo\nBar\nh\1R" for _ in range(20_000)) + b".",
     "a list in itself": b"\x80\x02]q\1h\1a.",
     "a long key again and again": b"\x80\x02}(" + b"N" * 50_000 + b"tq\1Ns" + b"h\1Ns" * 20_000 + b".",
-    "a large number as a key": b"\x80\x02}\x8b" + struct.pack("<i", 500_000) + b"\1" * 500_000 + b"q\1N" + b"sh\1N" * 5_000 + b"s.",
+    "a large number as a key": b"\x80\x02}\x8b"
+    + struct.pack("<i", 500_000)
+    + b"\1" * 500_000
+    + b"q\1N"
+    + b"sh\1N" * 5_000
+    + b"s.",
 }
 
 
