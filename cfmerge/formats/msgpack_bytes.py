@@ -204,8 +204,8 @@ class Walk:
 
 
 def _told(item: Item) -> str:
-    code = f" {item.value}" if item.kind == "extension" else ""
-    return f"a {item.kind}{code}" if item.kind != "nothing" else "nothing"
+    told = {"nothing": "nothing", "bytes": "bytes", "extension": f"an extension {item.value}"}
+    return told.get(item.kind, f"a {item.kind}")
 
 
 def sized(kind: str, size: int) -> bytes:

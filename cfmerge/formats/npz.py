@@ -83,10 +83,8 @@ class NpzFile:
         if not 0 <= first <= first + (count or 0) <= info.size:
             raise IndexError(f"tensor {name!r} has {info.size} entries: there are no {count} from {first} on")
         content = self._zip.checked(place.member)
-        if info.size == 0:
-            return np.zeros(info.shape if count is None else 0, info.dtype)
-        flat = np.frombuffer(content, place.dtype, info.size, place.first)
-        if place.fortran:
+        flat = np.frombuffer(content, place.dtype, info.size, place.first) if info.size else np.zeros(0, info.dtype)
+        if place.fortran and info.size:
             array = flat.reshape(info.shape[::-1]).T
             row = math.prod(info.shape[1:])
             begin = first // row
