@@ -192,6 +192,8 @@ def _check_same_files(recipe: Recipe, base: Source, specs: Sequence[Expert], exp
     base_files = tuple(file.resolve() for file in base.files)
     for spec, expert in zip(specs, experts, strict=True):
         files = tuple(file.resolve() for file in expert.files)
+        if not files:  # in memory
+            continue
         if files == base_files and "base-as-expert" not in recipe.allow:
             raise CfmergeError(
                 f"expert {spec.name!r} is the base itself ({spec.path}): its delta is zero. Leave it out, or "
