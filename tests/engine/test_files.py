@@ -30,7 +30,8 @@ def same(found, expected):
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_a_directory_and_a_file_of_every_format(tmp_path, name):
     given = tensors()
-    for target in (tmp_path / "model", tmp_path / f"model{FORMATS[name].suffixes[0]}"):
+    files = [tmp_path / f"model{suffix}" for suffix in FORMATS[name].suffixes[:1]]
+    for target in (tmp_path / "model", *files):
         assert cfmerge.save(given, target, name) == target
         found = cfmerge.open(target)
         same(found, given)
