@@ -55,6 +55,10 @@ RECIPE: dict[str, Any] = {
         list[str] | None,
         option("--rename", metavar="RENAME", panel=WHAT, help="'REGEX => TEXT' for experts' names; repeat."),
     ],
+    "components": Annotated[
+        list[str] | None,
+        option("--component", metavar="FOLDER", panel=WHAT, help="Of a pipeline: merge these alone; repeat."),
+    ],
     "statistics": Annotated[
         str | None,
         option("--statistics", metavar="PATH", panel=WHAT, help="Experts accumulated before, to begin from."),
@@ -80,6 +84,7 @@ RECIPE: dict[str, Any] = {
         Literal["error", "skip-expert"] | None,
         option("--on-nonfinite", metavar="CHOICE", panel=HOW, help="At NaN: error (default), skip-expert."),
     ],
+    "dequantize": Annotated[bool, option("--dequantize", panel=HOW, help="Read fp8 weights with scales as bfloat16.")],
     "precision": Annotated[
         Literal["auto", "float32", "float64"] | None,
         option("--precision", metavar="CHOICE", panel=HOW, help="auto (default), float32, float64."),

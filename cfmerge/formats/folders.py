@@ -23,6 +23,35 @@ def check_folders(base: Source, experts: Mapping[str, Source]) -> None:
                 )
 
 
+def chosen_folders(
+    base: Source, experts: Mapping[str, Source], components: Sequence[str]
+) -> tuple[Source, Mapping[str, Source], list[str]]:
+    """Base and experts without the folders that are not among the components, and a note; all if none is named.
+
+    Those of the base become side files of the output.
+
+    Raises:
+        CfmergeError: the base has no such folder.
+    """
+    if not components:
+        return base, experts, []
+    there = {folder.name or "." for folder in base.folders}
+    for name in components:
+        if name not in there:
+            raise CfmergeError(
+                f"components: the base ({base.path}) has no folder {name!r} with weights; it has "
+                + ", ".join(sorted(there))
+            )
+    copied = [folder for folder in base.folders if (folder.name or ".") not in components]
+    names = ", ".join(f"{folder.name}/" for folder in copied)
+    told = [f"{names}: copied from the base, not merged: not among the components that are chosen"] if copied else []
+    chosen = {}
+    for name, expert in experts.items():
+        others = [folder for folder in expert.folders if folder.prefix and (folder.name or ".") not in components]
+        chosen[name] = _without(expert, others) if others else expert
+    return (_without(base, copied) if copied else base), chosen, told
+
+
 def same_folders(base: Source, experts: Mapping[str, Source]) -> tuple[Source, list[Source], list[str]]:
     """Base and experts without folders that only one side has, and notes that say so.
 
@@ -49,10 +78,15 @@ def same_folders(base: Source, experts: Mapping[str, Source]) -> tuple[Source, l
 
 def _without(source: Source, folders: Sequence[Folder]) -> Source:
     """The source without the tensors in some folders, whose files become side files."""
-    prefixes = tuple(folder.prefix for folder in folders)
+    gone = [folder.prefix for folder in folders]
+    in_order = sorted((folder.prefix for folder in source.folders), key=len, reverse=True)
     kept = copy.copy(source)
     kept.folders = tuple(folder for folder in source.folders if folder not in folders)
-    kept.tensors = {name: info for name, info in source.tensors.items() if not name.startswith(prefixes)}
+    kept.tensors = {
+        name: info
+        for name, info in source.tensors.items()
+        if next(prefix for prefix in in_order if name.startswith(prefix)) not in gone
+    }
     kept.ties = {alias: name for alias, name in source.ties.items() if name in kept.tensors}
     indices = {source.path / folder.name: source.path / folder.name / folder.index for folder in folders}
     moved = [file for file in source.files if file.parent in indices]

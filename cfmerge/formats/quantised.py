@@ -37,10 +37,10 @@ NAMES = {
     "modelopt": "ModelOpt",
 }
 SIDE = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
+DEQUANTIZE = "--dequantize reads it as bfloat16; recipe: 'dequantize: true'"
 WAYS_OUT = {  # the call of transformers that gives plain weights, by the beginning of the scheme's name
     "bitsandbytes": ").dequantize()",
     "MXFP4": ", quantization_config=Mxfp4Config(dequantize=True))",
-    "fp8": ", quantization_config=FineGrainedFP8Config(dequantize=True))",
     "compressed-tensors": ", quantization_config=CompressedTensorsConfig(run_compressed=False))",
 }
 
@@ -134,15 +134,16 @@ def problem(who: str, source: Source, found: Quantised, base: Source | None = No
     other = f", in the base {theirs.dtype.name}" if theirs else ""
     return (
         f"{who} ({source.path}) is quantised ({found.scheme}): {found.tensor!r}{more} is {info.dtype.name}{other}. "
-        f"It must be dequantised first{_way_out(source, found.scheme)}, or take the model that it was made from; merge "
-        "in bfloat16 or float32, and quantise the result"
+        f"It must be dequantised first{_way_out(source, found)}, or take the model that it was made from; merge in "
+        "bfloat16 or float32, and quantise the result"
     )
 
 
-def _way_out(source: Source, scheme: str) -> str:
-    """How transformers dequantises it, where it can; floats of 8 bits without scales are plain numbers."""
-    if scheme == "fp8, without scales":
-        return " (torch: save_file({name: t.to(torch.bfloat16) for name, t in load_file(FILE).items()}, OUT))"
+def _way_out(source: Source, found: Quantised) -> str:
+    """How it is dequantised: here, or by transformers where that can."""
+    scheme, info = found.scheme, source.tensors[found.tensor]
+    if info.dtype.name.startswith("float8") and scheme != "NVFP4":
+        return f" ({DEQUANTIZE})"
     if not source.config:
         return ""
     call = next((call for start, call in WAYS_OUT.items() if scheme.startswith(start)), "")

@@ -38,7 +38,7 @@ class DirectorySink:
         folders: how the files lie; `source.folders` of the base.
         shard_bytes: how large a shard becomes at most.
         side_files: `{name in the directory: path}`, copied when the tensors are written.
-        edits: `{name of a JSON side file: {key: value}}`, set in the copy.
+        edits: `{name of a JSON side file: {key: value}}`, set in the copy; taken out where the value is None.
         metadata: entries for every file of tensors, beside those of its folder.
         overwrite, digest, keep, resume, join: see `StagedDirectory`.
         inputs: files and directories that are read, and so not written into.
@@ -174,7 +174,9 @@ class DirectorySink:
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name in self._edits:
-            content = json.loads(source.read_text()) | self._edits[name]
+            edits = self._edits[name]
+            content = json.loads(source.read_text()) | edits
+            content = {key: value for key, value in content.items() if key not in edits or value is not None}
             target.write_text(json.dumps(content, indent=2) + "\n")
         else:
             shutil.copyfile(source, target)

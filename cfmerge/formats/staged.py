@@ -15,6 +15,17 @@ from cfmerge.errors import CfmergeError
 LOCK = ".cfmerge-lock"
 JOURNAL = ".cfmerge-journal"  # of what is done, see `journal.py`
 STAGING = re.compile(r"\.(.+)\.cfmerge-[0-9a-f]{8}", re.DOTALL)  # the name of a staging directory, with its target's
+# A directory that holds one of these is a model: files of weights, or a checkpoint of Orbax or torch.distributed
+MODELS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*pytorch_model*.bin",
+    "*pytorch_model*.bin.index.json",
+    "*flax_model*.msgpack",
+    "_CHECKPOINT_METADATA",
+    "orbax.checkpoint",
+    "*.distcp",
+)
 
 
 class StagedDirectory:
@@ -107,9 +118,9 @@ class StagedDirectory:
 
     def _may_be_replaced(self) -> bool:
         """Whether the target is a model: a mistyped output does not cost a home directory."""
-        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        patterns = [*MODELS]
         if any((self.target / name).is_file() for name in ("modules.json", "model_index.json")):
-            patterns.append("*/*.safetensors")
+            patterns += [f"*/{pattern}" for pattern in MODELS]
         return self.target.is_dir() and any(next(self.target.glob(pattern), None) for pattern in patterns)
 
     def commit(self) -> None:

@@ -3,55 +3,42 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, TensorInfo
-from cfmerge.models.deltas import Delta, Dense
+from cfmerge.formats.wrapped import Wrapped
 from cfmerge.models.mixtures import View, other_form, transposed
 from cfmerge.models.renames import apply_renames, pair
 from cfmerge.recipe import Expert, Recipe, Rename
 
 
-class Viewed:
+class Viewed(Wrapped):
     """A checkpoint of which some tensors have other names, or are made of others when they are read."""
 
     def __init__(self, inner: Source, views: Mapping[str, View], consumed: Sequence[str] = ()):
-        self.inner, self.views = inner, views
-        self.path: Path = inner.path
-        self.config: Mapping[str, Any] = inner.config
-        self.files, self.side_files, self.metadata = inner.files, inner.side_files, inner.metadata
-        self.folders, self.notes, self.left_out = inner.folders, inner.notes, inner.left_out
+        super().__init__(inner)
+        self.changed: Mapping[str, View] = views
         gone = {*consumed, *(source for view in views.values() for source in view.sources)}
         made = {
             name: TensorInfo(view.shape, inner.tensors[view.sources[0]].dtype, inner.tensors[view.sources[0]].file)
             for name, view in views.items()
         }
         kept = {name: info for name, info in inner.tensors.items() if name not in gone}
-        self.tensors: Mapping[str, TensorInfo] = {**kept, **made}
+        self.tensors = {**kept, **made}
         renamed = {view.sources[0]: name for name, view in views.items() if len(view.sources) == 1}
         ties = {renamed.get(alias, alias): renamed.get(name, name) for alias, name in inner.ties.items()}
-        self.ties: Mapping[str, str] = {alias: name for alias, name in ties.items() if name in self.tensors}
-
-    def prepare(self) -> None:
-        self.inner.prepare()
+        self.ties = {alias: name for alias, name in ties.items() if name in self.tensors}
 
     def grain(self, name: str) -> int:
-        return self.inner.grain(self.views[name].sources[0] if name in self.views else name)
+        return self.inner.grain(self.changed[name].sources[0] if name in self.changed else name)
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
-        view = self.views.get(name)
+        view = self.changed.get(name)
         if view is None:
             return self.inner.read(name, first, count)
         return view.make(self.inner.read) if count is None else view.flat(self.inner.read, first, count)
-
-    def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
-        if name not in self.views:
-            return self.inner.delta(name, first, count)
-        return Dense(self.read(name, first, count))
 
 
 @dataclasses.dataclass

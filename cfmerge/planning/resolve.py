@@ -13,7 +13,8 @@ from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, open_checkpoint, quantised
 from cfmerge.formats.adapters import check_adapters
-from cfmerge.formats.folders import check_folders, same_folders
+from cfmerge.formats.dequantised import dequantised
+from cfmerge.formats.folders import check_folders, chosen_folders, same_folders
 from cfmerge.formats.side_files import check_whole, side_files
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_buffer, is_float
@@ -68,6 +69,9 @@ def resolve(
     opened = opened or {}
     base = opened.get(recipe.base) or open_checkpoint(recipe.base)
     experts = [opened.get(spec.path) or open_checkpoint(spec.path) for spec in specs]
+    if recipe.dequantize:
+        base = dequantised("base", base)
+        experts = [dequantised(f"expert {spec.name!r}", expert) for spec, expert in zip(specs, experts, strict=True)]
     opened = {**dict(zip([spec.path for spec in specs], experts, strict=True)), recipe.base: base}
     for expert in experts:
         if not expert.config:  # a bare file: tied as the base is
@@ -85,8 +89,9 @@ def resolve(
     notes = _check_same_files(recipe, base, specs, experts)
     named = {spec.name: expert for spec, expert in zip(specs, experts, strict=True)}
     notes += _of_files(recipe, base, named)
+    base, named, of_components = chosen_folders(base, named, recipe.components)
     base, experts, of_folders = same_folders(base, named)
-    notes += of_folders
+    notes += [*of_components, *of_folders]
 
     parameters = _parameters(base)
     paired = pair_experts(recipe, base, experts, specs)

@@ -1,7 +1,6 @@
 """A plan carried out: sinks for its results, the run, model cards."""
 
 import contextlib
-import json
 import re
 import shlex
 import threading
@@ -19,7 +18,9 @@ from cfmerge.engine.placement import Placement
 from cfmerge.engine.processes import by_the_first
 from cfmerge.errors import CfmergeError, NonFiniteError, StoppedError
 from cfmerge.formats import DirectorySink, Totals, check_directory_name, open_sink
+from cfmerge.formats.dequantised import KEYS
 from cfmerge.formats.journal import FileJournal
+from cfmerge.formats.layout import read_json
 from cfmerge.formats.naming import format_by_name
 from cfmerge.models import is_float
 from cfmerge.planning.resolved import Resolved
@@ -133,21 +134,23 @@ def _sink(
 ) -> DirectorySink:
     """The sink of a plan with one result."""
     return open_sink(
-        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
+        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_config_edits(plan),
         format=plan.recipe.format,
         heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
         digest=digest, resume=not fresh, join=join,
     )  # fmt: skip
 
 
-def _new_dtype(plan: Resolved) -> dict[str, dict[str, str]]:
-    """`{config.json: {key: dtype}}` of every folder with weights, where the output's dtype is chosen."""
-    edits = {}
-    for name in (f"{folder.name}/config.json".lstrip("/") for folder in plan.folders if plan.recipe.dtype):
-        if name in plan.side_files:
-            config = json.loads(plan.side_files[name].read_text())
+def _config_edits(plan: Resolved) -> dict[str, dict[str, Any]]:
+    """`{config.json: {key: value}}` of every folder with weights: the dtype that is chosen, no quantisation."""
+    edits: dict[str, dict[str, Any]] = {}
+    for name in (f"{folder.name}/config.json".lstrip("/") for folder in plan.folders):
+        config = read_json(plan.side_files[name]) if name in plan.side_files else {}
+        gone = [key for key in KEYS if key in config] if plan.recipe.dequantize else []
+        dtype = plan.recipe.dtype or ("bfloat16" if gone else None)
+        if config and dtype:
             keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
-            edits[name] = dict.fromkeys(sorted(keys), str(plan.recipe.dtype))
+            edits[name] = dict.fromkeys(sorted(keys), dtype) | dict.fromkeys(gone)
     return edits
 
 

@@ -106,8 +106,11 @@ def test_all_quantised_models_are_named_at_once(family, refused, tmp_path, llama
 
 
 def test_the_way_out_fits_the_model(tmp_path):
-    """A bare file is nothing that transformers opens; floats of 8 bits without scales are cast."""
-    for name, more, word in (("plain", {}, "torch.bfloat16"), ("scaled", {"w.weight_scale": zeros(np.float32)}, "")):
+    """Floats of 8 bits are dequantised here, with scales or without."""
+    for name, more, word in (
+        ("plain", {}, "--dequantize"),
+        ("scaled", {"w.weight_scale": zeros(np.float32)}, "--dequantize"),
+    ):
         save(tmp_path, {"w.weight": zeros(F8, 4, 4), **more}, {}, name)
         source = open_checkpoint(tmp_path / f"{name}.safetensors")
         message = problem("base", source, quantised(source))
