@@ -45,7 +45,7 @@ Parameters = Annotated[
 # The option of each key of a recipe, on every command that takes a recipe and does not leave the key out.
 RECIPE: dict[str, Any] = {
     "base": Annotated[
-        str | None, option("--base", metavar="PATH", panel=WHAT, help="A directory or a file of tensors.")
+        str | None, option("--base", metavar="PATH", panel=WHAT, help="A directory, a file of tensors, ORG/NAME.")
     ],
     "experts": Annotated[
         list[str] | None,
@@ -58,6 +58,12 @@ RECIPE: dict[str, Any] = {
     "components": Annotated[
         list[str] | None,
         option("--component", metavar="FOLDER", panel=WHAT, help="Of a pipeline: merge these alone; repeat."),
+    ],
+    "download": Annotated[
+        bool, option("--download", panel=WHAT, help="Fetch ORG/NAME[@REVISION] from the Hugging Face hub.")
+    ],
+    "cache_dir": Annotated[
+        str | None, option("--cache-dir", metavar="PATH", panel=WHAT, help="The Hugging Face hub's cache.")
     ],
     "statistics": Annotated[
         str | None,
