@@ -34,6 +34,7 @@ WORDS = {
 def make_base(folder):
     """A SentenceTransformer with random weights that knows the words above."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # more would only wait for each other
     words = [word for pairs in WORDS.values() for pair in pairs.items() for word in pair]
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
@@ -54,7 +55,7 @@ def similarities(model, pairs):
     return torch.nn.functional.normalize(ours, dim=1) @ torch.nn.functional.normalize(theirs, dim=1).T
 
 
-def trained(base, pairs, steps=60):
+def trained(base, pairs, steps=30):
     """A copy of the base that has learned the pairs: each translation shall be the nearest to its word."""
     model = copy.deepcopy(base).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -73,9 +74,7 @@ def found(model, pairs):
 
 def merged_of(base, experts):
     """The base with the merged weights in it."""
-    weights = cfmerge.merge_state_dicts(
-        base, experts, "ace", rules=[{"kinds": ["embedding"], "method": "task_arithmetic"}]
-    )
+    weights = cfmerge.merge_state_dicts(base, experts, "ties")
     model = copy.deepcopy(base).eval()
     model.load_state_dict(weights)
     return model
