@@ -226,8 +226,8 @@ def clean(
 @app.command(cls=o.Command)
 def inspect(
     checkpoint: Annotated[str, o.argument("CHECKPOINT", "A model: a directory, a file, or ORG/NAME[@REVISION].")],
-    download: o.RECIPE["download"] = False,  # type: ignore[valid-type]
-    cache_dir: o.RECIPE["cache_dir"] = None,  # type: ignore[valid-type]
+    download: o.Download = False,
+    cache_dir: o.CacheDir = None,
     json: o.Json = False,
 ) -> None:
     """Show a checkpoint's tensors: kinds, layouts, dtypes, ties."""

@@ -41,6 +41,12 @@ def _compile_anew(wanted: bool) -> None:
 Parameters = Annotated[
     list[str] | None, option("--param", "-p", metavar="KEY=VALUE", panel=HOW, help="A parameter of the method; repeat.")
 ]
+Download = Annotated[
+    bool, option("--download", panel=WHAT, help="Fetch ORG/NAME[@REVISION] from the Hugging Face hub.")
+]
+CacheDir = Annotated[
+    str | None, option("--cache-dir", metavar="PATH", panel=WHAT, help="The Hugging Face hub's cache.")
+]
 
 # The option of each key of a recipe, on every command that takes a recipe and does not leave the key out.
 RECIPE: dict[str, Any] = {
@@ -59,12 +65,8 @@ RECIPE: dict[str, Any] = {
         list[str] | None,
         option("--component", metavar="FOLDER", panel=WHAT, help="Of a pipeline: merge these alone; repeat."),
     ],
-    "download": Annotated[
-        bool, option("--download", panel=WHAT, help="Fetch ORG/NAME[@REVISION] from the Hugging Face hub.")
-    ],
-    "cache_dir": Annotated[
-        str | None, option("--cache-dir", metavar="PATH", panel=WHAT, help="The Hugging Face hub's cache.")
-    ],
+    "download": Download,
+    "cache_dir": CacheDir,
     "statistics": Annotated[
         str | None,
         option("--statistics", metavar="PATH", panel=WHAT, help="Experts accumulated before, to begin from."),

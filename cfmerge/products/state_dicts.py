@@ -89,7 +89,8 @@ def merge_state_dicts(
 def _source(model: Any, who: str, label: str, config: Mapping[str, Any] | None = None) -> ArraysSource:
     own = getattr(model, "config", None) if callable(getattr(model, "state_dict", None)) else None
     if config is None:
-        config = own.to_dict() if callable(getattr(own, "to_dict", None)) else {}
+        told = getattr(own, "to_dict", None)
+        config = told() if callable(told) else {}
     return ArraysSource(named_arrays(model, who), who, label, dict(config))
 
 
