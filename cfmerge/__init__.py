@@ -2,6 +2,7 @@
 
     import cfmerge
     cfmerge.merge(base, experts, method="ace", output=...)                   checkpoints on disk, streaming
+    cfmerge.merge_state_dicts(model, [a, b], "ties")                         torch modules, dicts of arrays, in memory
     cfmerge.merge_params(base_tree, expert_trees, cfmerge.methods.ace())     JAX pytrees, under jit, vmap, grad
     cfmerge.merge_tensor(W0, [W1, W2], cfmerge.methods.ace())                one canonical (out, in) weight
     cfmerge.least_squares, covariance, linalg                                what methods of one's own are made of
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from cfmerge.formats import open_checkpoint as open_checkpoint
     from cfmerge.products.accumulate import accumulate as accumulate
     from cfmerge.products.accumulate import solve as solve
+    from cfmerge.products.files import open as open
+    from cfmerge.products.files import save as save
     from cfmerge.products.in_memory import merge_params as merge_params
     from cfmerge.products.in_memory import merge_tensor as merge_tensor
     from cfmerge.products.merge import merge as merge
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from cfmerge.products.plan import Plan as Plan
     from cfmerge.products.plan import make_plan as make_plan
     from cfmerge.products.plan import plan as plan
+    from cfmerge.products.state_dicts import merge_state_dicts as merge_state_dicts
     from cfmerge.products.sweep import grid as grid
     from cfmerge.products.sweep import sweep as sweep
     from cfmerge.recipe import Expert as Expert
@@ -45,8 +49,11 @@ _PUBLIC = {
     "linalg": "cfmerge.linalg",
     "methods": "cfmerge.methods",
     "open_checkpoint": "cfmerge.formats",
+    "open": "cfmerge.products.files",
+    "save": "cfmerge.products.files",
     "merge_params": "cfmerge.products.in_memory",
     "merge_tensor": "cfmerge.products.in_memory",
+    "merge_state_dicts": "cfmerge.products.state_dicts",
     "MergeResult": "cfmerge.report.result",
     "merge": "cfmerge.products.merge",
     "merge_recipe": "cfmerge.products.merge",

@@ -115,6 +115,8 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     seed: int = 0  # for random methods
     plugins: list[str] = []  # Python files that register methods
     statistics: str | None = None  # a directory of statistics to begin from
+    download: bool = False  # fetch models that are named as on the hub, and are not in its cache
+    cache_dir: str | None = None  # of the Hugging Face hub; none: where huggingface_hub has it
 
     def resolved_experts(self, least: int = 2) -> list[Expert]:
         """The experts, each with a name: its own, else that of its directory.
@@ -151,14 +153,22 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _default_name(path: str, seen: dict[str, str]) -> str:
+    """A name that is not among those `seen`: the directory's, the file's, or the one on the hub."""
+    if asked := hub.asked(path):
+        org, name, revision = *asked.repository.split("/"), asked.revision.replace("/", "-")
+        longer = f"{name}-{revision[:12]}" if revision else f"{org}-{name}"
+        return _free(name, [longer, f"{org}-{longer}"], seen)
     pure = Path(path).expanduser()
     cached, single = hub.snapshot(pure), pure.suffix == ".safetensors"
     named = cached is not None and (not single or pure.stem in hub.GENERIC)
     name = (cached.name if cached and named else pure.stem if single else pure.resolve().name) or "expert"
-    if name not in seen:
-        return name
     parent = f"{name}-{cached.commit[:8]}" if cached else f"{pure.resolve().parent.name}-{name}"
-    candidates = [parent, *(f"{name}-{number}" for number in range(2, len(seen) + 3))]
+    return _free(name, [parent], seen)
+
+
+def _free(name: str, longer: list[str], seen: dict[str, str]) -> str:
+    """The first name that is not among those `seen`: it, a longer one, or it with a number."""
+    candidates = [name, *longer, *(f"{name}-{number}" for number in range(2, len(seen) + 3))]
     return next(candidate for candidate in candidates if candidate not in seen)
 
 

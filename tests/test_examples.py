@@ -110,3 +110,22 @@ def test_huggingface_merge_of_given_checkpoints(tmp_path):
     check_huggingface(run("huggingface_merge.py", *checkpoints, "-o", tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_sentence_transformers_merge():
+    """Each expert knows its own words alone; the merged model knows both."""
+    pytest.importorskip("sentence_transformers")
+    found = rows(run("sentence_transformers_merge.py"))
+    for task, own in enumerate(("animals", "numbers")):
+        assert found[own][task] > 0.9
+        assert found[own][1 - task] < 0.5
+        assert found["base"][task] < 0.5
+        assert found["merged"][task] > 0.9
+
+
+def test_torch_checkpoints():
+    """Merged checkpoints of a training script are better than the best of them."""
+    pytest.importorskip("torch")
+    errors = {name: numbers[0] for name, numbers in rows(run("torch_checkpoints.py")).items()}
+    assert errors["average"] < 0.9 * errors["best checkpoint"] <= 0.9 * errors["last checkpoint"]
+    assert errors["karcher"] < 0.9 * errors["best checkpoint"]

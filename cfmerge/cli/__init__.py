@@ -1,5 +1,6 @@
 """The command line. JAX is imported by the commands that compute, not here."""
 
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -224,11 +225,13 @@ def clean(
 
 @app.command(cls=o.Command)
 def inspect(
-    checkpoint: Annotated[Path, o.argument("CHECKPOINT", "A model: a directory or a file.")],
+    checkpoint: Annotated[str, o.argument("CHECKPOINT", "A model: a directory, a file, or ORG/NAME[@REVISION].")],
+    download: o.Download = False,
+    cache_dir: o.CacheDir = None,
     json: o.Json = False,
 ) -> None:
     """Show a checkpoint's tensors: kinds, layouts, dtypes, ties."""
-    tables.checkpoint(cfmerge.open_checkpoint(checkpoint), json)
+    tables.checkpoint(cfmerge.open_checkpoint(checkpoint, download=download, cache_dir=cache_dir), json)
 
 
 @app.command(cls=o.Command)
@@ -270,5 +273,7 @@ def demo(
 
 def main() -> None:
     """The `cfmerge` command: errors become messages and exit codes."""
+    logging.basicConfig(format="%(message)s")  # on stderr
+    logging.getLogger("cfmerge").setLevel(logging.INFO)
     warnings.formatwarning = lambda message, *where, **how: f"warning: {message}\n"
     ended(app, json="--json" in sys.argv)

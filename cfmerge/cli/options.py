@@ -41,11 +41,17 @@ def _compile_anew(wanted: bool) -> None:
 Parameters = Annotated[
     list[str] | None, option("--param", "-p", metavar="KEY=VALUE", panel=HOW, help="A parameter of the method; repeat.")
 ]
+Download = Annotated[
+    bool, option("--download", panel=WHAT, help="Fetch ORG/NAME[@REVISION] from the Hugging Face hub.")
+]
+CacheDir = Annotated[
+    str | None, option("--cache-dir", metavar="PATH", panel=WHAT, help="The Hugging Face hub's cache.")
+]
 
 # The option of each key of a recipe, on every command that takes a recipe and does not leave the key out.
 RECIPE: dict[str, Any] = {
     "base": Annotated[
-        str | None, option("--base", metavar="PATH", panel=WHAT, help="A directory or a file of tensors.")
+        str | None, option("--base", metavar="PATH", panel=WHAT, help="A directory, a file of tensors, ORG/NAME.")
     ],
     "experts": Annotated[
         list[str] | None,
@@ -59,6 +65,8 @@ RECIPE: dict[str, Any] = {
         list[str] | None,
         option("--component", metavar="FOLDER", panel=WHAT, help="Of a pipeline: merge these alone; repeat."),
     ],
+    "download": Download,
+    "cache_dir": CacheDir,
     "statistics": Annotated[
         str | None,
         option("--statistics", metavar="PATH", panel=WHAT, help="Experts accumulated before, to begin from."),

@@ -9,6 +9,7 @@ from cfmerge.formats.base import Sink as Sink
 from cfmerge.formats.base import Source as Source
 from cfmerge.formats.base import TensorInfo as TensorInfo
 from cfmerge.formats.base import Totals as Totals
+from cfmerge.formats.download import snapshot_of
 from cfmerge.formats.huggingface import HuggingFaceSource
 from cfmerge.formats.sinks import DirectorySink as DirectorySink
 from cfmerge.formats.sinks import FileSink as FileSink
@@ -16,8 +17,8 @@ from cfmerge.formats.sinks import check_directory_name as check_directory_name
 from cfmerge.formats.sinks import open_sink as open_sink
 
 
-def open_checkpoint(path: str | Path) -> Source:
-    """The source of a model: a directory, a file of tensors, a checkpoint, or its folder in the Hugging Face cache.
+def open_checkpoint(path: str | Path, *, download: bool = False, cache_dir: str | None = None) -> Source:
+    """The source of a model: a directory, a file of tensors, a checkpoint, or a model of the Hugging Face hub.
 
         >>> model = cfmerge.open_checkpoint("base")
         >>> {name: info.shape for name, info in model.tensors.items()}
@@ -28,25 +29,30 @@ def open_checkpoint(path: str | Path) -> Source:
     Only headers are read. The content of the files decides the format. `PATH::PART` names a part of a file or
     checkpoint that holds several sets of tensors: `run.ckpt::ema`, `checkpoints/100::params`.
 
+    Args:
+        path: a path; or, where there is none, `ORG/NAME` or `ORG/NAME@REVISION`, as on the hub.
+        download: fetch such a model if it is not in the cache.
+        cache_dir: the cache's directory; None: where huggingface_hub has it.
+
     Raises:
         CfmergeError: there is nothing there, it is of a format that is not read, or its headers are corrupt.
     """
-    path, part = _parts(path)
-    if path.is_symlink() and not path.exists():
-        raise CfmergeError(f"{path}: is a link to {path.readlink()}, which is not there; fetch the model again")
-    if not path.exists():
-        looks_like_a_name = len(path.parts) == 2 and not path.is_absolute() and "." not in path.parts
-        hint = (
-            "; this looks like a name on the Hugging Face hub: download it first (hf download NAME --local-dir DIR)"
-            if looks_like_a_name
-            else ""
-        )
-        raise CfmergeError(f"{path}: no such file or directory{hint}")
-    return HuggingFaceSource(hub.newest(path), part)
+    named, part = _parts(path)
+    found = located(named, download, cache_dir)
+    if found.is_symlink() and not found.exists():
+        raise CfmergeError(f"{found}: is a link to {found.readlink()}, which is not there; fetch the model again")
+    if not found.exists():
+        raise CfmergeError(f"{found}: no such file or directory")
+    return HuggingFaceSource(hub.newest(found), part)
 
 
-def _parts(path: str | Path) -> tuple[Path, str]:
+def located(path: str | Path, download: bool, cache_dir: str | None, weights: bool = True) -> Path:
+    """The path that a text stands for: of a name on the hub its snapshot in the cache; see `open_checkpoint`."""
+    model = hub.asked(path)
+    return Path(path).expanduser() if model is None else snapshot_of(model, download, cache_dir, weights)
+
+
+def _parts(path: str | Path) -> tuple[str, str]:
     """The path, and the part of it that is named behind `::`."""
-    whole = Path(path).expanduser()
     before, separator, part = str(path).partition("::")
-    return (Path(before).expanduser(), part) if separator and not whole.exists() else (whole, "")
+    return (before, part) if separator and not Path(path).expanduser().exists() else (str(path), "")

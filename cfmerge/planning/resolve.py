@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from cfmerge import methods
 from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import Source, open_checkpoint, quantised
+from cfmerge.formats import Source, located, open_checkpoint, quantised
 from cfmerge.formats.adapters import check_adapters
 from cfmerge.formats.dequantised import dequantised
 from cfmerge.formats.folders import check_folders, chosen_folders, same_folders
@@ -67,8 +68,9 @@ def resolve(
     alone = all(method.needs.experts[1] == 1 for method in made)
     specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or alone else 2)
     opened = opened or {}
-    base = opened.get(recipe.base) or open_checkpoint(recipe.base)
-    experts = [opened.get(spec.path) or open_checkpoint(spec.path) for spec in specs]
+    on_hub: dict[str, Any] = {"download": recipe.download, "cache_dir": recipe.cache_dir}
+    base = opened.get(recipe.base) or open_checkpoint(recipe.base, **on_hub)
+    experts = [opened.get(spec.path) or open_checkpoint(spec.path, **on_hub) for spec in specs]
     if recipe.dequantize:
         base = dequantised("base", base)
         experts = [dequantised(f"expert {spec.name!r}", expert) for spec, expert in zip(specs, experts, strict=True)]
@@ -197,6 +199,8 @@ def _check_same_files(recipe: Recipe, base: Source, specs: Sequence[Expert], exp
     base_files = tuple(file.resolve() for file in base.files)
     for spec, expert in zip(specs, experts, strict=True):
         files = tuple(file.resolve() for file in expert.files)
+        if not files:  # in memory
+            continue
         if files == base_files and "base-as-expert" not in recipe.allow:
             raise CfmergeError(
                 f"expert {spec.name!r} is the base itself ({spec.path}): its delta is zero. Leave it out, or "
@@ -218,7 +222,7 @@ def _side_files(recipe: Recipe, base: Source) -> Mapping[str, Path]:
     if recipe.side_files is None:
         check_whole(base.side_files)
         return base.side_files
-    directory = Path(recipe.side_files).expanduser()
+    directory = located(recipe.side_files, recipe.download, recipe.cache_dir, weights=False)
     if not directory.is_dir():
         raise CfmergeError(f"side_files: {directory} is not a directory")
     files = side_files(directory)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from cfmerge import hub
 from cfmerge.core.chain import is_chain
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
@@ -119,14 +120,20 @@ class Resolved:
 
     @property
     def explicit_recipe(self) -> Recipe:
-        """The recipe with every parameter of the method and every expert's name and weight written out."""
+        """The recipe with every parameter of the method and every expert's name and weight written out.
+
+        Models named as on the hub are named with their commits.
+        """
         method, known = self.method.name, self.method.parameters
         if is_chain(self.method):
             method, known = self.recipe.method, {}
         parameters = {k: expression(v) if isinstance(v, Part) else plain_number(v) for k, v in known.items()}
-        return msgspec.structs.replace(
-            self.recipe, method=method, parameters=parameters, experts=list(self.expert_specs)
-        )  # fmt: skip
+        experts = [
+            msgspec.structs.replace(spec, path=_pinned(spec.path, expert))
+            for spec, expert in zip(self.expert_specs, self.experts, strict=True)
+        ]
+        base = _pinned(self.recipe.base, self.base)
+        return msgspec.structs.replace(self.recipe, base=base, method=method, parameters=parameters, experts=experts)
 
     def of(self: P, label: str) -> P:
         """The plan of one result alone."""
@@ -142,3 +149,9 @@ class Resolved:
     def counts(self) -> Counter[tuple[str, str]]:
         """The number of tensors by (kind, action)."""
         return Counter((str(job.parameter.kind), job.assignment.label) for job in self.jobs)
+
+
+def _pinned(path: str, source: Source) -> str:
+    """The path of a model; of one that is named as on the hub its name and commit."""
+    asked, found = hub.asked(path), hub.snapshot(source.path)
+    return f"{asked.repository}@{found.commit}" if asked and found and found.commit else path
