@@ -236,10 +236,12 @@ def convert(
     output: Annotated[Path, o.argument("DST", "The directory to make, or one file.")],
     *,
     names: Annotated[
-        str | None, o.option("--names", metavar="FAMILY", panel="What is converted", help="Rename too: llama3, bert, gpt2, ...")
+        str | None,
+        o.option("--names", metavar="FAMILY", panel="What is converted", help="Rename too: llama3, bert, gpt2, ..."),
     ] = None,
     config: Annotated[
-        Path | None, o.option("--config", metavar="PATH", panel="What is converted", help="For --names. Default: SRC's.")
+        Path | None,
+        o.option("--config", metavar="PATH", panel="What is converted", help="For --names. Default: SRC's."),
     ] = None,
     format: Annotated[
         Format | None, o.option("--format", metavar="NAME", panel=o.WHERE, help="torch, orbax, ... Default: SRC's.")

@@ -119,9 +119,7 @@ DeviceMemory = Annotated[
     str | None, option("--device-memory", metavar="SIZE", help="Plan for --devices N that are not here.")
 ]
 NoCalibration = Annotated[bool, option("--no-calibration", help="Predict no seconds: measure nothing.")]
-ModelOutput = Annotated[
-    Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or one file.")
-]
+ModelOutput = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or one file.")]
 NoCompileCache = Annotated[
     bool, option("--no-compile-cache", help="Compile anew, keep nothing of it.", callback=_compile_anew)
 ]

@@ -146,7 +146,9 @@ def lay(tensors: Mapping[str, Header], metadata: Mapping[str, str]) -> FileLayou
     places, end = {}, 0
     for name, header in tensors.items():
         if np.dtype(header[1]) not in NAMES:
-            raise CfmergeError(f"tensor {name!r} is {header[1]}, which safetensors cannot hold; it holds {', '.join(READ)}")
+            raise CfmergeError(
+                f"tensor {name!r} is {header[1]}, which safetensors cannot hold; it holds {', '.join(READ)}"
+            )
         start, end = end, end + bytes_of(header)
         entries[name] = {"dtype": NAMES[np.dtype(header[1])], "shape": list(header[0]), "data_offsets": [start, end]}
         places[name] = start

@@ -23,9 +23,14 @@ PIECES = re.compile(r"\{(\w+)(?:=([^}]*))?\}|\[([^\]]*)\]")
 
 
 class Name:
-    """A pattern of names, such as `layers/{l}/attn/{x=q|k|v}_proj/w`."""
+    """A pattern of names, such as `layers/{l}/attn/{x=q|k|v}_proj/w`.
 
-    def __init__(self, text: str):
+    Args:
+        text: the pattern.
+        known: words of variables that another pattern lists.
+    """
+
+    def __init__(self, text: str, known: Mapping[str, tuple[str, ...]] | None = None):
         self.text = text
         self.choices: dict[str, tuple[str, ...]] = {}  # {variable: its words}; no words: a number
         pattern, end = "", 0
@@ -38,7 +43,7 @@ class Name:
             elif variable in self.choices:
                 pattern += f"(?P={variable})"
             else:
-                self.choices[variable] = tuple((words or "").split("|")) if words else ()
+                self.choices[variable] = tuple(words.split("|")) if words else (known or {}).get(variable, ())
                 options = "|".join(map(re.escape, self.choices[variable])) or r"0|[1-9][0-9]*"
                 pattern += f"(?P<{variable}>{options})"
         self._pattern = re.compile(pattern + re.escape(text[end:]))
@@ -142,9 +147,10 @@ def table(text: str) -> tuple[Rule, ...]:
     rules = []
     for line in filter(None, map(str.strip, text.splitlines())):
         names, _, axes = line.partition(" : ")
-        left, right = (Name(side.strip()) for side in names.split("<->"))
-        sides = tuple(map(_groups, axes.split("->"))) if axes else None
-        rules.append(Rule(left, right, sides))  # type: ignore[arg-type]
+        left, right = map(str.strip, names.split("<->"))
+        before, _, after = axes.partition("->")
+        sides = (_groups(before), _groups(after)) if axes else None
+        rules.append(Rule(Name(left), Name(right, Name(left).choices), sides))
     return tuple(rules)
 
 

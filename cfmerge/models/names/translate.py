@@ -164,7 +164,9 @@ def _single(one: Found, headers: Headers, sizes: Mapping[str, int], forward: boo
     made.moves.append(Move(one.name, target, how))
 
 
-def _stack(target: str, members: Sequence[Found], headers: Headers, sizes: Mapping[str, int], made: Translation) -> None:
+def _stack(
+    target: str, members: Sequence[Found], headers: Headers, sizes: Mapping[str, int], made: Translation
+) -> None:
     """One tensor of several: each is a run of its entries."""
     rule = members[0].rule
     variable = str(rule.stacked)
