@@ -65,11 +65,11 @@ class Vision(nnx.Module):
 
     def __init__(self, c: SimpleNamespace, rngs: nnx.Rngs):
         d, patch = c.hidden_size, (c.patch_size,) * 2
+        convolution = nnx.Conv(c.num_channels, d, patch, strides=patch, padding="VALID", use_bias=False, rngs=rngs)
+        positions = nnx.Embed((c.image_size // c.patch_size) ** 2 + 1, d, rngs=rngs)
         self.embeddings = Tree(
-            class_embedding=nnx.Param(jnp.zeros(d)),
-            patch_embedding=nnx.Conv(c.num_channels, d, patch, strides=patch, padding="VALID", use_bias=False, rngs=rngs),
-            position_embedding=nnx.Embed((c.image_size // c.patch_size) ** 2 + 1, d, rngs=rngs),
-        )  # fmt: skip
+            class_embedding=nnx.Param(jnp.zeros(d)), patch_embedding=convolution, position_embedding=positions
+        )
         self.pre_layrnorm, self.encoder, self.post_layernorm = norm(c, rngs), layers(c, rngs), norm(c, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:

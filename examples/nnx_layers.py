@@ -65,9 +65,15 @@ def load(make: Callable[[SimpleNamespace, nnx.Rngs], nnx.Module], directory: str
 
 
 def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, heads: int, *, causal: bool = False, bias: jax.Array | None = None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    heads: int,
+    *,
+    causal: bool = False,
+    bias: jax.Array | None = None,
     scale: float | None = None,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Attention of `(batch, tokens, heads * size)`, in the same shape."""
     split = [x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value)]
     found = jax.nn.dot_product_attention(*split, bias=bias, scale=scale, is_causal=causal)
