@@ -72,8 +72,8 @@ def convert(
         output: the directory to make, or the file. It appears when it is complete.
         format: `"safetensors"`, `"torch"`, `"msgpack"`, `"npz"`, ...; None: as the output's name says, else the
             source's, or with `names` the usual one on the other side.
-        names: a family whose names are changed: Hugging Face's into the other's where the source has Hugging Face's, and
-            back where it has the other's; see docs/convert.md.
+        names: a family whose names are changed: Hugging Face's into the other's where the source has Hugging Face's,
+            and back where it has the other's; see docs/convert.md.
         config: the model's config.json, where it is not beside the source.
         shard_size: the largest file.
         overwrite: replace a model that is there.
@@ -157,7 +157,7 @@ def _folders(source: Source, made: Translation, names: str | None, wanted: str |
 
 
 def _ties(source: Source, folder: Folder) -> dict[str, str]:
-    """`{alias: name}` of tensors that a folder stores once, as its files tell: their metadata, or a format's own ties."""
+    """`{alias: name}` of tensors that a folder stores once, as its metadata or its format's own ties tell."""
     within = {
         alias.removeprefix(folder.prefix): name.removeprefix(folder.prefix)
         for alias, name in source.ties.items()

@@ -175,6 +175,19 @@ def test_words_are_stacked_in_the_order_in_which_the_rule_lists_them():
         translate({"a/0/kv": ((3, 3, 2), F32)}, family, {})
 
 
+def test_gemma_stacks_all_projections_where_there_are_as_many_keys_as_queries():
+    names = [f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv"]
+    tensors = {name: np.full((12, 6), n, np.float32) for n, name in enumerate(names)}
+    there = converted(tensors, "gemma2", {"n": 4, "k": 4, "h": 3, "d": 6})
+    assert there["layers/0/attn/qkv_einsum/w"].shape == (3, 4, 6, 3)
+    assert there["layers/0/attn/qkv_einsum/w"][:, 0, 0, 0].tolist() == [0, 1, 2]
+    tensors = {name: np.zeros((12 if "q_" in name else 6, 6), np.float32) for name in names}
+    there = converted(tensors, "gemma2", {"n": 4, "k": 2, "h": 3, "d": 6})
+    assert {name: tensor.shape for name, tensor in there.items()} == {
+        "layers/0/attn/q_einsum/w": (4, 6, 3), "layers/0/attn/kv_einsum/w": (2, 2, 6, 3),
+    }  # fmt: skip
+
+
 # --- names as files have them ------------------------------------------------------------------------------------
 
 
@@ -238,7 +251,8 @@ def test_files_go_there_and_back(tmp_path, monkeypatch):
     shapes = {
         Q: (12, 6), "model.layers.0.self_attn.k_proj.weight": (6, 6), "model.layers.0.self_attn.o_proj.weight": (6, 12),
         "model.layers.0.mlp.experts.0.up_proj.weight": (5, 6), "model.layers.0.mlp.experts.1.up_proj.weight": (5, 6),
-        "model.embed_tokens.weight": (9, 6), "lm_head.weight": (9, 6), "model.layers.0.self_attn.rotary_emb.inv_freq": (2,),
+        "model.embed_tokens.weight": (9, 6), "lm_head.weight": (9, 6),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": (2,),
     }  # fmt: skip
     tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     laid(tmp_path / "in", {"config.json": CONFIG, "model.safetensors": tensors})

@@ -164,12 +164,19 @@ class Family:
         sizes: `{axis: key of the config}` of the axes that are products in one of the shapes; `head_dim` and the number
             of key-value heads may be missing in a config.
         spellings: `{old: new}` last parts of names on the left, which are read and not written.
+        alike: the rules of models whose queries have as many heads as their keys (`n` = `k`), where these are others.
     """
 
     right: str
     rules: tuple[Rule, ...]
     sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    alike: tuple[Rule, ...] = ()
+
+    def of_sizes(self, sizes: Mapping[str, int]) -> "Family":
+        """The family with the rules that hold for a model of these sizes."""
+        alike = self.alike and sizes["n"] == sizes["k"]
+        return dataclasses.replace(self, rules=self.alike) if alike else self
 
     def rule_for(self, name: str, forward: bool) -> tuple[Rule, Values] | None:
         """The rule of a name on the left (`forward`) or on the right, and what its variables stand for."""

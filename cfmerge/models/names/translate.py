@@ -68,6 +68,7 @@ def translate(
     Raises:
         CfmergeError: names without a rule, shapes that do not fit, stacks with gaps; all of them in one message.
     """
+    family = family.of_sizes(sizes)
     spelt, notes = _spelt(list(headers), family)
     forward = spelt is None
     names = {name: name for name in headers} if spelt is None else spelt

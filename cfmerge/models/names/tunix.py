@@ -25,8 +25,40 @@ QWEN3 = """
     model.layers.{l}.mlp.experts.{e}.down_proj.weight          <-> layers/{l}/mlp/down_proj : d f -> e f d
 """
 
+GEMMA = """
+    model.embed_tokens.weight                                  <-> embedder/input_embedding
+    model.layers.{l}.self_attn.o_proj.weight                   <-> layers/{l}/attn/attn_vec_einsum/w : d (n h) -> n h d
+    model.layers.{l}.mlp.{x=gate|up}_proj.weight               <-> layers/{l}/mlp/{x}_proj/kernel : f d -> d f
+    model.layers.{l}.mlp.down_proj.weight                      <-> layers/{l}/mlp/down_proj/kernel : d f -> f d
+    model.layers.{l}.input_layernorm.weight                    <-> layers/{l}/pre_attention_norm/scale
+    model.layers.{l}.{x=pre|post}_feedforward_layernorm.weight <-> layers/{l}/{x}_ffw_norm/scale
+    model.norm.weight                                          <-> final_norm/scale
+"""
+APART = """
+    model.layers.{l}.self_attn.q_proj.weight                   <-> layers/{l}/attn/q_einsum/w : (n h) d -> n d h
+    model.layers.{l}.self_attn.{s=k|v}_proj.weight             <-> layers/{l}/attn/kv_einsum/w : (k h) d -> s k d h
+"""
+ALIKE = """
+    model.layers.{l}.self_attn.{s=q|k|v}_proj.weight           <-> layers/{l}/attn/qkv_einsum/w : (n h) d -> s n d h
+"""
+GEMMA2 = """
+    model.layers.{l}.post_attention_layernorm.weight           <-> layers/{l}/post_attn_norm/scale
+"""
+GEMMA3 = """
+    model.layers.{l}.post_attention_layernorm.weight           <-> layers/{l}/post_attention_norm/scale
+    model.layers.{l}.self_attn.q_norm.weight                   <-> layers/{l}/attn/_query_norm/scale
+    model.layers.{l}.self_attn.k_norm.weight                   <-> layers/{l}/attn/_key_norm/scale
+"""
+
+
+def gemma(norms: str) -> Family:
+    return Family("tunix", table(GEMMA + norms + APART), SIZES, alike=table(GEMMA + norms + ALIKE))
+
+
 FAMILIES = {
     "llama3": Family("tunix", table(DECODER), SIZES),
     "qwen2": Family("tunix", table(DECODER + QWEN2), SIZES),
     "qwen3": Family("tunix", table(DECODER + QWEN3), SIZES),
+    "gemma2": gemma(GEMMA2),
+    "gemma3": gemma(GEMMA3),
 }
