@@ -3,7 +3,7 @@
     cfmerge convert MODEL CONVERTED --names t5
     python examples/nnx_t5.py CONVERTED 8774 296 1
 
-It prints the tokens that the model generates greedily, up to 8. A merged model is converted in the same way.
+It prints the tokens that the model generates greedily, up to `--most` of them. A merged model is converted in the same way.
 """
 
 import argparse
@@ -106,9 +106,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
     parser.add_argument("tokens", type=int, nargs="+")
+    parser.add_argument("--most", type=int, default=8)
     asked = parser.parse_args()
     model, said = load(T5, asked.directory), [0]
-    while len(said) <= 8 and said[-1] != 1:  # 0 begins, 1 ends
+    while len(said) <= asked.most and said[-1] != 1:  # 0 begins, 1 ends
         said.append(int(model(jnp.array([asked.tokens]), jnp.array([said]))[0, -1].argmax()))
     print("generates:", *said[1:])
 

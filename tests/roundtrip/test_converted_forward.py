@@ -82,8 +82,34 @@ def as_arrays(asked):
     return [array.transpose(0, 2, 3, 1) if key == "pixel_values" else array for key, array in arrays.items()]
 
 
+def printed(module, directory, name, monkeypatch, capsys):
+    """What the example prints about the first of the inputs."""
+    words = [str(token) for token in TOKENS[0].tolist()] if name != "vit" else []
+    if name in {"vit", "clip"}:
+        np.save(directory / "image.npy", IMAGES[0].numpy().transpose(1, 2, 0))
+        words = [str(directory / "image.npy"), *words]
+    words += ["--most", "2"] if name.startswith("t5") else []
+    monkeypatch.setattr(sys, "argv", ["example", str(directory), *words])
+    module.main()
+    return capsys.readouterr().out.split()
+
+
+def wanted(name, expected, model):
+    if name.startswith("t5"):
+        said = [0]
+        while len(said) <= 2 and said[-1] != 1:
+            logits = model(input_ids=TOKENS[:1], decoder_input_ids=torch.tensor([said])).logits
+            said.append(int(logits[0, -1].argmax()))
+        return ["generates:", *map(str, said[1:])]
+    if name == "clip":
+        return ["alike:", f"{float(expected[0, 0]):.4f}"]
+    if name == "vit":
+        return ["class:", str(int(expected[0].argmax()))]
+    return ["most", "likely:", *map(str, expected[0].argmax(-1).tolist())]
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_a_converted_model_computes_what_transformers_computes(name, tmp_path):
+def test_a_converted_model_computes_what_transformers_computes(name, tmp_path, monkeypatch, capsys):
     family, make, example, made = MODELS[name]
     torch.manual_seed(0)
     model = make().eval()
@@ -99,6 +125,8 @@ def test_a_converted_model_computes_what_transformers_computes(name, tmp_path):
     found = module.load(getattr(module, made), tmp_path / "flax")(*as_arrays(asked))
     assert float(expected.std()) > 0.02
     np.testing.assert_allclose(np.asarray(found), expected.numpy(), atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+    assert printed(module, tmp_path / "flax", name, monkeypatch, capsys) == wanted(name, expected, model)
 
     cfmerge.convert(tmp_path / "flax", tmp_path / "back", names=family, format="safetensors")
     start, back = open_checkpoint(tmp_path / "torch"), open_checkpoint(tmp_path / "back")
