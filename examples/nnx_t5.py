@@ -3,7 +3,8 @@
     cfmerge convert MODEL CONVERTED --names t5
     python examples/nnx_t5.py CONVERTED 8774 296 1
 
-It prints the tokens that the model generates greedily, up to `--most` of them. A merged model is converted in the same way.
+It prints the tokens that the model generates greedily, up to `--most` of them. A merged model is converted in the same
+way.
 """
 
 import argparse

@@ -64,6 +64,25 @@ def test_entries_that_stay_in_order_are_known():
     assert not in_order("a b -> b a", (2, 3))
 
 
+@pytest.mark.parametrize(
+    ("axes", "shape", "shortest"),
+    [
+        ("(n h) d -> d n h", (6, 4), ((6, 4), (1, 0))),
+        ("o i h w -> h w i o", (2, 3, 4, 5), ((2, 3, 20), (2, 1, 0))),
+        ("o i h w -> h w i o", (2, 1, 4, 5), ((2, 20), (1, 0))),
+        ("a b c -> c a b", (2, 1, 3), ((2, 3), (1, 0))),
+        ("a b -> a b", (2, 3), ((6,), (0,))),
+    ],
+)
+def test_axes_that_stay_side_by_side_are_moved_as_one(axes, shape, shortest):
+    (rule,) = table(f"a <-> b : {axes}")
+    how = rearranged(rule.view(True), shape, {"n": 2})
+    assert how.shortest == shortest
+    tensor = np.arange(np.prod(shape))
+    moved = tensor.reshape(how.split).transpose(how.order).reshape(-1)
+    assert (tensor.reshape(shortest[0]).transpose(shortest[1]).reshape(-1) == moved).all()
+
+
 @pytest.mark.parametrize("shape", [(13, 6), (12,), (12, 7), (2, 6, 6)])
 def test_a_shape_that_does_not_fit_is_told_with_the_sizes_of_the_config(shape):
     sizes = sizes_of(FAMILIES["llama3"], CONFIG)

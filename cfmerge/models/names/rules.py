@@ -106,6 +106,18 @@ class Rearranged(NamedTuple):
         moved = [axis for axis in self.order if self.split[axis] != 1]
         return moved == sorted(moved)
 
+    @property
+    def shortest(self) -> tuple[Shape, tuple[int, ...]]:
+        """`split` and `order` with as few axes as can be: axes that stay side by side are one."""
+        runs: list[list[int]] = []
+        for axis in (axis for axis in self.order if self.split[axis] != 1):
+            last = runs[-1][-1] if runs else None
+            beside = last is not None and axis > last and all(size == 1 for size in self.split[last + 1 : axis])
+            runs[-1].append(axis) if beside else runs.append([axis])
+        places = sorted(run[0] for run in runs)
+        sizes = {run[0]: math.prod(self.split[axis] for axis in run) for run in runs}
+        return tuple(sizes[place] for place in places), tuple(places.index(run[0]) for run in runs)
+
 
 def rearranged(view: tuple[Groups, Groups] | None, shape: Shape, sizes: Mapping[str, int]) -> Rearranged:
     """How a tensor of a shape is rearranged.
