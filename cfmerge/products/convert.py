@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import DirectorySink, Folder, Source, Totals, open_checkpoint, open_sink
 from cfmerge.formats.containers import FORMATS
 from cfmerge.formats.naming import format_by_name, in_format
@@ -84,6 +84,8 @@ def convert(
         CfmergeError: bad input, a name without a rule, or a shape that does not fit; nothing is written then.
     """
     started, output = time.monotonic(), Path(output)
+    if format not in {None, *FORMATS}:
+        raise CfmergeError(f"unknown format {format!r}{nearest(str(format), FORMATS)}")
     opened = open_checkpoint(source) if isinstance(source, str | Path) else source
     check_whole(opened.side_files)
     made = _translated(opened, names, config)

@@ -186,3 +186,15 @@ def test_the_command_converts_and_imports_no_jax(tmp_path):
 def test_unknown_names_are_refused_with_those_that_there_are(tmp_path):
     with pytest.raises(cfmerge.CfmergeError, match="unknown family of names 'berd'; did you mean 'bert'"):
         cfmerge.convert(model(tmp_path / "in"), tmp_path / "out", names="berd")
+
+
+def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(cfmerge.CfmergeError, match="unknown format 'safetensor'; did you mean 'safetensors'"):
+        cfmerge.convert(model(tmp_path / "in"), tmp_path / "out", format="safetensor")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_beside_a_file_is_no_part_of_it(tmp_path):
+    model(tmp_path / "in")
+    with pytest.raises(cfmerge.CfmergeError, match="--config"):
+        cfmerge.convert(tmp_path / "in/model.safetensors", tmp_path / "out", names="llama3")
