@@ -80,7 +80,7 @@ def told(place: Path, theirs: dict[str, np.ndarray]) -> bool:
     ours = {name: source.read(name) for name in source.tensors}
     odd = ours.keys() ^ theirs.keys()
     for name in ours.keys() - odd:
-        mine, other = ours[name], np.ascontiguousarray(theirs[name])
+        mine, other = ours[name], np.asarray(theirs[name])
         odd |= set() if (mine.shape, mine.tobytes()) == (other.shape, other.tobytes()) else {name}
     print(f"{place.name:34} {len(ours):3} tensors  {'DIFFER: ' + ', '.join(sorted(odd)[:4]) if odd else 'the same'}")
     return not odd
