@@ -133,7 +133,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _same_bytes(source: Source, alias: str) -> str | None:
     """The name that a tensor is tied to, where both are stored and are the same."""
     name = source.ties.get(alias)
-    if name not in source.tensors or source.tensors[name].nbytes != source.tensors[alias].nbytes:
+    if name is None or name not in source.tensors or source.tensors[name].nbytes != source.tensors[alias].nbytes:
         return None
     here, there = (source.read(one).reshape(-1).view(np.uint8) for one in (alias, name))
     return name if np.array_equal(here, there) else None
