@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cfmerge.formats import open_checkpoint as open_checkpoint
     from cfmerge.products.accumulate import accumulate as accumulate
     from cfmerge.products.accumulate import solve as solve
+    from cfmerge.products.convert import convert as convert
     from cfmerge.products.files import open as open
     from cfmerge.products.files import save as save
     from cfmerge.products.in_memory import merge_params as merge_params
@@ -62,6 +63,7 @@ _PUBLIC = {
     "plan": "cfmerge.products.plan",
     "accumulate": "cfmerge.products.accumulate",
     "solve": "cfmerge.products.accumulate",
+    "convert": "cfmerge.products.convert",
     "Statistics": "cfmerge.statistics",
     "grid": "cfmerge.products.sweep",
     "sweep": "cfmerge.products.sweep",

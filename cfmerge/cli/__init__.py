@@ -15,7 +15,7 @@ from cfmerge.cli import options as o
 from cfmerge.cli.ending import ended
 from cfmerge.cli.texts import key_values, swept
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.recipe import Recipe
+from cfmerge.recipe import Format, Recipe
 
 app = typer.Typer(
     name="cfmerge",
@@ -221,6 +221,52 @@ def clean(
     from cfmerge.cli.leftovers import listed_and_removed
 
     listed_and_removed(places or [Path()], yes, json)
+
+
+@app.command(
+    cls=o.Command,
+    epilog=o.examples(
+        "cfmerge convert MODEL OUT --format torch",
+        "cfmerge convert MODEL OUT.npz",
+        "cfmerge convert MODEL OUT --names bert",
+        "cfmerge convert OUT AGAIN --names bert",
+    ),
+)
+def convert(
+    source: Annotated[Path, o.argument("SRC", "A model: a directory or a file.")],
+    output: Annotated[Path, o.argument("DST", "The directory to make, or one file.")],
+    *,
+    names: Annotated[
+        str | None,
+        o.option("--names", metavar="FAMILY", panel="What is converted", help="Rename too: llama3, bert, gpt2, ..."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        o.option("--config", metavar="PATH", panel="What is converted", help="For --names. Default: SRC's."),
+    ] = None,
+    format: Annotated[
+        Format | None, o.option("--format", metavar="NAME", panel=o.WHERE, help="torch, orbax, ... Default: SRC's.")
+    ] = None,
+    shard_size: Annotated[
+        str, o.option("--shard-size", metavar="SIZE", panel=o.WHERE, help="Largest file. Default: 5GB.")
+    ] = "5GB",
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    json: o.Json = False,
+) -> None:
+    """Write a model in another format, bit for bit, or under other names."""
+    opened = cfmerge.open_checkpoint(source)
+    total = sum(info.nbytes for info in opened.tensors.values())
+    with show.progress(total, json=json, quiet=quiet, what="converting") as told:
+        done = cfmerge.convert(
+            opened, output, format=format, names=names, config=config, shard_size=shard_size, overwrite=overwrite,
+            progress=told,
+        )  # fmt: skip
+    if json:
+        show.event("done", output=str(done.output), tensors=len(done.tensors), bytes=done.bytes, notes=list(done.notes))
+    elif not quiet:
+        show.notes(done.notes)
+        show.line(f"{done.output}  {len(done.tensors)} tensors, {tables.size(done.bytes)} in {done.seconds:.1f} s")
 
 
 @app.command(cls=o.Command)

@@ -36,7 +36,9 @@ def by_the_first(where: "Placement", json: bool, quiet: bool) -> tuple[bool, boo
 
 
 @contextlib.contextmanager
-def progress(total: int, *, json: bool, quiet: bool) -> Iterator[Callable[[str, int], None] | None]:
+def progress(
+    total: int, *, json: bool, quiet: bool, what: str = "merging"
+) -> Iterator[Callable[[str, int], None] | None]:
     """A callback for the engine: a bar in a terminal, lines of JSON with `--json`, nothing otherwise.
 
     `total`: the bytes that will be read.
@@ -64,7 +66,7 @@ def progress(total: int, *, json: bool, quiet: bool) -> Iterator[Callable[[str, 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merging", total=total)
+        task = bar.add_task(what, total=total)
         yield lambda name, count: bar.update(task, advance=count, description=escape(name[-48:]))
 
 

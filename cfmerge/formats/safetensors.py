@@ -38,13 +38,13 @@ DTYPES: dict[str, np.dtype] = {
         "F8_E5M2": ml_dtypes.float8_e5m2,
     }.items()
 }
-QUANTISED = {  # read, so that the model is known as quantised; not written
+QUANTISED = {  # read, so that the model is known as quantised, and copied by `convert`
     "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 READ = DTYPES | QUANTISED
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in READ.items()}
 MAX_HEADER = 100_000_000  # the reference implementation's limit
 
 
@@ -145,6 +145,10 @@ def lay(tensors: Mapping[str, Header], metadata: Mapping[str, str]) -> FileLayou
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     places, end = {}, 0
     for name, header in tensors.items():
+        if np.dtype(header[1]) not in NAMES:
+            raise CfmergeError(
+                f"tensor {name!r} is {header[1]}, which safetensors cannot hold; it holds {', '.join(READ)}"
+            )
         start, end = end, end + bytes_of(header)
         entries[name] = {"dtype": NAMES[np.dtype(header[1])], "shape": list(header[0]), "data_offsets": [start, end]}
         places[name] = start
