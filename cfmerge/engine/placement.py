@@ -89,6 +89,8 @@ class Placement:
 
     def _at_once(self, unit: Unit) -> int:
         """How many units like this one are joined."""
+        if unit.at_once:  # it is solved in pieces, which are joined
+            return 1
         alone = self._axis(unit) is not None and unit.job.working_bytes > memory_of(self.devices[0])
         return len(self.devices) if not alone and self._fits(unit, len(self.devices)) else 1
 

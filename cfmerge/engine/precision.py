@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.core.call import form_of
@@ -16,6 +17,7 @@ from cfmerge.core.several import reported
 from cfmerge.engine.low_rank import CUT, LEAST_INPUTS, rank_bound
 from cfmerge.engine.units import Unit
 from cfmerge.methods import Found, Method
+from cfmerge.models import matrices_back, matrices_first
 from cfmerge.planning.work import Job, Work
 
 # Relative error of a merged delta, measured, times the smallest eigenvalue of the system over the largest (what a
@@ -51,6 +53,24 @@ class Outcome(NamedTuple):
     reports: Reports
     statistics: Any = None  # of an additive method
     float64: tuple[int, ...] = ()  # numbers of the segments that float64 was needed for
+
+
+def together(unit: Unit, groups: Sequence[Unit], outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of a unit whose layers were solved some at a time, in groups of its pieces."""
+    parts, reports = dict[int, Any](), dict[int, Any]()
+    for group, outcome in zip(groups, outcomes, strict=True):
+        for number, segment in enumerate(group.segments):
+            one = slice(number, number + 1)
+            parts[segment.first] = outcome.tensors[one]
+            reports[segment.first] = jax.tree.map(lambda leaf, one=one: leaf[one], outcome.reports)
+    layout, shape = unit.job.layout, unit.job.parameter.shape
+    first = [matrices_first(parts[start], layout) for start in sorted(parts)]
+    xp = jnp if isinstance(first[0], jax.Array) else np
+    sizes = tuple(size for size, at in zip(shape, layout, strict=True) if at == "b")
+    tensors = matrices_back(xp.concatenate(first), layout, sizes)
+    in_order = [reports[start] for start in sorted(reports)]
+    double = (0,) if any(outcome.float64 for outcome in outcomes) else ()
+    return Outcome(tensors, jax.tree.map(lambda *own: np.concatenate(own, 1), *in_order), None, double)
 
 
 def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome]:

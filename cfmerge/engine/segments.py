@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 
 from cfmerge.linalg.selection import middle_ranks
-from cfmerge.models.deltas import Delta, Factors
+from cfmerge.models import some_matrices
+from cfmerge.models.deltas import Delta, Dense, Factors
 from cfmerge.planning.work import Job, Readable, Work
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """`count` entries of a tensor as it is stored, from entry `first` on; the whole tensor without a count."""
+    """`count` entries of a tensor as it is stored, from entry `first` on; the whole tensor without a count.
+
+    Some layers of a tensor that stacks them along an axis that is not the first are counted as if it were.
+    """
 
     job: Job
     first: int = 0
@@ -35,13 +39,23 @@ class Segment:
         size = math.prod(self.job.seen_shape)
         return range(self.first // size, (self.first + self.count) // size)
 
+    @property
+    def is_strided(self) -> bool:
+        """Whether it is some layers of a tensor in which they do not lie one behind the other."""
+        return self.count is not None and self.job.layers_apart and not self.job.layers_in_turn
+
     def read(self, model: Readable, name: str) -> Any:
         """Its share of a model, in which the tensor has this name."""
+        if self.is_strided:
+            return some_matrices(model.read(name), self.job.layout, self.layers)
         return model.read(name, self.first, self.count)
 
     def delta(self, work: Work, number: int) -> Delta:
         """Its share of an expert's delta."""
-        return work.experts[number].tensors.delta(str(self.job.sources[number]), self.first, self.count)
+        tensors, name = work.experts[number].tensors, str(self.job.sources[number])
+        if self.is_strided:  # read, not asked for as factors, which have the two axes of one matrix
+            return Dense(self.read(tensors, name))
+        return tensors.delta(name, self.first, self.count)
 
     def ranks(self, work: Work, number: int) -> np.ndarray:
         """The ranks of its entries in the rows of its tensor, of which it may begin or end within one."""

@@ -1,10 +1,10 @@
 """Layouts of JAX families, whose names say what their axes are: Gemma's einsums, tunix, MaxText, HF's Flax GPT-2.
 
-    q_einsum/w        (heads, in, head_dim)           one matrix: all heads' outputs, head by head
-    kv_einsum/w       (2, heads, in, head_dim)        two matrices: keys and values
-    attn_vec_einsum/w (heads, head_dim, out)
-    gating_einsum     (2, hidden, in) or (2, in, hidden), as `linear` beside it, (hidden, out), tells
-    q_proj/w          (in, heads, head_dim)           tunix; o_proj/w (heads, head_dim, out); lm_head/w (in, vocabulary)
+q_einsum/w        (heads, in, head_dim)           one matrix: all heads' outputs, head by head
+kv_einsum/w       (2, heads, in, head_dim)        two matrices: keys and values
+attn_vec_einsum/w (heads, head_dim, out)
+gating_einsum     (2, hidden, in) or (2, in, hidden), as `linear` beside it, (hidden, out), tells
+q_proj/w          (in, heads, head_dim)           tunix; o_proj/w (heads, head_dim, out); lm_head/w (in, vocabulary)
 """
 
 import re
