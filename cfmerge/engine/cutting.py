@@ -51,10 +51,10 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
         if job.layers_apart and not work.traced and (job.layers_in_turn or _at_once(job, 1, memory) < job.matrices):
             yield from _layers(work, job, memory)
             continue
-        bucket = waiting.setdefault((job.parameter.shape, job.layout, *likes), [])
+        bucket = waiting.setdefault((job.shape, job.layout, *likes), [])
         bucket.append(job)
         if not work.traced and len(bucket) >= _at_once(job, job.matrices, memory):
-            yield _whole(work, waiting.pop((job.parameter.shape, job.layout, *likes)))
+            yield _whole(work, waiting.pop((job.shape, job.layout, *likes)))
     for bucket in waiting.values():
         yield _whole(work, bucket)
     for segments in filling.values():

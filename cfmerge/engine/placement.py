@@ -129,7 +129,7 @@ def _joined(units: Sequence[Unit]) -> Unit:
 def _likeness(unit: Unit) -> Any:
     """A key that is equal for units that one compiled call can do."""
     job, first = unit.job, unit.segments[0]
-    shape = job.parameter.shape if unit.row is None else unit.row
+    shape = job.shape if unit.row is None else unit.row
     method = kind_of(job.method), low_rank(unit)
     return shape, len(unit.layers), first.count is None, job.layout, job.parameter.dtype, job.dtype, job.experts, method
 

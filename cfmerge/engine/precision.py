@@ -17,7 +17,6 @@ from cfmerge.core.several import reported
 from cfmerge.engine.low_rank import CUT, LEAST_INPUTS, rank_bound
 from cfmerge.engine.units import Unit
 from cfmerge.methods import Found, Method
-from cfmerge.models import matrices_back, matrices_first
 from cfmerge.planning.work import Job, Work
 
 # Relative error of a merged delta, measured, times the smallest eigenvalue of the system over the largest (what a
@@ -63,11 +62,9 @@ def together(unit: Unit, groups: Sequence[Unit], outcomes: Sequence[Outcome]) ->
             one = slice(number, number + 1)
             parts[segment.first] = outcome.tensors[one]
             reports[segment.first] = jax.tree.map(lambda leaf, one=one: leaf[one], outcome.reports)
-    layout, shape = unit.job.layout, unit.job.parameter.shape
-    first = [matrices_first(parts[start], layout) for start in sorted(parts)]
+    first = [parts[start] for start in sorted(parts)]
     xp = jnp if isinstance(first[0], jax.Array) else np
-    sizes = tuple(size for size, at in zip(shape, layout, strict=True) if at == "b")
-    tensors = matrices_back(xp.concatenate(first), layout, sizes)
+    tensors = xp.concatenate(first, axis=-len(unit.job.shape))
     in_order = [reports[start] for start in sorted(reports)]
     double = (0,) if any(outcome.float64 for outcome in outcomes) else ()
     return Outcome(tensors, jax.tree.map(lambda *own: np.concatenate(own, 1), *in_order), None, double)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cfmerge.linalg.selection import middle_ranks
-from cfmerge.models import some_matrices
+from cfmerge.models import matrices_back, matrices_first
 from cfmerge.models.deltas import Delta, Dense, Factors
 from cfmerge.planning.work import Job, Readable, Work
 
@@ -39,21 +39,22 @@ class Segment:
         size = math.prod(self.job.seen_shape)
         return range(self.first // size, (self.first + self.count) // size)
 
-    @property
-    def is_strided(self) -> bool:
-        """Whether it is some layers of a tensor in which they do not lie one behind the other."""
-        return self.count is not None and self.job.layers_apart and not self.job.layers_in_turn
-
     def read(self, model: Readable, name: str) -> Any:
         """Its share of a model, in which the tensor has this name."""
-        if self.is_strided:
-            return some_matrices(model.read(name), self.job.layout, self.layers)
+        if self.job.is_turned:
+            turned = matrices_first(model.read(name), self.job.parameter.layout)
+            return turned[self.layers.start : self.layers.stop]
         return model.read(name, self.first, self.count)
+
+    def stored(self, values: Any) -> Any:
+        """Its values in the order of the file."""
+        parameter = self.job.parameter
+        return matrices_back(values, parameter.layout, parameter.shape) if self.job.is_turned else values
 
     def delta(self, work: Work, number: int) -> Delta:
         """Its share of an expert's delta."""
         tensors, name = work.experts[number].tensors, str(self.job.sources[number])
-        if self.is_strided:  # read, not asked for as factors, which have the two axes of one matrix
+        if self.job.is_turned:  # read, not asked for as factors, which have the two axes of one matrix
             return Dense(self.read(tensors, name))
         return tensors.delta(name, self.first, self.count)
 

@@ -161,8 +161,8 @@ class Unit:
         return self._stacked([s.read(model, name) for s, name in zip(self.segments, names, strict=True)])
 
     def _stacked(self, arrays: Sequence[Any]) -> Any:
-        if self.row is None and self.segments[0].count is not None and not self.segments[0].is_strided:
-            arrays = [array.reshape(len(self.layers), *self.job.parameter.shape[1:]) for array in arrays]
+        if self.row is None and self.segments[0].count is not None:
+            arrays = [array.reshape(len(self.layers), *self.job.shape[1:]) for array in arrays]
         if any(isinstance(array, jax.Array) for array in arrays):
             return jnp.stack([jnp.asarray(array) for array in arrays])
         arrays = _one_dtype(arrays)
@@ -182,7 +182,7 @@ class Unit:
         """`(job, first entry, values)` of each segment, out of an array `(stack, ...)`."""
         for segment, span in zip(self.segments, self.spans, strict=True):
             if self.row is None:
-                yield segment.job, segment.first, values[span.start]
+                yield segment.job, segment.first, segment.stored(values[span.start])
             else:
                 yield segment.job, segment.first, values[span].reshape(-1)[: segment.count]
 

@@ -12,5 +12,4 @@ from cfmerge.models.layouts import check_layout as check_layout
 from cfmerge.models.layouts import from_canonical as from_canonical
 from cfmerge.models.layouts import matrices_back as matrices_back
 from cfmerge.models.layouts import matrices_first as matrices_first
-from cfmerge.models.layouts import some_matrices as some_matrices
 from cfmerge.models.layouts import to_canonical as to_canonical

@@ -37,33 +37,19 @@ def from_canonical(canonical: Any, layout: str, shape: Shape) -> Any:
     return canonical.reshape(tuple(shape[axis] for axis in order)).transpose(inverse)
 
 
-def some_matrices(tensor: Any, layout: str, matrices: range) -> Any:
-    """The stored tensor with these of its stacked matrices alone; of several stacked axes the last one holds them."""
-    if layout.count("b") == 1:
-        own = slice(matrices.start, matrices.stop)
-        return tensor[tuple(own if at == "b" else slice(None) for at in layout)]
-    first = matrices_first(tensor, layout)[matrices.start : matrices.stop]
-    return matrices_back(first, layout, (*[1] * (layout.count("b") - 1), len(matrices)))
-
-
 def matrices_first(tensor: Any, layout: str) -> Any:
-    """The tensor, whose last axes have the layout, with its stacked axes as one, the first of all."""
-    stacked = _stacked(tensor.ndim, layout)
+    """The stored tensor with its stacked axes as one, the first."""
+    stacked = tuple(axis for axis, at in enumerate(layout) if at == "b")
     moved = tensor.transpose((*stacked, *(axis for axis in range(tensor.ndim) if axis not in stacked)))
     return moved.reshape(-1, *moved.shape[len(stacked) :])
 
 
-def matrices_back(first: Any, layout: str, sizes: Shape) -> Any:
-    """The inverse of `matrices_first`, for stacked axes of these sizes."""
-    apart = first.reshape(*sizes, *first.shape[1:])
-    stacked = _stacked(apart.ndim, layout)
-    order = (*stacked, *(axis for axis in range(apart.ndim) if axis not in stacked))
-    return apart.transpose(tuple(order.index(axis) for axis in range(apart.ndim)))
-
-
-def _stacked(ndim: int, layout: str) -> tuple[int, ...]:
-    """The stacked axes of a tensor whose last axes have the layout."""
-    return tuple(ndim - len(layout) + axis for axis, at in enumerate(layout) if at == "b")
+def matrices_back(first: Any, layout: str, shape: Shape) -> Any:
+    """The inverse of `matrices_first`, for a stored tensor of that shape."""
+    stacked = tuple(axis for axis, at in enumerate(layout) if at == "b")
+    order = (*stacked, *(axis for axis in range(len(layout)) if axis not in stacked))
+    apart = first.reshape(tuple(shape[axis] for axis in order))
+    return apart.transpose(tuple(order.index(axis) for axis in range(len(layout))))
 
 
 def _order(layout: str) -> tuple[int, ...]:

@@ -103,8 +103,26 @@ class Job:
 
     @property
     def layout(self) -> str:
-        """The layout that the method sees: none if it takes entries one by one, or where there is no matrix."""
-        return "" if self.method.needs.scope == "entry" else self.parameter.layout
+        """The layout in which the tensor is taken up, stacked axes as one, the first.
+
+        None if the method takes entries one by one, or where there is no matrix.
+        """
+        stored = "" if self.method.needs.scope == "entry" else self.parameter.layout
+        return "b" + stored.replace("b", "") if "b" in stored else stored
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether stacked axes are brought to the front when the tensor is taken up: it is not stored so."""
+        stored = self.parameter.layout
+        return "b" in self.layout and not (stored.startswith("b") and stored.count("b") == 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in which the tensor is taken up."""
+        if not self.is_turned:
+            return self.parameter.shape
+        axes = zip(self.parameter.shape, self.parameter.layout, strict=True)
+        return (self.matrices, *(size for size, at in axes if at != "b"))
 
     @property
     def matrices(self) -> int:
@@ -135,7 +153,7 @@ class Job:
     @property
     def layers_in_turn(self) -> bool:
         """Whether it stacks layers that lie one behind the other: some of them are a range of its entries."""
-        return self.layers_apart and self.layout.startswith("b") and self.layout.count("b") == 1
+        return self.layers_apart and not self.is_turned
 
     @property
     def row(self) -> int | None:

@@ -232,7 +232,7 @@ def _with(assignment: Assignment, call: Call) -> Assignment:
 
 def layouts_of(jobs: Sequence[Job], trees: Sequence[Mapping[str, Any]]) -> dict[str, Sharding]:
     """The layouts of the tensors that lie on several devices."""
-    stacked = {job.name: [a for a, letter in enumerate(job.layout) if letter == "b"] for job in jobs}
+    stacked = {job.name: [a for a, letter in enumerate(job.parameter.layout) if letter == "b"] for job in jobs}
     each = {
         job.name: layout_of([tree[job.name] for tree in trees], stacked[job.name] if job.layers_apart else ())
         for job in jobs
