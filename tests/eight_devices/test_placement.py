@@ -155,7 +155,7 @@ def test_layers_of_a_stacked_tensor_are_joined(make_model, tmp_path, load, monke
 @pytest.mark.usefixtures("every_matrix_is_large")
 def test_layers_of_any_axis_are_joined(make_model, tmp_path, load, monkeypatch):
     """Ten layers on the second axis, one at a time: eight devices, and then two of them."""
-    shapes = {"decoder.layers.up.kernel": (6, 10, 7), "decoder.layers.norm.scale": (6, 10)}
+    shapes = {"decoder.layers.up.kernel": (12, 10, 7), "decoder.layers.norm.scale": (12, 10)}
     family = models(make_model, tmp_path, shapes, 2)
     monkeypatch.setattr("cfmerge.engine.cutting.STACKED", 1)
     joined = []

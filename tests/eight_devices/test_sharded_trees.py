@@ -268,7 +268,7 @@ def test_layers_stacked_along_another_axis_are_merged_where_they_lie(monkeypatch
     found = cfmerge.merge_params(base, experts, "ace")
     assert_laid_as(found, base)
     for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
 def test_the_compiled_merge_holds_no_whole_model():
