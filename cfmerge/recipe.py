@@ -103,6 +103,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     rename: list[Rename] = []  # for all experts' names
     heads: Heads | None = None
     on_nonfinite: Literal["error", "skip-expert"] = "error"
+    vocabulary: str | None = None  # the output's tokens: base, union, or an expert's name; none: base, if it has all
     allow: list[Allowed] = []
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # the output's; none: the base's
     precision: Literal["auto", "float32", "float64"] = "auto"  # the computation's

@@ -25,6 +25,7 @@ from cfmerge.planning.plugins import load_plugins
 from cfmerge.planning.resolved import Planned, Resolved
 from cfmerge.planning.ties import settle_ties
 from cfmerge.planning.unsolved import unsolved_notes
+from cfmerge.planning.vocabularies import one_vocabulary
 from cfmerge.planning.work import Participant, Work
 from cfmerge.recipe import Expert, Recipe, parse_size
 from cfmerge.statistics import Statistics, fingerprint
@@ -87,8 +88,10 @@ def resolve(
     base, experts, of_folders = same_folders(base, named)
     notes += of_folders
 
-    parameters = _parameters(base)
     paired = pair_experts(recipe, base, experts, specs)
+    base, of_tokens, edits = one_vocabulary(recipe, base, paired, specs, sums)
+    notes += of_tokens
+    parameters = _parameters(base)
     ties = settle_ties(base, paired.experts, specs, paired.sources, functools.partial(treated_apart, recipe.rules))
     own = {name: parameter for name, parameter in parameters.items() if name not in ties.aliases}
     others = {name for expert in paired.experts for name in expert.tensors}
@@ -135,7 +138,7 @@ def resolve(
     return Resolved(
         results, base, tuple(paired.experts), tuple(specs), work, matched[0].exported,
         (*notes, *numbers_told, *matched[0].notes, *averaged), parse_size(recipe.shard_size),
-        _side_files(recipe, base), sums, opened,
+        _side_files(recipe, base), sums, opened, edits,
     )  # fmt: skip
 
 

@@ -132,10 +132,16 @@ def _sink(
 ) -> DirectorySink:
     """The sink of a plan with one result."""
     return open_sink(
-        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
+        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_edits(plan),
         heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
         digest=digest, resume=not fresh, join=join,
     )  # fmt: skip
+
+
+def _edits(plan: Resolved) -> dict[str, dict[str, Any]]:
+    """`{file: {key: value}}`: what the output's copies of the side files say otherwise."""
+    of_dtype = _new_dtype(plan)
+    return {name: {**plan.edits.get(name, {}), **of_dtype.get(name, {})} for name in {**plan.edits, **of_dtype}}
 
 
 def _new_dtype(plan: Resolved) -> dict[str, dict[str, str]]:
