@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cfmerge.products.files import save as save
     from cfmerge.products.in_memory import merge_params as merge_params
     from cfmerge.products.in_memory import merge_tensor as merge_tensor
+    from cfmerge.products.loading import load as load
     from cfmerge.products.merge import merge as merge
     from cfmerge.products.merge import merge_recipe as merge_recipe
     from cfmerge.products.plan import Plan as Plan
@@ -64,6 +65,7 @@ _PUBLIC = {
     "accumulate": "cfmerge.products.accumulate",
     "solve": "cfmerge.products.accumulate",
     "convert": "cfmerge.products.convert",
+    "load": "cfmerge.products.loading",
     "Statistics": "cfmerge.statistics",
     "grid": "cfmerge.products.sweep",
     "sweep": "cfmerge.products.sweep",

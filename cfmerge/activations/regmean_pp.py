@@ -24,7 +24,7 @@ from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.methods import Method, regmean
 from cfmerge.models import classify
 from cfmerge.planning.assign import Assignment, assign
-from cfmerge.planning.depth import depths, place, settle
+from cfmerge.planning.depth import depths_of, place, settle
 from cfmerge.products.in_memory import merge_leaves
 from cfmerge.recipe import Rule, parse_rule
 
@@ -158,7 +158,7 @@ def _assigned(
     shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
     made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
     found = assign(classify(shapes), method, made)
-    depth_of = depths(found)
+    depth_of = depths_of(found)
     return {
         name: dataclasses.replace(a, method=settle(a.method, place(name, depth_of[name], experts)))
         for name, a in found.items()

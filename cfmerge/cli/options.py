@@ -84,6 +84,10 @@ RECIPE: dict[str, Any] = {
         Literal["keep-base", "drop", "export"] | None,
         option("--heads", metavar="CHOICE", panel=HOW, help="Unshared ones: keep-base, drop, export."),
     ],
+    "vocabulary": Annotated[
+        str | None,
+        option("--vocabulary", metavar="CHOICE", panel=HOW, help="Tokens: base, union, an expert's."),
+    ],
     "allow": Annotated[
         list[str] | None,
         option("--allow", metavar="CASE", panel=HOW, help="one-expert, duplicate-experts, ..."),

@@ -48,13 +48,13 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
             if job.parameter.size > most:
                 yield from _in_pieces(work, job, most)
                 continue
-        if job.layers_apart and not work.traced:
+        if job.layers_apart and not work.traced and (job.layers_in_turn or _at_once(job, 1, memory) < job.matrices):
             yield from _layers(work, job, memory)
             continue
-        bucket = waiting.setdefault((job.parameter.shape, job.layout, *likes), [])
+        bucket = waiting.setdefault((job.shape, job.layout, *likes), [])
         bucket.append(job)
-        if not work.traced and len(bucket) >= _at_once(job, job.parameter.size, memory):
-            yield _whole(work, waiting.pop((job.parameter.shape, job.layout, *likes)))
+        if not work.traced and len(bucket) >= _at_once(job, job.matrices, memory):
+            yield _whole(work, waiting.pop((job.shape, job.layout, *likes)))
     for bucket in waiting.values():
         yield _whole(work, bucket)
     for segments in filling.values():
@@ -113,21 +113,25 @@ def _apart(work: Work, job: Job, filling: list[Segment], most: int) -> Iterator[
 
 
 def _layers(work: Work, job: Job, memory: int | None) -> Iterator[Unit]:
-    """A tensor that stacks layers, some of them at a time."""
+    """A tensor that stacks layers, some of them at a time: units, or one that is solved so and written at once."""
     size = math.prod(job.seen_shape)
-    most = _at_once(job, size, memory)
+    most = _at_once(job, 1, memory)
+    if not job.layers_in_turn:
+        yield Unit(work, (Segment(job),), at_once=most if most < job.matrices else 0)
+        return
     for layer in range(0, job.matrices, most):
         count = min(most, job.matrices - layer)
         yield Unit(work, (Segment(job, layer * size, count * size),))
 
 
-def _at_once(job: Job, size: int, memory: int | None) -> int:
-    """How many arrays of so many entries, tensors like the job's or its layers, are one unit."""
+def _at_once(job: Job, layers: int, memory: int | None) -> int:
+    """How many arrays of so many layers, tensors like the job's or some of its layers, are one unit."""
+    size = layers * math.prod(job.seen_shape)
     by_size = (ENTRIES if job.method.needs.scope == "entry" else STACKED) // size
     if memory is None:
         return max(1, by_size)
     check_memory(job, memory)
-    return max(1, min(by_size, memory // 2 // max(job.working_bytes, 1)))
+    return max(1, min(by_size, memory // 2 // max(layers * job.working_bytes, 1)))
 
 
 def check_memory(job: Job, memory: int) -> None:

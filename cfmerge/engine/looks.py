@@ -70,7 +70,7 @@ def _survey(loop: Loop, place: int, method: Method, jobs: Sequence[Job]) -> Foun
 
 def _fits(loop: Loop, jobs: Sequence[Job], totals: Any) -> bool:
     """Whether the totals by tensor are of the places that there are now."""
-    return set(totals) == {place for unit in loop.units(jobs) for place in unit.places}
+    return set(totals) == {place for unit in loop.pieces(jobs) for place in unit.places}
 
 
 def _measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
@@ -89,13 +89,13 @@ def _measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
     def do(unit: Unit) -> Any:
         return loop.passed_over(unit, Measuring(unit, measures, loop.placement.spread(unit)), measures.compute)
 
-    loop.over_all(loop.units(jobs), do, take)
+    loop.over_all(loop.pieces(jobs), do, take)
     return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
 
 
 def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job], key: str) -> Ordered:
     """The order statistics of all the jobs' tensors together."""
-    units = list(loop.units(jobs))
+    units = list(loop.pieces(jobs))
 
     def keys_of(unit: Unit) -> Any:
         return loop.passed_over(unit, Keying(unit, measures, loop.placement.alone(unit)), measures.compute)

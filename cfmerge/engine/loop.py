@@ -25,7 +25,7 @@ from cfmerge.engine.inputs import INPUTS
 from cfmerge.engine.journal import Journal, bytes_of, ranges_of
 from cfmerge.engine.passes import Additive, Together, UnitSteps, Unsolved
 from cfmerge.engine.placement import Placement
-from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, ways
+from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, together, ways
 from cfmerge.engine.processes import joined, mine
 from cfmerge.engine.room import Room
 from cfmerge.engine.surveys import looks_within
@@ -83,6 +83,10 @@ class Loop:
     def units(self, jobs: Sequence[Job]) -> Iterator[Unit]:
         """The jobs as units; see `units_of`."""
         return units_of(self.work, jobs, self.memory)
+
+    def pieces(self, jobs: Sequence[Job]) -> Iterator[Unit]:
+        """The same for passes that write no tensors: layers that do not lie in turn are units of their own."""
+        return (piece for unit in self.units(jobs) for piece in unit.pieces)
 
     def over(self, units: Iterable[Unit], do: Callable[[Unit], Any], take: Callable[[Unit, Any], None]) -> None:
         """`take(unit, do(unit))` for every unit of this process, in order; `do` runs in the threads."""
@@ -159,6 +163,9 @@ class Loop:
 
     def merged(self, unit: Unit, found: Found | None) -> Outcome:
         """The merged tensors of a unit."""
+        if unit.at_once:
+            groups = list(self.placement.grouped(unit.pieces))
+            return together(unit, groups, [self.merged(group, found) for group in groups])
         if looks_within(unit.job.method):
             found = self._within(unit)
         asking = ways(unit, found)

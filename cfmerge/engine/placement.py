@@ -89,6 +89,8 @@ class Placement:
 
     def _at_once(self, unit: Unit) -> int:
         """How many units like this one are joined."""
+        if unit.at_once:  # it is solved in pieces, which are joined
+            return 1
         alone = self._axis(unit) is not None and unit.job.working_bytes > memory_of(self.devices[0])
         return len(self.devices) if not alone and self._fits(unit, len(self.devices)) else 1
 
@@ -127,7 +129,7 @@ def _joined(units: Sequence[Unit]) -> Unit:
 def _likeness(unit: Unit) -> Any:
     """A key that is equal for units that one compiled call can do."""
     job, first = unit.job, unit.segments[0]
-    shape = job.parameter.shape if unit.row is None else unit.row
+    shape = job.shape if unit.row is None else unit.row
     method = kind_of(job.method), low_rank(unit)
     return shape, len(unit.layers), first.count is None, job.layout, job.parameter.dtype, job.dtype, job.experts, method
 

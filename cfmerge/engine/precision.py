@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.core.call import form_of
@@ -51,6 +52,22 @@ class Outcome(NamedTuple):
     reports: Reports
     statistics: Any = None  # of an additive method
     float64: tuple[int, ...] = ()  # numbers of the segments that float64 was needed for
+
+
+def together(unit: Unit, groups: Sequence[Unit], outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of a unit whose layers were solved some at a time, in groups of its pieces."""
+    parts, reports = dict[int, Any](), dict[int, Any]()
+    for group, outcome in zip(groups, outcomes, strict=True):
+        for number, segment in enumerate(group.segments):
+            one = slice(number, number + 1)
+            parts[segment.first] = outcome.tensors[one]
+            reports[segment.first] = jax.tree.map(lambda leaf, one=one: leaf[one], outcome.reports)
+    first = [parts[start] for start in sorted(parts)]
+    xp = jnp if isinstance(first[0], jax.Array) else np
+    tensors = xp.concatenate(first, axis=-len(unit.job.shape))
+    in_order = [reports[start] for start in sorted(reports)]
+    double = (0,) if any(outcome.float64 for outcome in outcomes) else ()
+    return Outcome(tensors, jax.tree.map(lambda *own: np.concatenate(own, 1), *in_order), None, double)
 
 
 def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome]:

@@ -92,5 +92,5 @@ def accumulate(
     """
     loop = Loop(work, memory, placement, progress, None, Forgetful())
     with loop:
-        units = loop.units(work.merged)
+        units = loop.pieces(work.merged)
         loop.over(units, lambda unit: loop.accumulated(unit, compute or compute_dtype(work, unit.jobs)), take)

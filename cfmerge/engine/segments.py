@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 
 from cfmerge.linalg.selection import middle_ranks
-from cfmerge.models.deltas import Delta, Factors
+from cfmerge.models import matrices_back, matrices_first
+from cfmerge.models.deltas import Delta, Dense, Factors
 from cfmerge.planning.work import Job, Readable, Work
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """`count` entries of a tensor as it is stored, from entry `first` on; the whole tensor without a count."""
+    """`count` entries of a tensor as it is stored, from entry `first` on; the whole tensor without a count.
+
+    Some layers of a tensor that stacks them along an axis that is not the first are counted as if it were.
+    """
 
     job: Job
     first: int = 0
@@ -37,11 +41,22 @@ class Segment:
 
     def read(self, model: Readable, name: str) -> Any:
         """Its share of a model, in which the tensor has this name."""
+        if self.job.is_turned:
+            turned = matrices_first(model.read(name), self.job.parameter.layout)
+            return turned[self.layers.start : self.layers.stop]
         return model.read(name, self.first, self.count)
+
+    def stored(self, values: Any) -> Any:
+        """Its values in the order of the file."""
+        parameter = self.job.parameter
+        return matrices_back(values, parameter.layout, parameter.shape) if self.job.is_turned else values
 
     def delta(self, work: Work, number: int) -> Delta:
         """Its share of an expert's delta."""
-        return work.experts[number].tensors.delta(str(self.job.sources[number]), self.first, self.count)
+        tensors, name = work.experts[number].tensors, str(self.job.sources[number])
+        if self.job.is_turned:  # read, not asked for as factors, which have the two axes of one matrix
+            return Dense(self.read(tensors, name))
+        return tensors.delta(name, self.first, self.count)
 
     def ranks(self, work: Work, number: int) -> np.ndarray:
         """The ranks of its entries in the rows of its tensor, of which it may begin or end within one."""

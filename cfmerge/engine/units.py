@@ -11,6 +11,7 @@ A unit depends on headers, methods and the memory bound alone: never on devices 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,11 +39,14 @@ class Unit:
     Attributes:
         row: the length of the rows that the segments are cut into, the last of each filled up with zeros; none: a
             segment is one array of the stack, whole or some of its layers.
+        at_once: how many layers of the tensor, which stacks them along an axis that is not the first, are solved at a
+            time, see `pieces`; 0: all.
     """
 
     work: Work
     segments: tuple[Segment, ...]
     row: int | None = None
+    at_once: int = 0
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -86,7 +90,7 @@ class Unit:
     @property
     def working_bytes(self) -> int:
         """Bytes that merging it may need, see `Job.working_bytes`."""
-        each = len(self.layers) if self.job.layers_apart and not self.row else 1
+        each = self.at_once or (len(self.layers) if self.job.layers_apart and not self.row else 1)
         return len(self.segments) * each * self.job.working_bytes
 
     @property
@@ -108,6 +112,15 @@ class Unit:
         if self.row is not None:
             return tuple((segment.job.name, segment.first) for segment in self.segments)
         return tuple((job.name, layer) for job, layer in self._places)
+
+    @property
+    def pieces(self) -> tuple["Unit", ...]:
+        """Units of the layers that are solved at a time, whose results are put together before they are written."""
+        if not self.at_once:
+            return (self,)
+        job, size = self.job, math.prod(self.job.seen_shape)
+        spans = [(n, min(self.at_once, job.matrices - n)) for n in range(0, job.matrices, self.at_once)]
+        return tuple(Unit(self.work, (Segment(job, first * size, count * size),)) for first, count in spans)
 
     def only(self, number: int) -> "Unit":
         """The unit of one of its segments."""
@@ -149,7 +162,7 @@ class Unit:
 
     def _stacked(self, arrays: Sequence[Any]) -> Any:
         if self.row is None and self.segments[0].count is not None:
-            arrays = [array.reshape(len(self.layers), *self.job.parameter.shape[1:]) for array in arrays]
+            arrays = [array.reshape(len(self.layers), *self.job.shape[1:]) for array in arrays]
         if any(isinstance(array, jax.Array) for array in arrays):
             return jnp.stack([jnp.asarray(array) for array in arrays])
         arrays = _one_dtype(arrays)
@@ -169,7 +182,7 @@ class Unit:
         """`(job, first entry, values)` of each segment, out of an array `(stack, ...)`."""
         for segment, span in zip(self.segments, self.spans, strict=True):
             if self.row is None:
-                yield segment.job, segment.first, values[span.start]
+                yield segment.job, segment.first, segment.stored(values[span.start])
             else:
                 yield segment.job, segment.first, values[span].reshape(-1)[: segment.count]
 

@@ -10,4 +10,6 @@ from cfmerge.models.kinds import is_float as is_float
 from cfmerge.models.layouts import Shape as Shape
 from cfmerge.models.layouts import check_layout as check_layout
 from cfmerge.models.layouts import from_canonical as from_canonical
+from cfmerge.models.layouts import matrices_back as matrices_back
+from cfmerge.models.layouts import matrices_first as matrices_first
 from cfmerge.models.layouts import to_canonical as to_canonical

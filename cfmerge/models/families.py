@@ -64,7 +64,8 @@ INPUT_FIRST = {"gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe
 def packed_layout(name: str, shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any]) -> str:
     """`boi` or `bio` of an array that holds the matrices of all experts; empty where nothing tells.
 
-    Told by its partner (what goes up has the shape of what comes down), else by the hidden size, else by the family.
+    Told by its partner (what goes up has the shape of what comes down), else by the hidden size, of the config or of
+    the router beside it, else by the family.
     """
     found, shape = PACKED.match(name), shapes[name][0]
     if not found or len(shape) != 3:
@@ -78,7 +79,7 @@ def packed_layout(name: str, shapes: Mapping[str, tuple[Shape, str]], config: Ma
         if output_first != input_first:
             return "boi" if output_first else "bio"
     _, a, b = shape
-    hidden = _hidden_size(config)
+    hidden = _hidden_size(config) or _routed_size(found["at"], shapes)
     if hidden in (a, b) and a != b:
         return "boi" if (a == hidden) == down else "bio"
     family = config.get("model_type")
@@ -91,6 +92,17 @@ def _partners(found: re.Match[str], shapes: Mapping[str, tuple[Shape, str]]) -> 
     names = {what: found["at"] + what + (found["leaf"] or "") for what in others}
     beside = {what: shapes[name][0] for what, name in names.items() if name in shapes}
     return {what: shape for what, shape in beside.items() if len(shape) == 3}
+
+
+def _routed_size(at: str, shapes: Mapping[str, tuple[Shape, str]]) -> int | None:
+    """The size of what the router beside packed arrays reads."""
+    where = re.sub(r"experts[./]$", "", at)
+    for router in ("router", "gate"):
+        for leaf, axis in (("weight", 1), ("kernel", 0)):
+            shape = shapes.get(f"{where}{router}{where[-1]}{leaf}", ((), ""))[0]
+            if len(shape) == 2:
+                return shape[axis]
+    return None
 
 
 def _hidden_size(config: Mapping[str, Any]) -> int | None:

@@ -11,7 +11,9 @@ from cfmerge.errors import CfmergeError
 from cfmerge.models.buffers import is_buffer
 from cfmerge.models.families import PACKED, is_embedding, packed_layout
 from cfmerge.models.heads import is_head
+from cfmerge.models.jax_families import dense_layout, has_turned_kernels, named_layout, reads_out
 from cfmerge.models.layouts import Shape, check_layout
+from cfmerge.models.stacks import unstacked
 
 
 class Kind(enum.StrEnum):
@@ -27,7 +29,13 @@ class Kind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One tensor of a checkpoint, as the merge sees it. `layout` is empty where there is no canonical matrix."""
+    """One tensor of a checkpoint, as the merge sees it.
+
+    Attributes:
+        layout: empty where there is no canonical matrix.
+        note: why a tensor that may be a matrix is none.
+        scanned: it stacks the layers of the model, so that a number in its name is none of theirs.
+    """
 
     name: str
     shape: Shape
@@ -35,6 +43,7 @@ class Parameter:
     kind: Kind
     layout: str = ""
     note: str = ""
+    scanned: bool = False
 
     @property
     def size(self) -> int:
@@ -80,60 +89,76 @@ def classify(shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any] 
     Raises:
         CfmergeError: a shape contradicts the layout that the config states.
     """
-    stacked = _stacked_prefixes(shapes)
+    short = {name: re.sub(r"[./]value$", "", name) for name in shapes}  # the leaf of an nnx variable
+    if len(set(short.values())) < len(short):
+        short = {name: name for name in shapes}
+    inner, axes = unstacked({short[name]: header for name, header in shapes.items()})
+    turned, known = has_turned_kernels(inner), config or {}
     return {
-        name: _classify_one(name, shape, dtype, shapes, config or {}, stacked)
-        for name, (shape, dtype) in shapes.items()
+        name: _as_stored(_classify_one(short[name], inner, known, turned), name, shape, axes.get(short[name]))
+        for name, (shape, _) in shapes.items()
     }
 
 
+def _as_stored(parameter: Parameter, name: str, shape: Shape, axis: int | None) -> Parameter:
+    """The parameter under its own name, with the axis of the layers that it stacks."""
+    layout = parameter.layout
+    if layout and axis is not None:
+        layout = layout[:axis] + "b" + layout[axis:]
+    return dataclasses.replace(parameter, name=name, shape=shape, layout=layout, scanned=axis is not None)
+
+
 def _classify_one(
-    name: str,
-    shape: Shape,
-    dtype: str,
-    shapes: Mapping[str, tuple[Shape, str]],
-    config: Mapping[str, Any],
-    stacked: Iterable[str],
+    name: str, shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any], turned: bool
 ) -> Parameter:
+    """The kind and layout of one tensor, without an axis of stacked layers."""
+    shape, dtype = shapes[name]
+
     def parameter(kind: Kind, layout: str = "", note: str = "") -> Parameter:
         return Parameter(name, shape, dtype, kind, layout, note)
 
     if not is_float(dtype) or _is_running(name, shapes) or is_buffer(name, shape):
         return parameter(Kind.OTHER)
-    lead = "b" if any(name.startswith(prefix) for prefix in stacked) else ""
-    inner = shape[len(lead) :]
     head = is_head(name, shapes)
-    if len(inner) < 2:
+    if len(shape) < 2:
         return parameter(Kind.HEAD if head else Kind.VECTOR)
+    if reads_out(name, len(shape)):
+        return parameter(Kind.EMBEDDING, "io")
     with_bias = name.rpartition(".")[0] + ".bias" in shapes
-    if not head and is_embedding(name, len(inner), with_bias):
+    if not head and is_embedding(name, len(shape), with_bias):
         transposed = FLAX_KERNEL.search(name) or name.endswith("text_projection")  # OpenCLIP: x @ projection
         layout = {2: "io" if transposed else "oi"}.get(len(shape), "")
         return parameter(Kind.EMBEDDING, layout)
-    if FLAX_KERNEL.search(name):
-        layout = _kernel_layout(name, shape, shapes, lead)
-    elif CONV1D.search(name) and config.get("model_type", "gpt2") in CONV1D_MODELS:
+    named = named_layout(name, shapes)
+    if named:
+        return parameter(Kind.HEAD if head else Kind.MATRIX, named)
+    if CONV1D.search(name) and config.get("model_type", "gpt2") in CONV1D_MODELS:
         return _conv1d(parameter, name, shape, shapes, config)
-    elif name.endswith("visual.proj"):  # OpenCLIP: x @ proj
-        layout = "io"
-    elif PACKED.match(name) and len(shape) == 3:
-        layout = packed_layout(name, shapes, config)
-    elif TORCH_MATRIX.search(name):
-        layout = {2: "oi", 3: "oii", 4: "oiii", 5: "oiiii"}.get(len(shape), "")
-        if len(shape) == 3 and "conv" not in name.lower():
-            layout = ""
-    else:
-        layout = ""
+    layout = _layout(name, shapes, config, turned)
     if not layout:
-        is_line = sum(size > 1 for size in inner) < 2  # a probe or a token of shape (1, 1, d)
+        is_line = sum(size > 1 for size in shape) < 2  # a probe or a token of shape (1, 1, d)
         note = "its axes are not known from its name: give a rule with a layout to solve it"
         return parameter(Kind.HEAD if head else Kind.VECTOR, note="" if BIAS.search(name) or is_line else note)
     kind = Kind.CONVOLUTION if layout.count("i") > 1 and layout.count("o") == 1 else Kind.MATRIX
-    if kind is Kind.CONVOLUTION and FLAX_KERNEL.search(name) and len(inner) == 3 and _is_attention_out(name):
+    if kind is Kind.CONVOLUTION and FLAX_KERNEL.search(name) and len(shape) == 3 and _is_attention_out(name):
         kind = Kind.MATRIX
     if kind is Kind.CONVOLUTION and _is_depthwise(shape, layout):
         return parameter(Kind.VECTOR, note=DEPTHWISE)
     return parameter(Kind.HEAD if head else kind, layout)
+
+
+def _layout(name: str, shapes: Mapping[str, tuple[Shape, str]], config: Mapping[str, Any], turned: bool) -> str:
+    """The layout of a tensor of two or more axes; empty where nothing tells it."""
+    axes = len(shapes[name][0])
+    if FLAX_KERNEL.search(name):
+        return _kernel_layout(name, shapes, turned)
+    if name.endswith("visual.proj"):  # OpenCLIP: x @ proj
+        return "io"
+    if PACKED.match(name) and axes == 3:
+        return packed_layout(name, shapes, config)
+    if TORCH_MATRIX.search(name) and (axes != 3 or "conv" in name.lower()):
+        return {2: "oi", 3: "oii", 4: "oiii", 5: "oiiii"}.get(axes, "")
+    return ""
 
 
 def is_float(dtype: str) -> bool:
@@ -150,7 +175,7 @@ def _is_running(name: str, shapes: Iterable[str]) -> bool:
 
 def _is_depthwise(shape: Shape, layout: str) -> bool:
     channels = [size for size, letter in zip(shape, layout, strict=True) if letter == "i"]
-    in_channels = channels[0] if layout.lstrip("b")[0] != "i" else channels[-1]
+    in_channels = channels[0] if layout[0] != "i" else channels[-1]
     out = next(size for size, letter in zip(shape, layout, strict=True) if letter == "o")
     return in_channels == 1 and out > 1
 
@@ -176,47 +201,28 @@ def _conv1d(
     return parameter(Kind.MATRIX, "io")
 
 
-def _kernel_layout(name: str, shape: Shape, shapes: Mapping[str, tuple[Shape, str]], lead: str) -> str:
-    """A Flax kernel: dense `io`, attention `ioo` / `iio`, convolution `i..io`, with `b` in front if stacked.
+def _kernel_layout(name: str, shapes: Mapping[str, tuple[Shape, str]], turned: bool) -> str:
+    """A Flax kernel: dense `io` (of `FlaxConv1D` `oi`), attention `ioo` / `iio`, convolution `i..io`.
 
-    Empty where name, bias and shape leave it open (such as layers stacked along another axis).
+    Empty where name, bias and shape leave it open (such as layers stacked along an axis that no norm shows).
     """
-    inner = shape[len(lead) :]
+    shape = shapes[name][0]
     module = re.split(r"[./]", name)[-2] if name != "kernel" else ""
     bias = shapes.get(name.removesuffix("kernel") + "bias", ((), ""))[0]
-    projects = module in {"query", "key", "value"}
-    if len(inner) == 2:
-        return lead + "io"
-    if len(inner) == 3 and not lead and bias == (shape[0], shape[2]) != shape[1:]:
+    projects = module in {"query", "key", "value", "wq", "wq_b", "wkv_b"}  # the last three: MaxText's latent attention
+    if len(shape) == 2:
+        return dense_layout(name, shapes, turned)
+    if len(shape) == 3 and bias == (shape[0], shape[2]) != shape[1:]:
         return "bio"  # bias (layers, out)
-    splits = bias[len(lead) :] == inner[1:] and (lead or bias != (shape[0], shape[2]))  # bias (heads, head_dim)
-    if len(inner) == 3 and (projects or splits):
-        return lead + "ioo"
-    window = len(inner) > 3 and max(inner[:-2]) <= 16 and not projects and module != "out"
-    read_out = len(inner) == 3 and module == "out"
-    if bias[len(lead) :] == inner[-1:] or "conv" in name.lower() or window or read_out:
-        return lead + "i" * (len(inner) - 1) + "o"
+    splits = bias == shape[1:] and bias != (shape[0], shape[2])  # bias (heads, head_dim)
+    if len(shape) == 3 and (projects or splits):
+        return "ioo"
+    window = len(shape) > 3 and max(shape[:-2]) <= 16 and not projects and module != "out"
+    read_out = len(shape) == 3 and module == "out"
+    if bias == shape[-1:] or "conv" in name.lower() or window or read_out:
+        return "i" * (len(shape) - 1) + "o"
     return ""
 
 
 def _is_attention_out(name: str) -> bool:
     return bool(re.search(r"(^|[./])out[./]kernel$", name))
-
-
-def _stacked_prefixes(shapes: Mapping[str, tuple[Shape, str]]) -> list[str]:
-    """Prefixes of Flax modules whose parameters all carry one leading axis of stacked layers.
-
-    A norm's `scale` has one axis; where it has two, the first is the stack's, and it is that of every parameter
-    below the same module, or of the whole tree.
-    """
-    prefixes = []
-    for name, (shape, _) in shapes.items():
-        if re.search(r"(^|[./])scale$", name) and len(shape) == 2:
-            parts = re.split(r"([./])", name)
-            for depth in range(0, len(parts), 2):
-                prefix = "".join(parts[:depth])
-                below = [s for other, (s, _) in shapes.items() if other.startswith(prefix)]
-                if all(s and s[0] == shape[0] for s in below):
-                    prefixes.append(prefix)
-                    break
-    return sorted(set(prefixes))

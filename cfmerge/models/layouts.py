@@ -37,6 +37,21 @@ def from_canonical(canonical: Any, layout: str, shape: Shape) -> Any:
     return canonical.reshape(tuple(shape[axis] for axis in order)).transpose(inverse)
 
 
+def matrices_first(tensor: Any, layout: str) -> Any:
+    """The stored tensor with its stacked axes as one, the first."""
+    stacked = tuple(axis for axis, at in enumerate(layout) if at == "b")
+    moved = tensor.transpose((*stacked, *(axis for axis in range(tensor.ndim) if axis not in stacked)))
+    return moved.reshape(-1, *moved.shape[len(stacked) :])
+
+
+def matrices_back(first: Any, layout: str, shape: Shape) -> Any:
+    """The inverse of `matrices_first`, for a stored tensor of that shape."""
+    stacked = tuple(axis for axis, at in enumerate(layout) if at == "b")
+    order = (*stacked, *(axis for axis in range(len(layout)) if axis not in stacked))
+    apart = first.reshape(tuple(shape[axis] for axis in order))
+    return apart.transpose(tuple(order.index(axis) for axis in range(len(layout))))
+
+
 def _order(layout: str) -> tuple[int, ...]:
     return tuple(axis for letter in "boi" for axis, at in enumerate(layout) if at == letter)
 

@@ -13,6 +13,12 @@ from cfmerge.planning.assign import Assignment
 LAYER = re.compile(r"(?:^|[./]|_)(\d+)(?=[./]|$)")  # h.3.attn, layers/3/..., layers_3/..., encoderblock_3/...
 
 
+def depths_of(assignments: Mapping[str, Assignment]) -> dict[str, float | None]:
+    """`{name: depth}`; a tensor that stacks the layers of the model has none: a number in its name is not theirs."""
+    known = depths(name for name, assignment in assignments.items() if not assignment.parameter.scanned)
+    return {name: known.get(name) for name in assignments}
+
+
 def depths(names: Iterable[str]) -> dict[str, float | None]:
     """`{name: depth}`: layer l of L has depth l / (L - 1), a tensor outside the layers has none.
 

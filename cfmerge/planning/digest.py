@@ -37,6 +37,8 @@ def _told(plan: "Resolved") -> Iterator[str]:
         yield repr([(name, info.shape, info.dtype.name) for name, info in source.tensors.items()])
         yield repr(getattr(source, "config", None))
         yield from map(_state, source.files)
+    yield repr(plan.edits)
+    yield repr([getattr(source, "told", "") for source in (plan.base, *plan.experts)])
     for job in plan.jobs:
         yield repr((job.name, job.assignment.action, job.writes, job.sources, job.dtype.name))
 

@@ -15,7 +15,7 @@ from cfmerge.methods import Method
 from cfmerge.models import Parameter
 from cfmerge.models.patterns import escape
 from cfmerge.planning.assign import Assignment
-from cfmerge.planning.depth import depths, place, same_for_stacked_layers, weight_at
+from cfmerge.planning.depth import depths_of, place, same_for_stacked_layers, weight_at
 from cfmerge.planning.work import Job, Participant, Readable
 from cfmerge.recipe import rule_option
 from cfmerge.statistics import Statistics, full_form
@@ -49,7 +49,7 @@ def settled_jobs(
         CfmergeError: a number, a weight or a count of experts that a method cannot take.
     """
     named = [*before, *experts]
-    depth_of = depths(assignments[0])
+    depth_of = depths_of(assignments[0])
     notes = same_for_stacked_layers(assignments[0], depth_of, weights, named)
     jobs = []
     for name, assignment in assignments[0].items():

@@ -273,11 +273,14 @@ def _memory(found: Sequence[Group], limits: Limits, on_host: bool) -> float:
     need = _unit if on_host else _stored
     each = [need(group, limits) for group in found for _ in range(min(group.units, limits.workers))]
     waiting = limits.behind + limits.workers + 1
-    results = [
-        min(group.units, waiting) * group.entries * _stack(group, limits) * group.job.dtype.itemsize for group in found
-    ]
+    results = [min(group.units, waiting) * _written(group, limits) * group.job.dtype.itemsize for group in found]
     at_once = min(sum(sorted(each, reverse=True)[: limits.workers]), max(limits.memory, *each, 0))
     return at_once + max(results, default=0)
+
+
+def _written(group: Group, limits: Limits) -> float:
+    """How many entries of a result are written at once: whole tensors where stacked layers do not lie in turn."""
+    return group.job.parameter.size if group.job.is_turned else group.entries * _stack(group, limits)
 
 
 def _stack(group: Group, limits: Limits) -> float:

@@ -17,9 +17,7 @@ from cfmerge.formats.adapters import check_adapters
 from cfmerge.formats.dequantised import dequantised
 from cfmerge.formats.folders import check_folders, chosen_folders, same_folders
 from cfmerge.formats.side_files import check_whole, side_files
-from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_buffer, is_float
-from cfmerge.models.patterns import patterns, tell
 from cfmerge.planning.assign import assign, treated_apart
 from cfmerge.planning.configs import config_notes
 from cfmerge.planning.jobs import check_count, check_moments, settled_jobs
@@ -28,8 +26,10 @@ from cfmerge.planning.pair import Paired, pair_experts
 from cfmerge.planning.plugins import load_plugins
 from cfmerge.planning.resolved import Planned, Resolved
 from cfmerge.planning.ties import settle_ties
-from cfmerge.planning.work import Job, Participant, Work
-from cfmerge.recipe import Expert, Recipe, parse_size, rule_option
+from cfmerge.planning.unsolved import unsolved_notes
+from cfmerge.planning.vocabularies import one_vocabulary
+from cfmerge.planning.work import Participant, Work
+from cfmerge.recipe import Expert, Recipe, parse_size
 from cfmerge.statistics import Statistics, fingerprint
 
 OUTPUT_DTYPES = {
@@ -95,8 +95,10 @@ def resolve(
     base, experts, of_folders = same_folders(base, named)
     notes += [*of_components, *of_folders]
 
-    parameters = _parameters(base)
     paired = pair_experts(recipe, base, experts, specs)
+    base, of_tokens, edits = one_vocabulary(recipe, base, paired, specs, sums)
+    notes += of_tokens
+    parameters = _parameters(base)
     ties = settle_ties(base, paired.experts, specs, paired.sources, functools.partial(treated_apart, recipe.rules))
     own = {name: parameter for name, parameter in parameters.items() if name not in ties.aliases}
     others = {name for expert in paired.experts for name in expert.tensors}
@@ -138,37 +140,18 @@ def resolve(
         raise CfmergeError(f"base {recipe.base}: the statistics were accumulated over another base")
     if not any(job.assignment.action == "merge" for job in jobs):
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
+    averaged = unsolved_notes({job.name: job.assignment for job in jobs}, made[0])
     results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
     return Resolved(
         results, base, tuple(paired.experts), tuple(specs), work, matched[0].exported,
-        (*notes, *numbers_told, *matched[0].notes, *unsolved(jobs, made[0])), parse_size(recipe.shard_size),
-        _side_files(recipe, base), sums, opened,
+        (*notes, *numbers_told, *matched[0].notes, *averaged), parse_size(recipe.shard_size),
+        _side_files(recipe, base), sums, opened, edits,
     )  # fmt: skip
 
 
 def _afresh(paired: Paired) -> Paired:
     """The same, to be narrowed for one recipe: heads are taken out of its sources."""
     return dataclasses.replace(paired, sources=[dict(names) for names in paired.sources])
-
-
-def unsolved(jobs: Sequence[Job], method: Method) -> list[str]:
-    """Notes on tensors that a matrix method does not solve, and why, but for embeddings, heads, buffers and rules."""
-    if method.needs.scope != "matrix":
-        return []
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for job in jobs:
-        parameter = job.parameter
-        if job.assignment.rule is None and job.assignment.action == "merge" and parameter.note:
-            reasons.setdefault((parameter.note, "boi"[3 - len(parameter.shape) :]), []).append(job.name)
-    others = [job.name for job in jobs if not job.parameter.note]
-    notes = []
-    for (why, layout), names in reasons.items():
-        way_out = ""
-        if "layout" in why and 2 <= len(layout) <= 3:
-            glob = patterns(names, others)[0].glob
-            way_out = f", such as {rule_option(glob, '', layout)}"
-        notes.append(f"{tell(names, others)}: averaged, not solved by {method.name}: {why}{way_out}")
-    return notes
 
 
 def _of_files(recipe: Recipe, base: Source, experts: Mapping[str, Source]) -> list[str]:

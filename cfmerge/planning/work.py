@@ -103,8 +103,26 @@ class Job:
 
     @property
     def layout(self) -> str:
-        """The layout that the method sees: none if it takes entries one by one, or where there is no matrix."""
-        return "" if self.method.needs.scope == "entry" else self.parameter.layout
+        """The layout in which the tensor is taken up, stacked axes as one, the first.
+
+        None if the method takes entries one by one, or where there is no matrix.
+        """
+        stored = "" if self.method.needs.scope == "entry" else self.parameter.layout
+        return "b" + stored.replace("b", "") if "b" in stored else stored
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether stacked axes are brought to the front when the tensor is taken up: it is not stored so."""
+        stored = self.parameter.layout
+        return "b" in self.layout and not (stored.startswith("b") and stored.count("b") == 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in which the tensor is taken up."""
+        if not self.is_turned:
+            return self.parameter.shape
+        axes = zip(self.parameter.shape, self.parameter.layout, strict=True)
+        return (self.matrices, *(size for size, at in axes if at != "b"))
 
     @property
     def matrices(self) -> int:
@@ -129,8 +147,13 @@ class Job:
 
     @property
     def layers_apart(self) -> bool:
-        """Whether the tensor stacks layers that lie one behind the other, so that some can be merged at a time."""
-        return self.layout.startswith("b") and self.layout.count("b") == 1 and self.matrices > 1
+        """Whether the tensor stacks layers, so that some can be merged at a time."""
+        return self.matrices > 1
+
+    @property
+    def layers_in_turn(self) -> bool:
+        """Whether it stacks layers that lie one behind the other: some of them are a range of its entries."""
+        return self.layers_apart and not self.is_turned
 
     @property
     def row(self) -> int | None:
@@ -147,19 +170,21 @@ class Job:
     def working_bytes(self) -> int:
         """Bytes that merging its smallest unit may need: the statistic of all experts, the experts, and room to solve.
 
+        Of a tensor that stacks layers a unit is one of them, and all of the result where they do not lie in turn.
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
         method = self.method
         if self.assignment.action != "merge" or method.needs.scope == "entry":
             return 0
-        b, m, n = self.parameter.canonical if self.layout else (1, 1, self.parameter.size)
+        _, m, n = self.parameter.canonical if self.layout else (1, 1, self.parameter.size)
         shape = (m, n) if self.layout else self.parameter.shape
         floats = statistic_size(method, shape, len(self.experts)) + (5 + len(members(method))) * m * n
         if method.needs.scope == "matrix":
             floats += 3 * n * n
         if not method.additive:
             floats += len(self.experts) * m * n
-        return (4 if self.dtype.itemsize == 2 else 8) * (1 if self.layers_apart else b) * floats
+        held = self.parameter.size * self.dtype.itemsize if self.layers_apart and not self.layers_in_turn else 0
+        return (4 if self.dtype.itemsize == 2 else 8) * floats + held
 
 
 def _dtype(name: str) -> np.dtype:

@@ -134,11 +134,17 @@ def _sink(
 ) -> DirectorySink:
     """The sink of a plan with one result."""
     return open_sink(
-        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_config_edits(plan),
+        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_edits(plan),
         format=plan.recipe.format,
         heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
         digest=digest, resume=not fresh, join=join,
     )  # fmt: skip
+
+
+def _edits(plan: Resolved) -> dict[str, dict[str, Any]]:
+    """`{file: {key: value}}`: what the output's copies of the side files say otherwise; None takes a key out."""
+    of_configs = _config_edits(plan)
+    return {name: {**plan.edits.get(name, {}), **of_configs.get(name, {})} for name in {**plan.edits, **of_configs}}
 
 
 def _config_edits(plan: Resolved) -> dict[str, dict[str, Any]]:

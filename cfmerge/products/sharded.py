@@ -115,19 +115,23 @@ def is_spread(array: Any) -> bool:
     return isinstance(array, jax.Array) and len(array.sharding.device_set) > 1
 
 
-def layout_of(arrays: Sequence[Any], apart: bool = False) -> Sharding | None:
+def layout_of(arrays: Sequence[Any], apart: Sequence[int] = ()) -> Sharding | None:
     """How a tensor lies while it is merged: as the first of these arrays that lies on several devices, if one does.
 
     Args:
         arrays: the base's and the experts'.
-        apart: it stacks layers that are merged a few at a time: each of them lies on all devices then.
+        apart: the axes of layers that are merged a few at a time: each layer lies on all devices then.
     """
     array = next(filter(is_spread, arrays), None)
     if array is None or not apart or not isinstance(array.sharding, NamedSharding):
         return None if array is None else array.sharding
     mesh, spec = array.sharding.mesh, [_names(part) for part in array.sharding.spec]
     spec += [()] * (array.ndim - len(spec))
-    return NamedSharding(mesh, _divided(array.shape, mesh, [(), *spec[1:]], spec[0], range(1, array.ndim)))
+    moved = [name for axis in apart for name in spec[axis]]
+    spec = [() if axis in apart else names for axis, names in enumerate(spec)]
+    return NamedSharding(
+        mesh, _divided(array.shape, mesh, spec, moved, [a for a in range(array.ndim) if a not in apart])
+    )
 
 
 def replicated(where: Sharding) -> Sharding:

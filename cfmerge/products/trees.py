@@ -18,6 +18,7 @@ from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_float
 from cfmerge.planning.assign import Assignment, assign
 from cfmerge.planning.jobs import check_moments, settled_jobs
+from cfmerge.planning.unsolved import unsolved
 from cfmerge.planning.work import Job, Participant, Work
 from cfmerge.products.leaves import Tree
 from cfmerge.products.sharded import is_spread, layout_of, replicated
@@ -46,7 +47,7 @@ class Problem(NamedTuple):
         parameters = classify(shapes)
         each = [assign(parameters, method, made) for method in by]
         for assignments, method in zip(each, by, strict=True):
-            _warn_unknown(assignments, method)
+            _warn_unsolved(assignments, method)
         for name, assignment in each[0].items():
             if assignment.action == "skip":
                 raise CfmergeError(f"rule for {name!r}: a tree keeps all its leaves; use keep-base instead of skip")
@@ -88,12 +89,12 @@ def _matching(base: Mapping[str, Any], expert: Mapping[str, Any], who: str) -> M
     return expert
 
 
-def _warn_unknown(assignments: Mapping[str, Assignment], method: Method) -> None:
-    unknown = [name for name, a in assignments.items() if a.parameter.note and a.rule is None]
-    if unknown and method.needs.scope == "matrix":
-        note = assignments[unknown[0]].parameter.note
+def _warn_unsolved(assignments: Mapping[str, Assignment], method: Method) -> None:
+    for one in unsolved(assignments, method):
+        way_out = f", such as {{'match': {one.glob!r}, 'layout': {one.layout!r}}}" if one.layout else ""
         warnings.warn(
-            f"{len(unknown)} parameters are averaged, not solved, such as {unknown[0]!r}: {note}", stacklevel=3
+            f"{len(one.names)} parameters are averaged, not solved, such as {one.names[0]!r}: {one.why}{way_out}",
+            stacklevel=5,
         )
 
 
@@ -231,7 +232,11 @@ def _with(assignment: Assignment, call: Call) -> Assignment:
 
 def layouts_of(jobs: Sequence[Job], trees: Sequence[Mapping[str, Any]]) -> dict[str, Sharding]:
     """The layouts of the tensors that lie on several devices."""
-    each = {job.name: layout_of([tree[job.name] for tree in trees], job.layers_apart) for job in jobs}
+    stacked = {job.name: [a for a, letter in enumerate(job.parameter.layout) if letter == "b"] for job in jobs}
+    each = {
+        job.name: layout_of([tree[job.name] for tree in trees], stacked[job.name] if job.layers_apart else ())
+        for job in jobs
+    }
     return {name: layout for name, layout in each.items() if layout is not None}
 
 

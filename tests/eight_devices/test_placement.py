@@ -153,6 +153,21 @@ def test_layers_of_a_stacked_tensor_are_joined(make_model, tmp_path, load, monke
 
 
 @pytest.mark.usefixtures("every_matrix_is_large")
+def test_layers_of_any_axis_are_joined(make_model, tmp_path, load, monkeypatch):
+    """Ten layers on the second axis, one at a time: eight devices, and then two of them."""
+    shapes = {"decoder.layers.up.kernel": (12, 10, 7), "decoder.layers.norm.scale": (12, 10)}
+    family = models(make_model, tmp_path, shapes, 2)
+    monkeypatch.setattr("cfmerge.engine.cutting.STACKED", 1)
+    joined = []
+    monkeypatch.setattr(
+        placement, "_joined", lambda units, make=placement._joined: joined.append(len(units)) or make(units)
+    )
+    one, eight = (merged(family, load, "ace", tmp_path / f"on{n}", n) for n in (1, 8))
+    assert differ(one, eight) < 1e-5
+    assert 8 in joined
+
+
+@pytest.mark.usefixtures("every_matrix_is_large")
 def test_a_sweep_is_the_same_on_eight_devices(make_model, tmp_path, load):
     family = models(make_model, tmp_path, {UP.format(n): (16, 8) for n in range(3)})
     grid = cfmerge.grid("ace", eps_rel=[0.05, 0.5])

@@ -255,6 +255,22 @@ def test_no_device_holds_a_whole_model(method, monkeypatch):
     assert most["before"] + model / 8 <= most["bytes"] <= most["before"] + 0.6 * model
 
 
+def test_layers_stacked_along_another_axis_are_merged_where_they_lie(monkeypatch):
+    """As MaxText stacks them, that axis sharded, one layer at a time: the numbers of one device."""
+    mesh = jax.make_mesh((4,), ("data",))
+    rng = np.random.default_rng(0)
+    shapes = {"layers": {"up": {"kernel": (16, 4, 8)}, "norm": {"scale": (16, 4)}}}
+    spread = {"layers": {"up": {"kernel": P(None, "data")}, "norm": {"scale": P("data")}}}
+    host = [jax.tree.map(lambda s: rng.standard_normal(s).astype("f"), shapes, is_leaf=is_shape) for _ in range(3)]
+    alone = cfmerge.merge_params(host[0], host[1:], "ace")
+    monkeypatch.setattr(cutting, "STACKED", 1)
+    base, *experts = [laid(tree, mesh, spread) for tree in host]
+    found = cfmerge.merge_params(base, experts, "ace")
+    assert_laid_as(found, base)
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
 def test_the_compiled_merge_holds_no_whole_model():
     """By the compiler's own account, beside arguments and results: of 64 matrices a few, and shares of the others."""
     mesh = jax.make_mesh((8,), ("data",))

@@ -90,3 +90,69 @@ def test_sources_are_prepared_once_and_before_they_are_read(odd, monkeypatch):
     run.merge(plan.work, [Kept()])
     assert told[:3] == [("prepare", path) for path in (base, *experts)]
     assert {kind for kind, _ in told[3:]} == {"read"}
+
+
+# --- layers stacked along an axis that is not the first -------------------------------------------------------------
+
+L, D, N, H, F = 5, 6, 2, 4, 3
+MAXTEXT = {  # the layers on the second axis, as MaxText has them; and of experts two stacked axes
+    "decoder.layers.attention.query.kernel": (D, L, N, H),
+    "decoder.layers.attention.out.kernel": (N, L, H, D),
+    "decoder.layers.MoeBlock_0.wo": (2, L, F, D),
+    "decoder.layers.norm.scale": (D, L),
+}
+
+
+@pytest.fixture
+def strided(make_model, tmp_path):
+    def tensors(seed):
+        rng = np.random.default_rng(seed)
+        return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in MAXTEXT.items()}
+
+    paths = [make_model(tmp_path / f"m{n}", tensors(n), None) for n in range(3)]
+    return paths[0], paths[1:]
+
+
+def test_layers_of_any_axis_are_merged_some_at_a_time(strided, tmp_path, load, monkeypatch):
+    """All at once, two at a time, and one at a time in the least memory: the same bytes."""
+    base, experts = strided
+    cfmerge.merge(base, experts, "ace", output=tmp_path / "whole")
+    whole = load(tmp_path / "whole")
+    plan = cfmerge.plan(base, experts, "ace")
+    jobs = [job for job in plan.work.merged if job.method.name == "ace"]
+    assert {job.matrices for job in jobs} == {L, 2 * L}
+    assert not any(unit.at_once for unit in cutting.units_of(plan.work, jobs))
+    least = max(job.working_bytes for job in plan.jobs)
+    for size, memory in ((96, None), (1, least)):
+        monkeypatch.setattr(cutting, "STACKED", size)
+        units = list(cutting.units_of(plan.work, jobs, memory))
+        counts = {unit.job.name.split(".")[-2]: [len(piece.layers) for piece in unit.pieces] for unit in units}
+        assert counts["query"] == ([2, 2, 1] if size > 1 else [1] * L)
+        assert counts["MoeBlock_0"] == ([5, 5] if size > 1 else [1] * 2 * L)
+        assert max(unit.working_bytes for unit in units) <= (memory or 1 << 30)
+        cfmerge.merge(base, experts, "ace", output=tmp_path / f"cut{size}", memory=memory)
+        cut = load(tmp_path / f"cut{size}")
+        assert all(np.array_equal(whole[name], cut[name]) for name in whole | cut)
+
+
+def test_statistics_and_surveys_of_layers_of_any_axis(strided, tmp_path, load, monkeypatch):
+    base, experts = strided
+    method = "ace >> lines(alpha=0.5, beta=0.5)"
+    cfmerge.merge(base, experts, "ace", output=tmp_path / "whole")
+    cfmerge.merge(base, experts, method, output=tmp_path / "surveyed")
+    monkeypatch.setattr(cutting, "STACKED", 1)
+    cfmerge.merge(base, experts, method, output=tmp_path / "surveyed cut")
+    cfmerge.accumulate(base, experts, "ace", output=tmp_path / "sums")
+    cfmerge.solve(tmp_path / "sums", base, output=tmp_path / "solved")
+    for one, other in (("whole", "solved"), ("surveyed", "surveyed cut")):
+        first, second = load(tmp_path / one), load(tmp_path / other)
+        for name in MAXTEXT:
+            np.testing.assert_allclose(first[name], second[name], atol=1e-4)
+
+
+def test_layers_of_any_axis_in_memory(strided, load, monkeypatch):
+    base, experts = load(strided[0]), [load(path) for path in strided[1]]
+    whole = cfmerge.merge_params(base, experts, "ace")
+    monkeypatch.setattr(cutting, "STACKED", 1)
+    cut = cfmerge.merge_params(base, experts, "ace")
+    assert all(np.array_equal(whole[name], cut[name]) for name in whole)
