@@ -55,6 +55,10 @@ RECIPE: dict[str, Any] = {
         list[str] | None,
         option("--rename", metavar="RENAME", panel=WHAT, help="'REGEX => TEXT' for experts' names; repeat."),
     ],
+    "layers": Annotated[
+        list[str] | None,
+        option("--layers", metavar="LAYERS", panel=WHAT, help="FIRST:END or PATH@FIRST:END; repeat to stack."),
+    ],
     "statistics": Annotated[
         str | None,
         option("--statistics", metavar="PATH", panel=WHAT, help="Experts accumulated before, to begin from."),

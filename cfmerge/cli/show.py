@@ -83,7 +83,8 @@ def _json_progress(whole: int) -> Callable[[str, int], None]:
 
 def merge_result(result: "MergeResult") -> None:
     console = out()
-    console.print(f"merged by {escape(result.plan.method.name)}")
+    plan = result.plan
+    console.print(f"merged by {escape(plan.method.name)}" if plan.experts else "layers copied into a stack")
     console.print(counts(result.plan, "what was done"))
     warnings(result)
     notes((*result.resumed, *result.notes))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cfmerge.planning.resolved import Resolved
     from cfmerge.products.plan import Plan
     from cfmerge.products.predict import Forecast
-    from cfmerge.recipe import Expert
+    from cfmerge.recipe import Expert, Layers
 
 NARROW = 120  # columns below which a list of methods leaves their parameters out
 
@@ -83,9 +83,12 @@ def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:
         return
     console = out()
     parameters = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
-    say(console, f"{plan.method.name} ({parameters})", "bold")
+    say(console, f"{plan.method.name} ({parameters})" if plan.experts else "a stack of layers", "bold")
     console.print(f"base    {escape(str(plan.base.path))}", soft_wrap=True)
-    console.print(f"experts {escape(', '.join(map(_described, plan.expert_specs)))}", soft_wrap=True)
+    if plan.experts:
+        console.print(f"experts {escape(', '.join(map(_described, plan.expert_specs)))}", soft_wrap=True)
+    for run in plan.recipe.layers:
+        console.print(f"layers  {escape(_of_run(run))}", soft_wrap=True)
     notes = list(plan.notes)
     if tensors:
         _list_jobs(console, plan)
@@ -142,6 +145,13 @@ def _described(expert: "Expert") -> str:
     if not isinstance(expert.weight, int | float):
         return f"{expert.name} (weight by tensor)"
     return expert.name if expert.weight == 1 else f"{expert.name} (x{expert.weight:g})"
+
+
+def _of_run(run: "Layers") -> str:
+    where = "all" if run.range is None else f"{run.range[0]} to {run.range[1] - 1}"
+    names = [one if isinstance(one, str) else one.name for one in run.experts or []]
+    with_experts = f", with {', '.join(names)}" if names else ""
+    return f"{where}{f' of {run.base}' if run.base else ''}{with_experts}{f', by {run.method}' if run.method else ''}"
 
 
 def _list_jobs(console: Console, plan: "Plan") -> None:

@@ -37,7 +37,7 @@ def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
         from cfmerge.statistics import Statistics
 
         content["method"] = Statistics.load(content["statistics"]).method  # that they were accumulated for
-    needed = ("base",) if content.get("statistics") else ("base", "experts")
+    needed = ("base",) if content.get("statistics") or content.get("layers") else ("base", "experts")
     missing = [key for key in needed if not content.get(key)]
     if missing:
         raise CfmergeError(f"no {' and no '.join(missing)}: give --base and --expert, or a recipe file")
@@ -88,6 +88,19 @@ def rename(text: str) -> dict[str, Any]:
     if not arrow or not before.strip():
         raise CfmergeError(f"--rename {text!r}: write 'REGEX => TEXT', such as --rename '^model[.] => language_model.'")
     return {"from": before.strip(), "to": after.strip()}
+
+
+def run_of_layers(text: str) -> dict[str, Any]:
+    """Layers from `FIRST:END`, `PATH@FIRST:END`, or from the text of a mapping."""
+    if text.lstrip().startswith("{"):
+        return mapping(text, "--layers", "{range: [0, 24], base: PATH}")
+    match = re.fullmatch(r"(?:(.+)@)?(\d+):(\d+)", text)
+    if not match:
+        raise CfmergeError(
+            f"--layers {text!r}: write FIRST:END, PATH@FIRST:END or {{range: [FIRST, END], ...}}, such as "
+            "--layers 0:24 --layers other@8:32; END is one past the last layer"
+        )
+    return {"range": [int(match[2]), int(match[3])], **({"base": match[1]} if match[1] else {})}
 
 
 def mapping(text: str, option: str, example: str) -> dict[str, Any]:
@@ -177,6 +190,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "experts": lambda texts: [expert(text) for text in texts],
     "rules": lambda texts: [rule(text) for text in texts],
     "rename": lambda texts: [rename(text) for text in texts],
+    "layers": lambda texts: [run_of_layers(text) for text in texts],
     "parameters": key_values,
 }
 # How a value of the command line meets the file's, where it does not replace it.

@@ -46,7 +46,7 @@ def comes_before(name: str) -> bool:
     return bool(BEFORE.search(name) or named(name))
 
 
-class Layers(NamedTuple):
+class Counted(NamedTuple):
     """The layers of a model: what their names begin with, how many, and the section of the config that says so."""
 
     stem: str
@@ -54,7 +54,13 @@ class Layers(NamedTuple):
     section: str
 
 
-def layers_of(names: Iterable[str], config: Mapping[str, Any], who: str) -> Layers:
+def stated_count(config: Mapping[str, Any]) -> int | None:
+    """The number of layers that a config states first; None: it states none."""
+    counts = (_section(config, section).get(key) for section in SECTIONS for key in COUNTS)
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def layers_of(names: Iterable[str], config: Mapping[str, Any], who: str) -> Counted:
     """The layers that the config counts.
 
     Raises:
@@ -65,7 +71,7 @@ def layers_of(names: Iterable[str], config: Mapping[str, Any], who: str) -> Laye
         found.setdefault(parts.stem, set()).add(parts.layer)
     sizes = {stem: len(layers) for stem, layers in found.items() if layers == set(range(len(layers)))}
     fits = [
-        Layers(stem, size, section)
+        Counted(stem, size, section)
         for section in SECTIONS
         for stem, size in sizes.items()
         if any(_section(config, section).get(key) == size for key in COUNTS)
@@ -86,8 +92,10 @@ def layers_of(names: Iterable[str], config: Mapping[str, Any], who: str) -> Laye
     )
 
 
-def restacked(config: Mapping[str, Any], layers: Layers, origins: Sequence[tuple[Mapping[str, Any], int]]) -> dict:
-    """The changed keys of a config whose model is made of other layers.
+def restacked(
+    config: Mapping[str, Any], layers: Counted, origins: Sequence[tuple[Mapping[str, Any], int]]
+) -> dict[str, Any]:
+    """The keys of the section that change in the config of a model that is made of other layers.
 
     Args:
         config: of the model that gives the config.
@@ -116,10 +124,14 @@ def restacked(config: Mapping[str, Any], layers: Layers, origins: Sequence[tuple
                 "their numbers; write it out as a list with one entry a layer (layer_types) if the model's code takes "
                 "one, or keep these layers where they are"
             )
-    changed = {key: value for key, value in changed.items() if value != ours[key]}
-    if not changed or not layers.section:
-        return changed
-    return {layers.section: copy.deepcopy(dict(ours)) | changed}
+    return {key: value for key, value in changed.items() if value != ours[key]}
+
+
+def edited(config: Mapping[str, Any], section: str, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config, with new values, of which `changed` are those of one section."""
+    if not section or not changed:
+        return dict(changed)
+    return {section: {**copy.deepcopy(dict(_section(config, section))), **changed}}
 
 
 def _item(config: Mapping[str, Any], key: str, layer: int) -> Any:

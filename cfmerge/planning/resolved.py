@@ -5,7 +5,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -47,6 +47,7 @@ class Resolved:
         shard_bytes, side_files: the output's.
         sums: methods are in the form whose statistic is a sum of fixed size.
         opened: `{path: source}` of base and experts as they lie, without the views that this plan takes of them.
+        edits: `{name of a JSON side file: {key: value}}`: keys that are others in the output.
     """
 
     results: Mapping[str, Planned]
@@ -60,6 +61,7 @@ class Resolved:
     side_files: Mapping[str, Path]
     sums: bool = False
     opened: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+    edits: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:

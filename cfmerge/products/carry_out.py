@@ -132,20 +132,20 @@ def _sink(
 ) -> DirectorySink:
     """The sink of a plan with one result."""
     return open_sink(
-        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
+        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_edits(plan),
         heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
         digest=digest, resume=not fresh, join=join,
     )  # fmt: skip
 
 
-def _new_dtype(plan: Resolved) -> dict[str, dict[str, str]]:
-    """`{config.json: {key: dtype}}` of every folder with weights, where the output's dtype is chosen."""
-    edits = {}
+def _edits(plan: Resolved) -> dict[str, dict[str, Any]]:
+    """`{config.json: {key: value}}`: the plan's, and the dtype of every folder with weights, where it is chosen."""
+    edits: dict[str, dict[str, Any]] = {name: dict(keys) for name, keys in plan.edits.items()}
     for name in (f"{folder.name}/config.json".lstrip("/") for folder in plan.folders if plan.recipe.dtype):
         if name in plan.side_files:
             config = json.loads(plan.side_files[name].read_text())
             keys = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
-            edits[name] = dict.fromkeys(sorted(keys), str(plan.recipe.dtype))
+            edits.setdefault(name, {}).update(dict.fromkeys(sorted(keys), str(plan.recipe.dtype)))
     return edits
 
 
