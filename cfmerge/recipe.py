@@ -184,6 +184,12 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     def to_yaml(self) -> str:
         return yaml.safe_dump(msgspec.to_builtins(self), sort_keys=False, allow_unicode=True, width=100)
 
+    def brief(self) -> str:
+        """The YAML without the keys that have their defaults."""
+        plain = msgspec.to_builtins(Recipe(""))
+        said = {key: value for key, value in msgspec.to_builtins(self).items() if value != plain[key]}
+        return yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=100)
+
 
 def _default_name(path: str, seen: dict[str, str]) -> str:
     pure = Path(path).expanduser()

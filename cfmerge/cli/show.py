@@ -15,6 +15,7 @@ from cfmerge.cli.tables import counts, size
 
 if TYPE_CHECKING:
     from cfmerge.engine.placement import Placement
+    from cfmerge.mergekit import Stage
     from cfmerge.products.plan import Plan
     from cfmerge.report.result import MergeResult
 
@@ -79,6 +80,19 @@ def _json_progress(whole: int) -> Callable[[str, int], None]:
             event("progress", tensor=name, bytes=done, total=whole)
 
     return tell
+
+
+def stage(stage: "Stage", done: "MergeResult | Path", json: bool, quiet: bool) -> None:
+    """The result of a merge, or the place of one that was there already; and the notes on its recipe."""
+    named = {"stage": stage.name} if stage.name else {}
+    if json:
+        told = {"notes_on_recipe": list(stage.notes)} if stage.notes else {}
+        values = {"output": str(done), "kept": True} if isinstance(done, Path) else done.summary()
+        event("done", **named, **values, **told)
+    elif not quiet:
+        line(f"stage {stage.name}") if stage.name else None
+        notes(stage.notes)
+        line(f"{done}: is there already") if isinstance(done, Path) else merge_result(done)
 
 
 def merge_result(result: "MergeResult") -> None:

@@ -15,6 +15,7 @@ from cfmerge.cli.messages import out, say, tell
 
 if TYPE_CHECKING:
     from cfmerge.formats import Source
+    from cfmerge.mergekit import Stage
     from cfmerge.methods import Entry
     from cfmerge.models import Parameter
     from cfmerge.planning.resolved import Resolved
@@ -74,6 +75,19 @@ def _broken(name: str, width: int) -> list[str]:
             lines.append("  ")
         lines[-1] += part
     return lines
+
+
+def stage(stage: "Stage", waiting: Sequence[str]) -> None:
+    """A recipe that was made of a configuration of mergekit, and notes on it; nothing of a recipe as it was written."""
+    console = out()
+    if stage.name:
+        say(console, f"stage {stage.name}", "bold")
+    if stage.translated:
+        console.print(escape(stage.recipe.brief()), soft_wrap=True)
+    for note in stage.notes:
+        tell(console, "note", note, "yellow")
+    if waiting:
+        say(console, f"it is planned when {' and '.join(waiting)} is merged")
 
 
 def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from cfmerge import mergekit
 from cfmerge.errors import CfmergeError
 from cfmerge.recipe import Recipe, load, parse, parse_rule
 
@@ -17,15 +18,28 @@ PREFIX = "parameters."  # in front of a rule's keys that are parameters of its m
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
 
 
-def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
-    """The recipe of a file, with `given`, the command line's values by the recipe's keys, put over it.
+def make_stages(file: Path | None, given: Mapping[str, Any]) -> list[mergekit.Stage]:
+    """The recipes that a file stands for: one, or those of several documents of mergekit.
 
-    A list replaces the file's, but for rules and renames: those of the command line stand in front of the file's.
+    `given`, the command line's values by the recipe's keys, is put over the last. A list replaces the file's, but for
+    rules and renames: those of the command line stand in front of the file's.
 
     Raises:
         CfmergeError: base or experts are missing, or a value cannot be read.
     """
-    content: dict[str, Any] = {} if file is None else msgspec.to_builtins(load(file))
+    if file is None or not mergekit.is_file(file):
+        return [mergekit.Stage("", make_recipe(file, given))]
+    *earlier, last = mergekit.load(file)
+    return [*earlier, last._replace(recipe=_changed(msgspec.to_builtins(last.recipe), given, str(file)))]
+
+
+def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
+    """The recipe of a file of cfmerge, or of none, with the command line's values put over it; see `make_stages`."""
+    content = {} if file is None else msgspec.to_builtins(load(file))
+    return _changed(content, given, str(file or "command line"))
+
+
+def _changed(content: dict[str, Any], given: Mapping[str, Any], source: str) -> Recipe:
     given = {key: READ.get(key, _as_it_is)(value) for key, value in given.items() if value not in (None, [])}
     if given.get("method", content.get("method")) != content.get("method"):
         content["parameters"] = {}
@@ -41,7 +55,7 @@ def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
     missing = [key for key in needed if not content.get(key)]
     if missing:
         raise CfmergeError(f"no {' and no '.join(missing)}: give --base and --expert, or a recipe file")
-    return parse(content, str(file or "command line"))
+    return parse(content, source)
 
 
 def _as_it_is(value: Any) -> Any:

@@ -17,10 +17,19 @@ DTYPES = ("float32", "float16", "bfloat16")
 def dtype_of(config: Config, who: str) -> Any:
     """The output's dtype; none: the base's."""
     for key, value in (("dtype", config.dtype), ("out_dtype", config.out_dtype)):
-        plain = (value or "").removeprefix("torch.")
-        if value is not None and plain not in DTYPES:
+        arithmetic = key == "dtype" and config.out_dtype is not None
+        if value is not None and _plain(value) not in (*DTYPES, *(("float64",) if arithmetic else ())):
             raise CfmergeError(f"{who}: {key} {value!r}; the output can be {', '.join(DTYPES)}")
-    return (config.out_dtype or config.dtype or "").removeprefix("torch.") or None
+    return _plain(config.out_dtype or config.dtype or "") or None
+
+
+def precision_of(config: Config) -> Any:
+    """The precision of the arithmetic: float64 where that is asked for."""
+    return "float64" if _plain(config.dtype or "") == "float64" else "auto"
+
+
+def _plain(dtype: str) -> str:
+    return dtype.removeprefix("torch.")
 
 
 def with_vocabulary(recipe: Recipe, config: Config, names: Mapping[Named, str], who: str) -> Recipe:
@@ -68,6 +77,6 @@ def notes_of(config: Config, method: Translation, groups: Sequence[Group]) -> li
     notes = [f"{', '.join(idle)}: no effect in {config.merge_method}, here as in mergekit"] if idle else []
     if method.base == "required" and any(group.ours.parameters for group in groups):
         notes.append("parameters of the base model have no effect, here as in mergekit")
-    if config.dtype not in (None, "float32", "torch.float32"):
+    if config.dtype is not None and _plain(config.dtype) in ("float16", "bfloat16"):
         notes.append(f"dtype {config.dtype}: of the output; arithmetic is in float32 at least")
     return notes

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import yaml
 
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.mergekit.config import Config, Named, Parameters, documents, reference
+from cfmerge.mergekit.config import Config, Named, Parameters, documents, is_mergekit, reference
 from cfmerge.mergekit.groups import Group, Input, covers_all, expert, groups_of, names_of
 from cfmerge.mergekit.methods import METHODS, Given, Translation
-from cfmerge.mergekit.output import dtype_of, notes_of, with_vocabulary
+from cfmerge.mergekit.output import dtype_of, notes_of, precision_of, with_vocabulary
 from cfmerge.mergekit.parameters import Parameter, check_names, number, setting
 from cfmerge.recipe import Expert, LayerExpert, Layers, Recipe
 
@@ -21,6 +22,7 @@ class Stage(NamedTuple):
     name: str
     recipe: Recipe
     notes: tuple[str, ...] = ()
+    translated: bool = False  # its recipe was another configuration
 
 
 def load(path: str | Path) -> list[Stage]:
@@ -35,7 +37,22 @@ def load(path: str | Path) -> list[Stage]:
     Raises:
         CfmergeError: a key or value is wrong, or cannot be done here.
     """
-    return translated(Path(path).read_text(), str(path))
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CfmergeError(f"{path}: cannot be read: {error}") from None
+    return translated(text, str(path))
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is a configuration of mergekit: one of its YAML documents has a `merge_method`."""
+    path = Path(path)
+    if path.suffix.lower() in (".md", ".safetensors"):
+        return False
+    try:
+        return any(is_mergekit(content) for content in yaml.safe_load_all(path.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
 
 
 def translated(text: str, source: str) -> list[Stage]:
@@ -65,7 +82,7 @@ def located(stages: Sequence[Stage], directory: Path) -> list[Stage]:
 
     def moved(recipe: Recipe) -> Recipe:
         replace = msgspec.structs.replace
-        experts = [replace(one, path=at(one.path)) for one in recipe.experts if isinstance(one, Expert)]
+        experts = [at(one) if isinstance(one, str) else replace(one, path=at(one.path)) for one in recipe.experts]
         layers = [replace(run, base=at(run.base)) for run in recipe.layers]
         return replace(recipe, base=at(recipe.base), experts=experts, layers=layers)
 
@@ -78,7 +95,7 @@ def _in_order(stages: Sequence[Stage], source: str) -> list[Stage]:
     names = {stage.name for stage in stages}
     while left:
         made = {stage.name for stage in done}
-        ready = next((s for s in left if not (_paths(s.recipe) & names) - made and (s.name or len(left) == 1)), None)
+        ready = next((s for s in left if not (needed_by(s.recipe) & names) - made and (s.name or len(left) == 1)), None)
         if ready is None:
             cycle = ", ".join(repr(stage.name) for stage in left if stage.name)
             raise CfmergeError(f"{source}: the documents {cycle} need each other's results")
@@ -87,8 +104,9 @@ def _in_order(stages: Sequence[Stage], source: str) -> list[Stage]:
     return done
 
 
-def _paths(recipe: Recipe) -> set[str]:
-    experts = [one.path for one in recipe.experts if isinstance(one, Expert)]
+def needed_by(recipe: Recipe) -> set[str]:
+    """The paths that a recipe names."""
+    experts = [one if isinstance(one, str) else one.path for one in recipe.experts]
     return {recipe.base, *experts, *(run.base for run in recipe.layers if run.base)}
 
 
@@ -113,8 +131,10 @@ def _stage(config: Config, who: str, name: str) -> Stage:
             expert(one.model, names[one.model], weights[one.model], groups[0].who) for one in groups[0].experts
         ]
         recipe = Recipe(groups[0].ours.model.path, experts, ours, parameters)
-    recipe = msgspec.structs.replace(recipe, allow=_allowed(groups, recipe), dtype=dtype_of(config, who))
-    return Stage(name, with_vocabulary(recipe, config, names, who), tuple(notes))
+    recipe = msgspec.structs.replace(
+        recipe, allow=_allowed(groups, recipe), dtype=dtype_of(config, who), precision=precision_of(config)
+    )
+    return Stage(name, with_vocabulary(recipe, config, names, who), tuple(notes), translated=True)
 
 
 def _allowed(groups: Sequence[Group], recipe: Recipe) -> list[Any]:
