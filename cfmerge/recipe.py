@@ -241,7 +241,8 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
     inside: dict[str, type[msgspec.Struct]] = {
         "layers[...].experts": LayerExpert, "layers": Layers, "rename": Rename, "experts": Expert, "rules": Rule,
     }  # fmt: skip
-    found = struct or next((kind for part, kind in inside.items() if place and part in place), Recipe)
+    anywhere = re.sub(r"\[\d+\]", "[...]", place or "")
+    found = struct or next((kind for part, kind in inside.items() if part in anywhere), Recipe)
     known = [field.encode_name for field in msgspec.structs.fields(found)]
     return f"unknown key {key!r}{f' at {place}' if place else ''}{nearest(key, known)}"
 

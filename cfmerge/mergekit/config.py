@@ -136,7 +136,8 @@ def explained(message: str, outer: type[Strict], parameters: Iterable[str] = ())
     if not unknown:
         return message.replace("$.", "")
     key, place = unknown.group(1), unknown.group(2) or ""
-    found = next((struct for part, struct in STRUCTS if place.endswith(part)), outer)
+    anywhere = re.sub(r"\[\d+\]", "[...]", place)
+    found = next((struct for part, struct in STRUCTS if anywhere.endswith(part)), outer)
     where = f" at {place}" if place else ""
     if key in PARAMETERS:
         return f"unknown key {key!r}{where}: it is a parameter; write it below `parameters:`"
