@@ -50,7 +50,7 @@ class Counted(NamedTuple):
     """The layers of a model: what their names begin with, how many, and the section of the config that says so."""
 
     stem: str
-    count: int
+    number: int
     section: str
 
 
@@ -109,12 +109,12 @@ def restacked(
     moved = [layer for _, layer in origins] != list(range(len(origins)))
     changed: dict[str, Any] = {}
     for key, value in ours.items():
-        if key in (*COUNTS, *AS_MANY) and value == layers.count:
+        if key in (*COUNTS, *AS_MANY) and value == layers.number:
             changed[key] = len(origins)
         elif key in NUMBERS and isinstance(value, list) and value:
             changed[key] = [new for new, (own, (_, old)) in enumerate(zip(sections, origins, strict=True))
                             if old in (own.get(key) or [])]  # fmt: skip
-        elif isinstance(value, list) and len(value) == layers.count and layers.count > 1:
+        elif isinstance(value, list) and len(value) == layers.number and layers.number > 1:
             changed[key] = [
                 _item(own, key, old) for own, (_, old) in zip(sections, origins, strict=True)
             ]  # fmt: skip

@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
     asked: Layers
     begin: int
-    count: int
+    length: int
     base: Source
     first: int
     experts: Mapping[str, int]
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
     def depth(self, layer: int) -> float:
         """From 0 to 1 over the run: 0 outside the layers, 1 for the only one."""
-        return 0.0 if layer == OUTSIDE else (layer - self.begin) / (self.count - 1) if self.count > 1 else 1.0
+        return 0.0 if layer == OUTSIDE else (layer - self.begin) / (self.length - 1) if self.length > 1 else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +95,14 @@ def stacked(recipe: Recipe, specs: Sequence[Expert], base: Source, experts: Sequ
         path = asked.base or recipe.base
         if path not in opened:
             opened[path] = base if path == recipe.base else open_checkpoint(path)
-        begin = runs[-1].begin + runs[-1].count if runs else 0
+        begin = runs[-1].begin + runs[-1].length if runs else 0
         runs.append(_run(f"layers[{number}]", asked, begin, opened[path], by_name, layers.stem))
     for name in by_name:
         if not any(name in run.experts for run in runs):
             raise CfmergeError(f"expert {name!r} takes part in no run of `layers`: name it in one, or leave it out")
     _check_models(base, runs, layers)
     origins, places = _of_base(runs, layers.stem)
-    configs = [(run.base.config, run.first + number) for run in runs for number in range(run.count)]
+    configs = [(run.base.config, run.first + number) for run in runs for number in range(run.length)]
     changed = restacked(base.config, layers, configs)
 
     def stack(source: Source, origins: Mapping[str, Origin]) -> Stack:
@@ -111,7 +111,7 @@ def stacked(recipe: Recipe, specs: Sequence[Expert], base: Source, experts: Sequ
     whole = stack(base, origins)
     parts: list[Source] = [stack(one, _of_expert(name, one, runs, layers.stem)) for name, one in by_name.items()]
     weighted = [_weighted(spec, runs, layers.stem, places) for spec in specs]
-    return Stacked(whole, parts, weighted, places, _notes(whole, changed, len(configs), layers.count))
+    return Stacked(whole, parts, weighted, places, _notes(whole, changed, len(configs), layers.number))
 
 
 def fixed(value: Any, depth: float) -> Any:
@@ -190,7 +190,7 @@ def _of_base(runs: Sequence[Run], stem: str) -> tuple[dict[str, Origin], dict[st
     listed += [(name, first, OUTSIDE, name) for name in _by_layer(first.base, stem)[OUTSIDE] if comes_before(name)]
     for run in runs:
         names = _by_layer(run.base, stem)
-        for number in range(run.count):
+        for number in range(run.length):
             layer = run.begin + number
             listed += [(_renumbered(name, stem, layer), run, layer, name) for name in names[run.first + number]]
     listed += [(name, last, OUTSIDE, name) for name in _by_layer(last.base, stem)[OUTSIDE] if not comes_before(name)]
@@ -212,7 +212,7 @@ def _of_expert(name: str, source: Source, runs: Sequence[Run], stem: str) -> dic
     for run in runs:
         if name not in run.experts:
             continue
-        for number in range(run.count):
+        for number in range(run.length):
             for own in names[run.experts[name] + number]:
                 found[_renumbered(own, stem, run.begin + number)] = Origin(source, own)
     ends = [(runs[0], True), (runs[-1], False)]
@@ -231,7 +231,7 @@ def _weighted(spec: Expert, runs: Sequence[Run], stem: str, places: Mapping[str,
         if spec.name not in run.weights:
             continue
         weight = run.weights[spec.name]
-        for layer in range(run.begin, run.begin + run.count):
+        for layer in range(run.begin, run.begin + run.length):
             by_tensor.append({"match": f"{escape(stem)}{layer}[./]*", "value": fixed(weight, run.depth(layer))})
         outside = [name for name, (own, layer) in places.items() if own is run and layer == OUTSIDE]
         by_tensor += [{"match": escape(name), "value": fixed(weight, 0.0)} for name in outside]
