@@ -149,6 +149,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     seed: int = 0  # for random methods
     plugins: list[str] = []  # Python files that register methods
     statistics: str | None = None  # a directory of statistics to begin from
+    chat_template: str | None = None  # auto (that of most models), chatml, or Jinja; none: the base's
     layers: list[Layers] = []  # the output's layers, where they are not those of the base one by one
 
     def resolved_experts(self, least: int = 2) -> list[Expert]:

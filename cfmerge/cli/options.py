@@ -106,6 +106,9 @@ RECIPE: dict[str, Any] = {
     "side_files": Annotated[
         str | None, option("--side-files", metavar="PATH", panel=WHERE, help="Config, tokenizer. Default: base's.")
     ],
+    "chat_template": Annotated[
+        str | None, option("--chat-template", metavar="TEXT", panel=WHERE, help="auto, chatml, Jinja (else base's).")
+    ],
 }
 
 RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML, mergekit's too), or a card of cfmerge.")]

@@ -32,6 +32,16 @@ def _plain(dtype: str) -> str:
     return dtype.removeprefix("torch.")
 
 
+def chat_template_of(config: Config, who: str) -> str | None:
+    """The chat template that the output is given; none: the base's."""
+    if config.chat_template in ("alpaca", "llama3", "mistral", "exaone"):
+        raise CfmergeError(
+            f"{who}: chat_template {config.chat_template}: only chatml is known by name; take auto, that of most "
+            "models, or write the template out, in Jinja"
+        )
+    return config.chat_template or None
+
+
 def with_vocabulary(recipe: Recipe, config: Config, names: Mapping[Named, str], who: str) -> Recipe:
     """The recipe with the vocabulary that the configuration asks for."""
     tokenizer, source = config.tokenizer, config.tokenizer_source
@@ -44,11 +54,6 @@ def with_vocabulary(recipe: Recipe, config: Config, names: Mapping[Named, str], 
                     "their order, and the base's padding; leave it out, and change the merged model with transformers "
                     "(resize_token_embeddings)"
                 )
-    if config.chat_template is not None:
-        raise CfmergeError(
-            f"{who}: chat_template is not taken: the output has the base's; leave it out, and put the template into "
-            "chat_template.jinja of the merged model"
-        )
     if source is None:
         return recipe
     if "vocabulary" not in Recipe.__struct_fields__:

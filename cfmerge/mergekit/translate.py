@@ -11,7 +11,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.mergekit.config import Config, Named, Parameters, documents, is_mergekit, reference
 from cfmerge.mergekit.groups import Group, Input, covers_all, expert, groups_of, names_of
 from cfmerge.mergekit.methods import METHODS, Given, Translation
-from cfmerge.mergekit.output import dtype_of, notes_of, precision_of, with_vocabulary
+from cfmerge.mergekit.output import chat_template_of, dtype_of, notes_of, precision_of, with_vocabulary
 from cfmerge.mergekit.parameters import Parameter, check_names, number, setting
 from cfmerge.recipe import Expert, LayerExpert, Layers, Recipe
 
@@ -132,8 +132,9 @@ def _stage(config: Config, who: str, name: str) -> Stage:
         ]
         recipe = Recipe(groups[0].ours.model.path, experts, ours, parameters)
     recipe = msgspec.structs.replace(
-        recipe, allow=_allowed(groups, recipe), dtype=dtype_of(config, who), precision=precision_of(config)
-    )
+        recipe, allow=_allowed(groups, recipe), dtype=dtype_of(config, who), precision=precision_of(config),
+        chat_template=chat_template_of(config, who),
+    )  # fmt: skip
     return Stage(name, with_vocabulary(recipe, config, names, who), tuple(notes), translated=True)
 
 

@@ -19,6 +19,7 @@ from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.models.patterns import patterns, tell
 from cfmerge.planning.assign import assign, treated_apart
+from cfmerge.planning.chat import with_template
 from cfmerge.planning.configs import config_notes
 from cfmerge.planning.jobs import check_count, check_moments, settled_jobs
 from cfmerge.planning.match import match_experts, skips
@@ -141,10 +142,15 @@ def resolve(
     if not stack and not any(job.assignment.action == "merge" for job in jobs):
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
     results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
+    beside, edits = _side_files(recipe, base), dict(_edits(stack))
+    if recipe.chat_template is not None:
+        beside, of_chat, told = with_template(recipe.chat_template, base, experts, beside)
+        edits |= of_chat
+        notes += told
     return Resolved(
         results, base, tuple(paired.experts), tuple(specs), work, matched[0].exported,
         (*notes, *numbers_told, *matched[0].notes, *unsolved(jobs, made[0])), parse_size(recipe.shard_size),
-        _side_files(recipe, base), sums, opened, _edits(stack),
+        beside, sums, opened, edits,
     )  # fmt: skip
 
 

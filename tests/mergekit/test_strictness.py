@@ -96,6 +96,7 @@ WRONG = {
     "an output in float64": ({**TIES, "dtype": "float64"}, "the output can be"),
     "tokens": ({**TIES, "tokenizer": {"source": "union", "tokens": {"<a>": {}}}}, "tokenizer.tokens is not taken"),
     "padding": ({**TIES, "tokenizer": {"source": "union", "pad_to_multiple_of": 8}}, "pad_to_multiple_of is not taken"),
+    "a template by name": ({**TIES, "chat_template": "llama3"}, "chat_template llama3: only chatml is known by name"),
     "two tokenizers": ({**TIES, "tokenizer": {}, "tokenizer_source": "base"}, "say the same"),
     "a model that cannot be read": ({**TIES, "base_model": "a@b@c"}, "'a@b@c' cannot be read; write PATH[@REVISION]"),
 }

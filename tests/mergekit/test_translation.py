@@ -189,6 +189,12 @@ def test_dtypes(given, dtype, precision):
     assert (made.dtype, made.precision) == (dtype, precision)
 
 
+@pytest.mark.parametrize("template", ["auto", "chatml", "{{ messages }}"])
+def test_chat_templates(template):
+    assert recipe(configured("ties", chat_template=template)).chat_template == template
+    assert recipe(configured("ties")).chat_template is None
+
+
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
