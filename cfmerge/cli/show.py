@@ -98,7 +98,8 @@ def stage(stage: "Stage", done: "MergeResult | Path", json: bool, quiet: bool) -
 def merge_result(result: "MergeResult") -> None:
     console = out()
     plan = result.plan
-    console.print(f"merged by {escape(plan.method.name)}" if plan.experts else "layers copied into a stack")
+    merged = any(what not in ("keep-base", "skip") for _, what in plan.counts())
+    console.print(f"merged by {escape(plan.method.name)}" if merged else "layers copied into a stack")
     console.print(counts(result.plan, "what was done"))
     warnings(result)
     notes((*result.resumed, *result.notes))

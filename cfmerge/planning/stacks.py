@@ -15,12 +15,13 @@ import numpy as np
 from cfmerge import methods
 from cfmerge.core.numbers import Place, is_number, settle_number
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats import Source, open_checkpoint
+from cfmerge.formats import Source, open_checkpoint, quantised
 from cfmerge.formats.stacked import Origin, Stack
 from cfmerge.methods import Method
 from cfmerge.models import is_float
 from cfmerge.models.layers import Counted, comes_before, edited, layers_of, named, restacked
 from cfmerge.models.patterns import escape, tell
+from cfmerge.planning.configs import config_notes
 from cfmerge.planning.depth import place
 from cfmerge.recipe import Expert, LayerExpert, Layers, Recipe
 
@@ -111,7 +112,9 @@ def stacked(recipe: Recipe, specs: Sequence[Expert], base: Source, experts: Sequ
     whole = stack(base, origins)
     parts: list[Source] = [stack(one, _of_expert(name, one, runs, layers.stem)) for name, one in by_name.items()]
     weighted = [_weighted(spec, runs, layers.stem, places) for spec in specs]
-    return Stacked(whole, parts, weighted, places, _notes(whole, changed, len(configs), layers.number))
+    others = {str(one.path): stack(one, {}) for one in whole.sources if one is not base}
+    notes = [*_notes(whole, changed, len(configs), layers.number), *config_notes(whole, others)]
+    return Stacked(whole, parts, weighted, places, notes)
 
 
 def fixed(value: Any, depth: float) -> Any:
@@ -241,6 +244,9 @@ def _weighted(spec: Expert, runs: Sequence[Run], stem: str, places: Mapping[str,
 def _check_models(base: Source, runs: Sequence[Run], layers: Counted) -> None:
     """Raises `CfmergeError` if models of different runs cannot be parts of one model."""
     others = list({id(run.base): run.base for run in runs if run.base is not base}.values())
+    problems = quantised.problems(base, {str(other.path): other for other in others})
+    if problems:
+        raise CfmergeError("\n".join(problems))
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for name, info in base.tensors.items():
         parts = named(name)
