@@ -78,7 +78,6 @@ def merge(
     how = {"overwrite": overwrite, "memory": memory, "fresh": fresh}
     for stage in located(asked, earlier):
         place = earlier / stage.name if stage.name else target
-        place.parent.mkdir(parents=True, exist_ok=True) if stage.name else None
         with together(place, devices) as where:
             json, quiet = show.by_the_first(where, json, quiet)
             planned = cfmerge.plan(stage.recipe)
@@ -215,7 +214,7 @@ def plan(
     for stage in asked:
         waiting = needed_by(stage.recipe) & names
         if not json:
-            tables.stage(stage, sorted(waiting))
+            show.recipe_of(stage, sorted(waiting))
         if not waiting:
             planned = cfmerge.make_plan(stage.recipe)
             forecast = planned.forecast(memory, devices, device_memory, not no_calibration)

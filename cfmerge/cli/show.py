@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from cfmerge.cli.messages import out, tell
+from cfmerge.cli.messages import out, say, tell
 from cfmerge.cli.tables import counts, size
 
 if TYPE_CHECKING:
@@ -84,15 +84,32 @@ def _json_progress(whole: int) -> Callable[[str, int], None]:
 
 def stage(stage: "Stage", done: "MergeResult | Path", json: bool, quiet: bool) -> None:
     """The result of a merge, or the place of one that was there already; and the notes on its recipe."""
-    named = {"stage": stage.name} if stage.name else {}
+    there = isinstance(done, Path)
     if json:
+        named = {"stage": stage.name} if stage.name else {}
         told = {"notes_on_recipe": list(stage.notes)} if stage.notes else {}
         values = {"output": str(done), "kept": True} if isinstance(done, Path) else done.summary()
         event("done", **named, **values, **told)
-    elif not quiet:
-        line(f"stage {stage.name}") if stage.name else None
-        notes(stage.notes)
-        line(f"{done}: is there already") if isinstance(done, Path) else merge_result(done)
+    if json or quiet:
+        return
+    if stage.name:
+        line(f"stage {stage.name}{f': {done} is there already' if there else ''}")
+    notes(stage.notes)
+    if not isinstance(done, Path):
+        merge_result(done)
+
+
+def recipe_of(stage: "Stage", waiting: Sequence[str]) -> None:
+    """A recipe that was made of a configuration of mergekit, and notes on it; nothing of a recipe as it was written."""
+    console = out()
+    if stage.name:
+        say(console, f"stage {stage.name}", "bold")
+    if stage.translated:
+        console.print(escape(stage.recipe.brief()), soft_wrap=True)
+    for note in stage.notes:
+        tell(console, "note", note, "yellow")
+    if waiting:
+        say(console, f"it is planned when {' and '.join(waiting)} is merged")
 
 
 def merge_result(result: "MergeResult") -> None:

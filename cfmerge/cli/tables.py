@@ -12,16 +12,16 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cfmerge.cli.messages import out, say, tell
+from cfmerge.cli.texts import told_run
 
 if TYPE_CHECKING:
     from cfmerge.formats import Source
-    from cfmerge.mergekit import Stage
     from cfmerge.methods import Entry
     from cfmerge.models import Parameter
     from cfmerge.planning.resolved import Resolved
     from cfmerge.products.plan import Plan
     from cfmerge.products.predict import Forecast
-    from cfmerge.recipe import Expert, Layers
+    from cfmerge.recipe import Expert
 
 NARROW = 120  # columns below which a list of methods leaves their parameters out
 
@@ -77,32 +77,18 @@ def _broken(name: str, width: int) -> list[str]:
     return lines
 
 
-def stage(stage: "Stage", waiting: Sequence[str]) -> None:
-    """A recipe that was made of a configuration of mergekit, and notes on it; nothing of a recipe as it was written."""
-    console = out()
-    if stage.name:
-        say(console, f"stage {stage.name}", "bold")
-    if stage.translated:
-        console.print(escape(stage.recipe.brief()), soft_wrap=True)
-    for note in stage.notes:
-        tell(console, "note", note, "yellow")
-    if waiting:
-        say(console, f"it is planned when {' and '.join(waiting)} is merged")
-
-
 def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:
     """A plan: the action on every kind of tensor, and the cost."""
     if json:
         print(json_module.dumps(_plan_summary(plan, forecast), indent=2))
         return
     console = out()
-    parameters = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
-    say(console, f"{plan.method.name} ({parameters})" if plan.experts else "a stack of layers", "bold")
+    told = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
+    say(console, f"{plan.method.name} ({told})" if plan.experts else "a stack of layers", "bold")
     console.print(f"base    {escape(str(plan.base.path))}", soft_wrap=True)
-    if plan.experts:
-        console.print(f"experts {escape(', '.join(map(_described, plan.expert_specs)))}", soft_wrap=True)
-    for run in plan.recipe.layers:
-        console.print(f"layers  {escape(_of_run(run))}", soft_wrap=True)
+    experts = [f"experts {', '.join(map(_described, plan.expert_specs))}"] if plan.experts else []
+    for line in (*experts, *(f"layers  {told_run(run)}" for run in plan.recipe.layers)):
+        console.print(escape(line), soft_wrap=True)
     notes = list(plan.notes)
     if tensors:
         _list_jobs(console, plan)
@@ -159,13 +145,6 @@ def _described(expert: "Expert") -> str:
     if not isinstance(expert.weight, int | float):
         return f"{expert.name} (weight by tensor)"
     return expert.name if expert.weight == 1 else f"{expert.name} (x{expert.weight:g})"
-
-
-def _of_run(run: "Layers") -> str:
-    where = "all" if run.range is None else f"{run.range[0]} to {run.range[1] - 1}"
-    names = [one if isinstance(one, str) else one.name for one in run.experts or []]
-    with_experts = f", with {', '.join(names)}" if names else ""
-    return f"{where}{f' of {run.base}' if run.base else ''}{with_experts}{f', by {run.method}' if run.method else ''}"
 
 
 def _list_jobs(console: Console, plan: "Plan") -> None:

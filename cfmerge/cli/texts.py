@@ -12,7 +12,7 @@ import yaml
 
 from cfmerge import mergekit
 from cfmerge.errors import CfmergeError
-from cfmerge.recipe import Recipe, load, parse, parse_rule
+from cfmerge.recipe import Layers, Recipe, load, parse, parse_rule
 
 PREFIX = "parameters."  # in front of a rule's keys that are parameters of its method
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
@@ -115,6 +115,14 @@ def run_of_layers(text: str) -> dict[str, Any]:
             "--layers 0:24 --layers other@8:32; END is one past the last layer"
         )
     return {"range": [int(match[2]), int(match[3])], **({"base": match[1]} if match[1] else {})}
+
+
+def told_run(run: Layers) -> str:
+    """A run of layers for people."""
+    where = "all" if run.range is None else f"{run.range[0]} to {run.range[1] - 1}"
+    names = [one if isinstance(one, str) else one.name for one in run.experts or []]
+    with_experts = f", with {', '.join(names)}" if names else ""
+    return f"{where}{f' of {run.base}' if run.base else ''}{with_experts}{f', by {run.method}' if run.method else ''}"
 
 
 def mapping(text: str, option: str, example: str) -> dict[str, Any]:
