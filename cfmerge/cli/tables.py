@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -162,6 +163,7 @@ def _plan_summary(plan: "Plan", forecast: "Forecast") -> dict[str, Any]:
     return {
         "method": plan.method.name,
         "parameters": dict(plan.method.parameters),
+        "recipe": msgspec.to_builtins(plan.recipe),
         "experts": [spec.name for spec in plan.expert_specs],
         "bytes_read": plan.bytes_to_read,
         "bytes_written": plan.bytes_to_write,

@@ -82,8 +82,9 @@ class Stacked:
         }
 
 
-def stacked(recipe: Recipe, specs: Sequence[Expert], base: Source, experts: Sequence[Source],
-            opened: dict[str, Source]) -> Stacked:  # fmt: skip
+def stacked(
+    recipe: Recipe, specs: Sequence[Expert], base: Source, experts: Sequence[Source], opened: dict[str, Source]
+) -> Stacked:
     """The stack that a recipe's `layers` describe; models that only a run names are added to `opened`.
 
     Raises:
@@ -164,7 +165,10 @@ def _check_range(who: str, source: Source, wanted: tuple[int, int], stem: str) -
     count = _count(source, stem)
     if not count:
         looks = next(iter(source.tensors))
-        raise CfmergeError(f"{who}: {source.path} has no layers called {stem + '*'!r}; its names look like {looks!r}")
+        raise CfmergeError(
+            f"{who}: {source.path} has no layers called {stem + '*'!r}, as the base has, and models of one stack need "
+            f"the same names; its names look like {looks!r}"
+        )
     if wanted[1] > count:
         raise CfmergeError(
             f"{who}: range {list(wanted)}, and {source.path} has {count} layers; layers count from 0, and the last "

@@ -137,6 +137,8 @@ def test_plan_prints_the_recipe_that_it_became(models):
     (_, last) = mergekit.load(file)
     assert last.recipe.brief() in done.stdout
     assert "linear (normalise=True)" in done.stdout
+    told = json.loads(cli("plan", written(CHAIN[0]), "--no-calibration", "--json").stdout)
+    assert (told["recipe"]["method"], told["recipe"]["allow"]) == ("linear", ["base-as-expert"])
     ours = cli("plan", "--base", "base", "-e", "a", "-e", "b", "--no-calibration")
     assert "experts:" not in ours.stdout
 
