@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from cfmerge.products.sweep import grid as grid
     from cfmerge.products.sweep import sweep as sweep
     from cfmerge.recipe import Expert as Expert
+    from cfmerge.recipe import LayerExpert as LayerExpert
+    from cfmerge.recipe import Layers as Layers
     from cfmerge.recipe import Recipe as Recipe
     from cfmerge.recipe import Rename as Rename
     from cfmerge.recipe import Rule as Rule
@@ -71,6 +73,8 @@ _PUBLIC = {
     "sweep": "cfmerge.products.sweep",
     "CfmergeError": "cfmerge.errors",
     "Expert": "cfmerge.recipe",
+    "LayerExpert": "cfmerge.recipe",
+    "Layers": "cfmerge.recipe",
     "Recipe": "cfmerge.recipe",
     "Rename": "cfmerge.recipe",
     "Rule": "cfmerge.recipe",

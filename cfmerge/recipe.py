@@ -86,6 +86,44 @@ class Rule(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             raise ValueError("a rule needs `match` (a pattern of names) or `kinds`")
 
 
+class LayerExpert(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """An expert in a run of layers: its name in the recipe, and what differs there.
+
+    >>> run = cfmerge.Layers(range=(0, 12), experts=[cfmerge.LayerExpert("code", range=(4, 16), weight=0.5)])
+    >>> run.experts[0].range
+    (4, 16)
+    """
+
+    name: str
+    range: tuple[int, int] | None = None  # its own layers that meet the base's, as many; none: the run's
+    weight: float | dict[str, Any] | list[Any] | None = None  # none: the expert's own
+
+
+class Layers(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A run of layers of the output. Several make a stack, in which layers repeat, are left out or come from others.
+
+        >>> recipe = cfmerge.Recipe("base", layers=[cfmerge.Layers((0, 24)), cfmerge.Layers((8, 32), base="math")])
+        >>> recipe.layers[1].range
+        (8, 32)
+
+    Raises:
+        ValueError: a range without layers, or a scale of what is merged.
+    """
+
+    range: tuple[int, int] | None = None  # of the base: the first layer, and one past the last; none: all of them
+    base: str = ""  # another model in place of the recipe's base
+    experts: list[str | LayerExpert] | None = None  # which of the recipe's take part; none: all; []: it is copied
+    method: str = ""  # none: the recipe's
+    parameters: dict[str, Any] = {}  # gradients run over the run
+    scale: float | dict[str, Any] | list[Any] | None = None  # a factor of layers that are copied
+
+    def __post_init__(self) -> None:
+        inner = [one.range for one in self.experts or [] if isinstance(one, LayerExpert)]
+        for first, end in filter(None, (self.range, *inner)):
+            if not 0 <= first < end:
+                raise ValueError(f"`range: [{first}, {end}]` has no layers; write the first, and one past the last")
+
+
 class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     """All that a user asks for: the content of a recipe file.
 
@@ -118,6 +156,8 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     statistics: str | None = None  # a directory of statistics to begin from
     download: bool = False  # fetch models that are named as on the hub, and are not in its cache
     cache_dir: str | None = None  # of the Hugging Face hub; none: where huggingface_hub has it
+    chat_template: str | None = None  # auto (that of most models), chatml, or Jinja; none: the base's
+    layers: list[Layers] = []  # the output's layers, where they are not those of the base one by one
 
     def resolved_experts(self, least: int = 2) -> list[Expert]:
         """The experts, each with a name: its own, else that of its directory.
@@ -126,9 +166,9 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
             CfmergeError: none, one without leave, two of one name, or weights that sum to nothing.
         """
         experts = [Expert(path=e) if isinstance(e, str) else e for e in self.experts]
-        if len(experts) < min(least, 1):
+        if len(experts) < min(least, 1) and not self.layers:
             raise CfmergeError("no experts: a merge needs a base and at least two experts")
-        if len(experts) < least and "one-expert" not in self.allow:
+        if 0 < len(experts) < least and "one-expert" not in self.allow and not self.layers:
             raise CfmergeError(
                 f"one expert ({experts[0].path}): there is nothing to merge it with. Give another, or allow it: "
                 "--allow one-expert (recipe: 'allow: [one-expert]')"
@@ -151,6 +191,12 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(msgspec.to_builtins(self), sort_keys=False, allow_unicode=True, width=100)
+
+    def brief(self) -> str:
+        """The YAML without the keys that have their defaults."""
+        plain = msgspec.to_builtins(Recipe(""))
+        said = {key: value for key, value in msgspec.to_builtins(self).items() if value != plain[key]}
+        return yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _default_name(path: str, seen: dict[str, str]) -> str:
@@ -208,8 +254,11 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
     if not unknown:
         return message
     key, place = unknown.groups()
-    inside: dict[str, type[msgspec.Struct]] = {"rename": Rename, "experts": Expert, "rules": Rule}
-    found = struct or next((kind for part, kind in inside.items() if place and part in place), Recipe)
+    inside: dict[str, type[msgspec.Struct]] = {
+        "layers[...].experts": LayerExpert, "layers": Layers, "rename": Rename, "experts": Expert, "rules": Rule,
+    }  # fmt: skip
+    anywhere = re.sub(r"\[\d+\]", "[...]", place or "")
+    found = struct or next((kind for part, kind in inside.items() if part in anywhere), Recipe)
     known = [field.encode_name for field in msgspec.structs.fields(found)]
     return f"unknown key {key!r}{f' at {place}' if place else ''}{nearest(key, known)}"
 

@@ -15,6 +15,7 @@ from cfmerge.cli import options as o
 from cfmerge.cli.ending import ended
 from cfmerge.cli.texts import key_values, swept
 from cfmerge.errors import CfmergeError, nearest
+from cfmerge.mergekit import Stage, located, needed_by
 from cfmerge.recipe import Format, Recipe
 
 app = typer.Typer(
@@ -48,13 +49,15 @@ def _main(
         "cfmerge merge --base BASE -e A -e B -m ties -p density=0.3 -o OUT",
         "cfmerge merge recipe.yaml -r 'match=*.embed*, method=keep-base' -o OUT",
         "cfmerge merge OUT/README.md -o AGAIN",
+        "cfmerge merge mergekit.yml OUT",
     ),
 )
-@o.takes_recipe()
+@o.takes_recipe(chains=True)
 def merge(
-    asked: Recipe,
+    asked: list[Stage],
     *,
-    output: o.ModelOutput,
+    out: o.Out = None,
+    output: o.ModelOutput = None,
     overwrite: o.Overwrite = False,
     fresh: o.Fresh = False,
     memory: o.Memory = None,
@@ -68,17 +71,22 @@ def merge(
 ) -> None:
     """Merge a base and its experts into one model."""
     from cfmerge.products.processes import joined_by, together
+    from cfmerge.products.stages import directory_of, is_made
 
     joined_by(coordinator, processes, process, devices)
-    with together(output, devices) as where:
-        json, quiet = show.by_the_first(where, json, quiet)
-        planned = cfmerge.plan(asked)
-        how = {"overwrite": overwrite, "memory": memory, "fresh": fresh}
-        result = show.run(planned, output, where, json, quiet, **how)
-    if json:
-        show.event("done", **result.summary())
-    elif not quiet:
-        show.merge_result(result)
+    target = o.one_output(out, output)
+    earlier = directory_of(target)
+    how = {"overwrite": overwrite, "memory": memory, "fresh": fresh}
+    for stage in located(asked, earlier):
+        place = earlier / stage.name if stage.name else target
+        with together(place, devices) as where:
+            json, quiet = show.by_the_first(where, json, quiet)
+            planned = cfmerge.plan(stage.recipe)
+            if stage.name and not overwrite and is_made(planned, place):
+                show.stage(stage, place, json, quiet)
+                continue
+            result = show.run(planned, place, where, json, quiet, **how)
+        show.stage(stage, result, json, quiet)
 
 
 @app.command(
@@ -191,9 +199,9 @@ def combine(
 
 
 @app.command(cls=o.Command)
-@o.takes_recipe()
+@o.takes_recipe(chains=True)
 def plan(
-    asked: Recipe,
+    asked: list[Stage],
     *,
     memory: o.Memory = None,
     devices: o.Devices = None,
@@ -203,9 +211,15 @@ def plan(
     json: o.Json = False,
 ) -> None:
     """Show what a merge would do and need, from headers alone."""
-    planned = cfmerge.make_plan(asked)
-    forecast = planned.forecast(memory, devices, device_memory, not no_calibration)
-    tables.plan(planned, forecast, tensors, json)
+    names = {stage.name for stage in asked if stage.name}
+    for stage in asked:
+        waiting = needed_by(stage.recipe) & names
+        if not json:
+            show.recipe_of(stage, sorted(waiting))
+        if not waiting:
+            planned = cfmerge.make_plan(stage.recipe)
+            forecast = planned.forecast(memory, devices, device_memory, not no_calibration)
+            tables.plan(planned, forecast, tensors, json)
 
 
 @app.command(cls=o.Command)

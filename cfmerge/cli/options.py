@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
+from rich.console import Console
 from rich.markup import escape
 
-from cfmerge.cli.texts import make_recipe
+from cfmerge.cli.messages import tell
+from cfmerge.cli.texts import make_stages
+from cfmerge.errors import CfmergeError
 from cfmerge.recipe import Format, Recipe
 
 WHAT, HOW, WHERE, RUN = "What is merged", "How it is merged", "Where it goes", "How it runs"  # panels of --help
@@ -67,6 +70,10 @@ RECIPE: dict[str, Any] = {
     ],
     "download": Download,
     "cache_dir": CacheDir,
+    "layers": Annotated[
+        list[str] | None,
+        option("--layers", metavar="LAYERS", panel=WHAT, help="FIRST:END or PATH@FIRST:END; repeat to stack."),
+    ],
     "statistics": Annotated[
         str | None,
         option("--statistics", metavar="PATH", panel=WHAT, help="Experts accumulated before, to begin from."),
@@ -119,9 +126,13 @@ RECIPE: dict[str, Any] = {
     "side_files": Annotated[
         str | None, option("--side-files", metavar="PATH", panel=WHERE, help="Config, tokenizer. Default: base's.")
     ],
+    "chat_template": Annotated[
+        str | None, option("--chat-template", metavar="TEXT", panel=WHERE, help="auto, chatml, Jinja (else base's).")
+    ],
 }
 
-RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML), or a model card that cfmerge wrote.")]
+RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML, mergekit's too), or a card of cfmerge.")]
+Out = Annotated[Path | None, argument("OUT", "The output, in place of --output.")]
 Output = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="The directory to make.")]
 Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the output if it is there.")]
 Fresh = Annotated[bool, option("--fresh", help="Start anew, not where a run has ended.")]
@@ -136,7 +147,9 @@ DeviceMemory = Annotated[
     str | None, option("--device-memory", metavar="SIZE", help="Plan for --devices N that are not here.")
 ]
 NoCalibration = Annotated[bool, option("--no-calibration", help="Predict no seconds: measure nothing.")]
-ModelOutput = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or one file.")]
+ModelOutput = Annotated[
+    Path | None, option("--output", "-o", metavar="PATH", panel=WHERE, help="A directory, or one file.")
+]
 NoCompileCache = Annotated[
     bool, option("--no-compile-cache", help="Compile anew, keep nothing of it.", callback=_compile_anew)
 ]
@@ -156,10 +169,11 @@ class Command(typer.core.TyperCommand):
         return found
 
 
-def takes_recipe(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_recipe(*without: str, chains: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command's first argument is the recipe that its file and its options make.
 
-    The command gets an option for every key of a recipe, but for `without` and for those that it has itself.
+    The command gets an option for every key of a recipe, but for `without` and for those that it has itself. One that
+    takes `chains` gets a list of stages instead.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -169,8 +183,15 @@ def takes_recipe(*without: str) -> Callable[[Callable[..., None]], Callable[...,
 
         @functools.wraps(command)
         def run(recipe: Path | None = None, **given: Any) -> None:
-            asked = make_recipe(recipe, {key: given.pop(key) for key in keys})
-            command(asked, **given)
+            stages = make_stages(recipe, {key: given.pop(key) for key in keys})
+            if not chains and len(stages) > 1:
+                raise CfmergeError(
+                    f"{recipe}: {len(stages)} documents are a chain of merges, which `cfmerge merge` and `cfmerge "
+                    "plan` take; split it into files"
+                )
+            for note in () if chains else stages[0].notes:
+                tell(Console(stderr=True), "note", note, "yellow")
+            command(stages if chains else stages[0].recipe, **given)
 
         file = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=RecipeFile)
         shared = [
@@ -186,5 +207,14 @@ def takes_recipe(*without: str) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def _panel(parameter: inspect.Parameter) -> int:
-    """The place of an option's panel in `--help`."""
-    return (WHAT, HOW, WHERE, RUN).index(parameter.annotation.__metadata__[0].rich_help_panel)
+    """The place of an option's panel in `--help`; arguments come first."""
+    panel = parameter.annotation.__metadata__[0].rich_help_panel
+    return -1 if panel is None else (WHAT, HOW, WHERE, RUN).index(panel)
+
+
+def one_output(argument: Path | None, option: Path | None) -> Path:
+    """The output that is named, as an argument or by the option."""
+    if (argument is None) == (option is None):
+        wrong = "no output is named" if option is None else "two outputs are named"
+        raise typer.BadParameter(f"{wrong}: cfmerge merge RECIPE OUT, or --output OUT")
+    return Path(argument or option or "")

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from cfmerge.cli.messages import out, tell
+from cfmerge.cli.messages import out, say, tell
 from cfmerge.cli.tables import counts, size
 
 if TYPE_CHECKING:
     from cfmerge.engine.placement import Placement
+    from cfmerge.mergekit import Stage
     from cfmerge.products.plan import Plan
     from cfmerge.report.result import MergeResult
 
@@ -83,9 +84,41 @@ def _json_progress(whole: int) -> Callable[[str, int], None]:
     return tell
 
 
+def stage(stage: "Stage", done: "MergeResult | Path", json: bool, quiet: bool) -> None:
+    """The result of a merge, or the place of one that was there already; and the notes on its recipe."""
+    there = isinstance(done, Path)
+    if json:
+        named = {"stage": stage.name} if stage.name else {}
+        told = {"notes_on_recipe": list(stage.notes)} if stage.notes else {}
+        values = {"output": str(done), "kept": True} if isinstance(done, Path) else done.summary()
+        event("done", **named, **values, **told)
+    if json or quiet:
+        return
+    if stage.name:
+        line(f"stage {stage.name}{f': {done} is there already' if there else ''}")
+    notes(stage.notes)
+    if not isinstance(done, Path):
+        merge_result(done)
+
+
+def recipe_of(stage: "Stage", waiting: Sequence[str]) -> None:
+    """A recipe that was made of a configuration of mergekit, and notes on it; nothing of a recipe as it was written."""
+    console = out()
+    if stage.name:
+        say(console, f"stage {stage.name}", "bold")
+    if stage.translated:
+        console.print(escape(stage.recipe.brief()), soft_wrap=True)
+    for note in stage.notes:
+        tell(console, "note", note, "yellow")
+    if waiting:
+        say(console, f"it is planned when {' and '.join(waiting)} is merged")
+
+
 def merge_result(result: "MergeResult") -> None:
     console = out()
-    console.print(f"merged by {escape(result.plan.method.name)}")
+    plan = result.plan
+    merged = any(what not in ("keep-base", "skip") for _, what in plan.counts())
+    console.print(f"merged by {escape(plan.method.name)}" if merged else "layers copied into a stack")
     console.print(counts(result.plan, "what was done"))
     warnings(result)
     notes((*result.resumed, *result.notes))

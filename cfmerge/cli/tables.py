@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from cfmerge.cli.messages import out, say, tell
+from cfmerge.cli.texts import told_run
 
 if TYPE_CHECKING:
     from cfmerge.formats import Source
@@ -82,10 +84,12 @@ def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:
         print(json_module.dumps(_plan_summary(plan, forecast), indent=2))
         return
     console = out()
-    parameters = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
-    say(console, f"{plan.method.name} ({parameters})", "bold")
+    told = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
+    say(console, f"{plan.method.name} ({told})" if plan.experts else "a stack of layers", "bold")
     console.print(f"base    {escape(str(plan.base.path))}", soft_wrap=True)
-    console.print(f"experts {escape(', '.join(map(_described, plan.expert_specs)))}", soft_wrap=True)
+    experts = [f"experts {', '.join(map(_described, plan.expert_specs))}"] if plan.experts else []
+    for line in (*experts, *(f"layers  {told_run(run)}" for run in plan.recipe.layers)):
+        console.print(escape(line), soft_wrap=True)
     notes = list(plan.notes)
     if tensors:
         _list_jobs(console, plan)
@@ -159,6 +163,7 @@ def _plan_summary(plan: "Plan", forecast: "Forecast") -> dict[str, Any]:
     return {
         "method": plan.method.name,
         "parameters": dict(plan.method.parameters),
+        "recipe": msgspec.to_builtins(plan.recipe),
         "experts": [spec.name for spec in plan.expert_specs],
         "bytes_read": plan.bytes_to_read,
         "bytes_written": plan.bytes_to_write,

@@ -10,22 +10,36 @@ from typing import Any
 import msgspec
 import yaml
 
+from cfmerge import mergekit
 from cfmerge.errors import CfmergeError
-from cfmerge.recipe import Recipe, load, parse, parse_rule
+from cfmerge.recipe import Layers, Recipe, load, parse, parse_rule
 
 PREFIX = "parameters."  # in front of a rule's keys that are parameters of its method
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
 
 
-def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
-    """The recipe of a file, with `given`, the command line's values by the recipe's keys, put over it.
+def make_stages(file: Path | None, given: Mapping[str, Any]) -> list[mergekit.Stage]:
+    """The recipes that a file stands for: one, or those of several documents of mergekit.
 
-    A list replaces the file's, but for rules and renames: those of the command line stand in front of the file's.
+    `given`, the command line's values by the recipe's keys, is put over the last. A list replaces the file's, but for
+    rules and renames: those of the command line stand in front of the file's.
 
     Raises:
         CfmergeError: base or experts are missing, or a value cannot be read.
     """
-    content: dict[str, Any] = {} if file is None else msgspec.to_builtins(load(file))
+    if file is None or not mergekit.is_file(file):
+        return [mergekit.Stage("", make_recipe(file, given))]
+    *earlier, last = mergekit.load(file)
+    return [*earlier, last._replace(recipe=_changed(msgspec.to_builtins(last.recipe), given, str(file)))]
+
+
+def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
+    """The recipe of a file of cfmerge, or of none, with the command line's values put over it; see `make_stages`."""
+    content = {} if file is None else msgspec.to_builtins(load(file))
+    return _changed(content, given, str(file or "command line"))
+
+
+def _changed(content: dict[str, Any], given: Mapping[str, Any], source: str) -> Recipe:
     given = {key: READ.get(key, _as_it_is)(value) for key, value in given.items() if value not in (None, [])}
     if given.get("method", content.get("method")) != content.get("method"):
         content["parameters"] = {}
@@ -37,11 +51,11 @@ def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
         from cfmerge.statistics import Statistics
 
         content["method"] = Statistics.load(content["statistics"]).method  # that they were accumulated for
-    needed = ("base",) if content.get("statistics") else ("base", "experts")
+    needed = ("base",) if content.get("statistics") or content.get("layers") else ("base", "experts")
     missing = [key for key in needed if not content.get(key)]
     if missing:
         raise CfmergeError(f"no {' and no '.join(missing)}: give --base and --expert, or a recipe file")
-    return parse(content, str(file or "command line"))
+    return parse(content, source)
 
 
 def _as_it_is(value: Any) -> Any:
@@ -88,6 +102,27 @@ def rename(text: str) -> dict[str, Any]:
     if not arrow or not before.strip():
         raise CfmergeError(f"--rename {text!r}: write 'REGEX => TEXT', such as --rename '^model[.] => language_model.'")
     return {"from": before.strip(), "to": after.strip()}
+
+
+def run_of_layers(text: str) -> dict[str, Any]:
+    """Layers from `FIRST:END`, `PATH@FIRST:END`, or from the text of a mapping."""
+    if text.lstrip().startswith("{"):
+        return mapping(text, "--layers", "{range: [0, 24], base: PATH}")
+    match = re.fullmatch(r"(?:(.+)@)?(\d+):(\d+)", text)
+    if not match:
+        raise CfmergeError(
+            f"--layers {text!r}: write FIRST:END, PATH@FIRST:END or {{range: [FIRST, END], ...}}, such as "
+            "--layers 0:24 --layers other@8:32; END is one past the last layer"
+        )
+    return {"range": [int(match[2]), int(match[3])], **({"base": match[1]} if match[1] else {})}
+
+
+def told_run(run: Layers) -> str:
+    """A run of layers for people."""
+    where = "all" if run.range is None else f"{run.range[0]} to {run.range[1] - 1}"
+    names = [one if isinstance(one, str) else one.name for one in run.experts or []]
+    with_experts = f", with {', '.join(names)}" if names else ""
+    return f"{where}{f' of {run.base}' if run.base else ''}{with_experts}{f', by {run.method}' if run.method else ''}"
 
 
 def mapping(text: str, option: str, example: str) -> dict[str, Any]:
@@ -177,6 +212,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "experts": lambda texts: [expert(text) for text in texts],
     "rules": lambda texts: [rule(text) for text in texts],
     "rename": lambda texts: [rename(text) for text in texts],
+    "layers": lambda texts: [run_of_layers(text) for text in texts],
     "parameters": key_values,
 }
 # How a value of the command line meets the file's, where it does not replace it.

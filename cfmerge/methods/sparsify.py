@@ -31,7 +31,7 @@ from cfmerge.linalg.selection import magnitude_keys
 from cfmerge.methods._thresholds import share_of
 
 Norm = Literal["none", "l1", "l2", "linf"]
-Count = Literal["ceil", "floor", "round", "official"]
+Count = Literal["ceil", "floor", "round", "some", "official"]
 
 
 @register
@@ -62,7 +62,8 @@ def trim(
             expert, found exactly in passes over the model before the merge. A tensor merged by itself is the whole
             model.
         count: how the share becomes a number of entries: "ceil", "floor" or "round", of entries that tie those of
-            lower index; or "official", TIES' published code: floor + 1, and all that tie.
+            lower index; "some", floor but one at least, as mergekit 0.1.5; or "official", TIES' published code:
+            floor + 1, and all that tie.
         rescale: the norm of each tensor that is restored afterwards: "l1", "l2", "linf", or "none".
 
     Source: Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708.
@@ -103,6 +104,9 @@ def trim(
 
 
 def _count(density: Any, size: Any, count: Count) -> Any:
+    if count == "some":
+        many, least = share_of(density, size, "floor"), (density > 0) & (size > 0)
+        return max(many, int(least)) if isinstance(many, int) else jnp.maximum(many, jnp.asarray(least, many.dtype))
     if count != "official":
         return share_of(density, size, count)
     many = share_of(density, size, "floor") + 1

@@ -36,14 +36,21 @@ class Assignment:
 
 
 def assign(
-    parameters: Mapping[str, Parameter], method: Method, rules: Sequence[Rule] = (), others: Iterable[str] = ()
+    parameters: Mapping[str, Parameter],
+    method: Method,
+    rules: Sequence[Rule] = (),
+    others: Iterable[str] = (),
+    instead: Mapping[str, Method | None] | None = None,
 ) -> dict[str, Assignment]:
     """The action on every parameter.
 
     By default matrices and convolutions go through the method, everything else that is floating-point gets the
     mean of the deltas, and integers stay as they are in the base; an entrywise method takes all floating-point
-    parameters but running statistics. The first rule whose pattern matches a name overrides this. `others` are
-    names that the base lacks, which a rule may skip.
+    parameters but running statistics. The first rule whose pattern matches a name overrides this.
+
+    Args:
+        others: names that the base lacks, which a rule may skip.
+        instead: by name a method in place of `method`; None: the tensor is kept from the base.
 
     Raises:
         CfmergeError: a rule matches nothing, names an unknown method, or a layout that does not fit.
@@ -54,8 +61,9 @@ def assign(
     result = {}
     for name, parameter in parameters.items():
         number = next((i for i, rule in enumerate(rules) if _matches(rule, parameter)), None)
+        own = (instead or {}).get(name, method)
         if number is None:
-            result[name] = _default(parameter, method, average)
+            result[name] = _default(parameter, own, average) if own else Assignment(parameter, "keep-base", average)
             continue
         rule, used[number] = rules[number], True
         changed = dataclasses.replace(
@@ -69,7 +77,7 @@ def assign(
         elif rule.method or rule.parameters:
             result[name] = _explicit(changed, made[number] or method, rule)
         else:
-            result[name] = dataclasses.replace(_default(changed, method, average), rule=rule)
+            result[name] = dataclasses.replace(_default(changed, own or method, average), rule=rule)
     _check_used(rules, used, parameters, others)
     return result
 

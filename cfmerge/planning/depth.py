@@ -8,9 +8,8 @@ from typing import Any
 from cfmerge.core.call import call_of, identity, settle
 from cfmerge.core.numbers import Place, settle_number
 from cfmerge.errors import and_more
+from cfmerge.models.layers import LAYER
 from cfmerge.planning.assign import Assignment
-
-LAYER = re.compile(r"(?:^|[./]|_)(\d+)(?=[./]|$)")  # h.3.attn, layers/3/..., layers_3/..., encoderblock_3/...
 
 
 def depths_of(assignments: Mapping[str, Assignment]) -> dict[str, float | None]:

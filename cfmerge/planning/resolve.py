@@ -1,7 +1,6 @@
 """Plans: recipes resolved against the checkpoints' headers. Tensors are read only to see which are copies."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ from cfmerge.formats.folders import check_folders, chosen_folders, same_folders
 from cfmerge.formats.side_files import check_whole, side_files
 from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.planning.assign import assign, treated_apart
+from cfmerge.planning.chat import with_template
 from cfmerge.planning.configs import config_notes
 from cfmerge.planning.jobs import check_count, check_moments, settled_jobs
 from cfmerge.planning.match import match_experts, skips
 from cfmerge.planning.pair import Paired, pair_experts
 from cfmerge.planning.plugins import load_plugins
 from cfmerge.planning.resolved import Planned, Resolved
+from cfmerge.planning.stacks import Stacked, stacked
 from cfmerge.planning.ties import settle_ties
 from cfmerge.planning.unsolved import unsolved_notes
 from cfmerge.planning.vocabularies import one_vocabulary
@@ -86,26 +87,34 @@ def resolve(
             f"expert {twice[0]!r} is in the statistics already, and would count twice; leave it out, or, if it is "
             "another one, give it another name"
         )
-    for method in made:
+    stack = _stacked(recipe, specs, base, experts, opened, sums)
+    for method in made if stack is None else ():
         check_count(method, len(earlier) + len(specs))
-    notes = _check_same_files(recipe, base, specs, experts)
+    if stack is None:
+        notes, merged = _check_same_files(recipe, base, specs, experts), specs
+    else:
+        notes, base, experts, merged = list(stack.notes), stack.base, stack.experts, stack.specs
     named: Mapping[str, Source] = {spec.name: expert for spec, expert in zip(specs, experts, strict=True)}
     notes += _of_files(recipe, base, named)
     base, named, of_components = chosen_folders(base, named, recipe.components)
     base, experts, of_folders = same_folders(base, named)
     notes += [*of_components, *of_folders]
 
-    paired = pair_experts(recipe, base, experts, specs)
-    base, of_tokens, edits = one_vocabulary(recipe, base, paired, specs, sums)
+    paired = pair_experts(recipe, base, experts, merged)
+    base, of_tokens, of_vocabulary = one_vocabulary(recipe, base, paired, merged, sums)
     notes += of_tokens
     parameters = _parameters(base)
-    ties = settle_ties(base, paired.experts, specs, paired.sources, functools.partial(treated_apart, recipe.rules))
+
+    def apart(one: str, other: str) -> bool:
+        return treated_apart(recipe.rules, one, other) or (stack is not None and stack.apart(one, other))
+
+    ties = settle_ties(base, paired.experts, merged, paired.sources, apart)
     own = {name: parameter for name, parameter in parameters.items() if name not in ties.aliases}
     others = {name for expert in paired.experts for name in expert.tensors}
     matched = []
     for one, method in zip(asked.values(), made, strict=True):
-        assignments = assign(own, method, one.rules, others)
-        matched.append(match_experts(one, base, specs, _afresh(paired), ties, assignments))
+        assignments = assign(own, method, one.rules, others, stack.methods(one) if stack else None)
+        matched.append(match_experts(one, base, merged, _afresh(paired), ties, assignments))
         problems = matched[-1].problems
         if problems:
             more = len(problems) - 20
@@ -122,7 +131,7 @@ def resolve(
         return OUTPUT_DTYPES[str(recipe.dtype)] if floating else base.tensors[parameter.name].dtype
 
     jobs, numbers_told = settled_jobs(
-        [one.assignments for one in matched], [spec.name for spec in specs], [spec.weight for spec in specs],
+        [one.assignments for one in matched], [spec.name for spec in specs], [spec.weight for spec in merged],
         before=earlier, sources=matched[0].sources, aliases=aliases, dtype_of=output_dtype, statistics=statistics,
         sums=sums,
     )  # fmt: skip
@@ -138,15 +147,49 @@ def resolve(
     )  # fmt: skip
     if statistics and fingerprint(base, list(statistics.kinds)) != statistics.base:
         raise CfmergeError(f"base {recipe.base}: the statistics were accumulated over another base")
-    if not any(job.assignment.action == "merge" for job in jobs):
+    if not stack and not any(job.assignment.action == "merge" for job in jobs):
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
     averaged = unsolved_notes({job.name: job.assignment for job in jobs}, made[0])
     results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
+    beside, edits = _side_files(recipe, base), _joined(of_vocabulary, _edits(stack))
+    if recipe.chat_template is not None:
+        beside, of_chat, told = with_template(recipe.chat_template, base, experts, beside)
+        edits = _joined(edits, of_chat)
+        notes += told
     return Resolved(
         results, base, tuple(paired.experts), tuple(specs), work, matched[0].exported,
         (*notes, *numbers_told, *matched[0].notes, *averaged), parse_size(recipe.shard_size),
-        _side_files(recipe, base), sums, opened, edits,
+        beside, sums, opened, edits,
     )  # fmt: skip
+
+
+def _stacked(
+    recipe: Recipe,
+    specs: Sequence[Expert],
+    base: Source,
+    experts: Sequence[Source],
+    opened: dict[str, Source],
+    sums: bool,
+) -> Stacked | None:
+    """Base and experts with the layers that the recipe asks for; None: they are the base's."""
+    if not recipe.layers:
+        return None
+    if sums:
+        raise CfmergeError("layers: statistics are of the base's own layers; merge without statistics, or leave it out")
+    return stacked(recipe, specs, base, experts, opened)
+
+
+def _edits(stack: Stacked | None) -> Mapping[str, Mapping[str, Any]]:
+    """`{name of a JSON side file: {key: value}}` of the keys that other layers change."""
+    if stack is None or not stack.base.edits:
+        return {}
+    return {f"{stack.base.folders[0].name}/config.json".lstrip("/"): stack.base.edits}
+
+
+def _joined(*edits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All edits of the side files, by file."""
+    files = dict.fromkeys(name for some in edits for name in some)
+    return {name: {key: value for some in edits for key, value in some.get(name, {}).items()} for name in files}
 
 
 def _afresh(paired: Paired) -> Paired:

@@ -49,6 +49,7 @@ class Resolved:
         sums: methods are in the form whose statistic is a sum of fixed size.
         edits: `{name of a JSON side file: {key: value}}`, set in the output's copy.
         opened: `{path: source}` of base and experts as they lie, without the views that this plan takes of them.
+        edits: `{name of a JSON side file: {key: value}}`: keys that are others in the output.
     """
 
     results: Mapping[str, Planned]

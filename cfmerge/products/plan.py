@@ -136,7 +136,7 @@ class Plan(Resolved):
     def _without(self, error: NonFiniteError, left_out: list[LeftOut]) -> "Plan":
         """The plan without the expert that is not finite, if it may be left out; otherwise raises the error."""
         recipe = self.recipe
-        if recipe.on_nonfinite == "error" or not error.source:
+        if recipe.on_nonfinite == "error" or not error.source or recipe.layers:
             raise error
         left_out.append(LeftOut(self.digest, str(error), error.source, error.tensor))
         kept = [spec for spec in self.expert_specs if spec.name != error.source]

@@ -10,6 +10,8 @@ import yaml
 
 import cfmerge
 from cfmerge import hub, methods
+from cfmerge.formats import Source
+from cfmerge.formats.stacked import Stack
 from cfmerge.planning.resolved import Resolved
 
 
@@ -27,18 +29,18 @@ def model_card(plan: Resolved, digests: Mapping[Path, str], notes: Sequence[str]
     """The README.md of a merged model: front matter of the hub, tables, and the recipe as YAML."""
     entry = methods.registry().get(plan.method.name)
     front = {
-        "base_model": [_public_name(plan, -1), *(_public_name(plan, t) for t in range(len(plan.experts)))],
+        "base_model": [_public_name(checkpoint) for _, _, checkpoint in _models(plan)],
         "base_model_relation": "merge",
         "library_name": _library(plan),
-        "tags": ["merge", "cfmerge", *re.findall(r"\w+", plan.method.name)],
+        "tags": ["merge", "cfmerge", *(re.findall(r"\w+", plan.method.name) if plan.experts else ["layers"])],
     }
     source = f"Source: {entry.source}" if entry and entry.source else ""
+    told = f"Method: **{plan.method.name}**. {entry.summary if entry else ''} {source}" if plan.experts else ""
     paragraphs = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
-        f"# A merge of {len(plan.experts)} experts by {plan.method.name}",
+        f"# A merge of {len(plan.experts)} experts by {plan.method.name}" if plan.experts else "# A stack of layers",
         *("> **Warning.** " + warning.replace("\n", "\n>\n> ") for warning in warnings),
-        "Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training.\n"
-        f"Method: **{plan.method.name}**. {entry.summary if entry else ''} {source}".rstrip(),
+        f"Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training.\n{told}".rstrip(),
         "## What was done",
         _table("kind", "what", "tensors", rows=[(*key, count) for key, count in sorted(plan.counts().items())]),
         "## Inputs",
@@ -64,17 +66,23 @@ def _table(*head: str, rows: Iterable[Sequence[object]]) -> str:
     return "\n".join((first, "|---" * len(head) + "|", *others))
 
 
+def _models(plan: Resolved) -> Iterator[tuple[str, str, Source]]:
+    """Role, weight and checkpoint of the base, of the models that give it layers, and of the experts."""
+    yield "base", "", plan.base
+    if isinstance(plan.base, Stack):
+        yield from (("layers", "", source) for source in plan.base.sources if source is not plan.base.main)
+    for spec, expert in zip(plan.expert_specs, plan.experts, strict=True):
+        weight = format(spec.weight, "g") if isinstance(spec.weight, int | float) else "by tensor"
+        yield spec.name, weight, expert
+
+
 def _inputs(plan: Resolved, digests: Mapping[Path, str]) -> Iterator[tuple[str, ...]]:
-    """A row for every file of the base and the experts."""
-    names = ["base", *(spec.name for spec in plan.expert_specs)]
-    weights = [
-        "",
-        *(format(w, "g") if isinstance(w := spec.weight, int | float) else "by tensor" for spec in plan.expert_specs),
-    ]
-    for role, weight, checkpoint in zip(names, weights, (plan.base, *plan.experts), strict=True):
+    """A row for every file of these."""
+    for role, weight, checkpoint in _models(plan):
         if cached := hub.snapshot(checkpoint.path):
             role += f" ({cached.repository}{'@' if cached.commit else ''}{cached.commit[:12]})"
-        for file in checkpoint.files:
+        files = checkpoint.main.files if isinstance(checkpoint, Stack) else checkpoint.files
+        for file in files:
             yield role, weight, file.name, f"`{digests[file]}`"
 
 
@@ -87,9 +95,8 @@ def _library(plan: Resolved) -> str:
     return "transformers" if plan.base.config.get("model_type") else "cfmerge"
 
 
-def _public_name(plan: Resolved, number: int) -> str:
+def _public_name(checkpoint: Source) -> str:
     """The model's name on the hub if the cache or its config tells, else its directory's name."""
-    checkpoint = plan.base if number < 0 else plan.experts[number]
     if cached := hub.snapshot(checkpoint.path):
         return cached.repository
     told = checkpoint.config.get("_name_or_path")

@@ -165,6 +165,16 @@ def test_a_density_that_leaves_less_than_one_entry():
     assert np.count_nonzero(merge(methods.ties(0.2), deltas[:1])) == 1
 
 
+@pytest.mark.parametrize(("density", "kept"), [(0.0, 0), (0.001, 1), (0.2, 1), (0.5, 2), (0.74, 2), (1.0, 4)])
+def test_some_entries_are_kept_and_one_at_least(density, kept):
+    """As mergekit 0.1.5 counts, whether the density is known or traced; and the look for pieces asks for as many."""
+    delta = jnp.asarray(deltas_of(shape=(2, 2), experts=1)[0])
+    assert np.count_nonzero(methods.trim(density, count="some")(delta)) == kept
+    assert np.count_nonzero(jax.jit(lambda share: methods.trim(share, count="some")(delta))(density)) == kept
+    (asked,) = next(methods.trim(density, count="some").pieces().survey.look(4, [density])).ranks
+    assert np.array_equal(asked, [kept])
+
+
 def test_weights_that_cancel():
     deltas = deltas_of(experts=2)
     for method in (methods.ties(), methods.ties(variant="mergekit"), methods.disjoint_mean()):
