@@ -29,9 +29,9 @@ def write(path, layout: FileLayout, parts: dict[str, bytes]):
             file.write(content)
     with path.open("r+b") as file:
         for checked in layout.checksums:
-            if checked.count < 1 << 20:
+            if checked.size < 1 << 20:
                 file.seek(checked.first)
-                crc = zlib.crc32(file.read(checked.count))
+                crc = zlib.crc32(file.read(checked.size))
                 for place in checked.places:
                     file.seek(place)
                     file.write(crc.to_bytes(4, "little"))
