@@ -39,7 +39,7 @@ def interpret(data: bytes | memoryview | BinaryIO, where: str) -> Pickle:
         CfmergeError: it would run something, it is corrupt, or it is too large.
     """
     machine = _Machine(where)
-    if not hasattr(data, "read"):
+    if isinstance(data, bytes | memoryview):
         if len(data) > MAX_BYTES:
             raise CfmergeError(f"{where}: its pickle has {len(data)} bytes, cfmerge reads at most {MAX_BYTES}")
         data = io.BytesIO(data)

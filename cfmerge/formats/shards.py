@@ -40,7 +40,8 @@ def divide(stem: str, suffix: str, index: str | None, metadata: Mapping[str, str
 
     def divided(tensors: Mapping[str, Header], max_bytes: int) -> tuple[dict[str, FileLayout], dict[str, bytes]]:
         shards = shard(tensors, max_bytes)
-        layouts, weight_map = {}, {}
+        layouts: dict[str, FileLayout] = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             numbered = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
             file = f"{stem}{numbered}{suffix}"
