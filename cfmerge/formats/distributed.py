@@ -48,6 +48,11 @@ class DistributedCheckpoint:
         CfmergeError: it is corrupt, chunks are missing or overlap, or it is of a kind that is not read.
     """
 
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    notes: tuple[str, ...]
     ties: Mapping[str, str] = {}
 
     def __init__(self, path: Path, select: str = ""):
@@ -73,7 +78,7 @@ class DistributedCheckpoint:
             )
             for name, entry in self._entries.items()
         }
-        self.metadata: Mapping[str, str] = {}
+        self.metadata = {}
         beside = [self._root / name for name in ("common.pt", "metadata.json")]
         self.side_files = {file.name: file for file in beside if file.is_file()}
         self.notes = self._notes([name for name in names if name not in taken], select)
@@ -211,8 +216,8 @@ def _files_in_safetensors(
             plain[file] = _checked(SafetensorsFile(path), held)
             continue
         end = 0
-        for record, name, chunk in sorted(held, key=lambda one: one[0].offset):
-            least = 0 if chunk is None else chunk.box.size * entries[name].dtype.itemsize
+        for record, name, own in sorted(held, key=lambda one: one[0].offset):
+            least = 0 if own is None else own.box.size * entries[name].dtype.itemsize
             if record.offset < end or record.offset + record.length > size or record.length < least:
                 raise CfmergeError(
                     f"{path}: {name!r} is to lie in {record.length} bytes from {record.offset} on, which overlap "

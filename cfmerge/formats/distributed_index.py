@@ -131,8 +131,10 @@ def _records(found: Any, path: Path) -> dict[tuple, Record | str]:
         pure = PurePosixPath(file)
         if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in file or "\0" in file:
             raise CfmergeError(f"{path}: {_shown(own.get('fqn'))} is to lie in {file!r}, outside of the checkpoint")
-        changed = place.get("transform_descriptors")
-        told = ", ".join(one for one in changed if type(one) is str) if type(changed) in (list, tuple) else "some way"
+        changed: Any = place.get("transform_descriptors")
+        told = (
+            ", ".join(one for one in changed if type(one) is str) if isinstance(changed, list | tuple) else "some way"
+        )
         key = (own.get("fqn") if type(own.get("fqn")) is str else None, None if offset is None else numbers(offset))
         records[key] = Record(file, start, length) if not changed else f"is compressed or changed by {told}"
     return records

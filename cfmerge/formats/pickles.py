@@ -22,6 +22,7 @@ from cfmerge.formats.records import Pickle as Pickle
 MAX_BYTES = 1 << 28
 MAX_OPCODES = 10_000_000  # each makes at most one small object
 MAX_DEPTH = 100
+GETATTR = (Global("builtins", "getattr"), Global("__builtin__", "getattr"))
 
 
 def interpret(data: bytes | memoryview | BinaryIO, where: str) -> Pickle:
@@ -39,7 +40,7 @@ def interpret(data: bytes | memoryview | BinaryIO, where: str) -> Pickle:
         CfmergeError: it would run something, it is corrupt, or it is too large.
     """
     machine = _Machine(where)
-    if not hasattr(data, "read"):
+    if isinstance(data, bytes | memoryview):
         if len(data) > MAX_BYTES:
             raise CfmergeError(f"{where}: its pickle has {len(data)} bytes, cfmerge reads at most {MAX_BYTES}")
         data = io.BytesIO(data)
@@ -61,6 +62,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.globals: dict[Global, Global] = {}
         self.persistents: list[Persistent] = []
+        self.unused: Global | None = None  # a `getattr` that has not yet fetched a member of a class
 
     def run(self, file: BinaryIO) -> Pickle:
         actions: dict[str, Callable[[Any], None]] = {
@@ -84,11 +86,11 @@ class _Machine:
                 raise Malformed(f"opcode {name}")
             if count > MAX_OPCODES:
                 raise Malformed(f"more than {MAX_OPCODES} opcodes")
+        if self.unused is not None:
+            self._refuse(str(self.unused))
         if len(self.stack) != 1 or self.marks:
             raise Malformed(f"{len(self.stack)} values and {len(self.marks)} marks are left at its end")
         return Pickle(self.stack[0], tuple(self.globals), tuple(self.persistents))
-
-    # the stack
 
     def on_pop_mark(self, _: Any = None) -> list[Any]:
         if not self.marks:
@@ -119,8 +121,6 @@ class _Machine:
 
     def on_get(self, arg: Any) -> None:
         self.stack.append(self.memo[int(arg)])
-
-    # containers
 
     def take(self, count: int) -> list[Any]:
         if len(self.stack) < count:
@@ -175,8 +175,6 @@ class _Machine:
         else:
             raise Malformed(f"sets items of a {type(target).__name__}")
 
-    # names, calls
-
     def on_named(self, arg: str) -> None:
         module, _, name = arg.partition(" ")
         self._push(Global(module, name))
@@ -190,7 +188,9 @@ class _Machine:
     def _push(self, name: Global) -> None:
         if name not in self.globals:
             self.globals[name] = name
-            if danger(name.module, name.name):
+            if name in GETATTR:
+                self.unused = name
+            elif danger(name.module, name.name):
                 self._refuse(str(name))
         self.stack.append(self.globals[name])
 
@@ -240,7 +240,18 @@ class _Machine:
             self._refuse(f"the result of {func.func}")
         if not isinstance(func, Global) or type(args) is not tuple:
             raise Malformed(f"calls a {type(func).__name__} with a {type(args).__name__}")
+        if func in GETATTR:
+            self._check_member(func, args)
         self.stack.append(Call(func, args))
+
+    def _check_member(self, func: Global, args: tuple) -> None:
+        """An enumeration's member, as Python 3.11 pickled it, is `getattr(Class, "MEMBER")`; no other is let pass."""
+        owner, member = args if len(args) == 2 else (None, None)
+        if not isinstance(owner, Global) or not isinstance(member, str) or not member.isidentifier():
+            self._refuse(str(func))
+        elif danger(owner.module, f"{owner.name}.{member}"):
+            self._refuse(f"{owner}.{member}")
+        self.unused = None
 
     def _refuse(self, what: str, how: str = "run") -> None:
         raise CfmergeError(

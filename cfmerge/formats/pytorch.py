@@ -34,6 +34,13 @@ class TorchFile:
         CfmergeError: it is no file of torch's, truncated or corrupt, would run something, or holds no named tensors.
     """
 
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    ties: Mapping[str, str]
+    notes: tuple[str, ...]
+
     def __init__(self, path: Path, key: str = ""):
         self.path, self.files = path, (path,)
         self._content = mapped(path)
@@ -52,7 +59,7 @@ class TorchFile:
         notes = [*found.notes, *taken_off, _foreign(archive.pickle.globals), _shared(self._views)]
         if any(storage.crc is None and storage.nbytes for storage in archive.storages.values()):
             notes.append("the file has no checksums: a damaged number in it would not be noticed")
-        self.notes: tuple[str, ...] = tuple(f"{path.name}: {note}" for note in notes if note)
+        self.notes = tuple(f"{path.name}: {note}" for note in notes if note)
 
     def grain(self, name: str) -> int:
         return 1

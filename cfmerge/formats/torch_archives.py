@@ -194,8 +194,8 @@ def _named(persistents: Sequence[Persistent], where: str) -> list[tuple[str, np.
     """`(key, dtype, bytes)` of the storages that a pickle names, each once."""
     found: dict[str, tuple[np.dtype | None, int]] = {}
     for persistent in persistents:
-        key, *rest = _storage(persistent.id, where)
-        if found.setdefault(key, (rest[0], rest[1])) != (rest[0], rest[1]):
+        key, dtype, nbytes = _storage(persistent.id, where)
+        if found.setdefault(key, (dtype, nbytes)) != (dtype, nbytes):
             raise CfmergeError(f"{where}: storage {key} is described in two ways; the file is corrupt, {AGAIN}")
     return [(key, *rest) for key, rest in found.items()]
 

@@ -70,7 +70,8 @@ def tensor(write: Opcodes, header: Header, key: str) -> bytes:
     storage = (
         write.tuple_of(write.word("storage"), kind, write.text(key), write.word("cpu"), write.number(count)) + b"Q"
     )
-    strides, step = [], 1
+    strides: list[int] = []
+    step = 1
     for n in reversed(shape):
         strides.insert(0, step)
         step *= max(n, 1)
@@ -98,14 +99,13 @@ def _zip(members: Sequence[tuple[str, bytes | int]], start: int) -> Zip:
     fixed: list[tuple[int, bytes]] = []
     starts, entries, later = {}, [], []
     for name, content in members:
-        known = not isinstance(content, int)
-        size = len(content) if known else content  # type: ignore[arg-type]
-        crc = zlib.crc32(content) if known else 0  # type: ignore[arg-type]
+        size = content if isinstance(content, int) else len(content)
+        crc = 0 if isinstance(content, int) else zlib.crc32(content)
         header = _local(f"{ROOT}{name}".encode(), size, crc, at - start)
         starts[name] = at + len(header)
-        fixed.append((at, header + content if known else header))  # type: ignore[operator]
+        fixed.append((at, header if isinstance(content, int) else header + content))
         entries.append(_central(f"{ROOT}{name}".encode(), size, crc, at - start))
-        if not known and size:
+        if isinstance(content, int) and size:
             later.append((len(entries) - 1, at + 14, starts[name], size))
         at = starts[name] + size
     places = np.cumsum([0, *(len(entry) for entry in entries)]).tolist()

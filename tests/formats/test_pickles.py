@@ -234,6 +234,20 @@ def test_plain_values_are_as_pickle_has_them(protocol):
         assert type(found) is type(value) or type(value) is bytearray
 
 
+def test_a_member_of_an_enumeration_is_no_danger():
+    """Python 3.11.0 to 3.11.3 pickled it so, in the index of distributed checkpoints too."""
+    member = b"cbuiltins\ngetattr\n(cfoo\nColour\n" + text("RED") + b"tR"
+    value = interpret(b"\x80\x02" + member + b".", "file").value
+    assert value.args == (Global("foo", "Colour"), "RED")
+    others = [b"(cfoo\nColour\n" + text("__init__") + b"tR", b"(" + text("a") + text("upper") + b"tR", b""]
+    others += [b"(ctorch\nnn\n" + text("os") + b"tR", b"(cfoo\nColour\n" + text("a.b") + b"tR"]
+    for other in others:
+        with pytest.raises(CfmergeError, match="this file would run"):
+            interpret(state(b"cbuiltins\ngetattr\n" + other), "file")
+    with pytest.raises(CfmergeError, match=r"the result of builtins\.getattr"):
+        interpret(state(member + b")R"), "file")
+
+
 def test_a_call_is_a_record():
     value = interpret(pickle.dumps(collections.OrderedDict(a=1), 2), "file").value
     assert isinstance(value, Call)
