@@ -25,7 +25,9 @@ from cfmerge.formats.trees import nested
 BF16 = ml_dtypes.bfloat16
 TREE = {
     "params": {
-        "layer_0": {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4), "bias": np.linspace(-1, 1, 4).astype(BF16)},
+        "layer_0": {
+            "kernel": np.arange(12, dtype=np.float32).reshape(3, 4), "bias": np.linspace(-1, 1, 4).astype(BF16)
+        },
         "list": [np.ones(2, np.float16), np.full((1, 3), 7, np.int32)],
         "a.b/c": np.array(2.5, np.float32),
     },
@@ -130,6 +132,13 @@ def test_metadata_of_the_user_s_own_is_text(tmp_path):
     assert OrbaxCheckpoint(tmp_path / "model").metadata == {"made": "here"}
 
 
+def counted(checkpoint: OrbaxCheckpoint, monkeypatch) -> list:
+    """What is decoded, from now on."""
+    decoded, inner = [], checkpoint._decoded
+    monkeypatch.setattr(checkpoint, "_decoded", lambda *args: decoded.append(args) or inner(*args))
+    return decoded
+
+
 def test_chunks_are_decoded_once_for_all_pieces(tmp_path, monkeypatch):
     array = np.arange(20 * 6, dtype=np.float32).reshape(20, 6)
     context = ocp.Context()
@@ -140,8 +149,7 @@ def test_chunks_are_decoded_once_for_all_pieces(tmp_path, monkeypatch):
     for name, rows in (("chunks", 5), ("whole", 20)):
         checkpoint = OrbaxCheckpoint(tmp_path / name)
         assert checkpoint.grain("w") == 6 * rows
-        decoded, inner = [], checkpoint._decoded
-        monkeypatch.setattr(checkpoint, "_decoded", lambda *args, own=inner: decoded.append(args) or own(*args))
+        decoded = counted(checkpoint, monkeypatch)
         pieces = [checkpoint.read("w", first, 8) for first in range(0, 120, 8)]
         assert np.array_equal(np.concatenate(pieces), array.reshape(-1))
         assert len(decoded) == 20 // rows
@@ -153,9 +161,7 @@ def test_chunks_are_decoded_once_for_all_pieces(tmp_path, monkeypatch):
 
 def test_several_items_are_asked_for(tmp_path):
     path = managed(tmp_path / "model", (3,), state=TREE, other={"w": np.ones(2)})
-    with pytest.raises(
-        CfmergeError, match="several items of arrays; name the one that is the model: .*other or .*state"
-    ):
+    with pytest.raises(CfmergeError, match=r"several items of arrays; name the one .*other or .*state"):
         OrbaxCheckpoint(path)
     assert list(OrbaxCheckpoint(path / "3" / "other").tensors) == ["w"]
 
@@ -245,9 +251,9 @@ def test_claims_that_the_files_cannot_hold_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "3", '{"tree_metadata": 3}', "[" * 100_000, '{"tree_metadata": {"a": 1}}']
 )
-def test_a_corrupt_list_of_names_is_refused(tmp_path, text):
+def test_a_corrupt_list_of_names_is_refused(tmp_path, number):
     path = standard(tmp_path / "model")
-    (path / "_METADATA").write_text(text)
+    (path / "_METADATA").write_text(CORRUPT[number])
     with pytest.raises(CfmergeError, match="_METADATA"):
         OrbaxCheckpoint(path)
 
@@ -351,7 +357,7 @@ def test_what_orbax_loses_is_found_before_the_tensors_are_gone(tmp_path, monkeyp
     monkeypatch.setattr(
         orbax_writer, "_save_v1", lambda made, file, metadata: ocp.save(made, {"params": {"z": np.ones(1)}})
     )
-    with pytest.raises(CfmergeError, match=r"Orbax wrote 10 tensors otherwise than asked"):
+    with pytest.raises(CfmergeError, match=r"Orbax wrote 9 tensors otherwise than asked"):
         writer.close()
     assert not is_orbax(tmp_path)
 
