@@ -142,11 +142,11 @@ def resolve(
     if not stack and not any(job.assignment.action == "merge" for job in jobs):
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
     results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
-    beside, edits = _side_files(recipe, base), dict(_edits(stack))
+    beside, edits = dict(_side_files(recipe, base)), dict(_edits(stack))
     if recipe.chat_template is not None:
-        beside, of_chat, told = with_template(recipe.chat_template, base, experts, beside)
+        beside, of_chat, chat_notes = with_template(recipe.chat_template, base, experts, beside)
         edits |= of_chat
-        notes += told
+        notes += chat_notes
     return Resolved(
         results, base, tuple(paired.experts), tuple(specs), work, matched[0].exported,
         (*notes, *numbers_told, *matched[0].notes, *unsolved(jobs, made[0])), parse_size(recipe.shard_size),
