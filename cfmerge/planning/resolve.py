@@ -167,6 +167,8 @@ def _stacked(
         return None
     if sums:
         raise CfmergeError("layers: statistics are of the base's own layers; merge without statistics, or leave it out")
+    for path in {run.base for run in recipe.layers if run.base} - set(opened):
+        opened[path] = open_checkpoint(path)
     return stacked(recipe, specs, base, experts, opened)
 
 
