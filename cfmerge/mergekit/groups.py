@@ -80,6 +80,7 @@ def _group(
     if name == "passthrough":
         if len(inputs) != 1:
             raise CfmergeError(f"{who}: passthrough copies one model, found {len(inputs)}; take linear to merge them")
+        _check_plain(inputs[0].model, who)
         return Group(who, None, inputs[0], [], scopes)
     if base is not None and found is None and method.base != "member" and name != "karcher":
         raise CfmergeError(f"{who}: base_model {base.text} is not among the sources of the slice; add it, with a range")
@@ -91,13 +92,19 @@ def _group(
         wanted = str(least) if least == most else f"at least {least}"
         beside = " beside the base model" if found is not None and method.base != "member" else ""
         raise CfmergeError(f"{who}: merge_method {name} takes {wanted} models{beside}, found {len(experts)}")
-    ours = found or inputs[0]
-    if ours.model.adapter:
-        raise CfmergeError(
-            f"{who}: {ours.model.text} is the base of the merge, and a base cannot have an adapter; merge the adapter "
-            "into it first"
-        )
+    if found is not None:
+        _check_plain(found.model, who)
+    ours = found or inputs[0]._replace(model=Named(inputs[0].model.path))  # any base does, so one without an adapter
     return Group(who, base if found is not None else None, ours, experts, scopes)
+
+
+def _check_plain(model: Named, who: str) -> None:
+    """Raises `CfmergeError` if the base of a merge has an adapter."""
+    if model.adapter:
+        raise CfmergeError(
+            f"{who}: {model.text} is the base of the merge, and a base cannot have an adapter; merge the adapter into "
+            "it first"
+        )
 
 
 def names_of(models: Iterable[Named]) -> dict[Named, str]:

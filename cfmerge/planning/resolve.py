@@ -151,11 +151,11 @@ def resolve(
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
     averaged = unsolved_notes({job.name: job.assignment for job in jobs}, made[0])
     results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
-    beside, edits = _side_files(recipe, base), _joined(of_vocabulary, _edits(stack))
+    beside, edits = dict(_side_files(recipe, base)), _joined(of_vocabulary, _edits(stack))
     if recipe.chat_template is not None:
-        beside, of_chat, told = with_template(recipe.chat_template, base, experts, beside)
+        beside, of_chat, chat_notes = with_template(recipe.chat_template, base, experts, beside)
         edits = _joined(edits, of_chat)
-        notes += told
+        notes += chat_notes
     return Resolved(
         results, base, tuple(paired.experts), tuple(specs), work, matched[0].exported,
         (*notes, *numbers_told, *matched[0].notes, *averaged), parse_size(recipe.shard_size),
@@ -176,6 +176,8 @@ def _stacked(
         return None
     if sums:
         raise CfmergeError("layers: statistics are of the base's own layers; merge without statistics, or leave it out")
+    for path in {run.base for run in recipe.layers if run.base} - set(opened):
+        opened[path] = open_checkpoint(path)
     return stacked(recipe, specs, base, experts, opened)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from cfmerge import methods
 from cfmerge.core.numbers import Place, is_number, settle_number
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats import Source, open_checkpoint, quantised
+from cfmerge.formats import Source, quantised
 from cfmerge.formats.stacked import Origin, Stack
 from cfmerge.methods import Method
 from cfmerge.models import is_float
@@ -83,9 +83,9 @@ class Stacked:
 
 
 def stacked(
-    recipe: Recipe, specs: Sequence[Expert], base: Source, experts: Sequence[Source], opened: dict[str, Source]
+    recipe: Recipe, specs: Sequence[Expert], base: Source, experts: Sequence[Source], opened: Mapping[str, Source]
 ) -> Stacked:
-    """The stack that a recipe's `layers` describe; models that only a run names are added to `opened`.
+    """The stack that a recipe's `layers` describe; `opened` has the models that its runs name, by path.
 
     Raises:
         CfmergeError: the layers cannot be counted, a range or a name is wrong, or models do not fit on each other.
@@ -94,11 +94,9 @@ def stacked(
     by_name = {spec.name: source for spec, source in zip(specs, experts, strict=True)}
     runs: list[Run] = []
     for number, asked in enumerate(recipe.layers):
-        path = asked.base or recipe.base
-        if path not in opened:
-            opened[path] = base if path == recipe.base else open_checkpoint(path)
+        own = opened[asked.base] if asked.base else base
         begin = runs[-1].begin + runs[-1].length if runs else 0
-        runs.append(_run(f"layers[{number}]", asked, begin, opened[path], by_name, layers.stem))
+        runs.append(_run(f"layers[{number}]", asked, begin, own, by_name, layers.stem))
     for name in by_name:
         if not any(name in run.experts for run in runs):
             raise CfmergeError(f"expert {name!r} takes part in no run of `layers`: name it in one, or leave it out")

@@ -82,6 +82,7 @@ WRONG = {
     ),
     "an unknown key of a model": ({**TIES, "base_model": {"model": "a", "revision": "x"}}, "unknown key 'revision'"),
     "an adapter over the base": ({**TIES, "base_model": "base+lora"}, "a base cannot have an adapter"),
+    "an adapter over a copy": (sliced(("a+lora", [0, 2])), "a+lora is the base of the merge, and a base cannot have"),
     "no layers": (sliced(("a", [3, 3])), "layer_range [3, 3] of a has no layers"),
     "a range of one": (sliced(("a", [3])), "layer_range"),
     "a base that is no source": (

@@ -220,6 +220,20 @@ def test_an_adapter_goes_to_its_expert_or_is_refused_by_name(model):
             recipe(content)
 
 
+def test_adapters_that_are_averaged_need_no_model_of_their_own():
+    """Any base gives the same mean: theirs, without an adapter."""
+    content = configured("linear", None, [
+        {"model": f"a+{name}", "parameters": {"weight": 1}} for name in ("one", "two")
+    ], base_model=None)  # fmt: skip
+    if "adapter" in Expert.__struct_fields__:
+        made = recipe(content)
+        assert (made.base, made.allow) == ("a", [])
+        assert [(one.path, one.adapter) for one in made.experts] == [("a", "one"), ("a", "two")]
+    else:
+        with pytest.raises(ValueError, match=r"a\+one: an adapter over a model is not read"):
+            recipe(content)
+
+
 @pytest.mark.parametrize("source", ["union", "base", "a"])
 def test_a_tokenizer_source_is_the_vocabulary_or_refused_by_name(source):
     for key in ({"tokenizer_source": source}, {"tokenizer": {"source": source}}):
