@@ -256,7 +256,7 @@ def test_large_reads_ask_for_exactly_the_pages_that_they_give(tmp_path, monkeypa
     from cfmerge.formats import mapped
 
     tensor = np.arange(1_000_000, dtype=np.float32)
-    save_file({"a": np.ones(5, np.float32), "b": tensor}, tmp_path / "m.safetensors")
+    safetensors.numpy.save_file({"a": np.ones(5, np.float32), "b": tensor}, tmp_path / "m.safetensors")
     file = SafetensorsFile(tmp_path / "m.safetensors")
     file.read("a")
     asked = []
