@@ -16,6 +16,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import FileLayout, Header, TensorInfo, bytes_of
+from cfmerge.formats.mapped import read_ahead
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -131,7 +132,9 @@ class SafetensorsFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if not 0 <= first <= first + (count or 0) <= info.size:
             raise IndexError(f"tensor {name!r} has {info.size} entries: there are no {count} from {first} on")
-        flat = np.frombuffer(self._map, info.dtype, info.size, self._data_start + self._offsets[name])
+        start, size = self._data_start + self._offsets[name], info.dtype.itemsize
+        read_ahead(self._map, start + first * size, (info.size if count is None else count) * size)
+        flat = np.frombuffer(self._map, info.dtype, info.size, start)
         return flat.reshape(info.shape) if count is None else flat[first : first + count]
 
 

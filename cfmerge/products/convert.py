@@ -198,7 +198,7 @@ def _copy(source: Source, made: Translation, sink: DirectorySink, progress: Prog
 def _pieces(source: Source, move: Move) -> Iterator[tuple[np.ndarray, int]]:
     """`(flat entries, where they begin in the target)` of a tensor, at most `AT_ONCE` bytes of it at a time."""
     info = source.tensors[move.source]
-    count = info.size if move.count is None else move.count
+    count = info.size if move.entries is None else move.entries
     if move.how.in_order:
         grain = source.grain(move.source)
         step = max(AT_ONCE // info.dtype.itemsize // grain, 1) * grain

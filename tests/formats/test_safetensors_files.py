@@ -248,3 +248,33 @@ def test_metadata_and_aligned_data(tmp_path):
     assert struct.unpack("<Q", content[:8])[0] % 8 == 0
     with safetensors.safe_open(tmp_path / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt", "x": "ä"}
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, None), (0, 300_000), (3, 262_144), (700_001, 299_999)])
+def test_large_reads_ask_for_exactly_the_pages_that_they_give(tmp_path, monkeypatch, first, count):
+    from cfmerge.formats import mapped
+
+    tensor = np.arange(1_000_000, dtype=np.float32)
+    safetensors.numpy.save_file({"a": np.ones(5, np.float32), "b": tensor}, tmp_path / "m.safetensors")
+    file = SafetensorsFile(tmp_path / "m.safetensors")
+    file.read("a")
+    asked = []
+
+    class Watched:
+        def madvise(self, how, start, size):
+            asked.append((start, start + size))
+            whole.madvise(how, start, size)
+
+    whole = file._map
+    monkeypatch.setattr(
+        "cfmerge.formats.safetensors.read_ahead", lambda _, *where: mapped.read_ahead(Watched(), *where)
+    )
+    found = file.read("b", first, count)
+    assert (found == tensor[first : None if count is None else first + count]).all()
+    ((start, end),) = asked
+    begin = file._data_start + file._offsets["b"] + 4 * first
+    assert start % mapped.mmap.PAGESIZE == 0
+    assert 0 <= begin - start < mapped.mmap.PAGESIZE
+    assert end == begin + found.nbytes
+    file.read("b", 5, 10)
+    assert len(asked) == 1

@@ -24,7 +24,7 @@ def converted(tensors, family, sizes=None):
     out = {name: np.zeros(shape, dtype) for name, (shape, dtype) in made.headers.items()}
     for move in made.moves:
         flat = tensors[move.source].reshape(-1)
-        part = flat[move.first : None if move.count is None else move.first + move.count]
+        part = flat[move.first : None if move.entries is None else move.first + move.entries]
         moved = part.reshape(move.how.split).transpose(move.how.order).reshape(-1)
         out[move.target].reshape(-1)[move.at : move.at + moved.size] = moved
     return out

@@ -31,7 +31,8 @@ def sizes_of(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     usual = {"num_key_value_heads": heads, "head_dim": hidden // heads if heads and hidden else None}
     told = {key: config.get(key) or usual.get(key) for key in family.sizes.values()}
-    missing = [key for key, value in told.items() if not isinstance(value, int)]
+    found = {key: value for key, value in told.items() if isinstance(value, int)}
+    missing = [key for key in told if key not in found]
     if missing:
         raise CfmergeError(f"a config with {', '.join(missing)} is needed; name its config.json with --config")
-    return {axis: told[key] for axis, key in family.sizes.items()}
+    return {axis: found[key] for axis, key in family.sizes.items()}

@@ -23,7 +23,7 @@ class Move(NamedTuple):
     target: str
     how: Rearranged
     first: int = 0
-    count: int | None = None
+    entries: int | None = None  # none: all of them
     at: int = 0
 
 
@@ -195,4 +195,4 @@ def _split(one: Found, headers: Headers, sizes: Mapping[str, int], forward: bool
     for number, word in enumerate(words):
         target = one.rule.left.name({**one.values, str(one.rule.stacked): word})
         _add(made, target, how.shape, dtype)
-        made.moves.append(Move(one.name, target, how, first=number * size, count=size))
+        made.moves.append(Move(one.name, target, how, first=number * size, entries=size))

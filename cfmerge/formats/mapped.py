@@ -1,0 +1,15 @@
+"""Reading mapped files at the disk's speed."""
+
+import mmap
+
+LARGE = 1 << 20  # bytes: less is read page by page, as it is looked at
+
+
+def read_ahead(mapped: mmap.mmap, first: int, count: int) -> None:
+    """Asks the system for some bytes of a mapped file, all at once: page by page takes twice the time.
+
+    It returns at once. Where a system does not know how, the bytes are read as they are looked at.
+    """
+    if count >= LARGE and hasattr(mmap, "MADV_WILLNEED"):
+        start = first - first % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, start, first + count - start)
