@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from cfmerge.core.joint import Joint
 from cfmerge.core.part import NO_CONTEXT, Context, Method, Needs, Note, Report, Seen
 from cfmerge.core.registry import register
 from cfmerge.errors import CfmergeError
@@ -32,6 +33,7 @@ def of_deltas(
     name: str = "",
     notes: Mapping[str, Note] | None = None,
     located: bool = False,
+    joint: Callable[[Joint], Callable[..., Any]] | bool = False,
 ) -> Method:
     """The method whose merged delta is `function(base, deltas, weights)`.
 
@@ -39,7 +41,12 @@ def of_deltas(
         function: it may return `(merged, report)` too.
         needs, notes: see `Method`.
         located: the function takes a last argument, the number of the first entry in its tensor.
+        joint: `joint(basis)` is the function of cores in a joint basis; True: the same; see `Part.joint`.
     """
+
+    def in_basis(basis: Joint) -> Method:
+        return of_deltas(joint(basis), needs, name=name or function.__name__, notes=notes)  # type: ignore[operator]
+
 
     def init(base: Array) -> Seen:
         return Seen(base, (), ())  # type: ignore[arg-type]
@@ -63,6 +70,7 @@ def of_deltas(
         additive=False,
         statistic="all deltas",
         notes=notes or {},
+        joint=in_basis if callable(joint) else joint,
     )
 
 

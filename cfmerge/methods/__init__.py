@@ -5,6 +5,8 @@ from cfmerge.core.chain import chain as chain
 from cfmerge.core.deltas import from_deltas as from_deltas
 from cfmerge.core.deltas import of_deltas as of_deltas
 from cfmerge.core.expressions import make as make
+from cfmerge.core.joint import Joint as Joint
+from cfmerge.core.joint import merge_factors as merge_factors
 from cfmerge.core.numbers import Number as Number
 from cfmerge.core.numbers import PerExpert as PerExpert
 from cfmerge.core.part import Context as Context
