@@ -1,6 +1,7 @@
 """Several methods as one, for sweeps: they see the experts once, and share statistics and decompositions."""
 
 from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cfmerge.core.call import Call, call_of, form_of, structure
+from cfmerge.core.joint import Joint, in_joint
 from cfmerge.core.part import NO_CONTEXT, SCOPES, Context, Method, Needs, Note, Report, Statistic
 from cfmerge.core.survey import Found, Look, Survey
 from cfmerge.errors import CfmergeError
@@ -50,18 +52,25 @@ def several(methods: tuple[Method, ...]) -> Method:
 
     scope = max((method.needs.scope for method in methods), key=SCOPES.index)
     random = any(method.needs.random for method in methods)
+    factors = {method.needs.factors for method in methods}
+    wanted: Any = "required" if "required" in factors else "used" if "used" in factors else ""
     return Method(
         "sweep",
         init,
         update,
         solve,
-        needs=Needs(scope, moments=next(iter(moments), ""), random=random),
+        needs=Needs(scope, moments=next(iter(moments), ""), random=random, factors=wanted),
         additive=all(method.additive for method in methods),
         by_rows=all(method.by_rows for method in methods),
         form=form,
         survey=_survey(methods),
+        joint=partial(_on_cores, methods) if all(method.joint for method in methods) else False,
         call=Call.of(several, {"methods": methods}, frozenset()),
     )
+
+
+def _on_cores(methods: tuple[Method, ...], basis: Joint) -> Method:
+    return several(tuple(in_joint(method, basis) for method in methods))
 
 
 def members(method: Method) -> tuple[Method, ...]:

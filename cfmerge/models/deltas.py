@@ -21,7 +21,7 @@ class Factors:
 
     @property
     def product(self) -> Any:
-        """The delta itself, in the shape of the tensor; flat for a piece."""
+        """The delta itself, `(rows, columns)`; flat for a piece."""
         if self.count is None:
             return self.left @ self.right
         columns = self.right.shape[1]

@@ -38,6 +38,10 @@ class Readable(Protocol):
 class Tuned(Readable, Protocol):
     """An expert's arrays, also as deltas; see `cfmerge.formats.Source`."""
 
+    def rank(self, name: str) -> int | None:
+        """The rank of the factors that its delta comes as, by its header; None: it comes as a tensor."""
+        ...
+
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta: ...
 
 
@@ -45,7 +49,11 @@ class Writable(Protocol):
     """The part of a `Sink` that the loop knows."""
 
     def write(self, name: str, values: Any, first: int = 0) -> None:
-        """Takes a tensor, or a piece of the flat one from entry `first` on; pieces come in any order."""
+        """Takes a tensor, or a piece of the flat one from entry `first` on; pieces come in any order.
+
+        A sink that has `write_factors(name, left, right)` gets the merged deltas of adapters by it, where they are
+        merged in a joint basis: `left @ right` in the rows and columns of the stored tensor, without the base.
+        """
         ...
 
 
@@ -75,6 +83,8 @@ class Job:
         sources: its name in each expert, or None where the expert does not have it.
         dtype: the output's.
         weights: the experts', for this tensor.
+        ranks: of the factors that each expert's delta comes as, by its header; None where it comes as a tensor. Empty
+            where it is not asked for.
     """
 
     name: str
@@ -83,6 +93,7 @@ class Job:
     sources: tuple[str | None, ...]
     dtype: np.dtype
     weights: tuple[Any, ...]
+    ranks: tuple[int | None, ...] = ()
 
     @property
     def parameter(self) -> Parameter:
@@ -96,6 +107,27 @@ class Job:
     def experts(self) -> tuple[int, ...]:
         """Numbers of the experts that have the tensor."""
         return tuple(number for number, source in enumerate(self.sources) if source is not None)
+
+    @functools.cached_property
+    def joint(self) -> tuple[int, ...] | None:
+        """The ranks of the experts' factors, where they are merged in their joint basis; None: as dense deltas.
+
+        They are where the method commutes with bases (`Part.joint`) and they have few directions together, or where the
+        method asks for the factors.
+        """
+        own = tuple(self.ranks[number] for number in self.experts) if self.ranks else ()
+        if self.assignment.action != "merge" or not own or not self.method.joint or not self.factor_layout:
+            return None
+        ranks = tuple(rank for rank in own if rank is not None)
+        _, m, n = self.parameter.canonical if self.parameter.layout else (1, *self.parameter.shape)
+        few = 2 * sum(ranks) <= min(m, n) or self.method.needs.factors
+        return ranks if len(ranks) == len(own) and few else None
+
+    @property
+    def factor_layout(self) -> str:
+        """The layout in which factors lie, whose rows are one axis of the tensor; empty where there is none."""
+        layout = self.parameter.layout or ("oi" if len(self.parameter.shape) == 2 else "")
+        return layout if layout == "io" or layout == "o" + "i" * (len(layout) - 1) and len(layout) > 1 else ""
 
     @property
     def bytes_read(self) -> int:
@@ -150,6 +182,8 @@ class Job:
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
         method = self.method
+        if self.joint is not None:
+            return self._joint_bytes(sum(self.joint))
         if self.assignment.action != "merge" or method.needs.scope == "entry":
             return 0
         b, m, n = self.parameter.canonical if self.layout else (1, 1, self.parameter.size)
@@ -160,6 +194,16 @@ class Job:
         if not method.additive:
             floats += len(self.experts) * m * n
         return (4 if self.dtype.itemsize == 2 else 8) * (1 if self.layers_apart else b) * floats
+
+
+    def _joint_bytes(self, rank: int) -> int:
+        """Of a merge in a joint basis: factors and bases, all experts' cores, and what is as large as the tensor."""
+        _, m, n = self.parameter.canonical if self.parameter.layout else (1, *self.parameter.shape)
+        p, q = min(m, rank + 1), min(n, rank)
+        cores = statistic_size(self.method, (p, q), len(self.experts)) + (len(self.experts) + 8) * p * q + 3 * q * q
+        tall = 4 * (m * p + n * q) + len(members(self.method)) * m * q
+        dense = (1 + 2 * len(members(self.method))) * m * n
+        return 8 * (cores + tall) + (4 if self.dtype.itemsize <= 4 else 8) * dense
 
 
 def _dtype(name: str) -> np.dtype:
@@ -201,7 +245,7 @@ class Work:
         Findings have a place for each expert: all must have the tensor. Statistics know no such form.
         """
         everybody = len(job.experts) == len(self.experts) and self.statistics is None and not self.sums
-        method = in_pieces(job.method) if self.from_files and everybody else None
+        method = in_pieces(job.method) if self.from_files and everybody and job.joint is None else None
         if method is None or (method.needs.ranks and job.row is None):
             return job
         return dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=method))

@@ -20,7 +20,7 @@ COMMUTING = [
     "swudi(filter='tikhonov', keep=None)", "aswudi", "aswudi(rule='gavish_donoho')", "aswudi(rule='entropy')",
     "optmerge", "optmerge(rank=2)", "cauchy_poe", "two_sided",
     "tsv_m", "tsv_m(variant='lossless')", "tsv_m(variant='low_rank')", "iso_c", "iso_c(target='rms')", "iso_cts",
-    "iso_cts(common=0.5)", "dc_merge", "dc_merge(density=0.3, smoothing='linear')", "cart", "cart(rank_fraction=0.2)",
+    "dc_merge", "dc_merge(density=0.3, smoothing='linear')", "cart", "cart(rank_fraction=0.2)",
     "low_rank(rank=2) >> average", "low_rank(fraction=0.1) >> average", "star >> average",
     "average >> subspace_boosting", "average >> half_flatten", "wudi >> svc",
 ]  # fmt: skip

@@ -1,0 +1,231 @@
+"""Adapters merged in their joint basis: the numbers of the dense merge, no dense delta, the memory of their rank."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cfmerge import methods
+from cfmerge.engine import joint, run
+from cfmerge.engine.inputs import Inputs, settings_of
+from cfmerge.engine.placement import placement_of
+from cfmerge.engine.units import Unit
+from cfmerge.engine.cutting import units_of
+from cfmerge.errors import CfmergeError, NonFiniteError
+from cfmerge.models import classify
+from cfmerge.models.deltas import Dense, Factors
+from cfmerge.planning.assign import assign
+from cfmerge.planning.jobs import with_ranks
+from cfmerge.products.leaves import Kept
+from cfmerge.products.trees import work_of
+
+SHAPES = {
+    "layers.0.up.weight": (40, 24), "layers.1.up.weight": (40, 24), "layers.2.up.weight": (40, 24),
+    "layers.0.down.kernel": (24, 40), "conv.weight": (20, 6, 3, 3), "norm.weight": (24,), "other.weight": (40, 24),
+}  # fmt: skip
+RANKS = {"layers.2.up.weight": 1, "norm.weight": None, "other.weight": None}  # of the first adapter; all else 3
+
+
+def tensors(seed: int, dtype: Any = np.float64) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+@dataclasses.dataclass
+class Adapter:
+    """Factors of the matrices, and tensors of its own for the rest."""
+
+    seed: int
+    ranks: dict[str, int | None] = dataclasses.field(default_factory=lambda: RANKS)
+    read: list[str] = dataclasses.field(default_factory=list)
+    broken: str = ""
+
+    def rank(self, name: str) -> int | None:
+        return self.ranks.get(name, 3)
+
+    def delta(self, name: str, first: int = 0, count: int | None = None) -> Any:
+        self.read.append(name)
+        rng, rank = np.random.default_rng(self.seed), self.rank(name)
+        if rank is None:
+            own = tensors(self.seed)[name]
+            return Dense(own if count is None else own.reshape(-1)[first : first + count])
+        rows, columns = SHAPES[name][0], int(np.prod(SHAPES[name][1:]))
+        left = rng.standard_normal((rows, rank))
+        if name == self.broken:
+            left[2, 0] = np.nan
+        return Factors(left, rng.standard_normal((rank, columns)), first, count)
+
+    def tensor(self, name: str, base: np.ndarray) -> np.ndarray:
+        delta = self.delta(name)
+        return base + delta.product.reshape(base.shape) if isinstance(delta, Factors) else delta.tensor
+
+
+def works(method, adapters, dtype="float64", weights=None):
+    """`(dense, joint)`: the work of the tensors that the adapters make, and of the adapters themselves."""
+    base = tensors(0, np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else dtype)
+    experts = [{name: adapter.tensor(name, base[name]) for name in base} for adapter in adapters]
+    parameters = classify({name: (shape, dtype) for name, shape in SHAPES.items()})
+    names = [f"e{n}" for n in range(len(adapters))]
+    each = [methods.make(one) for one in (method if isinstance(method, list) else [method])]
+    dense = work_of([assign(parameters, one) for one in each], [base, *experts], names, weights, [], 0)
+    own = tuple(dataclasses.replace(o, tensors=a) for o, a in zip(dense.experts, adapters, strict=True))
+    jobs = tuple(with_ranks(dense.jobs, own))
+    return dense, dataclasses.replace(dense, experts=own, jobs=jobs)
+
+
+def merged(work, results=1, **options):
+    kept = [Kept() for _ in range(results)]
+    account = run.merge(work, kept, **options)
+    base = {name: work.base.tensors.read(name) for name in SHAPES}
+    return [{name: np.asarray(own) for name, own in one.arrays(base).items()} for one in kept], account
+
+
+ADAPTERS = [Adapter(1), Adapter(2, {**RANKS, "layers.0.up.weight": 2}), Adapter(3, {**RANKS, "conv.weight": 0})]
+
+
+@pytest.mark.parametrize("method", ["ace", "average", "tsv_m", "metagpt"])
+def test_adapters_are_merged_as_dense_deltas_are(method):
+    weights = None if method == "metagpt" else [1.0, 0.5, 2.0]
+    dense, factored = works(method, ADAPTERS, weights=weights)
+    joint_jobs = [job.name for job in factored.jobs if job.joint is not None]
+    assert joint_jobs == list(SHAPES)[:5]
+    (expected,), told = merged(dense)
+    (found,), own = merged(factored)
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-9, err_msg=name)
+    assert own.reports.get(0, {}).keys() == told.reports.get(0, {}).keys()
+
+
+def test_a_sweep_is_merged_so_too():
+    grid = ["ace(eps_rel=0.1)", "ace(eps_rel=0.5)", "average >> scale(0.5)"]
+    dense, factored = works(grid, ADAPTERS)
+    assert any(job.joint is not None for job in factored.jobs)
+    for expected, found in zip(merged(dense, 3)[0], merged(factored, 3)[0], strict=True):
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ["ties", "trim >> average"])
+def test_a_method_that_does_not_commute_sees_the_products(method):
+    dense, factored = works(method, ADAPTERS)
+    assert all(job.joint is None for job in factored.jobs)
+    (expected,), (found,) = merged(dense)[0], merged(factored)[0]
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_adapters_beside_full_models_are_merged_as_products():
+    full = Adapter(5, dict.fromkeys(SHAPES, None))
+    dense, factored = works("ace", [ADAPTERS[0], full])
+    assert all(job.joint is None for job in factored.jobs)
+    (expected,), (found,) = merged(dense)[0], merged(factored)[0]
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_adapters_of_too_many_directions_are_merged_as_products():
+    wide = [Adapter(n, {**RANKS, "layers.0.up.weight": 7}) for n in (1, 2)]
+    _, factored = works("ace", wide)
+    by_name = {job.name: job for job in factored.jobs}
+    assert by_name["layers.0.up.weight"].joint is None  # 14 of 24
+    assert by_name["layers.1.up.weight"].joint == (3, 3)
+
+
+def test_tensors_of_one_shape_and_rank_are_one_unit():
+    _, factored = works("ace", ADAPTERS[:1] * 2)
+    units = [unit.names for unit in units_of(factored, factored.merged) if unit.job.joint]
+    assert units == [
+        ("layers.0.up.weight", "layers.1.up.weight"), ("layers.2.up.weight",), ("layers.0.down.kernel",),
+        ("conv.weight",),
+    ]  # fmt: skip
+
+
+def test_no_array_of_the_dense_shape_exists_before_the_base_is_added():
+    m, n, ranks = 40, 24, (3, 4)
+    base = jax.ShapeDtypeStruct((2, m, n), "bfloat16")
+    experts = [tuple(jax.ShapeDtypeStruct((2, *s), "bfloat16") for s in ((m, r), (r, n))) for r in ranks]
+    for text in ("ace", "wudi", "tsv_m", "iso_c", "average", "dc_merge"):
+        method = methods.make(text)
+        with jax.enable_x64(True):
+            inputs = [Inputs(np.ones(2)) for _ in ranks]
+            program = jax.make_jaxpr(
+                lambda base, experts, method=method: joint.merge(
+                    "oi", "float32", False, [settings_of([method] * 2)] * 2, base, experts, inputs, "bfloat16"
+                )
+            )(base, experts)
+        large = [equation.primitive.name for equation in equations(program.jaxpr) if dense(equation, m, n)]
+        # the product, the base and the sum in float32, the cast of the sum, and the look at it
+        assert sorted(large) == sorted(["dot_general", "convert_element_type", "add", "convert_element_type", "is_finite"]), text
+
+
+def equations(jaxpr):
+    """Those of all inner programs, without the calls of these."""
+    for equation in jaxpr.eqns:
+        inner = [i for i in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program) if is_program(i)]
+        for one in inner:
+            yield from equations(one)
+        if not inner and equation.primitive.name not in {"optimization_barrier", "squeeze", "dynamic_slice"}:
+            yield equation
+
+
+def is_program(value):
+    return hasattr(value, "eqns")
+
+
+def dense(equation, m, n):
+    return any(getattr(out.aval, "size", 0) >= m * n for out in equation.outvars)
+
+
+def test_nan_in_a_factor_is_told_with_its_expert_and_tensor():
+    broken = dataclasses.replace(ADAPTERS[1], broken="layers.1.up.weight")
+    _, factored = works("ace", [ADAPTERS[0], broken])
+    with pytest.raises(NonFiniteError, match=r"expert 'e1': tensor 'layers.1.up.weight' holds NaN") as error:
+        merged(factored)
+    assert (error.value.source, error.value.tensor) == ("e1", "layers.1.up.weight")
+
+
+def test_factors_of_another_rank_than_the_header_says_are_an_error():
+    _, factored = works("ace", ADAPTERS)
+    ADAPTERS[0].ranks, before = {**RANKS, "conv.weight": 4}, ADAPTERS[0].ranks
+    try:
+        with pytest.raises(CfmergeError, match=r"'e0': the factors of 'conv.weight' have rank 4, expected 3"):
+            merged(factored)
+    finally:
+        ADAPTERS[0].ranks = before
+
+
+class Factored(Kept):
+    """A sink that takes factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = {}
+
+    def write_factors(self, name, left, right):
+        self.factors[name] = (np.asarray(left), np.asarray(right))
+
+
+def test_a_sink_may_take_the_merged_deltas_as_factors():
+    _, factored = works("ace", ADAPTERS, "float32")
+    (whole,), _ = merged(factored)
+    sink = Factored()
+    run.merge(factored, [sink])
+    assert list(sink.factors) == [job.name for job in factored.jobs if job.joint is not None]
+    for name, (left, right) in sink.factors.items():
+        base = np.asarray(factored.base.tensors.read(name))
+        assert left.shape[1] <= 9
+        np.testing.assert_allclose((left @ right).reshape(base.shape) + base, whole[name], rtol=0, atol=1e-5)
+    assert set(sink.arrays(whole)) == set(SHAPES) - set(sink.factors)
+
+
+def test_the_working_set_of_adapters_is_that_of_their_rank():
+    dense, factored = works("ace", ADAPTERS, "bfloat16")
+    parameters = classify({"w.weight": ((4096, 4096), "bfloat16")})
+    job = dataclasses.replace(
+        factored.jobs[0], assignment=next(iter(assign(parameters, methods.ace()).values())), ranks=(16,) * 3
+    )
+    assert job.joint == (16, 16, 16)
+    assert job.working_bytes < 0.25 * dataclasses.replace(job, ranks=()).working_bytes
