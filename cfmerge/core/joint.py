@@ -10,6 +10,8 @@ by any method for which the merge of the `U M_t V^T` is `U x V^T`. The ones are 
 centring of rows, `J = I - 1 1^T / m`, stays in it: `J U = U (I - u u^T)`. The cost is that of `sum r_t`.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,11 +31,20 @@ class Joint(NamedTuple):
         shape: of a dense delta, `(out, in)`.
         outputs: `u = U^T 1 / sqrt(out)`, the direction that centring takes away; of length 1.
         inputs: `v = V^T 1`, the sums over the inputs.
+        v: `V`, for a merge that leaves the inputs' basis, see `Beyond`.
     """
 
     shape: tuple[int, int]
     outputs: Float[Array, " p"]
     inputs: Float[Array, " q"]
+    v: Float[Array, "n q"]
+
+
+class Beyond(NamedTuple):
+    """A merged core `left @ right` that has left the inputs' basis: `X = U left right`."""
+
+    left: Float[Array, "p k"]
+    right: Float[Array, "k n"]
 
 
 class Cores(NamedTuple):
@@ -71,12 +82,9 @@ def cores_of(lefts: Sequence[Float[Array, "m r"]], rights: Sequence[Float[Array,
     ones = jnp.full((m, 1), m**-0.5, lefts[0].dtype)
     u, columns = linalg.span(jnp.concatenate([*lefts, ones], axis=1))
     v, rows = linalg.span(jnp.concatenate([*rights]).T)
-    ends = [0]
-    for left in lefts:
-        ends.append(ends[-1] + left.shape[1])
-    spans = list(zip(ends[:-1], ends[1:], strict=True))
+    spans = list(itertools.pairwise(itertools.accumulate((left.shape[1] for left in lefts), initial=0)))
     own = [columns[:, a:b] for a, b in spans], [rows[:, a:b].T for a, b in spans]
-    return Cores(u, v, *own, Joint((m, n), columns[:, -1], jnp.sum(v, axis=0)))
+    return Cores(u, v, *own, Joint((m, n), columns[:, -1], jnp.sum(v, axis=0), v))
 
 
 def in_joint(part: P, joint: Joint) -> P:
@@ -86,8 +94,8 @@ def in_joint(part: P, joint: Joint) -> P:
 
 def merged_factors(
     rules: Sequence[Method], cores: Cores, weights: Sequence[Any], contexts: Sequence[Context]
-) -> tuple[Float[Array, "... m q"], Float[Array, "q n"], Report]:
-    """`U x` and `V^T`, whose product is the merged delta, and the report; of a sweep one `U x` for each result.
+) -> tuple[Float[Array, "... m q"], Float[Array, "... q n"], Report]:
+    """`U x` and `V^T`, whose product is the merged delta, and the report; of a sweep one `U x` (and `V^T`) a result.
 
     Args:
         rules: the method with the numbers of each expert.
@@ -97,7 +105,21 @@ def merged_factors(
     for t, (core, weight, context) in enumerate(zip(cores.cores, weights, contexts, strict=True)):
         statistic = own[t].see(statistic, core, weight, context._replace(factors=(cores.lefts[t], cores.rights[t])))
     merged, report = own[0].solve(statistic)
-    return linalg.matmul(cores.u, merged), cores.v.T, report
+    core, rows = merged if isinstance(merged, Beyond) else (merged, cores.v.T)
+    return linalg.matmul(cores.u, core), rows, report
+
+
+def out_of_basis(method: Method, basis: Joint) -> Method:
+    """The method of cores, its merge always as `Beyond`, all of one shape."""
+
+    def solve(statistic: Any) -> tuple[Beyond, Report]:
+        merged, report = method.solve(statistic)
+        if not isinstance(merged, Beyond):
+            return Beyond(merged, basis.v.T), report  # type: ignore[arg-type]
+        spare = (0, basis.v.shape[1] - merged.left.shape[1])
+        return Beyond(jnp.pad(merged.left, ((0, 0), spare)), jnp.pad(merged.right, (spare, (0, 0)))), report
+
+    return dataclasses.replace(method, solve=solve, call=None)  # type: ignore[arg-type]
 
 
 def merge_factors(

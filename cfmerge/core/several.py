@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cfmerge.core.call import Call, call_of, form_of, structure
-from cfmerge.core.joint import Joint, in_joint
+from cfmerge.core.joint import Joint, in_joint, out_of_basis
 from cfmerge.core.part import NO_CONTEXT, SCOPES, Context, Method, Needs, Note, Report, Statistic
 from cfmerge.core.survey import Found, Look, Survey
 from cfmerge.errors import CfmergeError
@@ -44,7 +44,7 @@ def several(methods: tuple[Method, ...]) -> Method:
             statistic = statistics[distinct.index(keys[group[0]])]
             solved |= dict(zip(group, _solve_alike([methods[n] for n in group], statistic), strict=True))
         merged, reports = zip(*(solved[number] for number in range(len(methods))), strict=True)
-        return jnp.stack(merged), reports
+        return jax.tree.map(lambda *each: jnp.stack(each), *merged), reports
 
     def form(rank: int | None) -> Method | None:
         made = [form_of(method) for method in methods if rank is None]
@@ -70,7 +70,10 @@ def several(methods: tuple[Method, ...]) -> Method:
 
 
 def _on_cores(methods: tuple[Method, ...], basis: Joint) -> Method:
-    return several(tuple(in_joint(method, basis) for method in methods))
+    own = [in_joint(method, basis) for method in methods]
+    if any(method.needs.factors for method in methods):  # a merge may leave the basis
+        own = [out_of_basis(method, basis) for method in own]
+    return several(tuple(own))
 
 
 def members(method: Method) -> tuple[Method, ...]:

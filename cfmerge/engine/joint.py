@@ -19,6 +19,7 @@ from jaxtyping import Array
 from cfmerge import linalg
 from cfmerge.core.joint import cores_of, merged_factors
 from cfmerge.core.part import Context
+from cfmerge.core.random import key_from
 from cfmerge.engine.compiling import options
 from cfmerge.engine.inputs import INPUTS, SETTINGS, SHARED, STACK, Inputs, Settings
 from cfmerge.engine.steps import finite, made, one_after_the_other
@@ -62,14 +63,17 @@ def merge(
         left, right = (factor.astype(WIDE) for factor in factors)
         return (right.T, left.T) if columns_first else (left, right)
 
-    def one(calls: Any, tensor: Any, base: Array, experts: list[Factors], weights: list[Array]) -> Any:
+    def one(calls: Any, tensor: Any, base: Array, experts: list[Factors], weights: Any, digests: Any) -> Any:
         rules = [made(settings[0], call, tensor, WIDE) for call in calls]
         lefts, rights = zip(*map(canonical, experts), strict=True)
-        contexts = [Context(number=own.number) for own in inputs]
+        contexts = [
+            Context(None if digest is None else key_from(own.seed, digest), own.number)
+            for own, digest in zip(inputs, digests, strict=True)
+        ]
         left, right, report = merged_factors(rules, cores_of(lefts, rights), weights, contexts)
+        right = jnp.broadcast_to(right, (*left.shape[:-2], *right.shape[-2:]))
         if columns_first:
-            wide = jnp.broadcast_to(right.T, (*left.shape[:-2], *right.T.shape))
-            left, right = wide, jnp.swapaxes(left, -1, -2)
+            left, right = jnp.swapaxes(right, -1, -2), jnp.swapaxes(left, -1, -2)
         left, right = left.astype(compute), right.astype(compute)
         if as_factors:
             return (left, right), report
@@ -78,7 +82,8 @@ def merge(
 
     calls = [own.call for own in settings]
     weights = [jnp.asarray(own.weight, WIDE) for own in inputs]
-    merged, reports = one_after_the_other(one, calls, settings[0].tensor, base, list(experts), weights)
+    own = calls, settings[0].tensor, base, list(experts), weights, [own.digest for own in inputs]
+    merged, reports = one_after_the_other(one, *own)
     flags = [finite(left) & finite(right) for left, right in experts]
     flags.append(functools.reduce(jnp.logical_and, map(finite, jax.tree.leaves(merged))))
     return merged, jax.tree.map(lambda value: value.reshape(base.shape[0], -1), reports), jnp.stack(flags)

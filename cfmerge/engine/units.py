@@ -149,7 +149,8 @@ class Unit:
                 f"{self.work.experts[number].told}: the factors of {self.names[at]!r} have rank {ranks[at]}, expected "
                 f"{said}, which its header says: is the adapter's configuration that of its weights?"
             )
-        sides = [delta.left for delta in deltas], [delta.right for delta in deltas]  # type: ignore[union-attr]
+        own = [d.balanced if self.job.method.needs.factors else (d.left, d.right) for d in deltas]  # type: ignore[union-attr]
+        sides = zip(*own, strict=True)
         left, right = (np.stack(_one_dtype([np.asarray(factor) for factor in side])) for side in sides)
         if said == 0:
             left, right = np.zeros((*left.shape[:2], 1), left.dtype), np.zeros((len(right), 1, right.shape[2]), right.dtype)

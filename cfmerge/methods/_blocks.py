@@ -49,7 +49,7 @@ class Bases(NamedTuple):
     lost: Float[Array, ""]
 
 
-def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Float[Array, ""], most: int) -> Bases:
+def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Float[Array, ""], most: int | None = None) -> Bases:
     """The polar factors of left and right vectors side by side.
 
     The vectors of all experts may nearly fill the space, so that the smallest singular values of a side are small and
@@ -57,10 +57,10 @@ def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Floa
 
     Args:
         columns: how many of the `q` are not zero.
-        most: how many can be independent, `min(out, in)` of the dense deltas.
+        most: how many can be independent, `min(out, in)` of the dense deltas; none: these are dense.
     """
     left, right = linalg.polar(us), linalg.polar(vts)
-    possible = jnp.minimum(columns, most)
+    possible = jnp.minimum(columns, min(us.shape[0], vts.shape[1]) if most is None else most)
     return Bases(left.factor, right.factor, possible - jnp.minimum(left.rank, right.rank))
 
 

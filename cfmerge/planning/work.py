@@ -200,7 +200,7 @@ class Job:
         """Of a merge in a joint basis: factors and bases, all experts' cores, and what is as large as the tensor."""
         _, m, n = self.parameter.canonical if self.parameter.layout else (1, *self.parameter.shape)
         p, q = min(m, rank + 1), min(n, rank)
-        cores = statistic_size(self.method, (p, q), len(self.experts)) + (len(self.experts) + 8) * p * q + 3 * q * q
+        cores = 4 * (len(self.experts) + 4) * p * q + 4 * (p * p + q * q)
         tall = 4 * (m * p + n * q) + len(members(self.method)) * m * q
         dense = (1 + 2 * len(members(self.method))) * m * n
         return 8 * (cores + tall) + (4 if self.dtype.itemsize <= 4 else 8) * dense
