@@ -14,7 +14,8 @@ PARTS = [
 ]  # fmt: skip
 ARGUMENTS = {  # parameters without a default, and steps enough to show something
     "drop >> average": "drop(p=0.5) >> average", "trim >> average": "trim(density=0.5) >> average",
-    "nearswap": "nearswap(t=0.05)", "low_rank >> average": "low_rank(rank=2) >> average",
+    "nearswap": "nearswap(t=0.05)", "peft_svd": "peft_svd(rank=2)",
+    "low_rank >> average": "low_rank(rank=2) >> average",
 }  # fmt: skip
 
 

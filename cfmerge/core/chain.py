@@ -155,7 +155,7 @@ def _check(parts: tuple[Any, ...], before: tuple[Any, ...], after: tuple[Any, ..
         if part.needs.seen or part.needs.behind:
             raise CfmergeError(f"chain: {part.name} looks at the merged delta: it must stand behind a method")
         if any(other.needs.factors == "required" for other in parts):
-            raise CfmergeError(f"chain: {parts[len(before)].name} takes the adapters' factors, not what {part.name} makes")
+            raise CfmergeError(f"chain: {methods[0]} takes the adapters' factors, not what {part.name} makes")
     for part in after:
         if part.needs.random:
             raise CfmergeError(f"chain: {part.name} is random by expert: it must stand in front of the method")

@@ -47,7 +47,6 @@ def of_deltas(
     def in_basis(basis: Joint) -> Method:
         return of_deltas(joint(basis), needs, name=name or function.__name__, notes=notes)  # type: ignore[operator]
 
-
     def init(base: Array) -> Seen:
         return Seen(base, (), ())  # type: ignore[arg-type]
 

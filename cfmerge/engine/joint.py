@@ -2,8 +2,8 @@
 
     merged, reports, finite = merge(settings, base, experts, inputs, dtype)
 
-An expert is `(left, right)`, stacks `(stack, rows, r)` and `(stack, r, columns)` of factors whose product is its delta in
-the rows and columns of the stored tensor. Bases, cores and the method are computed in float64, which costs little at
+An expert is `(left, right)`, stacks `(stack, rows, r)` and `(stack, r, columns)` of factors whose product is its delta
+in the rows and columns of the stored tensor. Bases, cores and the method are computed in float64, which costs little at
 these sizes, and only the last product in the computing dtype: it is the one array of the dense shape.
 """
 

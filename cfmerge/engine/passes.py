@@ -59,7 +59,9 @@ class _Merging:
     def by(self) -> Steps:
         """The compiled steps."""
         layout, compute = self.unit.job.layout, self.attempt.compute
-        return steps(layout, compute, True) if self.traced else self.spread.steps(layout, compute, is_quick(self.unit.work))
+        if self.traced:
+            return steps(layout, compute, True)
+        return self.spread.steps(layout, compute, is_quick(self.unit.work))
 
     def checked(self, base: jax.Array, number: int | None, flags: Any) -> None:
         """Raises `NonFiniteError` unless the flags of an expert (of the result: None) are all set."""

@@ -105,7 +105,9 @@ class Placement:
     def _axis(self, unit: Unit) -> int | None:
         """The axis of the stored tensor by which one large matrix is shared out; None if that does not pay."""
         job, method = unit.job, unit.job.method
-        if job.joint is not None or not method.by_rows or method.survey is not None or unit.row is not None or unit.stack * job.matrices > 1:
+        if job.joint is not None or not method.by_rows:
+            return None
+        if method.survey is not None or unit.row is not None or unit.stack * job.matrices > 1:
             return None
         times = len(self.devices) if self.on_host else 1  # each device holds the whole Gram
         if job.parameter.size < STACKED or not self._fits(unit, times):

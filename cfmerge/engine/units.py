@@ -153,7 +153,7 @@ class Unit:
         sides = zip(*own, strict=True)
         left, right = (np.stack(_one_dtype([np.asarray(factor) for factor in side])) for side in sides)
         if said == 0:
-            left, right = np.zeros((*left.shape[:2], 1), left.dtype), np.zeros((len(right), 1, right.shape[2]), right.dtype)
+            left, right = np.pad(left, ((0, 0), (0, 0), (0, 1))), np.pad(right, ((0, 0), (0, 1), (0, 0)))
         return left, right
 
     def read(self, model: Readable, names: Sequence[str]) -> Any:

@@ -208,8 +208,9 @@ def span(columns: Float[Array, "m k"]) -> tuple[Float[Array, "m p"], Float[Array
     length. By QR, which squares nothing, and the SVD of its small factor.
 
     Example:
-        >>> basis, coordinates = linalg.span(jnp.array([[3.0, 6.0], [4.0, 8.0], [0.0, 0.0]]))
-        >>> bool(jnp.all(basis[:, 1] == 0)), bool(jnp.allclose(basis @ coordinates, jnp.array([[3, 6], [4, 8], [0, 0]])))
+        >>> columns = jnp.array([[3.0, 6.0], [4.0, 8.0], [0.0, 0.0]])
+        >>> basis, coordinates = linalg.span(columns)
+        >>> bool(jnp.all(basis[:, 1] == 0)), bool(jnp.allclose(basis @ coordinates, columns))
         (True, True)
     """
     m, k = columns.shape

@@ -49,7 +49,9 @@ class Bases(NamedTuple):
     lost: Float[Array, ""]
 
 
-def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Float[Array, ""], most: int | None = None) -> Bases:
+def orthonormal(
+    us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Float[Array, ""], most: int | None = None
+) -> Bases:
     """The polar factors of left and right vectors side by side.
 
     The vectors of all experts may nearly fill the space, so that the smallest singular values of a side are small and

@@ -67,8 +67,8 @@ def peft_svd(rank: int | None = None) -> Method:
     def add(statistic: Ranked, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT) -> Ranked:
         check(
             rank is not None or context.factors is not None,
-            "peft_svd: some experts are no adapters, or their ranks add up to more than half of a matrix: give the rank "
-            "of the result, such as peft_svd(rank=16)",
+            "peft_svd: some experts are no adapters, which alone tell a rank; give that of the result, such as "
+            "peft_svd(rank=16)",
         )
         own = () if context.factors is None else (jnp.zeros(context.factors[1].shape[0], delta.dtype),)
         return Ranked(update(statistic.sum, delta, weight), (*statistic.ranks, *own))
@@ -121,7 +121,7 @@ def peft_linear() -> Method:
 
     def solve(statistic: tuple[Halves, ...]) -> tuple[Array, Report]:
         ranks = sorted({len(one.right) for one in statistic})
-        check(len(ranks) == 1, f"peft_linear: adapters of one rank are merged, found ranks {ranks}; use peft_cat, the sum")
+        check(len(ranks) == 1, f"peft_linear: adapters must have one rank, found ranks {ranks}; use peft_cat, the sum")
         roots = [linalg.root(jnp.abs(one.weight)) for one in statistic]
         left = sum(root * one.left for root, one in zip(roots, statistic, strict=True))
         right = sum(jnp.sign(one.weight) * root * one.right for root, one in zip(roots, statistic, strict=True))

@@ -75,7 +75,8 @@ def dc_merge(
         blocks = jnp.arange(k * experts) // k
         merged = jnp.where(blocks[:, None] == blocks[None], merged, 0)
         scale = as_array(alpha, deltas.dtype)
-        return scale * linalg.matmul(linalg.matmul(bases.u, merged), bases.vt), told(bases, experts * wanted > min(shape))
+        full = scale * linalg.matmul(linalg.matmul(bases.u, merged), bases.vt)
+        return full, told(bases, experts * wanted > min(shape))
 
     def on_cores(basis: Joint) -> Any:
         return functools.partial(in_one_basis, dense=basis.shape)

@@ -34,7 +34,7 @@ from cfmerge.methods.consensus import ties
 
 
 class Expert(NamedTuple):
-    """One expert: its delta (or core), its weight, the factors of its delta where they are known, its key and number."""
+    """One expert: its delta (or core), weight, the factors of its delta where they are known, key and number."""
 
     delta: Array
     weight: Array
@@ -95,9 +95,7 @@ NOTES = {
 
 
 @register
-def core_space(
-    basis: Literal["svd", "qr"] = "svd", method: Method | None = None, rank: int | None = None
-) -> Method:
+def core_space(basis: Literal["svd", "qr"] = "svd", method: Method | None = None, rank: int | None = None) -> Method:
     """A rule applied to the cores of adapters in the basis of all their factors.
 
     Args:
@@ -150,8 +148,10 @@ def _rule(outer: str, method: Method | None) -> Method:
     needs = rule.needs
     asked = [name for name in ("moments", "ranks", "factors") if getattr(needs, name)]
     check(not asked, f"{outer}: {rule.name} asks for {' and '.join(asked)} of each delta, which no basis has")
-    listed = [key for key, value in (rule.call.values() if rule.call else ()) if isinstance(value, tuple | list | dict)]
-    check(not listed, f"{outer}: {rule.name} takes one number for all experts and tensors here, found many for {listed}")
+    numbers = dict(rule.call.values()) if rule.call else {}
+    listed = [key for key, value in numbers.items() if isinstance(value, tuple | list | dict)]
+    told = f"{outer}: {rule.name} takes one number for all experts and tensors here, found many for {listed}"
+    check(not listed, told)
     return rule
 
 
@@ -178,9 +178,7 @@ def _of_all(
 ) -> Method:
     """The method whose merged delta is a function of all experts."""
 
-    def update(
-        statistic: Experts, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT
-    ) -> Experts:
+    def update(statistic: Experts, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT) -> Experts:
         own = Context(context.key, context.number)
         return (*statistic, Expert(delta, jnp.asarray(weight, delta.dtype), context.factors, own))
 

@@ -5,6 +5,7 @@ Planning makes it, whether the models lie in files or in memory; the loop (`run.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -127,7 +128,7 @@ class Job:
     def factor_layout(self) -> str:
         """The layout in which factors lie, whose rows are one axis of the tensor; empty where there is none."""
         layout = self.parameter.layout or ("oi" if len(self.parameter.shape) == 2 else "")
-        return layout if layout == "io" or layout == "o" + "i" * (len(layout) - 1) and len(layout) > 1 else ""
+        return layout if layout == "io" or re.fullmatch("oi+", layout) else ""
 
     @property
     def bytes_read(self) -> int:
@@ -194,7 +195,6 @@ class Job:
         if not method.additive:
             floats += len(self.experts) * m * n
         return (4 if self.dtype.itemsize == 2 else 8) * (1 if self.layers_apart else b) * floats
-
 
     def _joint_bytes(self, rank: int) -> int:
         """Of a merge in a joint basis: factors and bases, all experts' cores, and what is as large as the tensor."""

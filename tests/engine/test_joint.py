@@ -10,10 +10,8 @@ import pytest
 
 from cfmerge import methods
 from cfmerge.engine import joint, run
-from cfmerge.engine.inputs import Inputs, settings_of
-from cfmerge.engine.placement import placement_of
-from cfmerge.engine.units import Unit
 from cfmerge.engine.cutting import units_of
+from cfmerge.engine.inputs import Inputs, settings_of
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.models import classify
 from cfmerge.models.deltas import Dense, Factors
@@ -147,18 +145,19 @@ def test_no_array_of_the_dense_shape_exists_before_the_base_is_added():
     m, n, ranks = 40, 24, (3, 4)
     base = jax.ShapeDtypeStruct((2, m, n), "bfloat16")
     experts = [tuple(jax.ShapeDtypeStruct((2, *s), "bfloat16") for s in ((m, r), (r, n))) for r in ranks]
-    for text in ("ace", "wudi", "tsv_m", "iso_c", "average", "dc_merge"):
-        method = methods.make(text)
+    inputs = [Inputs(np.ones(2)) for _ in ranks]
+    # the product, the base in float32, the sum, its cast, and the look at it
+    expected = ["add", "convert_element_type", "convert_element_type", "dot_general", "is_finite"]
+    for text in ("ace", "wudi", "tsv_m", "iso_c", "average", "dc_merge", "knots"):
+        settings = [settings_of([methods.make(text)] * 2)] * 2
+
+        def step(base, experts, settings=settings):
+            return joint.merge("oi", "float32", False, settings, base, experts, inputs, "bfloat16")
+
         with jax.enable_x64(True):
-            inputs = [Inputs(np.ones(2)) for _ in ranks]
-            program = jax.make_jaxpr(
-                lambda base, experts, method=method: joint.merge(
-                    "oi", "float32", False, [settings_of([method] * 2)] * 2, base, experts, inputs, "bfloat16"
-                )
-            )(base, experts)
+            program = jax.make_jaxpr(step)(base, experts)
         large = [equation.primitive.name for equation in equations(program.jaxpr) if dense(equation, m, n)]
-        # the product, the base and the sum in float32, the cast of the sum, and the look at it
-        assert sorted(large) == sorted(["dot_general", "convert_element_type", "add", "convert_element_type", "is_finite"]), text
+        assert sorted(large) == expected, text
 
 
 def equations(jaxpr):
@@ -222,7 +221,7 @@ def test_a_sink_may_take_the_merged_deltas_as_factors():
 
 
 def test_the_working_set_of_adapters_is_that_of_their_rank():
-    dense, factored = works("ace", ADAPTERS, "bfloat16")
+    _, factored = works("ace", ADAPTERS, "bfloat16")
     parameters = classify({"w.weight": ((4096, 4096), "bfloat16")})
     job = dataclasses.replace(
         factored.jobs[0], assignment=next(iter(assign(parameters, methods.ace()).values())), ranks=(16,) * 3

@@ -22,9 +22,9 @@ WEIGHTS, SCALES = [1.0, 0.5, -0.7], [2.0, 0.25, 1.5]
 def by_factors(text, weights=None, lefts=BS, rights=AS):
     """`(merged delta, report)` of the adapters, by their factors."""
     with jax.enable_x64(True):
-        left, right, told = jax.jit(
-            lambda *sides: methods.merge_factors(methods.make(text), *sides, weights)
-        )([jnp.asarray(b) for b in lefts], [jnp.asarray(a) for a in rights])
+        left, right, told = jax.jit(lambda *sides: methods.merge_factors(methods.make(text), *sides, weights))(
+            [jnp.asarray(b) for b in lefts], [jnp.asarray(a) for a in rights]
+        )
         return np.asarray(left @ right), {name: float(value) for name, value in told.items()}
 
 
