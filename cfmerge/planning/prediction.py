@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfmerge.core.call import form_of, structure
-from cfmerge.planning.arithmetic import Arithmetic, arithmetic
+from cfmerge.planning.arithmetic import Arithmetic, arithmetic, joint_arithmetic
 from cfmerge.planning.tally import Tally
 from cfmerge.planning.work import Job, Work
 
@@ -214,8 +214,10 @@ def groups(work: Work, entries: Callable[[Job], int], stacked: int) -> Iterator[
     alike: dict[Any, list[Job]] = {}
     for job in work.merged:
         job = work.by_entry(job)
-        shape = () if _by_entry(job) else (job.seen_shape, job.layout)
-        alike.setdefault((structure(job.method), shape, len(job.experts), job.parameter.dtype), []).append(job)
+        shape: Any = () if _by_entry(job) else (job.seen_shape, job.layout)
+        shape = job.sides if job.joint is not None else shape
+        key = (structure(job.method), shape, len(job.experts), job.parameter.dtype, job.joint)
+        alike.setdefault(key, []).append(job)
     for jobs in alike.values():
         job, size = jobs[0], sum(one.parameter.size for one in jobs)
         names = tuple(one.name for one in jobs)
@@ -224,8 +226,11 @@ def groups(work: Work, entries: Callable[[Job], int], stacked: int) -> Iterator[
             needs = arithmetic(job.method, (most,), len(job.experts), job.parameter.dtype)
             yield Group(job, names, size / most, needs, most, -(-size // most))
             continue
-        each = math.prod(job.seen_shape)
-        needs = arithmetic(job.method, job.seen_shape, len(job.experts), job.parameter.dtype)
+        each = job.parameter.size if job.joint is not None else math.prod(job.seen_shape)
+        if job.joint is not None:
+            needs = joint_arithmetic(job.method, job.sides, job.joint, job.parameter.dtype)
+        else:
+            needs = arithmetic(job.method, job.seen_shape, len(job.experts), job.parameter.dtype)
         yield Group(job, names, size / each, needs, each, -(-size // (each * max(1, stacked // each))))
 
 
@@ -242,7 +247,7 @@ def _all(group: Group) -> Tally:
 
 
 def _by_entry(job: Job) -> bool:
-    return job.method.needs.scope == "entry"
+    return job.method.needs.scope == "entry" and job.joint is None
 
 
 def _bytes_merged(work: Work, found: Sequence[Group], limits: Limits) -> float:
@@ -256,6 +261,9 @@ def _bytes_merged(work: Work, found: Sequence[Group], limits: Limits) -> float:
             if own.needs.scope == "entry" else (limits.stacked // 2 + 1, math.prod(job.seen_shape))
         )  # fmt: skip
         copies = 2 if entries < full else 1
+        if job.joint is not None:
+            total += copies * (job.bytes_read + 4 * sum(job.joint) * sum(job.sides))
+            continue
         total += copies * job.bytes_read * (1 + len(job.experts)) * (1 + looks.get(structure(own), 0))
     return total
 

@@ -120,9 +120,14 @@ class Job:
         if self.assignment.action != "merge" or not own or not self.method.joint or not self.factor_layout:
             return None
         ranks = tuple(rank for rank in own if rank is not None)
-        _, m, n = self.parameter.canonical if self.parameter.layout else (1, *self.parameter.shape)
-        few = 2 * sum(ranks) <= min(m, n) or self.method.needs.factors
+        few = 2 * sum(ranks) <= min(self.sides) or self.method.needs.factors
         return ranks if len(ranks) == len(own) and few else None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Outputs and inputs of the matrix that factors make; rows and columns where the tensor has no such view."""
+        shape = self.parameter.canonical[1:] if self.parameter.layout else self.parameter.shape
+        return shape[0], shape[1]
 
     @property
     def factor_layout(self) -> str:
@@ -198,7 +203,7 @@ class Job:
 
     def _joint_bytes(self, rank: int) -> int:
         """Of a merge in a joint basis: factors and bases, all experts' cores, and what is as large as the tensor."""
-        _, m, n = self.parameter.canonical if self.parameter.layout else (1, *self.parameter.shape)
+        m, n = self.sides
         p, q = min(m, rank + 1), min(n, rank)
         cores = 4 * (len(self.experts) + 4) * p * q + 4 * (p * p + q * q)
         tall = 4 * (m * p + n * q) + len(members(self.method)) * m * q

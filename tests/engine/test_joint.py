@@ -15,6 +15,7 @@ from cfmerge.engine.inputs import Inputs, settings_of
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.models import classify
 from cfmerge.models.deltas import Dense, Factors
+from cfmerge.planning import prediction
 from cfmerge.planning.assign import assign
 from cfmerge.planning.jobs import with_ranks
 from cfmerge.products.leaves import Kept
@@ -228,3 +229,18 @@ def test_the_working_set_of_adapters_is_that_of_their_rank():
     )
     assert job.joint == (16, 16, 16)
     assert job.working_bytes < 0.25 * dataclasses.replace(job, ranks=()).working_bytes
+
+
+def test_a_prediction_counts_the_cores():
+    _, factored = works("ace", ADAPTERS, "bfloat16")
+    parameters = classify({"w.weight": ((4096, 4096), "bfloat16")})
+    job = dataclasses.replace(
+        factored.jobs[0], name="w.weight", assignment=next(iter(assign(parameters, methods.ace()).values()))
+    )
+    flops = {}
+    for ranks in ((), (16,) * 3):
+        own = dataclasses.replace(factored, jobs=(dataclasses.replace(job, ranks=ranks),))
+        (group,) = prediction.groups(own, lambda job: 1 << 20, 1 << 18)
+        flops[ranks] = group.needs.merge.flops
+        assert (group.entries, group.units) == (4096 * 4096, 1)
+    assert 2 * 4096**2 * 48 < flops[(16,) * 3] < 0.02 * flops[()]
