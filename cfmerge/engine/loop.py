@@ -158,7 +158,7 @@ class Loop:
                 expert = jax.tree.map(spread.stored, array)
                 inputs = spread.put(unit.inputs(t)._replace(minus=minus), INPUTS)
                 state = each.update(state, base, t, expert, inputs)
-                tell(unit.job.name, unit.entries * jax.tree.leaves(expert)[0].dtype.itemsize)
+                tell(unit.job.name, unit.entries * (base if joint else expert).dtype.itemsize)
             return each.finish(state, base)
 
     def merged(self, unit: Unit, found: Found | None) -> Outcome:
