@@ -132,7 +132,8 @@ def merge_factors(
 
     Args:
         method: one that commutes with bases, see `Part.joint`.
-        lefts, rights: the factors of every expert's delta, `D_t = left_t @ right_t`, scales included.
+        lefts, rights: the factors of every expert's delta, `D_t = left_t @ right_t`, scales included; the merge is
+            computed in their dtype (the merge of files does so in float64).
         weights: of the experts; none: 1 each.
 
     Example:

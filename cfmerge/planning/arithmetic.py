@@ -15,6 +15,7 @@ from cfmerge.core.part import Context, Method, Needs, Seen
 from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Order, Ordered, answered, looked, replayed
 from cfmerge.planning.tally import Tally, tally
+from cfmerge.planning.work import Job
 
 PLACE, COMPUTE, KEY = ("", 0), "float32", 4
 
@@ -121,6 +122,18 @@ class _Traced:
     def all(self) -> tuple[Any, ...]:
         """The arguments of `together`."""
         return self.values, self.found, self.array, [self.array] * self.experts, self.moment
+
+
+def shape_of(job: Job) -> tuple[int, ...]:
+    """The shape of one matrix of a job, as dense deltas have it."""
+    return job.seen_shape if job.joint is None else job.sides
+
+
+def of_matrix(job: Job) -> Arithmetic:
+    """The arithmetic of one matrix of a job: of its dense deltas, or of adapters in their joint basis."""
+    if job.joint is not None:
+        return joint_arithmetic(job.method, job.sides, job.joint, job.parameter.dtype)
+    return arithmetic(job.method, job.seen_shape, len(job.experts), job.parameter.dtype)
 
 
 def joint_arithmetic(method: Method, shape: tuple[int, int], ranks: tuple[int, ...], stored: str) -> Arithmetic:

@@ -143,7 +143,7 @@ def with_ranks(jobs: Sequence[Job], experts: Sequence[Participant], sums: bool =
 
 
 def _tell_missing_factors(job: Job, dense: Sequence[Participant]) -> None:
-    who = ", ".join(one.told for one in dense) or "statistics"
+    who = ", ".join(one.told for one in dense) or f"a tensor of layout {job.parameter.layout!r}, or of statistics,"
     raise CfmergeError(
         f"{job.method.name} of {job.name!r} takes the factors of adapters, B and A, which {who} does not have; give "
         f"such tensors another method: {rule_option(escape(job.name), 'average')}, or peft_cat, which takes any delta"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfmerge.core.call import form_of, structure
-from cfmerge.planning.arithmetic import Arithmetic, arithmetic, joint_arithmetic
+from cfmerge.planning.arithmetic import Arithmetic, arithmetic, of_matrix, shape_of
 from cfmerge.planning.tally import Tally
 from cfmerge.planning.work import Job, Work
 
@@ -214,10 +214,8 @@ def groups(work: Work, entries: Callable[[Job], int], stacked: int) -> Iterator[
     alike: dict[Any, list[Job]] = {}
     for job in work.merged:
         job = work.by_entry(job)
-        shape: Any = () if _by_entry(job) else (job.seen_shape, job.layout)
-        shape = job.sides if job.joint is not None else shape
-        key = (structure(job.method), shape, len(job.experts), job.parameter.dtype, job.joint)
-        alike.setdefault(key, []).append(job)
+        shape = () if _by_entry(job) else (shape_of(job), job.layout, job.joint)
+        alike.setdefault((structure(job.method), shape, len(job.experts), job.parameter.dtype), []).append(job)
     for jobs in alike.values():
         job, size = jobs[0], sum(one.parameter.size for one in jobs)
         names = tuple(one.name for one in jobs)
@@ -226,11 +224,7 @@ def groups(work: Work, entries: Callable[[Job], int], stacked: int) -> Iterator[
             needs = arithmetic(job.method, (most,), len(job.experts), job.parameter.dtype)
             yield Group(job, names, size / most, needs, most, -(-size // most))
             continue
-        each = job.parameter.size if job.joint is not None else math.prod(job.seen_shape)
-        if job.joint is not None:
-            needs = joint_arithmetic(job.method, job.sides, job.joint, job.parameter.dtype)
-        else:
-            needs = arithmetic(job.method, job.seen_shape, len(job.experts), job.parameter.dtype)
+        each, needs = math.prod(shape_of(job)), of_matrix(job)
         yield Group(job, names, size / each, needs, each, -(-size // (each * max(1, stacked // each))))
 
 

@@ -32,12 +32,31 @@ def test_adapters_are_merged_as_dense_deltas_are(method):
 
 
 def test_a_sweep_is_merged_so_too():
-    grid = ["ace(eps_rel=0.1)", "ace(eps_rel=0.5)", "average >> scale(0.5)"]
+    grid = ["ace(eps_rel=0.1)", "ace(eps_rel=0.5)", "average >> scale(0.5)", "knots(method=average)"]
     dense, factored = works(grid, ADAPTERS)
     assert any(job.joint is not None for job in factored.jobs)
-    for expected, found in zip(merged(dense, 3)[0], merged(factored, 3)[0], strict=True):
+    for expected, found in zip(merged(dense, 4)[0], merged(factored, 4)[0], strict=True):
         for name, tensor in expected.items():
             np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_a_random_rule_draws_by_tensor_and_expert():
+    _, factored = works("core_space(method=dare_linear(p=0.5))", ADAPTERS[:1] * 2)
+    ((one,), _), ((again,), _) = merged(factored), merged(factored)
+    (mean,), _ = merged(works("task_arithmetic", ADAPTERS[:1] * 2)[1])
+    for name in list(SHAPES)[:5]:
+        np.testing.assert_array_equal(one[name], again[name])
+        assert np.abs(one[name] - mean[name]).max() > 0.1
+    deltas = [one[name] - np.asarray(factored.base.tensors.read(name)) for name in list(SHAPES)[:2]]
+    assert np.abs(deltas[0] - deltas[1]).max() > 0.1  # the same adapter
+
+
+def test_a_rule_of_factors_is_refused_where_an_expert_has_none():
+    full = Adapter(5, dict.fromkeys(SHAPES, None))
+    with pytest.raises(
+        CfmergeError, match=r"peft_linear of 'layers.0.up.weight' takes the factors .* which expert 'e1'"
+    ):
+        works("peft_linear", [ADAPTERS[0], full])
 
 
 @pytest.mark.parametrize("method", ["ties", "trim >> average"])
