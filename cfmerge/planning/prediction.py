@@ -197,7 +197,7 @@ def on_one_device(group: Group, limits: Limits, devices: Devices) -> float:
     held, method = _unit(group, limits), group.job.method
     if devices.count == 1 or _by_entry(group.job) or group.entries < limits.stacked:
         return held
-    if not method.by_rows or method.survey is not None or group.job.matrices > 1:
+    if not method.by_rows or method.survey is not None or group.job.matrices > 1 or group.job.joint is not None:
         return held
     m, n = group.job.seen_shape
     experts = len(group.job.experts)
