@@ -74,7 +74,12 @@ def of_deltas(
 
 
 def from_deltas(
-    function: Callable[..., Any] | None = None, /, *, notes: Mapping[str, Note] | None = None, **needs: Any
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    notes: Mapping[str, Note] | None = None,
+    joint: bool = False,
+    **needs: Any,
 ) -> Any:
     """The factory of the method whose merged delta is `function(base, deltas, weights, **parameters)`: a decorator.
 
@@ -91,6 +96,7 @@ def from_deltas(
 
     Args:
         notes: see `Method`.
+        joint: it commutes with orthonormal bases of outputs and inputs, see `Part.joint`.
         **needs: fields of `Needs`, such as `scope="entry"`.
 
     Returns:
@@ -100,7 +106,7 @@ def from_deltas(
         CfmergeError: the function has fewer than three parameters, or its name is registered already.
     """
     if function is None:
-        return functools.partial(from_deltas, notes=notes, **needs)
+        return functools.partial(from_deltas, notes=notes, joint=joint, **needs)
     signature = inspect.signature(function)
     if len(signature.parameters) < 3:
         raise CfmergeError(f"{function.__name__}: a function of all deltas takes (base, deltas, weights, ...)")
@@ -108,7 +114,8 @@ def from_deltas(
 
     def factory(*args: Any, **kwargs: Any) -> Method:
         given = factory.__signature__.bind(*args, **kwargs).arguments  # type: ignore[attr-defined]
-        return of_deltas(functools.partial(function, **given), Needs(**needs), name=function.__name__, notes=notes)
+        own = functools.partial(function, **given)
+        return of_deltas(own, Needs(**needs), name=function.__name__, notes=notes, joint=joint)
 
     functools.update_wrapper(factory, function, ("__module__", "__name__", "__qualname__", "__doc__"), updated=())
     del factory.__wrapped__  # type: ignore[attr-defined]
