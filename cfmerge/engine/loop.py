@@ -179,7 +179,9 @@ class Loop:
         streamed = attempt.methods[0].additive and not at_once
         with self.precision(attempt.compute):
             spread, kind = self.placement.spread(attempt.unit), Additive if streamed else Together
-            each: UnitSteps = Joint(attempt, spread, self._as_factors) if attempt.joint else kind(attempt, spread)
+            each: UnitSteps = kind(attempt, spread)
+            if attempt.joint:  # adapters that do not change a tensor leave the base, which is no product
+                each = Joint(attempt, spread, self._as_factors and any(attempt.unit.job.joint or ()))
             if attempt.statistics is not None:
                 base = each.spread.stored(attempt.unit.base())
                 return each.finish(jax.tree.map(_doubled, attempt.statistics), base)

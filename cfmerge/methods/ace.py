@@ -54,6 +54,10 @@ from cfmerge.methods._ace_sums import (
     scalars_of,
 )
 from cfmerge.methods._least_squares import NOTES as SHARED_NOTES
+from cfmerge.methods._least_squares import Form
+
+GateRule = Literal["paper", "log_variance"]
+ZeroDelta = Literal["drop", "keep"]
 
 
 @register
@@ -62,9 +66,9 @@ def ace(
     eps_rel: Number = 0.07,
     tau: Number = 0.3,
     k_frac: float = 0.3,
-    gate: Literal["paper", "log_variance"] = "paper",
-    zero_delta: Literal["drop", "keep"] = "drop",
-    form: Literal["auto", "full", "low-rank"] = "auto",
+    gate: GateRule = "paper",
+    zero_delta: ZeroDelta = "drop",
+    form: Form = "auto",
     rank: int | None = None,
 ) -> Method:
     """Least squares against covariances estimated from the deltas, in closed form.
@@ -99,9 +103,9 @@ def _ace(
     eps_rel: Number,
     tau: Number,
     k_frac: float,
-    gate: str,
-    zero_delta: str,
-    form: str,
+    gate: GateRule,
+    zero_delta: ZeroDelta,
+    form: Form,
     rank: int | None,
     basis: Joint | None = None,
 ) -> Method:

@@ -161,11 +161,14 @@ class Factored(Kept):
 
 
 def test_a_sink_may_take_the_merged_deltas_as_factors():
-    _, factored = works("ace", ADAPTERS, "float32")
+    untouched = {**RANKS, "layers.0.down.kernel": 0}
+    _, factored = works("ace", [Adapter(1, untouched), Adapter(2, untouched)], "float32")
     (whole,), _ = merged(factored)
     sink = Factored()
     run.merge(factored, [sink])
-    assert list(sink.factors) == [job.name for job in factored.jobs if job.joint is not None]
+    changed = [job.name for job in factored.jobs if any(job.joint or ())]
+    assert list(sink.factors) == changed
+    np.testing.assert_array_equal(whole["layers.0.down.kernel"], factored.base.tensors.read("layers.0.down.kernel"))
     for name, (left, right) in sink.factors.items():
         base = np.asarray(factored.base.tensors.read(name))
         assert left.shape[1] <= 9
