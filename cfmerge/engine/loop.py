@@ -178,10 +178,11 @@ class Loop:
         at_once = self.work.statistics is None and (self.work.traced or attempt.unit.row is not None)
         streamed = attempt.methods[0].additive and not at_once
         with self.precision(attempt.compute):
-            spread, kind = self.placement.spread(attempt.unit), Additive if streamed else Together
-            each: UnitSteps = kind(attempt, spread)
+            spread = self.placement.spread(attempt.unit)
             if attempt.joint:  # adapters that do not change a tensor leave the base, which is no product
-                each = Joint(attempt, spread, self._as_factors and any(attempt.unit.job.joint or ()))
+                each: UnitSteps = Joint(attempt, spread, self._as_factors and any(attempt.unit.job.joint or ()))
+            else:
+                each = (Additive if streamed else Together)(attempt, spread)
             if attempt.statistics is not None:
                 base = each.spread.stored(attempt.unit.base())
                 return each.finish(jax.tree.map(_doubled, attempt.statistics), base)
