@@ -6,14 +6,16 @@ from cfmerge import methods
 from cfmerge.methods import Method
 
 BEHIND = {"half_flatten", "larv", "lines", "subspace_boosting", "svc"}  # transforms that stand behind a method
+OF_FACTORS = {"peft_linear"}  # methods that take no dense delta
 PARTS = [
     entry.name if entry.kind == "method" else f"average >> {entry.name}" if entry.name in BEHIND
     else f"{entry.name} >> average"
-    for entry in methods.registry().values()
+    for entry in methods.registry().values() if entry.name not in OF_FACTORS
 ]  # fmt: skip
 ARGUMENTS = {  # parameters without a default, and steps enough to show something
     "drop >> average": "drop(p=0.5) >> average", "trim >> average": "trim(density=0.5) >> average",
-    "nearswap": "nearswap(t=0.05)", "low_rank >> average": "low_rank(rank=2) >> average",
+    "nearswap": "nearswap(t=0.05)", "peft_svd": "peft_svd(rank=2)",
+    "low_rank >> average": "low_rank(rank=2) >> average",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ PUBLIC = [
 ]
 OF_METHODS = (  # what methods of one's own are written with
     "make", "register", "registry", "chain", "from_deltas", "draws", "Method", "Transform", "Needs", "Survey",
-    "Measure", "gcv", "ridge_path",
+    "Measure", "gcv", "ridge_path", "merge_factors",
 )  # fmt: skip
 EXPECTED = [*PUBLIC, *OF_ROOMS, *(f"methods.{name}" for name in OF_METHODS)]  # public names that have an example
 INNER = {  # of the modules above, the parts of what is public

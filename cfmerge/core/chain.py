@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cfmerge.core.call import Call, form_of
+from cfmerge.core.joint import Joint, in_joint
 from cfmerge.core.part import (
     NO_CONTEXT,
     SCOPES,
@@ -76,6 +77,7 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
     elif any(part.pieces for part in parts) and all(_by_entry(part) for part in parts):
         pieces = partial(_in_pieces, parts)
     call = Call.of(_chain_of, {"parts": parts}, frozenset())
+    joint = partial(_in_joint, parts) if all(part.joint for part in parts) else False
 
     def apply(delta: Array, context: Context = NO_CONTEXT) -> Array:
         for part in before:
@@ -84,8 +86,9 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
 
     if at == len(parts):
         return Transform(
-            name, apply, needs=Needs(scope, random=random, ranks=ranks), survey=survey, call=call, pieces=pieces
-        )
+            name, apply, needs=Needs(scope, random=random, ranks=ranks), survey=survey, call=call, pieces=pieces,
+            joint=joint,
+        )  # fmt: skip
     inner = parts[at]
     seen = any(part.needs.seen for part in after)
 
@@ -93,7 +96,8 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
         return Chained(inner.init(base), base if seen else None, (), ())
 
     def update(statistic: Chained, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT) -> Chained:
-        known = inner.see(statistic.inner, apply(delta, context), weight, context)
+        own = context._replace(factors=None) if before else context  # those of the delta before it was changed
+        known = inner.see(statistic.inner, apply(delta, context), weight, own)
         if not seen:
             return Chained(known, None, (), ())
         return Chained(known, statistic.base, (*statistic.deltas, delta), (*statistic.weights, jnp.asarray(weight)))
@@ -125,7 +129,12 @@ def _chain_of(parts: tuple[Any, ...]) -> Any:
         notes=inner.notes,
         call=call,
         pieces=pieces,
+        joint=joint,
     )
+
+
+def _in_joint(parts: tuple[Any, ...], joint: Joint) -> Any:
+    return _chain_of(tuple(in_joint(part, joint) for part in parts))
 
 
 def _in_pieces(parts: tuple[Any, ...]) -> Any:
@@ -145,6 +154,8 @@ def _check(parts: tuple[Any, ...], before: tuple[Any, ...], after: tuple[Any, ..
     for part in before:
         if part.needs.seen or part.needs.behind:
             raise CfmergeError(f"chain: {part.name} looks at the merged delta: it must stand behind a method")
+        if any(other.needs.factors == "required" for other in parts):
+            raise CfmergeError(f"chain: {methods[0]} takes the adapters' factors, not what {part.name} makes")
     for part in after:
         if part.needs.random:
             raise CfmergeError(f"chain: {part.name} is random by expert: it must stand in front of the method")

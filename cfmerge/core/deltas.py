@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from cfmerge.core.joint import Joint
 from cfmerge.core.part import NO_CONTEXT, Context, Method, Needs, Note, Report, Seen
 from cfmerge.core.registry import register
 from cfmerge.errors import CfmergeError
@@ -32,6 +33,7 @@ def of_deltas(
     name: str = "",
     notes: Mapping[str, Note] | None = None,
     located: bool = False,
+    joint: Callable[[Joint], Callable[..., Any]] | bool = False,
 ) -> Method:
     """The method whose merged delta is `function(base, deltas, weights)`.
 
@@ -39,7 +41,11 @@ def of_deltas(
         function: it may return `(merged, report)` too.
         needs, notes: see `Method`.
         located: the function takes a last argument, the number of the first entry in its tensor.
+        joint: `joint(basis)` is the function of cores in a joint basis; True: the same; see `Part.joint`.
     """
+
+    def in_basis(basis: Joint) -> Method:
+        return of_deltas(joint(basis), needs, name=name or function.__name__, notes=notes)  # type: ignore[operator]
 
     def init(base: Array) -> Seen:
         return Seen(base, (), ())  # type: ignore[arg-type]
@@ -63,11 +69,17 @@ def of_deltas(
         additive=False,
         statistic="all deltas",
         notes=notes or {},
+        joint=in_basis if callable(joint) else joint,
     )
 
 
 def from_deltas(
-    function: Callable[..., Any] | None = None, /, *, notes: Mapping[str, Note] | None = None, **needs: Any
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    notes: Mapping[str, Note] | None = None,
+    joint: bool = False,
+    **needs: Any,
 ) -> Any:
     """The factory of the method whose merged delta is `function(base, deltas, weights, **parameters)`: a decorator.
 
@@ -84,6 +96,7 @@ def from_deltas(
 
     Args:
         notes: see `Method`.
+        joint: it commutes with orthonormal bases of outputs and inputs, see `Part.joint`.
         **needs: fields of `Needs`, such as `scope="entry"`.
 
     Returns:
@@ -93,7 +106,7 @@ def from_deltas(
         CfmergeError: the function has fewer than three parameters, or its name is registered already.
     """
     if function is None:
-        return functools.partial(from_deltas, notes=notes, **needs)
+        return functools.partial(from_deltas, notes=notes, joint=joint, **needs)
     signature = inspect.signature(function)
     if len(signature.parameters) < 3:
         raise CfmergeError(f"{function.__name__}: a function of all deltas takes (base, deltas, weights, ...)")
@@ -101,7 +114,8 @@ def from_deltas(
 
     def factory(*args: Any, **kwargs: Any) -> Method:
         given = factory.__signature__.bind(*args, **kwargs).arguments  # type: ignore[attr-defined]
-        return of_deltas(functools.partial(function, **given), Needs(**needs), name=function.__name__, notes=notes)
+        own = functools.partial(function, **given)
+        return of_deltas(own, Needs(**needs), name=function.__name__, notes=notes, joint=joint)
 
     functools.update_wrapper(factory, function, ("__module__", "__name__", "__qualname__", "__doc__"), updated=())
     del factory.__wrapped__  # type: ignore[attr-defined]

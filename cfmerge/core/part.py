@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 if TYPE_CHECKING:
     from cfmerge.core.call import Call
+    from cfmerge.core.joint import Joint
     from cfmerge.core.survey import Survey
 
 Statistic = Any  # a pytree of arrays, private to each method
@@ -40,6 +41,7 @@ class Context(NamedTuple):
             where they differ: a number that is drawn belongs to an entry of the file.
         rank: the rank of each entry's magnitude in its row over that of the largest, from 0 to 1, for parts whose needs
             say `ranks`.
+        factors: `(left, right)` with `delta = left @ right`, where all experts come as factors.
     """
 
     key: Array | None = None
@@ -49,6 +51,7 @@ class Context(NamedTuple):
     stored: tuple[int, ...] | None = None
     view: Callable[[Array], Array] | None = None
     rank: Array | None = None
+    factors: tuple[Array, Array] | None = None
 
 
 NO_CONTEXT = Context()
@@ -84,6 +87,8 @@ class Needs:
         ranks: the ranks of the delta's entries in their rows, in the context: for the first part of a chain.
         behind: a transform that must stand behind a method, as its survey measures the merged delta.
         seen: one that is called as `apply(merged, Seen)`; it too must stand there.
+        factors: "required": the factors of every delta, so that all experts must be adapters; "used": the method takes
+            them into account where all have them. Both come in the context, in the joint basis.
     """
 
     scope: Scope = "matrix"
@@ -96,6 +101,7 @@ class Needs:
     ranks: bool = False
     behind: bool = False
     seen: bool = False
+    factors: Literal["", "used", "required"] = ""
 
     def but(self, **changes: Any) -> "Needs":
         """The needs, some of them changed."""
@@ -113,6 +119,9 @@ class Part:
         call: the registered call that made it, from which it can be made again with other numbers.
         pieces: `pieces()` is the same part of scope "entry" after a look within each tensor, so that a large tensor can
             be merged in pieces; None where there is no such form. Ask by `in_pieces`.
+        joint: `joint(basis)` is the same part for cores `U^T D V` in a joint basis of the deltas (`core/joint.py`),
+            with the constants of the dense shape; True: it has none, and takes cores as it takes deltas; False: it does
+            not commute with bases. Ask by `in_joint`.
     """
 
     name: str
@@ -121,6 +130,7 @@ class Part:
     survey: "Survey | None" = None
     call: "Call | None" = None
     pieces: "Callable[[], Part] | None" = None
+    joint: "Callable[[Joint], Part] | bool" = False
 
     @property
     def parameters(self) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """Several methods as one, for sweeps: they see the experts once, and share statistics and decompositions."""
 
 from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from cfmerge.core.call import Call, call_of, form_of, structure
+from cfmerge.core.joint import Joint, in_joint, out_of_basis
 from cfmerge.core.part import NO_CONTEXT, SCOPES, Context, Method, Needs, Note, Report, Statistic
 from cfmerge.core.survey import Found, Look, Survey
 from cfmerge.errors import CfmergeError
@@ -42,7 +44,7 @@ def several(methods: tuple[Method, ...]) -> Method:
             statistic = statistics[distinct.index(keys[group[0]])]
             solved |= dict(zip(group, _solve_alike([methods[n] for n in group], statistic), strict=True))
         merged, reports = zip(*(solved[number] for number in range(len(methods))), strict=True)
-        return jnp.stack(merged), reports
+        return jax.tree.map(lambda *each: jnp.stack(each), *merged), reports
 
     def form(rank: int | None) -> Method | None:
         made = [form_of(method) for method in methods if rank is None]
@@ -50,18 +52,28 @@ def several(methods: tuple[Method, ...]) -> Method:
 
     scope = max((method.needs.scope for method in methods), key=SCOPES.index)
     random = any(method.needs.random for method in methods)
+    factors = {method.needs.factors for method in methods}
+    wanted: Any = "required" if "required" in factors else "used" if "used" in factors else ""
     return Method(
         "sweep",
         init,
         update,
         solve,
-        needs=Needs(scope, moments=next(iter(moments), ""), random=random),
+        needs=Needs(scope, moments=next(iter(moments), ""), random=random, factors=wanted),
         additive=all(method.additive for method in methods),
         by_rows=all(method.by_rows for method in methods),
         form=form,
         survey=_survey(methods),
+        joint=partial(_on_cores, methods) if all(method.joint for method in methods) else False,
         call=Call.of(several, {"methods": methods}, frozenset()),
     )
+
+
+def _on_cores(methods: tuple[Method, ...], basis: Joint) -> Method:
+    own = [in_joint(method, basis) for method in methods]
+    if any(method.needs.factors for method in methods):  # a merge may leave the basis
+        own = [out_of_basis(method, basis) for method in own]
+    return several(tuple(own))
 
 
 def members(method: Method) -> tuple[Method, ...]:

@@ -30,13 +30,14 @@ steps `Unsolved`, which return the statistics.
     cutting    jobs cut into units
     passes     the steps of each kind of pass
     steps      the functions that are compiled
+    joint      that of adapters, which are merged in the joint basis of their factors
     compiling  programs kept on disk between runs, and compiled quickly where they run briefly
     inputs     all that comes with their arrays
     placement  which devices do a unit; units joined to fill a mesh
     processes  which process does a unit; what processes tell each other
     spread     how a unit lies on devices
     precision  the decisions that are made while running
-    low_rank   deltas of low rank, recognised
+    low_rank   dense deltas of low rank, recognised
     surveys    findings, and the methods that asked for them
     checks     checks of values
     account    reports and notes

@@ -36,11 +36,11 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
             yield from _layers(work, job, memory) if job.layers_apart else [_whole(work, [job])]
             continue
         job = work.by_entry(job)
-        likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method))
+        likes = (job.parameter.dtype, str(job.dtype), job.experts, kind_of(job.method), job.joint)
         if looks_within(job.method):
             yield from _apart(work, job, filling.setdefault(likes, []), entries_of(job, memory))
             continue
-        if job.method.needs.scope == "entry" and not work.traced:
+        if job.method.needs.scope == "entry" and not work.traced and job.joint is None:
             survey, most = job.method.survey, entries_of(job, memory)
             if work.from_files and (survey is None or survey.rows):
                 yield from _rows(work, job, filling.setdefault(likes, []), most)
@@ -48,7 +48,8 @@ def units_of(work: Work, jobs: Sequence[Job], memory: int | None = None) -> Iter
             if job.parameter.size > most:
                 yield from _in_pieces(work, job, most)
                 continue
-        if job.layers_apart and not work.traced and (job.layers_in_turn or _at_once(job, 1, memory) < job.matrices):
+        apart = job.layers_apart and not work.traced and job.joint is None
+        if apart and (job.layers_in_turn or _at_once(job, 1, memory) < job.matrices):
             yield from _layers(work, job, memory)
             continue
         bucket = waiting.setdefault((job.shape, job.layout, *likes), [])

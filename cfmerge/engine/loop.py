@@ -23,7 +23,7 @@ from cfmerge.engine.compiling import cached
 from cfmerge.engine.cutting import units_of
 from cfmerge.engine.inputs import INPUTS
 from cfmerge.engine.journal import Journal, bytes_of, ranges_of
-from cfmerge.engine.passes import Additive, Together, UnitSteps, Unsolved
+from cfmerge.engine.passes import Additive, Joint, Together, UnitSteps, Unsolved
 from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, together, ways
 from cfmerge.engine.processes import joined, mine
@@ -49,9 +49,11 @@ class Loop:
         progress: Progress,
         stop: threading.Event | None,
         journal: Journal,
+        as_factors: bool = False,
     ) -> None:
         self.work, self.memory, self._progress, self._stop, self.journal = work, memory, progress, stop, journal
         self.placement, self.processes = placement.within(memory), placement.processes
+        self._as_factors = as_factors  # sinks take what is merged in a joint basis as factors
         self._lock, self._context = threading.Lock(), contextlib.ExitStack()
         self._looks: dict[str, Future[dict[Any, Any]]] = {}  # within tensors that come in pieces
         self._workers = WORKERS if work.from_files else 0
@@ -146,19 +148,21 @@ class Loop:
 
     # --- one unit -----------------------------------------------------------------------------------------------------
 
-    def passed_over(self, unit: Unit, each: UnitSteps, compute: str, tell: Progress = silent) -> Any:
-        """The base of a unit, then its experts one by one, through the steps."""
+    def passed_over(
+        self, unit: Unit, each: UnitSteps, compute: str, tell: Progress = silent, joint: bool = False
+    ) -> Any:
+        """The base of a unit, then its experts one by one, through the steps; in a joint basis, their factors."""
         with self.precision(compute):
             spread = each.spread
             base = spread.stored(unit.base())
             tell(unit.job.name, unit.entries * base.dtype.itemsize)
             state = each.start(base)
             for t in each.experts:
-                array, minus = unit.expert(t)
-                expert = spread.stored(array)
+                array, minus = (unit.factors(t), None) if joint else unit.expert(t)
+                expert = jax.tree.map(spread.stored, array)
                 inputs = spread.put(unit.inputs(t)._replace(minus=minus), INPUTS)
                 state = each.update(state, base, t, expert, inputs)
-                tell(unit.job.name, unit.entries * expert.dtype.itemsize)
+                tell(unit.job.name, unit.entries * (base if joint else expert).dtype.itemsize)
             return each.finish(state, base)
 
     def merged(self, unit: Unit, found: Found | None) -> Outcome:
@@ -181,11 +185,16 @@ class Loop:
         at_once = self.work.statistics is None and (self.work.traced or attempt.unit.row is not None)
         streamed = attempt.methods[0].additive and not at_once
         with self.precision(attempt.compute):
-            each = (Additive if streamed else Together)(attempt, self.placement.spread(attempt.unit))
+            spread = self.placement.spread(attempt.unit)
+            if attempt.joint:  # adapters that do not change a tensor leave the base, which is no product
+                each: UnitSteps = Joint(attempt, spread, self._as_factors and any(attempt.unit.job.joint or ()))
+            else:
+                each = (Additive if streamed else Together)(attempt, spread)
             if attempt.statistics is not None:
                 base = each.spread.stored(attempt.unit.base())
                 return each.finish(jax.tree.map(_doubled, attempt.statistics), base)
-        return self.passed_over(attempt.unit, each, attempt.compute, silent if attempt.silent else self.tell)
+        tell = silent if attempt.silent else self.tell
+        return self.passed_over(attempt.unit, each, attempt.compute, tell, attempt.joint)
 
     def accumulated(self, unit: Unit, compute: str) -> Any:
         """The statistics of a unit's tensors when all experts were seen."""

@@ -3,6 +3,7 @@
 Additive     a statistic of a fixed size, then its solution
 Unsolved     the statistic itself
 Together     all experts at once, for methods that are not sums
+Joint        all experts at once, by the factors of their deltas
 Measuring    a survey's measure
 """
 
@@ -18,7 +19,8 @@ from cfmerge.core.survey import Measure, Order, xp_of
 from cfmerge.engine.checks import check_finite
 from cfmerge.engine.compiling import is_quick, options
 from cfmerge.engine.inputs import SETTINGS, Inputs, Settings
-from cfmerge.engine.precision import Attempt, Outcome
+from cfmerge.engine.joint import compiled
+from cfmerge.engine.precision import Attempt, Outcome, compute_dtype
 from cfmerge.engine.spread import Spread
 from cfmerge.engine.steps import Steps, Views, finite, measured, measured_shares, steps
 from cfmerge.engine.units import Unit
@@ -47,16 +49,19 @@ class _Merging:
 
     def __init__(self, attempt: Attempt, spread: Spread) -> None:
         self.unit, self.attempt, self.spread = attempt.unit, attempt, spread
-        work, layout = self.unit.work, self.unit.job.layout
-        self.traced = work.traced
-        if self.traced:
-            self.by: Steps = steps(layout, attempt.compute, True)
-        else:
-            self.by = spread.steps(layout, attempt.compute, is_quick(work))
+        self.traced = self.unit.work.traced
         settings = self.unit.settings(attempt.methods, attempt.found)
         self.settings: list[Settings] = [spread.put(one, SETTINGS) for one in settings]
         self.experts = self.unit.experts
         self.order = {number: place for place, number in enumerate(self.unit.experts, 1)}
+
+    @functools.cached_property
+    def by(self) -> Steps:
+        """The compiled steps."""
+        layout, compute = self.unit.job.layout, self.attempt.compute
+        if self.traced:
+            return steps(layout, compute, True)
+        return self.spread.steps(layout, compute, is_quick(self.unit.work))
 
     def checked(self, base: jax.Array, number: int | None, flags: Any) -> None:
         """Raises `NonFiniteError` unless the flags of an expert (of the result: None) are all set."""
@@ -121,6 +126,32 @@ class Together(_Merging):
         merged, reports, finite = self.by.together(self.settings[1:], base, experts, inputs, out)
         each: Any = finite if self.traced else np.asarray(finite)  # taken apart by JAX it would be one more program
         for flags, number in zip(each, (*self.unit.experts, None), strict=True):
+            self.checked(base, number, flags)
+        return self.outcome(merged, reports)
+
+
+class Joint(_Merging):
+    """All experts at once, by the factors of their deltas.
+
+    Args:
+        as_factors: the outcome's tensors are the merged delta's factors, `(left, right)`.
+    """
+
+    def __init__(self, attempt: Attempt, spread: Spread, as_factors: bool = False) -> None:
+        super().__init__(attempt, spread)
+        work, compute = self.unit.work, compute_dtype(self.unit.work, self.unit.jobs)
+        self.merge = compiled(self.unit.job.factor_layout, compute, as_factors, is_quick(work), spread.mesh)
+
+    def start(self, base: jax.Array) -> Any:
+        return ()
+
+    def update(self, state: Any, base: jax.Array, number: int, expert: Any, inputs: Inputs) -> Any:
+        return (*state, (expert, inputs))
+
+    def finish(self, state: Any, base: jax.Array) -> Any:
+        experts, inputs = [list(column) for column in zip(*state, strict=True)]
+        merged, reports, finite = self.merge(self.settings[1:], base, experts, inputs, self.unit.job.dtype.name)
+        for flags, number in zip(np.asarray(finite), (*self.unit.experts, None), strict=True):
             self.checked(base, number, flags)
         return self.outcome(merged, reports)
 

@@ -107,7 +107,9 @@ class Placement:
     def _axis(self, unit: Unit) -> int | None:
         """The axis of the stored tensor by which one large matrix is shared out; None if that does not pay."""
         job, method = unit.job, unit.job.method
-        if not method.by_rows or method.survey is not None or unit.row is not None or unit.stack * job.matrices > 1:
+        if job.joint is not None or not method.by_rows:
+            return None
+        if method.survey is not None or unit.row is not None or unit.stack * job.matrices > 1:
             return None
         times = len(self.devices) if self.on_host else 1  # each device holds the whole Gram
         if job.parameter.size < STACKED or not self._fits(unit, times):
@@ -131,7 +133,8 @@ def _likeness(unit: Unit) -> Any:
     job, first = unit.job, unit.segments[0]
     shape = job.shape if unit.row is None else unit.row
     method = kind_of(job.method), low_rank(unit)
-    return shape, len(unit.layers), first.count is None, job.layout, job.parameter.dtype, job.dtype, job.experts, method
+    lies = job.layout, job.parameter.dtype, job.dtype, job.joint
+    return shape, len(unit.layers), first.count is None, *lies, job.experts, method
 
 
 @functools.lru_cache

@@ -35,6 +35,7 @@ class Attempt(NamedTuple):
     Attributes:
         statistics: solve these, from an earlier attempt, and read nothing.
         silent: it reads again what was counted as read before.
+        joint: the experts' factors are read, and merged in their joint basis.
     """
 
     unit: Unit
@@ -43,10 +44,14 @@ class Attempt(NamedTuple):
     compute: str
     statistics: Any = None
     silent: bool = False
+    joint: bool = False
 
 
 class Outcome(NamedTuple):
-    """The outcome of an attempt: `tensors (segments, *stored)`, or `(segments, results, *stored)` of a sweep."""
+    """The outcome of an attempt: `tensors (segments, *stored)`, or `(segments, results, *stored)` of a sweep.
+
+    Of a merge in a joint basis whose factors are wanted, `(left, right)` instead.
+    """
 
     tensors: Any
     reports: Reports
@@ -74,6 +79,8 @@ def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome
     """The attempts at a unit; returns the outcome that holds."""
     work, methods = unit.work, unit.methods
     usual = Attempt(unit, methods, found, "float32")
+    if unit.job.joint is not None:  # cores are small: float64 from the start
+        return (yield usual._replace(compute="float64", joint=True))
     if compute_dtype(work, unit.jobs) == "float64":
         return (yield usual._replace(compute="float64"))
     if work.traced:
@@ -143,12 +150,13 @@ def compute_dtype(work: Work, jobs: Sequence[Job]) -> str:
 
 
 def low_rank(unit: Unit) -> int | None:
-    """The rank to take the deltas of, if the method has a form for it and all deltas look like it.
+    """The rank to take dense deltas of, if the method has a form for it and all of them look like it.
 
     Units that were joined have one rank, or none: see `placement`.
     """
     method, work = unit.methods[0], unit.work
     wide = work.traced or work.statistics is not None or compute_dtype(work, unit.jobs) == "float64"
+    wide = wide or unit.job.joint is not None
     if wide or method.form is None or sorted(unit.job.layout) != ["i", "o"]:
         return None
     several = len(unit.segments) > 1
@@ -159,13 +167,14 @@ def low_rank(unit: Unit) -> int | None:
 
 
 def _rank_of(unit: Unit) -> int | None:
-    """The rank of one matrix's deltas, if taking them of it pays."""
-    rank, count = unit.rank(), len(unit.experts)
-    if rank is None:
-        rank = rank_bound(unit.base()[0], (unit.expert(t)[0][0] for t in unit.experts), count)
-    elif 2 * rank * count > min(unit.job.seen_shape):  # no gain
-        return None
-    return rank
+    """The rank that one matrix's deltas look like, if taking them of it pays."""
+    base = unit.base()[0]
+    return rank_bound(base, (_tensor(base, *unit.expert(t)) for t in unit.experts), len(unit.experts))
+
+
+def _tensor(base: Any, stack: Any, minus: Any) -> Any:
+    """The expert's tensor; or base and delta, where the delta came instead."""
+    return stack[0] if minus is None else stack[0] + (1 - minus[0]) * base
 
 
 def _replaced(outcome: Outcome, number: int, alone: Outcome) -> Outcome:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from cfmerge.engine.account import Account, Told, told_of
@@ -43,7 +44,8 @@ def merge(
         CfmergeError: integers that do not agree.
     """
     journal = journal or Forgetful()
-    account, loop = Account(), Loop(work, memory, placement, progress, stop, journal)
+    as_factors = all(hasattr(sink, "write_factors") for sink in sinks)
+    account, loop = Account(), Loop(work, memory, placement, progress, stop, journal, as_factors)
     by_name, reports = {job.name: job for job in work.jobs}, list[tuple[Unit, Any]]()
     for earlier in journal.told():
         account.add(Told(*earlier), by_name)
@@ -51,8 +53,9 @@ def merge(
     def take(unit: Unit, outcome: Outcome) -> None:
         told = Told() if work.traced else told_of(unit, outcome)
         reports.append((unit, tuple(told)))
-        tensors = np.asarray(outcome.tensors) if work.from_files else outcome.tensors
-        each = [tensors] if len(sinks) == 1 else [tensors[:, number] for number in range(len(sinks))]
+        tensors = jax.tree.map(np.asarray, outcome.tensors) if work.from_files else outcome.tensors
+        several = len(sinks) > 1
+        each = [jax.tree.map(lambda leaf, n=n: leaf[:, n] if several else leaf, tensors) for n in range(len(sinks))]
         loop.writer.take(sinks, [unit.parts(own) for own in each], ranges_of(unit), told)
 
     with loop:

@@ -98,7 +98,7 @@ class Views(NamedTuple):
     @property
     def over(self) -> Callable[..., Any]:
         """Calls a function for every tensor of stacks."""
-        return _vmap if self.entries and not self.apart else _map
+        return _vmap if self.entries and not self.apart else one_after_the_other
 
     def canonical(self, stack: Array) -> Array:
         """(stack, *stored) to (stack * batch, out, in), or as stored where there is no such view."""
@@ -144,22 +144,24 @@ class Own(NamedTuple):
         return expert - (base if self.minus is None else self.minus * base)
 
 
+def made(settings: Settings, call: Call, tensor: Any, compute: str) -> Method:
+    """The method of one tensor, whose numbers are traced, informed by what its survey has found."""
+    method = jax.tree.map(lambda value: jnp.asarray(value, compute), call).part()
+    if method.survey is None:
+        return method
+    within = method.survey.within == "tensor"
+    return method.survey.informed(Found(tensor) if within else Found(settings.model, tensor))
+
+
 def steps(layout: str, compute: str, apart: bool = False) -> Steps:
     """The steps, not jitted; for `apart` see `Views`."""
 
     def views(settings: Settings) -> Views:
         return Views(layout, compute, settings.method.needs, apart)
 
-    def made(settings: Settings, call: Call, tensor: Any) -> Method:
-        method = jax.tree.map(lambda value: jnp.asarray(value, compute), call).part()
-        if method.survey is None:
-            return method
-        within = method.survey.within == "tensor"
-        return method.survey.informed(Found(tensor) if within else Found(settings.model, tensor))
-
     def start(settings: Settings, base: Array) -> Any:
         def one(call: Call, tensor: Any, base: Array) -> Any:
-            return made(settings, call, tensor).init(base)
+            return made(settings, call, tensor, compute).init(base)
 
         view = views(settings)
         return view.over(one, settings.call, settings.tensor, view.canonical(base))
@@ -168,7 +170,7 @@ def steps(layout: str, compute: str, apart: bool = False) -> Steps:
         def one(call: Call, tensor: Any, statistic: Any, base: Array, expert: Array, given: Any) -> Any:
             weight, own = given
             context = view.context(inputs, own, stored)
-            return made(settings, call, tensor).see(statistic, own.delta(expert, base), weight, context)
+            return made(settings, call, tensor, compute).see(statistic, own.delta(expert, base), weight, context)
 
         view, stored = views(settings), base.shape[1:]
         pair = view.canonical(base), view.canonical(expert)
@@ -177,7 +179,7 @@ def steps(layout: str, compute: str, apart: bool = False) -> Steps:
 
     def finish(settings: Settings, statistics: Any, base: Array, out: str) -> tuple[Array, Any, Array]:
         def one(call: Call, tensor: Any, statistic: Any) -> Any:
-            return made(settings, call, tensor).solve(statistic)
+            return made(settings, call, tensor, compute).solve(statistic)
 
         merged, reports = views(settings).over(one, settings.call, settings.tensor, statistics)
         return written(settings, merged, reports, base, out)
@@ -196,7 +198,7 @@ def steps(layout: str, compute: str, apart: bool = False) -> Steps:
         settings: Sequence[Settings], base: Array, experts: Sequence[Array], inputs: Sequence[Inputs], out: str
     ) -> tuple[Array, Any, Array]:
         def one(calls: list[Call], tensor: Any, base: Array, experts: list[Array], given: Any) -> Any:
-            rules = [made(settings[0], call, tensor) for call in calls]
+            rules = [made(settings[0], call, tensor, compute) for call in calls]
             statistic = rules[0].init(base)
             for t, (weight, own) in enumerate(given):
                 context = view.context(inputs[t], own, stored)
@@ -251,7 +253,9 @@ def finite(stack: Array) -> Bool[Array, " stack"]:
     return jnp.isfinite(stack).all(axis=tuple(range(1, stack.ndim)))
 
 
-def _map(function: Callable[..., Any], *stacks: Any) -> Any:
+def one_after_the_other(function: Callable[..., Any], *stacks: Any) -> Any:
+    """The function of every tensor of stacks."""
+
     def one(arguments: Any) -> Any:  # the barriers: compiled alike whether it is looped over or stands alone
         return lax.optimization_barrier(function(*lax.optimization_barrier(arguments)))
 

@@ -26,6 +26,7 @@ from cfmerge.core.survey import Found
 from cfmerge.engine.inputs import Inputs, Settings, column, settings_of
 from cfmerge.engine.segments import Segment
 from cfmerge.engine.surveys import Place, at_places
+from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
 from cfmerge.models.deltas import Dense, Factors
 from cfmerge.planning.work import Job, Readable, Work
@@ -140,21 +141,33 @@ class Unit:
         if number not in self.experts:
             return self.base(), None
         deltas = [segment.delta(self.work, number) for segment in self.segments]
-        arrays = [delta.product if isinstance(delta, Factors) else delta.tensor for delta in deltas]
+        shape = self.job.parameter.shape if self.segments[0].count is None else (-1,)
+        arrays = [d.product.reshape(shape) if isinstance(d, Factors) else d.tensor for d in deltas]
         if all(isinstance(delta, Dense) for delta in deltas):
             return self._stacked(arrays), None
         return self._stacked(arrays), np.repeat([float(isinstance(delta, Dense)) for delta in deltas], self._repeats)
 
-    def rank(self) -> int | None:
-        """The rank of the experts' deltas where all come as factors, which are read for it; else None."""
-        ranks = []
-        for number in self.experts:
-            for segment in self.segments:
-                delta = segment.delta(self.work, number)
-                if not isinstance(delta, Factors):
-                    return None
-                ranks.append(delta.right.shape[0])
-        return max(ranks, default=None)
+    def factors(self, number: int) -> tuple[Any, Any]:
+        """The factors of an expert's deltas, `(stack, rows, r)` and `(stack, r, columns)`; of rank 0 a column of zeros.
+
+        Raises:
+            CfmergeError: the source has other factors than its header says.
+        """
+        deltas = [segment.delta(self.work, number) for segment in self.segments]
+        ranks = [delta.right.shape[0] if isinstance(delta, Factors) else None for delta in deltas]
+        said = self.job.ranks[number]
+        if set(ranks) != {said}:
+            at = next(n for n, rank in enumerate(ranks) if rank != said)
+            raise CfmergeError(
+                f"{self.work.experts[number].told}: the factors of {self.names[at]!r} have rank {ranks[at]}, expected "
+                f"{said}, which its header says: is the adapter's configuration that of its weights?"
+            )
+        own = [d.balanced if self.job.method.needs.factors else (d.left, d.right) for d in deltas]  # type: ignore[union-attr]
+        sides = zip(*own, strict=True)
+        left, right = (np.stack(_one_dtype([np.asarray(factor) for factor in side])) for side in sides)
+        if said == 0:
+            left, right = np.pad(left, ((0, 0), (0, 0), (0, 1))), np.pad(right, ((0, 0), (0, 1), (0, 0)))
+        return left, right
 
     def read(self, model: Readable, names: Sequence[str]) -> Any:
         """The unit's share of a model, one name for each segment."""
@@ -179,10 +192,11 @@ class Unit:
         return rows
 
     def parts(self, values: Any) -> Iterator[tuple[Job, int, Any]]:
-        """`(job, first entry, values)` of each segment, out of an array `(stack, ...)`."""
+        """`(job, first entry, values)` of each segment, out of an array `(stack, ...)`, or a pair of factors."""
         for segment, span in zip(self.segments, self.spans, strict=True):
             if self.row is None:
-                yield segment.job, segment.first, segment.stored(values[span.start])
+                own = jax.tree.map(lambda leaf, at=span.start: leaf[at], values)
+                yield segment.job, segment.first, segment.stored(own)
             else:
                 yield segment.job, segment.first, values[span].reshape(-1)[: segment.count]
 

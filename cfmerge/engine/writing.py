@@ -66,6 +66,9 @@ class Writer:
 
 
 def written(sink: Writable, job: Job, first: int, values: Any) -> None:
-    """Writes a part under all names of its tensor."""
+    """Writes a part under all names of its tensor: its values, or a merged delta's factors."""
     for name in job.writes:
-        sink.write(name, values, first)
+        if isinstance(values, tuple):
+            sink.write_factors(name, *values)  # type: ignore[attr-defined]
+        else:
+            sink.write(name, values, first)

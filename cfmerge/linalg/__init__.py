@@ -21,6 +21,7 @@ from cfmerge.linalg.low_rank import leading as leading
 from cfmerge.linalg.low_rank import low_rank_factors as low_rank_factors
 from cfmerge.linalg.low_rank import nonzero as nonzero
 from cfmerge.linalg.low_rank import rank_cutoff as rank_cutoff
+from cfmerge.linalg.low_rank import span as span
 from cfmerge.linalg.low_rank import svd as svd
 from cfmerge.linalg.low_rank import truncated as truncated
 from cfmerge.linalg.polar_factors import Polar as Polar

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from cfmerge.linalg.batching import one_by_one
 from cfmerge.linalg.filled import filled
-from cfmerge.linalg.products import gram, matmul
+from cfmerge.linalg.products import gram, matmul, unit
 from cfmerge.linalg.spectra import orthonormal, symmetric_eigen, thin_svd
 
 MARGIN = 16  # at least so many eigenvectors beyond the leading ones are turned with them
@@ -199,6 +199,26 @@ def svd_wide(matrix: Float[Array, "m n"], k: int) -> tuple[Array, Array, Array]:
     """By the SVD of the transposed, which LAPACK does about twice as fast where m < n."""
     v, s, ut = thin_svd(matrix.T)
     return ut.T[:, :k], s[:k], v.T[:k]
+
+
+def span(columns: Float[Array, "m k"]) -> tuple[Float[Array, "m p"], Float[Array, "p k"]]:
+    """`columns = basis @ coordinates`, with orthonormal columns in the basis, as many as there are directions.
+
+    `p = min(m, k)`; the basis' other columns, and their coordinates, are zero. Columns count as if they were of one
+    length. By QR, which squares nothing, and the SVD of its small factor.
+
+    Example:
+        >>> columns = jnp.array([[3.0, 6.0], [4.0, 8.0], [0.0, 0.0]])
+        >>> basis, coordinates = linalg.span(columns)
+        >>> bool(jnp.all(basis[:, 1] == 0)), bool(jnp.allclose(basis @ coordinates, columns))
+        (True, True)
+    """
+    m, k = columns.shape
+    units = unit(columns, 0)
+    q = orthonormal(units) if k <= m else jnp.eye(m, dtype=columns.dtype)
+    u, s, _ = thin_svd(matmul(q.T, units))
+    basis = matmul(q, u * nonzero(s, s[0], rank_cutoff(columns.shape, columns.dtype)))
+    return basis, matmul(basis.T, columns)
 
 
 def scale_of(matrix: Array) -> Array:

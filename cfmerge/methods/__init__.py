@@ -5,6 +5,8 @@ from cfmerge.core.chain import chain as chain
 from cfmerge.core.deltas import from_deltas as from_deltas
 from cfmerge.core.deltas import of_deltas as of_deltas
 from cfmerge.core.expressions import make as make
+from cfmerge.core.joint import Joint as Joint
+from cfmerge.core.joint import merge_factors as merge_factors
 from cfmerge.core.numbers import Number as Number
 from cfmerge.core.numbers import PerExpert as PerExpert
 from cfmerge.core.part import Context as Context
@@ -25,6 +27,9 @@ from cfmerge.core.survey import reached as reached
 from cfmerge.methods._spectrum import gcv as gcv
 from cfmerge.methods._spectrum import ridge_path as ridge_path
 from cfmerge.methods.ace import ace as ace
+from cfmerge.methods.adapters import peft_cat as peft_cat
+from cfmerge.methods.adapters import peft_linear as peft_linear
+from cfmerge.methods.adapters import peft_svd as peft_svd
 from cfmerge.methods.cart import cart as cart
 from cfmerge.methods.competition import pcb as pcb
 from cfmerge.methods.consensus import breadcrumbs as breadcrumbs
@@ -38,6 +43,8 @@ from cfmerge.methods.dc_merge import dc_merge as dc_merge
 from cfmerge.methods.election import disjoint_mean as disjoint_mean
 from cfmerge.methods.isotropic import iso_c as iso_c
 from cfmerge.methods.isotropic import iso_cts as iso_cts
+from cfmerge.methods.knots import core_space as core_space
+from cfmerge.methods.knots import knots as knots
 from cfmerge.methods.layer_scales import larv as larv
 from cfmerge.methods.layer_scales import lines as lines
 from cfmerge.methods.least_squares import actmat as actmat

@@ -49,7 +49,9 @@ class Bases(NamedTuple):
     lost: Float[Array, ""]
 
 
-def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Float[Array, ""]) -> Bases:
+def orthonormal(
+    us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Float[Array, ""], most: int | None = None
+) -> Bases:
     """The polar factors of left and right vectors side by side.
 
     The vectors of all experts may nearly fill the space, so that the smallest singular values of a side are small and
@@ -57,9 +59,10 @@ def orthonormal(us: Float[Array, "m q"], vts: Float[Array, "q n"], columns: Floa
 
     Args:
         columns: how many of the `q` are not zero.
+        most: how many can be independent, `min(out, in)` of the dense deltas; none: these are dense.
     """
     left, right = linalg.polar(us), linalg.polar(vts)
-    possible = jnp.minimum(columns, min(us.shape[0], vts.shape[1]))
+    possible = jnp.minimum(columns, min(us.shape[0], vts.shape[1]) if most is None else most)
     return Bases(left.factor, right.factor, possible - jnp.minimum(left.rank, right.rank))
 
 
@@ -69,10 +72,10 @@ def side_by_side(triplets: Triplets) -> tuple[Float[Array, "m kT"], Float[Array,
     return jnp.moveaxis(u, 0, 1).reshape(u.shape[1], -1), s.ravel(), vt.reshape(-1, vt.shape[2])
 
 
-def cover(triplets: Triplets) -> tuple[Bases, Float[Array, " kT"]]:
-    """The orthonormal bases of all triplets, and their singular values."""
+def cover(triplets: Triplets, most: int) -> tuple[Bases, Float[Array, " kT"]]:
+    """The orthonormal bases of all triplets, and their singular values; for `most` see `orthonormal`."""
     us, s, vts = side_by_side(triplets)
-    return orthonormal(us, vts, jnp.sum(s > 0, dtype=s.dtype)), s
+    return orthonormal(us, vts, jnp.sum(s > 0, dtype=s.dtype), most), s
 
 
 def told(bases: Bases, crowded: bool = False) -> Report:

@@ -15,13 +15,16 @@ from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.core.checks import check
+from cfmerge.core.joint import Joint
+from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Note, Report
 from cfmerge.covariance import Estimate, energy, of_delta, of_rank, scaled, unit_trace
-from cfmerge.least_squares import Grams, Sums, add, full, growth, init
+from cfmerge.least_squares import Anchor, Grams, Sums, add, full, growth, init, solve
 
 Normalise = Literal["none", "norm", "energy", "trace"]
 Form = Literal["auto", "full", "low-rank"]
-Solution = Callable[[Sums], tuple[Array, Report]]
+Shape = tuple[int, int]  # of a dense delta, which a method's constants refer to, also where it sees cores
+Solution = Callable[[Sums, Shape], tuple[Array, Report]]
 
 
 def least_squares(
@@ -33,8 +36,10 @@ def least_squares(
     rank: int | None = None,
     notes: Mapping[str, Note] | None = None,
     normalises: bool = False,
+    joint: bool = True,
+    shape: Shape | None = None,
 ) -> Method:
-    """The method of a solution, `sums -> (merged, report)`.
+    """The method of a solution, `(sums, shape) -> (merged, report)`.
 
     Args:
         estimate: of the covariance of one delta.
@@ -45,6 +50,8 @@ def least_squares(
             fewer than the inputs.
         rank: a bound on the rank of the deltas, for the low-rank form.
         notes: see `Method`; normalises: see `Needs`.
+        joint: it commutes with orthonormal bases of outputs and inputs.
+        shape: of the dense deltas whose cores it sees; none: it sees the deltas.
     """
     estimated = functools.partial(of_rank, rank=rank) if rank else estimate
 
@@ -55,15 +62,18 @@ def least_squares(
         return add(_with_room(sums, len(found.rows), form), delta, found, weight)
 
     def solve(sums: Sums) -> tuple[Array, Report]:
-        merged, told = solution(sums)
+        merged, told = solution(sums, shape or sums.total.shape)  # type: ignore[arg-type]
         return merged, {**told, **_told_of(sums, merged)}
 
     def formed(bound: int | None) -> Method | None:
         if bound is None:
-            return least_squares(solution, estimate, key, normalise, "full", None, notes, normalises)
+            return least_squares(solution, estimate, key, normalise, "full", None, notes, normalises, joint)
         if estimate is not of_delta or form != "auto":
             return None
-        return least_squares(solution, estimate, key, normalise, "low-rank", bound, notes, normalises)
+        return least_squares(solution, estimate, key, normalise, "low-rank", bound, notes, normalises, joint)
+
+    def on_cores(basis: Joint) -> Method:
+        return least_squares(solution, estimate, key, normalise, "full", None, notes, normalises, joint, basis.shape)
 
     return Method(
         "least_squares",
@@ -75,7 +85,13 @@ def least_squares(
         by_rows=estimate is of_delta,
         form=None if form == "full" else formed,
         notes=NOTES | dict(notes or {}),
+        joint=on_cores if joint else False,
     )
+
+
+def solved(sums: Sums, shape: Shape, ridge: Number, anchor: Anchor | Array = "zero") -> tuple[Array, Report]:
+    """The solution with a ridge relative to the mean of as many eigenvalues as a dense delta has inputs."""
+    return solve(sums, ridge * (sums.total.shape[1] / shape[1]), anchor)
 
 
 NOTES: dict[str, Note] = {

@@ -29,6 +29,7 @@ class Spectrum(NamedTuple):
         energies: `||(K - X_a G) q_j||^2`.
         kappa: `sum_t w_t a_t tr((D_t - X_a) S_t (D_t - X_a)^T)`.
         samples: number of rows `R` that the estimates are made from.
+        inputs: of a dense delta.
     """
 
     values: Float[Array, " k"]
@@ -38,6 +39,7 @@ class Spectrum(NamedTuple):
     kappa: Float[Array, ""]
     samples: Float[Array, ""]
     anchor: Float[Array, "m n"] | None
+    inputs: int
 
     def filtered(self, phi: Float[Array, " k"]) -> Float[Array, "m n"]:
         """`X_a + (K - X_a G) Q diag(phi) Q^T`."""
@@ -46,7 +48,7 @@ class Spectrum(NamedTuple):
 
     def ridge(self, relative: Number) -> Float[Array, ""]:
         """`rho = relative trace(G)/n`."""
-        return as_array(relative, self.values.dtype) * jnp.sum(self.values) / self.basis.shape[1]
+        return as_array(relative, self.values.dtype) * jnp.sum(self.values) / self.inputs
 
     def told(self, phi: Float[Array, " k"]) -> Report:
         """`ridge_ratio`, and the filter's effective rank `sum_j h(l_j)`."""
@@ -58,8 +60,13 @@ class Spectrum(NamedTuple):
         }
 
 
-def spectrum(sums: Sums, anchor: Anchor | Array = "zero") -> Spectrum:
-    """One eigendecomposition of `G` (or of `F F^T`), from which any filter and any ridge follow at little cost."""
+def spectrum(sums: Sums, anchor: Anchor | Array = "zero", shape: tuple[int, int] | None = None) -> Spectrum:
+    """One eigendecomposition of `G` (or of `F F^T`), from which any filter and any ridge follow at little cost.
+
+    Args:
+        shape: of the dense deltas, where the sums are over their cores in a joint basis.
+    """
+    outputs, inputs = shape or sums.total.shape
     target = anchor_of(sums, anchor)
     if isinstance(sums.experts, Grams):
         gram, cross, kappa = sums.experts
@@ -79,7 +86,8 @@ def spectrum(sums: Sums, anchor: Anchor | Array = "zero") -> Spectrum:
         kappa = jnp.sum(difference * difference)
         coordinates, basis = linalg.matmul(difference, vectors), linalg.matmul(vectors.T, f)
         energies = values * jnp.sum(coordinates * coordinates, axis=0)
-    return Spectrum(values, coordinates, basis, energies, kappa, sums.samples, target)
+    samples = sums.samples * (outputs / sums.total.shape[0])
+    return Spectrum(values, coordinates, basis, energies, kappa, samples, target, inputs)
 
 
 def inverse(values: Float[Array, " k"], inputs: int, rtol: Number | None = None) -> Float[Array, " k"]:
@@ -137,7 +145,7 @@ def gcv(
         True
     """
     found = sums if isinstance(sums, Spectrum) else spectrum(sums, anchor)
-    known = found.values > found.basis.shape[1] * CUT * jnp.max(found.values)
+    known = found.values > found.inputs * CUT * jnp.max(found.values)
     explained = jnp.where(known, found.energies / jnp.where(known, found.values, 1), 0)
     count = jnp.maximum(found.samples, 1)
     spare = jnp.maximum(count - jnp.sum(known), 0)  # RSS and df are formed without cancellation: h -> 1 - h

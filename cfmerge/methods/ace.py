@@ -19,6 +19,9 @@ definite and `1 c` has rank one, so with `y = M^{-1} 1` and `lam = sum_t w_t e_t
 
 When all deltas together have fewer rows (or rank) `q` than inputs, the same is computed from the stacked rows
 `F` of the `J D_t` without ever building an `n x n` matrix: `Z F (F^T F + lam I)^{-1} = Z (F F^T + lam I)^{-1} F`.
+
+Of cores `M_t = U^T D_t V` in a joint basis (`core/joint.py`) all of it is the same with `J = I - u u^T`, `v = V^T 1` in
+place of the ones, and m and n those of the dense delta: `c M^{-1} = (s/n) (v - lam y)^T`, `y = M^{-1} v`.
 """
 
 from typing import Literal
@@ -29,6 +32,7 @@ from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.core.checks import check, check_number
+from cfmerge.core.joint import Joint
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Report
 from cfmerge.core.registry import register
@@ -50,6 +54,10 @@ from cfmerge.methods._ace_sums import (
     scalars_of,
 )
 from cfmerge.methods._least_squares import NOTES as SHARED_NOTES
+from cfmerge.methods._least_squares import Form
+
+GateRule = Literal["paper", "log_variance"]
+ZeroDelta = Literal["drop", "keep"]
 
 
 @register
@@ -58,9 +66,9 @@ def ace(
     eps_rel: Number = 0.07,
     tau: Number = 0.3,
     k_frac: float = 0.3,
-    gate: Literal["paper", "log_variance"] = "paper",
-    zero_delta: Literal["drop", "keep"] = "drop",
-    form: Literal["auto", "full", "low-rank"] = "auto",
+    gate: GateRule = "paper",
+    zero_delta: ZeroDelta = "drop",
+    form: Form = "auto",
     rank: int | None = None,
 ) -> Method:
     """Least squares against covariances estimated from the deltas, in closed form.
@@ -87,6 +95,21 @@ def ace(
     check(0 <= k_frac <= 1, f"ace: k_frac must lie in [0, 1], got {k_frac}")
     check(rank is None or rank >= 1, f"ace: rank must be at least 1, got {rank}")
     check(not (rank and form == "full"), "ace: rank is for the low-rank form, but form is 'full'")
+    return _ace(eps, eps_rel, tau, k_frac, gate, zero_delta, form, rank)
+
+
+def _ace(
+    eps: Number | None,
+    eps_rel: Number,
+    tau: Number,
+    k_frac: float,
+    gate: GateRule,
+    zero_delta: ZeroDelta,
+    form: Form,
+    rank: int | None,
+    basis: Joint | None = None,
+) -> Method:
+    """The method, or that of cores in a joint basis."""
 
     def init(base: Float[Array, "out in"]) -> Statistic:
         m, n = base.shape
@@ -97,7 +120,7 @@ def ace(
     def update(statistic: Statistic, delta: Float[Array, "out in"], weight: float | Array = 1.0) -> Statistic:
         forgets = isinstance(weight, int | float) and weight < 0
         n_t = energy(delta)
-        rows = centred(delta)
+        rows = _centred(delta, basis)
         trace = energy(rows)
         counts = trace > jnp.finfo(delta.dtype).eps * n_t if zero_delta == "drop" else jnp.ones((), bool)
         weight = jnp.where(counts, weight, 0).astype(delta.dtype)
@@ -117,10 +140,11 @@ def ace(
         gate_value, heterogeneous = gate_of(scalars, gate, tau)
         s = jnp.where(heterogeneous, 1 / (linalg.weighted_mean(scalars.energy, scalars.weight) + TINY), 1)
         if isinstance(sums, GramSums):
-            solved = _solve_full(scalars, sums, heterogeneous, s, eps, eps_rel)
+            solved = _solve_full(scalars, sums, heterogeneous, s, eps, eps_rel, basis)
         else:
             solved = solve_rows(scalars, sums, heterogeneous, s, eps, eps_rel)
-        k = int(k_frac * min(solved.merged.shape) + 1e-9)
+        shape = solved.merged.shape if basis is None else basis.shape
+        k = int(k_frac * min(shape) + 1e-9)
         merged, kept = lax.cond(
             heterogeneous,
             lambda x: _refine(x + solved.residual(), x, k, solved.row_space),
@@ -137,7 +161,7 @@ def ace(
             "ridge_over_energy": spread,
             "no_cholesky": ~solved.held,
             "factor_error": solved.factor_error,
-            "one_output": jnp.asarray(solved.merged.shape[0] == 1),
+            "one_output": jnp.asarray(shape[0] == 1),
             "growth": growth(merged, scalars.energy, scalars.weight, scalars.experts),
         }
 
@@ -145,6 +169,9 @@ def ace(
         if bound is None:
             return ace(eps, eps_rel, tau, k_frac, gate, zero_delta, "full")
         return ace(eps, eps_rel, tau, k_frac, gate, zero_delta, "low-rank", bound) if form == "auto" else None
+
+    def on_cores(joint: Joint) -> Method:
+        return _ace(eps, eps_rel, tau, k_frac, gate, zero_delta, "full", None, joint)
 
     return Method(
         "ace",
@@ -156,6 +183,7 @@ def ace(
         by_rows=True,
         form=None if form == "full" else formed,
         notes=NOTES,
+        joint=on_cores,
     )
 
 
@@ -174,21 +202,33 @@ NOTES = {
 }
 
 
+def _centred(delta: Array, basis: Joint | None) -> Array:
+    """`J D`, or `(I - u u^T) M`."""
+    return centred(delta) if basis is None else delta - jnp.outer(basis.outputs, linalg.matmul(basis.outputs, delta))
+
+
 def _solve_full(
-    scalars: Scalars, sums: GramSums, heterogeneous: Array, s: Array, eps: Number | None, eps_rel: Number
+    scalars: Scalars,
+    sums: GramSums,
+    heterogeneous: Array,
+    s: Array,
+    eps: Number | None,
+    eps_rel: Number,
+    basis: Joint | None,
 ) -> Solved:
-    n = sums.gram.shape[0]
+    q = sums.gram.shape[0]
+    n, ones = (q, jnp.ones(q, sums.gram.dtype)) if basis is None else (basis.shape[1], basis.inputs)
     gram = jnp.where(heterogeneous, sums.scaled_gram, sums.gram)
     cross = jnp.where(heterogeneous, sums.scaled_cross, sums.cross)
     absolute, relative = ridges(scalars, heterogeneous, eps, eps_rel, n)
     lam = positive(absolute * scalars.weight + relative * scalars.inverse_trace)
 
-    system = gram + lam * jnp.eye(n, dtype=gram.dtype)
-    rhs = centred(cross + absolute * sums.total + relative * sums.scaled_total)
-    solution, held = linalg.solve_right(jnp.concatenate([rhs, jnp.ones((1, n), gram.dtype)]), system)
+    system = gram + lam * jnp.eye(q, dtype=gram.dtype)
+    rhs = _centred(cross + absolute * sums.total + relative * sums.scaled_total, basis)
+    solution, held = linalg.solve_right(jnp.concatenate([rhs, ones[None]]), system)
     x_0, y = solution[:-1], solution[-1]
-    row = (s / n) * (1 - lam * y)
-    merged = x_0 - jnp.outer(jnp.sum(x_0, axis=1), row) / (1 + jnp.sum(row))
+    row = (s / n) * (ones - lam * y)
+    merged = x_0 - jnp.outer(jnp.sum(x_0 * ones, axis=1), row) / (1 + jnp.sum(row * ones))
 
     def residual() -> Array:
         return cross - linalg.weighted_mean(linalg.matmul(sums.total, system), scalars.weight)
@@ -201,7 +241,7 @@ def _refine(target: Array, x: Array, k: int, row_space: Array | None) -> tuple[A
     """`x + mean(s_1..s_k) U_k V_k^T` of `target`, with `k` cut at its numerical rank; `k = 0` adds nothing."""
     if k == 0:
         return x, linalg.filled(0, x, dtype=jnp.int32)
-    u, s, vt = linalg.leading(target, k, row_space)
+    u, s, vt = linalg.leading(target, min(k, *target.shape), row_space)
     keep = s > max(target.shape) * jnp.finfo(s.dtype).eps * s[0]
     kept = jnp.sum(keep)
     mean = jnp.sum(jnp.where(keep, s, 0)) / jnp.maximum(kept, 1)

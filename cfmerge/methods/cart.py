@@ -9,6 +9,9 @@ Deltas about their mean share fewer directions than deltas about the base. At fu
 zero: it is the cut that leaves something, and the scale that makes up for it.
 """
 
+import functools
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -16,6 +19,7 @@ from jaxtyping import Array, Float
 from cfmerge import linalg
 from cfmerge.core.checks import as_array, check, check_number
 from cfmerge.core.deltas import of_deltas
+from cfmerge.core.joint import Joint
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs
 from cfmerge.core.registry import register
@@ -39,10 +43,15 @@ def cart(scale: Number = 1.0, rank_fraction: float = 0.08) -> Method:
     check_number("cart: scale", scale)
     check(0 < rank_fraction <= 1, f"cart: rank_fraction must lie in (0, 1], got {rank_fraction}")
 
-    def about_mean(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> Float[Array, "m n"]:
+    def about_mean(
+        base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"], dense: tuple[int, int] | None = None
+    ) -> Float[Array, "m n"]:
         mean = linalg.weighted_mean(linalg.weighted_sum(weights, deltas), jnp.sum(weights))
-        k = rank_of(rank_fraction, mean.shape)
+        k = min(rank_of(rank_fraction, dense or mean.shape), *mean.shape)
         own = lax.map(lambda delta: linalg.truncated(delta - mean, k), deltas)
         return mean + as_array(scale, mean.dtype) * linalg.weighted_sum(weights, own)
 
-    return of_deltas(about_mean, Needs(normalises=True))
+    def on_cores(basis: Joint) -> Any:
+        return functools.partial(about_mean, dense=basis.shape)
+
+    return of_deltas(about_mean, Needs(normalises=True), joint=on_cores)

@@ -9,7 +9,8 @@ H.-C. Zhang et al., DC-Merge, CVPR 2026, arXiv 2603.06242. With `k = floor(min(m
     X = alpha Uhat (M * mask) Vhat^T,     mask: the T diagonal blocks of k x k
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float
 from cfmerge import linalg
 from cfmerge.core.checks import as_array, check, check_number
 from cfmerge.core.deltas import of_deltas
+from cfmerge.core.joint import Joint
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Report
 from cfmerge.core.registry import register
@@ -50,13 +52,17 @@ def dc_merge(
     check(rank is None or rank >= 1, f"dc_merge: rank must be at least 1, got {rank}")
     check(0 < density <= 1, f"dc_merge: density must lie in (0, 1], got {density}")
 
-    def in_one_basis(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+    def in_one_basis(
+        base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"], dense: tuple[int, int] | None = None
+    ) -> tuple[Array, Report]:
         deltas = scaled(deltas, weights)
         experts, m, n = deltas.shape
-        k = min(rank or share((m, n), experts), m, n)
+        shape = dense or (m, n)
+        wanted = min(rank or share(shape, experts), *shape)
+        k = min(wanted, m, n)  # cores have no more triplets
         triplets = leading(deltas, k)
-        bases, _ = cover(triplets)
-        cut = max(1, int(density * (k * experts) ** 2))
+        bases, _ = cover(triplets, min(shape))
+        cut = min(max(1, int(density * (wanted * experts) ** 2)), (k * experts) ** 2)
 
         def core(one: tuple[Array, Array, Array]) -> Float[Array, "kT kT"]:
             u, s, vt = one
@@ -69,9 +75,13 @@ def dc_merge(
         blocks = jnp.arange(k * experts) // k
         merged = jnp.where(blocks[:, None] == blocks[None], merged, 0)
         scale = as_array(alpha, deltas.dtype)
-        return scale * linalg.matmul(linalg.matmul(bases.u, merged), bases.vt), told(bases, experts * k > min(m, n))
+        full = scale * linalg.matmul(linalg.matmul(bases.u, merged), bases.vt)
+        return full, told(bases, experts * wanted > min(shape))
 
-    return of_deltas(in_one_basis, notes=NOTES)
+    def on_cores(basis: Joint) -> Any:
+        return functools.partial(in_one_basis, dense=basis.shape)
+
+    return of_deltas(in_one_basis, notes=NOTES, joint=on_cores)
 
 
 def smoothed(s: Float[Array, " k"], smoothing: str, rho: Array) -> Float[Array, " k"]:

@@ -14,7 +14,8 @@ The polar factor is the partial isometry: deltas of low rank (adapters) are flat
 published code spreads them over arbitrary directions besides. One expert is not returned, but flattened.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float
 from cfmerge import linalg
 from cfmerge.core.checks import as_array, check, check_number
 from cfmerge.core.deltas import of_deltas
+from cfmerge.core.joint import Joint
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Report
 from cfmerge.core.registry import register
@@ -44,12 +46,18 @@ def iso_c(alpha: Number = 1.0, target: Literal["mean", "rms", "largest", "one"] 
     """
     check_number("iso_c: alpha", alpha)
 
+    return _iso_c(alpha, target)
+
+
+def _iso_c(alpha: Number, target: str, r: int | None = None) -> Method:
+    """The method; of cores, where a dense delta has `r` singular values."""
+
     def value(total: Float[Array, "m n"], polar: Float[Array, "m n"]) -> Float[Array, ""]:
-        r = min(total.shape)
+        count = r or min(total.shape)
         if target == "mean":
-            return jnp.sum(polar * total) / r
+            return jnp.sum(polar * total) / count
         if target == "rms":
-            return linalg.norm(total).reshape(()) / r**0.5
+            return linalg.norm(total).reshape(()) / count**0.5
         if target == "largest":
             return linalg.leading(total, 1)[1][0]
         return jnp.ones((), total.dtype)
@@ -58,7 +66,7 @@ def iso_c(alpha: Number = 1.0, target: Literal["mean", "rms", "largest", "one"] 
         total = statistic.total
         polar = linalg.polar(total)
         merged = as_array(alpha, total.dtype) * value(total, polar.factor) * polar.factor
-        return merged, {"null_space": lax.stop_gradient(min(total.shape) - polar.rank)}
+        return merged, {"null_space": lax.stop_gradient((r or min(total.shape)) - polar.rank)}
 
     notes = {
         "null_space": (
@@ -67,7 +75,11 @@ def iso_c(alpha: Number = 1.0, target: Literal["mean", "rms", "largest", "one"] 
             "not zero, on a level that counts all of min(out, in)",
         )
     }
-    return Method("iso_c", init, update, solve, statistic="sum", notes=notes)
+
+    def on_cores(basis: Joint) -> Method:
+        return _iso_c(alpha, target, min(basis.shape))
+
+    return Method("iso_c", init, update, solve, statistic="sum", notes=notes, joint=on_cores)
 
 
 def dimensions(shape: tuple[int, ...], experts: int, common: float) -> tuple[int, int]:
@@ -91,20 +103,26 @@ def iso_cts(alpha: Number = 1.0, common: float = 0.8) -> Method:
     check_number("iso_cts: alpha", alpha)
     check(0 <= common <= 1, f"iso_cts: common must lie in [0, 1], got {common}")
 
-    def flattened(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+    def flattened(
+        base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"], dense: tuple[int, int] | None = None
+    ) -> tuple[Array, Report]:
         deltas = scaled(deltas, weights)
         total = jnp.sum(deltas, axis=0)
-        kc, nt = dimensions(total.shape, len(deltas), common)
-        u_c, s_c, vt_c = (part[0] for part in leading(total[None], kc))
+        shape, most = dense or total.shape, min(total.shape)
+        kc, nt = dimensions(shape, len(deltas), common)
+        u_c, s_c, vt_c = (part[0] for part in leading(total[None], min(kc, most)))
         us, s, vts = [], [], []
         if nt:
             beside = lax.map(lambda delta: delta - linalg.matmul(u_c, linalg.matmul(u_c.T, delta)), deltas)
-            u_t, s_t, vt_t = side_by_side(leading(beside, nt, linalg.norm(deltas, (1, 2)).ravel()))
+            u_t, s_t, vt_t = side_by_side(leading(beside, min(nt, most), linalg.norm(deltas, (1, 2)).ravel()))
             us, s, vts = [u_t], [s_t], [vt_t]
         values = jnp.concatenate([*s, s_c])
         count = jnp.sum(values > 0, dtype=values.dtype)
-        bases = orthonormal(jnp.concatenate([*us, u_c], axis=1), jnp.concatenate([*vts, vt_c]), count)
-        level = as_array(alpha, values.dtype) * jnp.mean(values)
+        bases = orthonormal(jnp.concatenate([*us, u_c], axis=1), jnp.concatenate([*vts, vt_c]), count, min(shape))
+        level = as_array(alpha, values.dtype) * jnp.sum(values) / (kc + nt * len(deltas))
         return level * linalg.matmul(bases.u, bases.vt), told(bases)
 
-    return of_deltas(flattened, notes=NOTES)
+    def on_cores(basis: Joint) -> Any:
+        return functools.partial(flattened, dense=basis.shape)
+
+    return of_deltas(flattened, notes=NOTES, joint=on_cores)

@@ -41,7 +41,7 @@ def lines(alpha: Number | None = None, beta: Number = 0.5, depth: Number = 0.0) 
         return (jnp.asarray(first, merged.dtype) + jnp.asarray(beta, merged.dtype) * depth) * merged
 
     if alpha is not None:
-        return Transform("lines", lambda merged: scaled(merged, alpha))
+        return Transform("lines", lambda merged: scaled(merged, alpha), joint=True)
 
     def measure(merged: Array, seen: Seen) -> dict[str, Array]:
         summed = total(weight * delta for weight, delta in zip(seen.weights, seen.deltas, strict=True))

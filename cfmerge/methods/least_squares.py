@@ -21,12 +21,13 @@ from cfmerge import linalg
 from cfmerge.core.call import form_of
 from cfmerge.core.checks import check, check_number
 from cfmerge.core.deltas import of_deltas
+from cfmerge.core.joint import Joint, in_joint
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import NO_CONTEXT, Context, Method, Needs, Report
 from cfmerge.core.registry import register
 from cfmerge.covariance import energy, of_largest, of_power
-from cfmerge.least_squares import Anchor, Sums, solve
-from cfmerge.methods._least_squares import NOTES, Form, Normalise, Solution, least_squares
+from cfmerge.least_squares import Anchor, Sums
+from cfmerge.methods._least_squares import NOTES, Form, Normalise, Shape, Solution, least_squares, solved
 from cfmerge.methods._spectrum import gcv, inverse, ridge_filter, spectrum
 
 GRID = tuple(10 ** (k / 4) for k in range(-16, 9))  # relative ridges, 1e-4 to 100
@@ -40,12 +41,12 @@ def hashable(number: Any) -> Any:
 def _pinv_or_ridge(rtol: Number | None, ridge: Number | None) -> Solution:
     """`X = K G^+`, or with a ridge towards zero."""
 
-    def by_pinv(sums: Sums) -> tuple[Array, Report]:
-        found = spectrum(sums)
-        phi = inverse(found.values, found.basis.shape[1], rtol)
+    def by_pinv(sums: Sums, shape: Shape) -> tuple[Array, Report]:
+        found = spectrum(sums, shape=shape)
+        phi = inverse(found.values, found.inputs, rtol)
         return found.filtered(phi), found.told(phi)
 
-    return by_pinv if ridge is None else lambda sums: solve(sums, ridge)
+    return by_pinv if ridge is None else lambda sums, shape: solved(sums, shape, ridge)
 
 
 @register
@@ -97,7 +98,7 @@ def _softmax_bias(normalise: Normalise) -> Method:
         largest = jnp.maximum(linalg.largest_eigenvalue(gram), jnp.finfo(gram.dtype).tiny)
         return merged, {"ridge_ratio": jnp.sum(weights * bias) / largest, "no_cholesky": ~held}
 
-    return of_deltas(biased, Needs(weights="positive"), notes={"no_cholesky": NOTES["no_cholesky"]})
+    return of_deltas(biased, Needs(weights="positive"), notes={"no_cholesky": NOTES["no_cholesky"]}, joint=True)
 
 
 @register
@@ -121,6 +122,7 @@ def tact(k: Number = 0.5, ridge: Number | None = None, rtol: Number | None = Non
         functools.partial(of_largest, share=k),
         None if share is None else ("largest", share),
         form=form,
+        joint=False,
     )
 
 
@@ -162,15 +164,15 @@ ANCHORED_NOTES = {
 
 
 def _to_anchor(ridge: Number | None, anchor: Anchor | Array) -> Solution:
-    def by_gcv(sums: Sums) -> tuple[Array, Report]:
-        found = spectrum(sums, anchor)
+    def by_gcv(sums: Sums, shape: Shape) -> tuple[Array, Report]:
+        found = spectrum(sums, anchor, shape)
         best = jnp.argmin(gcv(found, GRID))
         chosen = jnp.asarray(GRID, found.values.dtype)[best]
         phi = ridge_filter(found.values, found.ridge(chosen))
         at_end = ((best == 0) | (best == len(GRID) - 1)) & (jnp.max(found.values) > 0)
         return found.filtered(phi), {**found.told(phi), "ridge": chosen, "ridge_at_end": at_end}
 
-    return by_gcv if ridge is None else lambda sums: solve(sums, ridge, anchor)
+    return by_gcv if ridge is None else lambda sums, shape: solved(sums, shape, ridge, anchor)
 
 
 class Beside(NamedTuple):
@@ -180,20 +182,28 @@ class Beside(NamedTuple):
     anchor: Any
 
 
-def _towards(anchor: Method, plain: Method, around: Callable[[Array], Method]) -> Method:
-    """The least squares `around(merge)` of the other method's merge; `plain` has the same statistic."""
+def _towards(anchor: Method, plain: Method, around: Callable[[Array], Method], basis: Joint | None = None) -> Method:
+    """The least squares `around(merge)` of the other method's merge; `plain` has the same statistic.
+
+    Args:
+        basis: the joint basis of the cores that they all see.
+    """
 
     def update(statistic: Beside, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT) -> Beside:
         return Beside(plain.update(statistic.own, delta, weight), anchor.see(statistic.anchor, delta, weight, context))
 
     def solve(statistic: Beside) -> tuple[Array, Report]:
         merge, told = anchor.solve(statistic.anchor)
-        merged, own = around(merge).solve(statistic.own)
+        made = around(merge)
+        merged, own = (made if basis is None else in_joint(made, basis)).solve(statistic.own)
         return merged, {**{f"anchor_{name}": value for name, value in told.items()}, **own}
 
     def form(rank: int | None) -> Method | None:
         summed = form_of(anchor) if rank is None else None
         return summed and _towards(summed, form_of(plain), around)  # type: ignore[arg-type]
+
+    def on_cores(basis: Joint) -> Method:
+        return _towards(in_joint(anchor, basis), in_joint(plain, basis), around, basis)
 
     either = {anchor.needs.weights, plain.needs.weights}
     return Method(
@@ -205,6 +215,7 @@ def _towards(anchor: Method, plain: Method, around: Callable[[Array], Method]) -
         additive=anchor.additive,
         form=form,
         notes={f"anchor_{name}": note for name, note in anchor.notes.items()} | dict(plain.notes),
+        joint=on_cores if anchor.joint else False,
     )
 
 

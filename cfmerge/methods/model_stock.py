@@ -113,6 +113,7 @@ def model_stock(
         additive=angle == "cosine",
         statistic=("model_stock", filter_wise) if angle == "cosine" else None,
         notes=NOTES,
+        joint=not filter_wise,  # angles between whole deltas do not depend on the basis
     )
     survey = Survey(lambda entries, own: look(), informed, within="tensor")
     return method if filter_wise else with_pieces(method, survey)

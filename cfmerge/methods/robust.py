@@ -56,7 +56,7 @@ def cauchy_poe(eps: Number = 0.1, jitter: Number = 1e-3, iterations: int = 50, t
         ),
         "no_cholesky": (bool, "the Cholesky factorisation failed; solved by eigenvalues with a floor"),
     }
-    return of_deltas(on_rows, Needs(weights="positive", normalises=True), notes=notes)
+    return of_deltas(on_rows, Needs(weights="positive", normalises=True), notes=notes, joint=True)
 
 
 class Settling(NamedTuple):
@@ -158,7 +158,7 @@ def two_sided(
         merged, residual = linalg.conjugate_gradients(times, goal, mean, iterations)
         return as_array(scale, mean.dtype) * merged, {"residual": residual}
 
-    return of_deltas(matched, Needs(weights="positive", normalises=True))
+    return of_deltas(matched, Needs(weights="positive", normalises=True), joint=True)
 
 
 class Sides(NamedTuple):

@@ -44,7 +44,7 @@ def scale(factor: Number = 1.0) -> Transform:
     Source: Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089.
     """
     check_number("scale: factor", factor)
-    return Transform("scale", lambda delta: jnp.asarray(factor, delta.dtype) * delta)
+    return Transform("scale", lambda delta: jnp.asarray(factor, delta.dtype) * delta, joint=True)
 
 
 @register

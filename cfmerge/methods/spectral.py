@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.core.checks import as_array, check, check_number
+from cfmerge.core.joint import Joint
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Needs, Seen, Transform
 from cfmerge.core.registry import register
@@ -40,7 +41,11 @@ def low_rank(rank: int | None = None, fraction: float = 0.1) -> Transform:
         k = rank_of(fraction, delta.shape) if rank is None else min(rank, *delta.shape)
         return delta if k == min(delta.shape) else linalg.truncated(delta, k)
 
-    return Transform("low_rank", apply, needs=Needs("matrix"))
+    def on_cores(basis: Joint) -> Transform:
+        k = rank_of(fraction, basis.shape) if rank is None else rank
+        return Transform("low_rank", lambda core: linalg.truncated(core, min(k, *core.shape)), needs=Needs("matrix"))
+
+    return Transform("low_rank", apply, needs=Needs("matrix"), joint=on_cores)
 
 
 @register
@@ -60,7 +65,7 @@ def star(eta: Number = 0.4) -> Transform:
         kept = jnp.where((before < as_array(eta, s.dtype) * jnp.sum(s)) | (jnp.arange(len(s)) == 0), s, 0)
         return linalg.matmul(u * kept * linalg.ratio(jnp.sum(s), jnp.sum(kept)), vt)
 
-    return Transform("star", apply, needs=Needs("matrix"))
+    return Transform("star", apply, needs=Needs("matrix"), joint=True)
 
 
 @register
@@ -83,7 +88,7 @@ def subspace_boosting(beta: Number = 0.01, energy: Literal["values", "squares"] 
         level = s[jnp.minimum(at, last)]
         return linalg.matmul(u * jnp.where(kept, jnp.maximum(s, level), 0), vt)
 
-    return Transform("subspace_boosting", apply, needs=Needs("matrix"))
+    return Transform("subspace_boosting", apply, needs=Needs("matrix"), joint=True)
 
 
 @register
@@ -103,7 +108,7 @@ def half_flatten(q: Number = 0.5) -> Transform:
         powers = jnp.where(kept, relative ** as_array(q, s.dtype), 0)
         return linalg.matmul(u * powers * linalg.ratio(jnp.sum(s), jnp.sum(powers)), vt)
 
-    return Transform("half_flatten", apply, needs=Needs("matrix"))
+    return Transform("half_flatten", apply, needs=Needs("matrix"), joint=True)
 
 
 @register
@@ -139,7 +144,7 @@ def svc(alpha: Number = 0.1) -> Transform:
         gamma = linalg.ratio(jnp.sum(counts), jnp.sum(counts[:, None] * lax.map(shares, seen.deltas), axis=0), 1.0)
         return linalg.matmul(u * gamma, rows)
 
-    return Transform("svc", apply, needs=Needs("matrix", seen=True))
+    return Transform("svc", apply, needs=Needs("matrix", seen=True), joint=True)
 
 
 def _parts(delta: Float[Array, "m n"]) -> tuple[Array, Array, Array, Array]:

@@ -57,7 +57,8 @@ def average() -> Method:
 
 def _sum(name: str, merged: Callable[[Sum], Array], **needs: Any) -> Method:
     """The method of a merged delta that follows from the sum."""
-    return Method(name, init, update, lambda sums: (merged(sums), {}), needs=Needs("entry", **needs), statistic="sum")
+    own = Needs("entry", **needs)
+    return Method(name, init, update, lambda sums: (merged(sums), {}), needs=own, statistic="sum", joint=True)
 
 
 @register
@@ -128,7 +129,7 @@ def metagpt() -> Method:
         def update_by_share(statistic: Sum, delta: Array, weight: float | Array, context: Context) -> Sum:
             return update(statistic, delta, jnp.asarray(found.model, delta.dtype)[context.number])
 
-        return Method("metagpt", init, update_by_share, lambda sums: (sums.total, {}), needs=needs)
+        return Method("metagpt", init, update_by_share, lambda sums: (sums.total, {}), needs=needs, joint=True)
 
     def update_alone(statistic: Sum, delta: Array, weight: float | Array = 1.0) -> Sum:
         return update(statistic, delta, energy(delta))
@@ -141,6 +142,7 @@ def metagpt() -> Method:
         lambda sums: (mean(sums), {}),
         needs=needs,
         survey=Survey(look, informed, rows=True),
+        joint=True,
     )
 
 
@@ -164,4 +166,5 @@ def expo(alpha: Number = 0.1) -> Method:
         lambda statistic, delta, weight=1.0: update(statistic, delta),
         lambda statistic: ((1 + as_array(alpha, statistic.total.dtype)) * statistic.total, {}),
         needs=Needs("entry", experts=(1, 1), weights="none"),
+        joint=True,
     )

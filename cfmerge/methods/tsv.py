@@ -10,13 +10,15 @@ The polar factor is the partial isometry: experts that share directions share th
 the tensor takes no part. T identical experts of rank k return the expert.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.core.checks import as_array, check_number
 from cfmerge.core.deltas import of_deltas
+from cfmerge.core.joint import Joint
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Report
 from cfmerge.core.registry import register
@@ -42,16 +44,22 @@ def tsv_m(alpha: Number = 1.0, variant: Literal["merge", "lossless", "low_rank"]
     """
     check_number("tsv_m: alpha", alpha)
 
-    def joined(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+    def joined(
+        base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"], dense: tuple[int, int] | None = None
+    ) -> tuple[Array, Report]:
         deltas = scaled(deltas, weights)
-        experts, *shape = deltas.shape
+        experts, *own = deltas.shape
+        shape = dense or tuple(own)
         scale = as_array(alpha, deltas.dtype)
-        k = min(shape) if variant == "lossless" else share(tuple(shape), experts)
-        triplets = leading(deltas, k)
+        k = min(shape) if variant == "lossless" else share(shape, experts)
+        triplets = leading(deltas, min(k, *own))
         if variant == "low_rank":
             us, s, vts = side_by_side(triplets)
             return scale * linalg.matmul(us * s, vts), {}
-        bases, s = cover(triplets)
+        bases, s = cover(triplets, min(shape))
         return scale * linalg.matmul(bases.u * s, bases.vt), told(bases, experts > min(shape))
 
-    return of_deltas(joined, notes=NOTES)
+    def on_cores(basis: Joint) -> Any:
+        return functools.partial(joined, dense=basis.shape)
+
+    return of_deltas(joined, notes=NOTES, joint=on_cores)

@@ -9,8 +9,9 @@ stopping early comes in closed form by a ridge to `N` (`wudi`), or by a filter o
 arXiv 2606.07289); all of them read one statistic. OptMerge (arXiv 2505.19892) takes the loss with denoised deltas.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +22,13 @@ from jaxtyping import Array, Float
 from cfmerge import linalg
 from cfmerge.core.checks import as_array, check, check_number
 from cfmerge.core.deltas import of_deltas
+from cfmerge.core.joint import Joint
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Report
 from cfmerge.core.registry import register
 from cfmerge.covariance import energy
-from cfmerge.least_squares import Anchor, Grams, Sums, solve, stacked
-from cfmerge.methods._least_squares import NOTES, Form, least_squares
+from cfmerge.least_squares import Anchor, Grams, Sums, stacked
+from cfmerge.methods._least_squares import NOTES, Form, Shape, Solution, least_squares, solved
 from cfmerge.methods._spectrum import CUT, Rule, rank_of, spectrum
 
 FLOOR = 1e-8  # of the eigenvalues of G, whose sum is the number of experts
@@ -46,7 +48,7 @@ def wudi(ridge: Number = 0.1, anchor: Anchor = "sum", form: Form = "auto") -> Me
     """
     check_number("wudi: ridge", ridge, 0)
     return least_squares(
-        lambda sums: solve(sums, ridge, anchor),
+        lambda sums, shape: solved(sums, shape, ridge, anchor),
         normalise="energy",
         form=form,
         normalises=anchor == "mean",
@@ -70,7 +72,7 @@ def wudi_adam(steps: int = 300, learning_rate: Number = 1e-5, form: Form = "auto
     check(steps >= 0, f"wudi_adam: steps must not be negative, got {steps}")
     check_number("wudi_adam: learning_rate", learning_rate, 0)
 
-    def solution(sums: Sums) -> tuple[Array, Report]:
+    def solution(sums: Sums, shape: Shape) -> tuple[Array, Report]:
         start, gradient = sums.total, _gradient(sums)
         adam = optax.adam(as_array(learning_rate, start.dtype), eps_root=1e-30)  # has a derivative where it rests
 
@@ -82,7 +84,7 @@ def wudi_adam(steps: int = 300, learning_rate: Number = 1e-5, form: Form = "auto
         merged, _ = lax.fori_loop(0, steps, step, (start, adam.init(start)))
         return merged, {}
 
-    return least_squares(solution, normalise="energy", form=form)
+    return least_squares(solution, normalise="energy", form=form, joint=False)  # Adam's steps are entrywise
 
 
 def _gradient(sums: Sums) -> Callable[[Array], Array]:
@@ -142,7 +144,7 @@ def swudi(
             return 1 - jnp.maximum(rest, 0) ** as_array(steps, values.dtype)
         return values**2 / (values**2 + as_array(noise, values.dtype)) if filter == "wiener" else jnp.ones_like(values)
 
-    def count(values: Array, _: Sums) -> Array:
+    def count(values: Array, *_: Any) -> Array:
         return jnp.asarray(len(values) if keep is None else max(1, int(len(values) * keep + 0.999)))
 
     return least_squares(_filtered(count, response, anchor), normalise="energy", form=form, notes=CUT_NOTES)
@@ -167,9 +169,8 @@ def aswudi(
     """
     check_number("aswudi: share", share, 0, 1)
 
-    def count(values: Array, sums: Sums) -> Array:
-        m, n = sums.total.shape
-        return rank_of(values, rule, share, (m, n), sums.samples)
+    def count(values: Array, samples: Array, shape: Shape) -> Array:
+        return rank_of(values, rule, share, shape, samples)
 
     return least_squares(_filtered(count, jnp.ones_like, anchor), normalise="energy", form=form, notes=CUT_NOTES)
 
@@ -178,16 +179,16 @@ CUT_NOTES = {"capped": (bool, "the Gram has fewer directions than were to be kep
 
 
 def _filtered(
-    count: Callable[[Array, Sums], Array], response: Callable[[Array], Array], anchor: Anchor
-) -> Callable[[Sums], tuple[Array, Report]]:
+    count: Callable[[Array, Array, Shape], Array], response: Callable[[Array], Array], anchor: Anchor
+) -> Solution:
     """`X = X_a + (K - X_a G) Q diag(h/l) Q^T`, `h` the response on the `count` largest eigenvalues, else 0."""
 
-    def solution(sums: Sums) -> tuple[Array, Report]:
-        found = spectrum(sums, anchor)
-        n = found.basis.shape[1]
+    def solution(sums: Sums, shape: Shape) -> tuple[Array, Report]:
+        found = spectrum(sums, anchor, shape)
+        n = found.inputs
         values = jnp.maximum(found.values, FLOOR)
-        missing = jnp.full(n - len(values), FLOOR, values.dtype)  # those that stacked rows leave out
-        kept = count(jnp.concatenate([missing, values]), sums)
+        missing = jnp.full(n - len(values), FLOOR, values.dtype)  # those that rows or cores leave out
+        kept = count(jnp.concatenate([missing, values]), found.samples, shape)
         first = jnp.arange(n)[n - len(values) :] >= n - kept
         known = found.values > n * CUT * jnp.max(found.values)
         phi = jnp.where(first, response(values) / values, 0)
@@ -213,9 +214,12 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
     check(rank is None or rank >= 1, f"optmerge: rank must be at least 1, got {rank}")
     check_number("optmerge: ridge", ridge, 0)
 
-    def denoised(base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"]) -> tuple[Array, Report]:
+    def denoised(
+        base: Array, deltas: Float[Array, "T m n"], weights: Float[Array, " T"], dense: Shape | None = None
+    ) -> tuple[Array, Report]:
         experts, m, n = deltas.shape
-        k = min(rank or max(1, min(m, n) // experts), min(m, n))
+        shape = dense or (m, n)
+        k = min(rank or max(1, min(shape) // experts), m, n)
         total = linalg.weighted_sum(weights, deltas)
         mean = linalg.weighted_mean(total, jnp.sum(weights))
         size = jax.vmap(energy)(deltas)
@@ -231,7 +235,10 @@ def optmerge(rank: int | None = None, ridge: Number = 0.1, anchor: Anchor = "sum
         f, z = f.reshape(-1, n), jnp.moveaxis(z, 0, 1).reshape(m, -1)
         grams = Grams(linalg.gram(f), linalg.matmul(z, f), jnp.sum(z * z))
         sums = Sums(total, jnp.sum(weights), jnp.dot(weights, size), m * jnp.sum(size > 0), grams)
-        return solve(sums, ridge, anchor)
+        return solved(sums, shape, ridge, anchor)
+
+    def on_cores(basis: Joint) -> Any:
+        return functools.partial(denoised, dense=basis.shape)
 
     needs = Needs(weights="positive", normalises=True)
-    return of_deltas(denoised, needs, notes={"no_cholesky": NOTES["no_cholesky"]})
+    return of_deltas(denoised, needs, notes={"no_cholesky": NOTES["no_cholesky"]}, joint=on_cores)

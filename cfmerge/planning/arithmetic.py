@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cfmerge import linalg
 from cfmerge.core.call import Call, call_of, of_expert
+from cfmerge.core.joint import cores_of, merged_factors
 from cfmerge.core.part import Context, Method, Needs, Seen
 from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Order, Ordered, answered, looked, replayed
 from cfmerge.planning.tally import Tally, tally
+from cfmerge.planning.work import Job
 
 PLACE, COMPUTE, KEY = ("", 0), "float32", 4
 
@@ -119,6 +122,44 @@ class _Traced:
     def all(self) -> tuple[Any, ...]:
         """The arguments of `together`."""
         return self.values, self.found, self.array, [self.array] * self.experts, self.moment
+
+
+def shape_of(job: Job) -> tuple[int, ...]:
+    """The shape of one matrix of a job, as dense deltas have it."""
+    return job.seen_shape if job.joint is None else job.sides
+
+
+def of_matrix(job: Job) -> Arithmetic:
+    """The arithmetic of one matrix of a job: of its dense deltas, or of adapters in their joint basis."""
+    if job.joint is not None:
+        return joint_arithmetic(job.method, job.sides, job.joint, job.parameter.dtype)
+    return arithmetic(job.method, job.seen_shape, len(job.experts), job.parameter.dtype)
+
+
+def joint_arithmetic(method: Method, shape: tuple[int, int], ranks: tuple[int, ...], stored: str) -> Arithmetic:
+    """The arithmetic of a method on adapters of these ranks, merged in their joint basis; passes before it aside."""
+    values, structure = jax.tree.flatten(call_of(of_expert(method, 0)))
+    return _joint_arithmetic(structure, len(values), shape, ranks, stored)
+
+
+@functools.lru_cache(maxsize=4096)
+def _joint_arithmetic(
+    structure: Any, numbers: int, shape: tuple[int, int], ranks: tuple[int, ...], stored: str
+) -> Arithmetic:
+    m, n = shape
+
+    def together(values: Any, base: Any, lefts: Any, rights: Any) -> Any:
+        call: Call = jax.tree.unflatten(structure, values)
+        weights, contexts = [1.0] * len(ranks), [Context(jax.random.key(0), number) for number in range(len(ranks))]
+        left, right, report = merged_factors([call.part()] * len(ranks), cores_of(lefts, rights), weights, contexts)
+        product = linalg.matmul(left.astype(COMPUTE), right.astype(COMPUTE))
+        return (base.astype(COMPUTE) + product).astype(stored), report
+
+    with jax.enable_x64(True):
+        sides = [[jax.ShapeDtypeStruct(own, "float64") for own in ((m, max(r, 1)), (max(r, 1), n))] for r in ranks]
+        lefts, rights = zip(*sides, strict=True)
+        one = [jax.ShapeDtypeStruct((), "float64")] * numbers
+        return Arithmetic((), tally(together, one, jax.ShapeDtypeStruct(shape, stored), lefts, rights), 1, 0)
 
 
 def merging(method: Method, shape: tuple[int, ...], experts: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:

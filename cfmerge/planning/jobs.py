@@ -116,6 +116,40 @@ def check_weights(method: Method, weights: Mapping[str, Any], tensor: str) -> No
         )
 
 
+def with_ranks(jobs: Sequence[Job], experts: Sequence[Participant], sums: bool = False) -> list[Job]:
+    """The jobs with the ranks of the experts' factors, as far as their sources' headers tell them.
+
+    Args:
+        sums: statistics are wanted, or come before the experts: they are of dense deltas.
+
+    Raises:
+        CfmergeError: a method needs factors that an expert does not have.
+    """
+
+    def rank(number: int, source: str | None) -> int | None:
+        ask = getattr(experts[number].tensors, "rank", None)
+        return ask(source) if ask is not None and source is not None else None
+
+    found = []
+    for job in jobs:
+        if job.assignment.action == "merge":
+            ranks = tuple(rank(number, source) for number, source in enumerate(job.sources))
+            own = dataclasses.replace(job, ranks=() if sums else ranks)
+            if job.method.needs.factors == "required" and own.joint is None:
+                _tell_missing_factors(own, [experts[number] for number in own.experts if ranks[number] is None])
+            job = own
+        found.append(job)
+    return found
+
+
+def _tell_missing_factors(job: Job, dense: Sequence[Participant]) -> None:
+    who = ", ".join(one.told for one in dense) or f"a tensor of layout {job.parameter.layout!r}, or of statistics,"
+    raise CfmergeError(
+        f"{job.method.name} of {job.name!r} takes the factors of adapters, B and A, which {who} does not have; give "
+        f"such tensors another method: {rule_option(escape(job.name), 'average')}, or peft_cat, which takes any delta"
+    )
+
+
 def check_moments(jobs: Sequence[Job], experts: Sequence[Participant], header: Callable[[Readable, str], Any]) -> None:
     """Raises `CfmergeError` unless every expert brings the moments that the methods need, of the right shape.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfmerge.core.call import form_of, structure
-from cfmerge.planning.arithmetic import Arithmetic, arithmetic
+from cfmerge.planning.arithmetic import Arithmetic, arithmetic, of_matrix, shape_of
 from cfmerge.planning.tally import Tally
 from cfmerge.planning.work import Job, Work
 
@@ -197,7 +197,7 @@ def on_one_device(group: Group, limits: Limits, devices: Devices) -> float:
     held, method = _unit(group, limits), group.job.method
     if devices.count == 1 or _by_entry(group.job) or group.entries < limits.stacked:
         return held
-    if not method.by_rows or method.survey is not None or group.job.matrices > 1:
+    if not method.by_rows or method.survey is not None or group.job.matrices > 1 or group.job.joint is not None:
         return held
     m, n = group.job.seen_shape
     experts = len(group.job.experts)
@@ -214,7 +214,7 @@ def groups(work: Work, entries: Callable[[Job], int], stacked: int) -> Iterator[
     alike: dict[Any, list[Job]] = {}
     for job in work.merged:
         job = work.by_entry(job)
-        shape = () if _by_entry(job) else (job.seen_shape, job.layout)
+        shape = () if _by_entry(job) else (shape_of(job), job.layout, job.joint)
         alike.setdefault((structure(job.method), shape, len(job.experts), job.parameter.dtype), []).append(job)
     for jobs in alike.values():
         job, size = jobs[0], sum(one.parameter.size for one in jobs)
@@ -224,8 +224,7 @@ def groups(work: Work, entries: Callable[[Job], int], stacked: int) -> Iterator[
             needs = arithmetic(job.method, (most,), len(job.experts), job.parameter.dtype)
             yield Group(job, names, size / most, needs, most, -(-size // most))
             continue
-        each = math.prod(job.seen_shape)
-        needs = arithmetic(job.method, job.seen_shape, len(job.experts), job.parameter.dtype)
+        each, needs = math.prod(shape_of(job)), of_matrix(job)
         yield Group(job, names, size / each, needs, each, -(-size // (each * max(1, stacked // each))))
 
 
@@ -242,7 +241,7 @@ def _all(group: Group) -> Tally:
 
 
 def _by_entry(job: Job) -> bool:
-    return job.method.needs.scope == "entry"
+    return job.method.needs.scope == "entry" and job.joint is None
 
 
 def _bytes_merged(work: Work, found: Sequence[Group], limits: Limits) -> float:
@@ -256,6 +255,9 @@ def _bytes_merged(work: Work, found: Sequence[Group], limits: Limits) -> float:
             if own.needs.scope == "entry" else (limits.stacked // 2 + 1, math.prod(job.seen_shape))
         )  # fmt: skip
         copies = 2 if entries < full else 1
+        if job.joint is not None:
+            total += copies * (job.bytes_read + 4 * sum(job.joint) * sum(job.sides))
+            continue
         total += copies * job.bytes_read * (1 + len(job.experts)) * (1 + looks.get(structure(own), 0))
     return total
 

@@ -20,7 +20,7 @@ from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.planning.assign import assign, treated_apart
 from cfmerge.planning.chat import with_template
 from cfmerge.planning.configs import config_notes
-from cfmerge.planning.jobs import check_count, check_moments, settled_jobs
+from cfmerge.planning.jobs import check_count, check_moments, settled_jobs, with_ranks
 from cfmerge.planning.match import match_experts, skips
 from cfmerge.planning.pair import Paired, pair_experts
 from cfmerge.planning.plugins import load_plugins
@@ -141,6 +141,7 @@ def resolve(
         for spec, expert, file in zip(specs, paired.experts, files, strict=True)
     ]
     check_moments(jobs, taking_part, lambda file, name: file.tensors.get(name))  # type: ignore[attr-defined]
+    jobs = with_ranks(jobs, taking_part, sums or statistics is not None)
     work = Work(
         Participant("base", f"base ({base.path})", base), tuple(taking_part), tuple(jobs), statistics, recipe.seed,
         recipe.precision, from_files=True, sums=sums,

@@ -5,6 +5,7 @@ Planning makes it, whether the models lie in files or in memory; the loop (`run.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -38,6 +39,10 @@ class Readable(Protocol):
 class Tuned(Readable, Protocol):
     """An expert's arrays, also as deltas; see `cfmerge.formats.Source`."""
 
+    def rank(self, name: str) -> int | None:
+        """The rank of the factors that its delta comes as, by its header; None: it comes as a tensor."""
+        ...
+
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta: ...
 
 
@@ -45,7 +50,11 @@ class Writable(Protocol):
     """The part of a `Sink` that the loop knows."""
 
     def write(self, name: str, values: Any, first: int = 0) -> None:
-        """Takes a tensor, or a piece of the flat one from entry `first` on; pieces come in any order."""
+        """Takes a tensor, or a piece of the flat one from entry `first` on; pieces come in any order.
+
+        A sink that has `write_factors(name, left, right)` gets the merged deltas of adapters by it, where they are
+        merged in a joint basis: `left @ right` in the rows and columns of the stored tensor, without the base.
+        """
         ...
 
 
@@ -75,6 +84,8 @@ class Job:
         sources: its name in each expert, or None where the expert does not have it.
         dtype: the output's.
         weights: the experts', for this tensor.
+        ranks: of the factors that each expert's delta comes as, by its header; None where it comes as a tensor. Empty
+            where it is not asked for.
     """
 
     name: str
@@ -83,6 +94,7 @@ class Job:
     sources: tuple[str | None, ...]
     dtype: np.dtype
     weights: tuple[Any, ...]
+    ranks: tuple[int | None, ...] = ()
 
     @property
     def parameter(self) -> Parameter:
@@ -96,6 +108,32 @@ class Job:
     def experts(self) -> tuple[int, ...]:
         """Numbers of the experts that have the tensor."""
         return tuple(number for number, source in enumerate(self.sources) if source is not None)
+
+    @functools.cached_property
+    def joint(self) -> tuple[int, ...] | None:
+        """The ranks of the experts' factors, where they are merged in their joint basis; None: as dense deltas.
+
+        They are where the method commutes with bases (`Part.joint`) and they have few directions together, or where the
+        method asks for the factors.
+        """
+        own = tuple(self.ranks[number] for number in self.experts) if self.ranks else ()
+        if self.assignment.action != "merge" or not own or not self.method.joint or not self.factor_layout:
+            return None
+        ranks = tuple(rank for rank in own if rank is not None)
+        few = 2 * sum(ranks) <= min(self.sides) or self.method.needs.factors
+        return ranks if len(ranks) == len(own) and few else None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Outputs and inputs of the matrix that factors make; rows and columns where the tensor has no such view."""
+        shape = self.parameter.canonical[1:] if self.parameter.layout else self.parameter.shape
+        return shape[0], shape[1]
+
+    @property
+    def factor_layout(self) -> str:
+        """The layout in which factors lie, whose rows are one axis of the tensor; empty where there is none."""
+        layout = self.parameter.layout or ("oi" if len(self.parameter.shape) == 2 else "")
+        return layout if layout == "io" or re.fullmatch("oi+", layout) else ""
 
     @property
     def bytes_read(self) -> int:
@@ -174,6 +212,8 @@ class Job:
         In float32 for an output of 16 bits; in float64 otherwise, to which an ill-conditioned one is driven.
         """
         method = self.method
+        if self.joint is not None:
+            return self._joint_bytes(sum(self.joint))
         if self.assignment.action != "merge" or method.needs.scope == "entry":
             return 0
         _, m, n = self.parameter.canonical if self.layout else (1, 1, self.parameter.size)
@@ -185,6 +225,15 @@ class Job:
             floats += len(self.experts) * m * n
         held = self.parameter.size * self.dtype.itemsize if self.layers_apart and not self.layers_in_turn else 0
         return (4 if self.dtype.itemsize == 2 else 8) * floats + held
+
+    def _joint_bytes(self, rank: int) -> int:
+        """Of a merge in a joint basis: factors and bases, all experts' cores, and what is as large as the tensor."""
+        m, n = self.sides
+        p, q = min(m, rank + 1), min(n, rank)
+        cores = 4 * (len(self.experts) + 4) * p * q + 4 * (p * p + q * q)
+        tall = 4 * (m * p + n * q) + len(members(self.method)) * m * q
+        dense = (1 + 2 * len(members(self.method))) * m * n
+        return 8 * (cores + tall) + (4 if self.dtype.itemsize <= 4 else 8) * dense
 
 
 def _dtype(name: str) -> np.dtype:
@@ -226,7 +275,7 @@ class Work:
         Findings have a place for each expert: all must have the tensor. Statistics know no such form.
         """
         everybody = len(job.experts) == len(self.experts) and self.statistics is None and not self.sums
-        method = in_pieces(job.method) if self.from_files and everybody else None
+        method = in_pieces(job.method) if self.from_files and everybody and job.joint is None else None
         if method is None or (method.needs.ranks and job.row is None):
             return job
         return dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=method))

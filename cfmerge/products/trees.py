@@ -17,7 +17,7 @@ from cfmerge.formats.pytree import flatten
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_float
 from cfmerge.planning.assign import Assignment, assign
-from cfmerge.planning.jobs import check_moments, settled_jobs
+from cfmerge.planning.jobs import check_moments, settled_jobs, with_ranks
 from cfmerge.planning.unsolved import unsolved
 from cfmerge.planning.work import Job, Participant, Work
 from cfmerge.products.leaves import Tree
@@ -171,6 +171,7 @@ def work_of(
         for name, tree, moment in zip(experts, trees[1:], moments or [None] * len(experts), strict=True)
     ]
     check_moments(jobs, taking_part, lambda moment, name: moment.leaves.get(name))  # type: ignore[attr-defined]
+    jobs = with_ranks(jobs, taking_part, sums or statistics is not None)
     base = Participant("base", "base", Tree(trees[0], layouts))
     return Work(base, tuple(taking_part), tuple(jobs), statistics, seed, traced=traced, sums=sums, sharded=layouts)
 

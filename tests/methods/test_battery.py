@@ -27,7 +27,9 @@ FLAT = "the spectrum is changed, or cut"
 SPARSE = "entries are dropped"
 NEAR_SUM = "where the deltas say nothing it is at their sum, which of identical experts is not the expert"
 NOT_IDEMPOTENT = {
-    **dict.fromkeys(["task_arithmetic", "dare_linear", "della_linear", "breadcrumbs", "consensus", "expo"], SUM),
+    **dict.fromkeys([
+        "task_arithmetic", "dare_linear", "della_linear", "breadcrumbs", "consensus", "expo", "peft_cat", "peft_svd",
+    ], SUM),
     **dict.fromkeys(["wudi", "wudi_adam", "swudi", "aswudi", "optmerge"], NEAR_SUM),
     **dict.fromkeys([
         "iso_c", "iso_cts", "tsv_m", "dc_merge", "average >> half_flatten", "average >> subspace_boosting",
@@ -36,7 +38,7 @@ NOT_IDEMPOTENT = {
     **dict.fromkeys([
         "ties", "dare_ties", "della", "breadcrumbs_ties", "pcb", "arcee_fusion", "nearswap", "drop >> average",
         "drop_by_rank >> average", "outliers >> average", "trim >> average", "trim_deviation >> average",
-        "trim_energy >> average",
+        "trim_energy >> average", "knots", "core_space",
     ], SPARSE),
     "ace": "centres the rows, and halves the all-ones direction",
     "magmax": "has a scale, 1/2 by default",

@@ -76,6 +76,7 @@ ENTRIES = (
 WITHOUT = {
     "linear": "is `average` where weights sum to one",
     "expo, nearswap, arcee_fusion, slerp, nuslerp": "take one or two experts",
+    "peft_cat, peft_svd, peft_linear, knots, core_space": "for adapters, which the suite merges into the weights",
     "disjoint_mean, breadcrumbs_ties, della_linear, ram_plus, lot": "parts or near relatives of a row that is there",
 }
 CURVE = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "dc_merge", "ace", "aswudi", "power", "regmean(a=1)")
