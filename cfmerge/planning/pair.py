@@ -53,6 +53,9 @@ class Viewed:
             return self.inner.delta(name, first, count)
         return Dense(self.read(name, first, count))
 
+    def rank(self, name: str) -> int | None:
+        return None if name in self.views else self.inner.rank(name)
+
 
 @dataclasses.dataclass
 class Paired:
