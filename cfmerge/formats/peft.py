@@ -22,6 +22,7 @@ FACTOR = re.compile(
 )
 TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 SAVED = re.compile(r"\.modules_to_save(?:\.(?!(?:weight|bias)$)[^.]+(?=\.))?(?=\.)")
+TWICE = "base_layer.out_proj"  # of torch's MultiheadAttention: PEFT adds its product twice, forward and merged
 INNER = re.compile(r"(^|(?<=\.))base_layer\.|\.base_layer$")
 
 
@@ -95,17 +96,17 @@ def peft_parts(container: Container, config: PeftConfig, names: Mapping[str, str
             parts += _stacks(container, config, module, chosen, [modules[one] for one in nested])
         else:
             for one in nested:
-                parts += _module(container, config, module, modules[one])
+                parts += _module(container, config, module, modules[one], 2 if one.endswith(TWICE) else 1)
     return parts
 
 
-def _module(container: Container, config: PeftConfig, module: str, found: Module) -> list[Part]:
+def _module(container: Container, config: PeftConfig, module: str, found: Module, times: int) -> list[Part]:
     embedding = "lora_embedding_A" in found.names or "lora_embedding_B" in found.names
     a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     shapes = _both(container, found, a, b, module)
     rank = config.rank_of(module)
     check_ranks(container, found.names[a], found.names[b], shapes, rank, config.place)
-    scale, end = config.scale_of(module), f"{module}." if module else ""
+    scale, end = times * config.scale_of(module), f"{module}." if module else ""
     pair = Pair(
         (f"{end}weight",) if embedding else (f"{end}weight", f"{end}in_proj_weight"), found.names[a], found.names[b],
         shapes, scale, rank, "embedding" if embedding else "matrix", config.turned,
