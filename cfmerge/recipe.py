@@ -19,7 +19,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.models import Kind
 
 Heads = Literal["keep-base", "drop", "export"]
-Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert"]
+Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert", "other-base"]
 
 
 class Rename(msgspec.Struct, forbid_unknown_fields=True, rename={"pattern": "from"}):
@@ -58,6 +58,7 @@ class Expert(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     weight: float | dict[str, Any] | list[Any] = 1.0  # a number, a gradient over depth, or values by name
     moments: str = ""  # a file of measurements: input Grams, diagonal Fishers
     rename: list[Rename] = []  # applied to its names, before the recipe's own
+    adapter: str = ""  # an adapter over the model at `path`, which then are the expert together
     partial: bool = False  # it is a part of the base, or holds one: other tensors are merged without it
 
 

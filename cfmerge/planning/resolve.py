@@ -20,6 +20,7 @@ from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.models.patterns import patterns, tell
 from cfmerge.planning.assign import assign, treated_apart
 from cfmerge.planning.configs import config_notes
+from cfmerge.planning.experts import adapter_notes, key_of, leave_untouched, open_expert
 from cfmerge.planning.jobs import check_count, check_moments, settled_jobs
 from cfmerge.planning.match import match_experts, skips
 from cfmerge.planning.pair import Paired, pair_experts
@@ -67,8 +68,8 @@ def resolve(
     specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or alone else 2)
     opened = opened or {}
     base = opened.get(recipe.base) or open_checkpoint(recipe.base)
-    experts = [opened.get(spec.path) or open_checkpoint(spec.path) for spec in specs]
-    opened = {**dict(zip([spec.path for spec in specs], experts, strict=True)), recipe.base: base}
+    experts = [opened.get(key_of(spec)) or open_expert(spec, base, recipe) for spec in specs]
+    opened = {**dict(zip(map(key_of, specs), experts, strict=True)), recipe.base: base}
     for expert in experts:
         if not expert.config:  # a bare file: tied as the base is
             told = {alias: name for alias, name in base.ties.items() if name in expert.tensors}
@@ -84,7 +85,7 @@ def resolve(
         check_count(method, len(earlier) + len(specs))
     notes = _check_same_files(recipe, base, specs, experts)
     named = {spec.name: expert for spec, expert in zip(specs, experts, strict=True)}
-    notes += _of_files(recipe, base, named)
+    notes += [*adapter_notes(recipe, base, named), *_of_files(recipe, base, named)]
     base, experts, of_folders = same_folders(base, named)
     notes += of_folders
 
@@ -101,6 +102,8 @@ def resolve(
         if problems:
             more = len(problems) - 20
             raise CfmergeError("\n".join([*problems[:20], *([f"... and {more} more problems"] if more > 0 else [])]))
+    if statistics is None and not sums:  # statistics count an expert that has not changed a tensor
+        notes += leave_untouched(matched, paired.experts)
 
     aliases: dict[str, list[str]] = {}
     for alias, name in ties.aliases.items():
