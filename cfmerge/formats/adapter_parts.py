@@ -108,6 +108,7 @@ class Adapter:
         files: all that it is made of.
         parts: what it changes.
         trained_on: the name of the base that it says it was trained on; "" if it says nothing.
+        tied: a tensor under one of several tied names is meant for all of them.
         notes: notes for the user.
     """
 
@@ -116,6 +117,7 @@ class Adapter:
     files: tuple[Path, ...]
     parts: Sequence[Part]
     trained_on: str = ""
+    tied: bool = False
     notes: tuple[str, ...] = ()
 
 

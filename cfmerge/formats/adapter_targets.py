@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from cfmerge.formats.base import Source
 from cfmerge.models import Shape, classify
 from cfmerge.models.mixtures import of_each_expert, single_experts
 from cfmerge.models.patterns import patterns, tell
-from cfmerge.models.renames import pair
+from cfmerge.models.renames import canonical, pair
 
 WRONG = "is it an adapter of this base?"
 
@@ -69,7 +70,8 @@ class Placing:
                 theirs |= dict.fromkeys(part.targets, part.shape if part.form != "stack" else ())
             else:
                 theirs[part.target] = self.file.tensors[part.name].shape
-        pairs = pair(self.shapes, theirs)
+        ends = {_end(name) for name in self.shapes}  # a head of the adapter's own says nothing about prefixes
+        pairs = pair(self.shapes, {name: shape for name, shape in theirs.items() if _end(name) in ends})
         if pairs.ambiguous:
             raise CfmergeError(
                 f"{self.adapter.path}: its names are the base's with {' or with '.join(pairs.ambiguous)}: say which by "
@@ -96,7 +98,7 @@ class Placing:
             found = Change(self.base, name, self.file, part)
             if is_copy(found):
                 return None
-            beside = "base_layer" in part.name  # the model's own, of whatever names it has there
+            beside = self.adapter.tied or "base_layer" in part.name  # the model's own, whatever names it has there
             own |= {alias, *([name, *self._aliases(name)] if beside else [])}
             return change.add(part)
         if isinstance(part, Pair):
@@ -278,3 +280,8 @@ class Placing:
             f"{alias!r} and {name!r} are one tensor of the base: what changes one changes both, as in peft's "
             "merge_and_unload"
         )
+
+
+def _end(name: str) -> str:
+    """The last two parts of a name in its canonical spelling."""
+    return ".".join(re.split(r"[./]", canonical(name))[-2:])

@@ -54,7 +54,7 @@ def read_peft(path: Path) -> Adapter:
     container = open_container(file)
     parts = peft_parts(container, config, {name: name for name in container.tensors})
     return Adapter(
-        path, container, (*container.files, directory / FILE), parts, config.trained_on,
+        path, container, (*container.files, directory / FILE), parts, config.trained_on, config.tied,
         (*config.notes, *(f"{path}: {note}" for note in container.notes)),
     )  # fmt: skip
 

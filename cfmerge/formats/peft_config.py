@@ -43,6 +43,7 @@ class PeftConfig:
         place: the file, for messages.
         turned: `fan_in_fan_out`: matrices are stored `(in, out)`.
         parameters: `target_parameters`, the ends of names of parameters that are no module's weight.
+        tied: `ensure_weight_tying`: what changes one of two tied tensors changes both.
         tokens: `trainable_token_indices`, by the end of the module's name; "" for any.
     """
 
@@ -56,6 +57,7 @@ class PeftConfig:
     parameters: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     trained_on: str = ""
+    tied: bool = False
     notes: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
@@ -104,6 +106,7 @@ def peft_config(content: Mapping[str, Any], place: str | Path) -> PeftConfig:
         tuple(map(str, content.get("target_parameters") or ())),
         _tokens(content.get("trainable_token_indices"), place),
         str(content.get("base_model_name_or_path") or ""),
+        bool(content.get("ensure_weight_tying")),
         notes,
     )
 
