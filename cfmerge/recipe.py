@@ -112,6 +112,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     seed: int = 0  # for random methods
     plugins: list[str] = []  # Python files that register methods
     statistics: str | None = None  # a directory of statistics to begin from
+    adapter_out: int | Literal["exact"] | None = None  # the rank of an adapter that is written in place of a model
 
     def resolved_experts(self, least: int = 2) -> list[Expert]:
         """The experts, each with a name: its own, else that of its directory.

@@ -112,6 +112,8 @@ def resolve(
     def output_dtype(parameter: Parameter) -> np.dtype:
         ruled = matched[0].assignments[parameter.name].rule is not None
         kept = is_buffer(parameter.name, parameter.shape) and not ruled  # exact, in whatever dtype
+        if recipe.adapter_out is not None and is_float(parameter.dtype):
+            return OUTPUT_DTYPES["float32"]  # less the base: the base's own dtype would round it
         floating = recipe.dtype and is_float(parameter.dtype) and not kept
         return OUTPUT_DTYPES[str(recipe.dtype)] if floating else base.tensors[parameter.name].dtype
 
