@@ -142,7 +142,7 @@ def sweep(
         "cfmerge merge --base BASE --statistics ALL -o OUT",
     ),
 )
-@o.takes_recipe("dtype", "shard_size", "side_files")
+@o.takes_recipe("dtype", "shard_size", "side_files", "adapter_out")
 def accumulate(
     asked: Recipe,
     *,

@@ -33,7 +33,7 @@ def check_forms(target: Path, base: Source, merged: Mapping[str, Parameter]) -> 
     if any(folder.prefix for folder in base.folders):
         names = ", ".join(folder.name for folder in base.folders)
         raise CfmergeError(
-            f"output {target}: an adapter is one of one model, and the base has {names}; name one of them"
+            f"output {target}: an adapter is over one model; the base has {names}: name one"
         )
     lost = [name for name, parameter in merged.items() if not form_of(parameter)]
     if not lost:

@@ -1,0 +1,304 @@
+"""Adapters that peft writes: each kind of part is, to rounding, what peft's `merge_and_unload` makes of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from laid import laid
+from peft_models import adapter, saved, tiny
+from safetensors.numpy import load_file, save_file
+
+from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
+from cfmerge.formats.adapters import AdapterSource, is_adapter
+from cfmerge.models.deltas import Dense, Factors
+
+UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+PAIR = {"target_modules": ["fc", "square"], "r": 2, "lora_alpha": 3}
+# config: (of LoraConfig, {the end of a tensor's name: the rank of its factors, or None where it is dense})
+CONFIGS = {
+    "plain": (PAIR | {"target_modules": ["fc", "square", "plain"]}, {"fc.weight": 2, "square.weight": 2, "plain.weight": 2}),
+    "rank-stabilised": (PAIR | {"use_rslora": True}, {"fc.weight": 2, "square.weight": 2}),
+    "patterns": (PAIR | {"rank_pattern": {"fc": 3, "s.*": 1}, "alpha_pattern": {"square": 7}}, {"fc.weight": 3, "square.weight": 1}),
+    "convolutions": (PAIR | {"target_modules": ["conv", "point", "line"]}, {"conv.weight": 2, "point.weight": 2, "line.weight": 2}),
+    "transposed": (PAIR | {"target_modules": ["c_fc", "c_proj"], "fan_in_fan_out": True}, {"c_fc.weight": 2, "c_proj.weight": 2}),
+    "an embedding": (PAIR | {"target_modules": ["embed_tokens"]}, {"embed_tokens.weight": 2}),
+    "dora": (
+        PAIR | {"target_modules": ["fc", "square", "conv", "line", "embed_tokens"], "use_dora": True},
+        dict.fromkeys(("fc.weight", "square.weight", "conv.weight", "line.weight", "embed_tokens.weight")),
+    ),
+    "dora transposed": (
+        PAIR | {"target_modules": ["c_fc", "c_proj"], "use_dora": True, "fan_in_fan_out": True},
+        {"c_fc.weight": None, "c_proj.weight": None},
+    ),
+    "biases of factors": (PAIR | {"target_modules": ["fc", "conv"], "lora_bias": True}, {"fc.weight": 2, "fc.bias": None, "conv.weight": 2, "conv.bias": None}),
+    "biases of targets": (PAIR | {"bias": "lora_only"}, {"fc.weight": 2, "fc.bias": None, "square.weight": 2, "square.bias": None}),
+    "modules by suffix": (
+        PAIR | {"modules_to_save": ["norm", "score"]},
+        {"fc.weight": 2, "square.weight": 2}
+        | dict.fromkeys(f"{module}.{leaf}" for module in ("norm", "post_norm", "score") for leaf in ("weight", "bias")),
+    ),
+    "tokens": (PAIR | {"trainable_token_indices": [4, 1]}, {"embed_tokens.weight": None, "fc.weight": 2, "square.weight": 2}),
+    "tokens by module": (
+        PAIR | {"trainable_token_indices": {"embed_tokens": [1, 4]}},
+        {"embed_tokens.weight": None, "fc.weight": 2, "square.weight": 2},
+    ),
+    "attention": (PAIR | {"target_modules": ["attn"]}, {"attn.in_proj_weight": 2, "attn.out_proj.weight": 2}),
+    "packed experts": (
+        PAIR | {"target_modules": [], "target_parameters": [UP, DOWN], "rank_pattern": {DOWN: 3}}, {UP: None, DOWN: None},
+    ),
+    "packed experts, one of two": (PAIR | {"target_modules": ["fc"], "target_parameters": ["experts.down_proj"]}, {"fc.weight": 2, DOWN: None}),
+}  # fmt: skip
+TURNED = ["packed experts", "packed experts, one of two"]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """The tiny model and its directory; a second one, whose packed experts are stored (in, out)."""
+    models = [tiny(turned=turned) for turned in (False, True)]
+    return [(model, saved(model, tmp_path_factory.mktemp("bases") / "base")) for model in models]
+
+
+def close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * max(np.abs(theirs).max(), 1e-30))
+
+
+def whole(source, base, name, first=0, count=None):
+    """The expert's tensor, from its delta."""
+    delta = source.delta(name, first, count)
+    if isinstance(delta, Dense):
+        return delta.tensor
+    stored = base.read(name, first, count)
+    return stored + delta.product.reshape(stored.shape)
+
+
+@pytest.mark.parametrize(("case", "turned"), [*((case, 0) for case in CONFIGS), *((case, 1) for case in TURNED)])
+def test_an_adapter_is_what_peft_merges(bases, tmp_path, case, turned):
+    model, place = bases[turned]
+    config, ranks = CONFIGS[case]
+    merged = adapter(model, tmp_path, **config)
+    base = open_checkpoint(place)
+    assert is_adapter(tmp_path)
+    source = AdapterSource(tmp_path, base)
+    assert {name: source.rank(name) for name in source.tensors if source.rank(name) != 0} == ranks
+    assert source.tensors.keys() == merged.keys()
+    for name, tensor in merged.items():
+        close(whole(source, base, name), tensor)
+        close(source.read(name), tensor)
+        assert source.tensors[name].shape == tensor.shape
+        for first, count in ((tensor.size // 3, tensor.size // 2), (tensor.size - 1, 1)):
+            close(whole(source, base, name, first, count), tensor.reshape(-1)[first : first + count])
+        delta = source.delta(name)
+        assert (delta.right.shape[0] if isinstance(delta, Factors) else None) == source.rank(name)
+
+
+def test_all_biases(bases, tmp_path):
+    model, place = bases[0]
+    merged = adapter(model, tmp_path, **PAIR, bias="all")
+    source = AdapterSource(tmp_path, open_checkpoint(place))
+    for name, tensor in merged.items():
+        close(source.read(name), tensor)
+
+
+def test_adapters_in_half_precision_have_factors_in_single(bases, tmp_path):
+    model, place = bases[0]
+    adapter(model, tmp_path, **PAIR)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.astype(np.float16) for name, tensor in load_file(file).items()}, file)
+    delta = AdapterSource(tmp_path, open_checkpoint(place)).delta("fc.weight")
+    assert delta.left.dtype == delta.right.dtype == np.float32
+
+
+def test_a_name_of_the_adapter_in_the_names_of_its_factors(bases, tmp_path):
+    model, place = bases[0]
+    merged = adapter(model, tmp_path, **PAIR)
+    file = tmp_path / "adapter_model.safetensors"
+    named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in load_file(file).items()}
+    save_file(named, file)
+    close(AdapterSource(tmp_path, open_checkpoint(place)).read("fc.weight"), merged["fc.weight"])
+    named |= {name.replace("default", "other"): tensor for name, tensor in named.items()}
+    save_file(named, file)
+    with pytest.raises(CfmergeError, match="several adapters: 'default', 'other'"):
+        AdapterSource(tmp_path, open_checkpoint(place))
+
+
+def test_a_copy_of_the_embedding_beside_its_factors(bases, tmp_path):
+    model, place = bases[0]
+    adapter(model, tmp_path, target_modules=["embed_tokens"], r=2)
+    file = tmp_path / "adapter_model.safetensors"
+    table = model.embed_tokens.weight.detach().numpy()
+    copy = "base_model.model.embed_tokens.base_layer.weight"
+    save_file(load_file(file) | {copy: table}, file)
+    base = open_checkpoint(place)
+    assert AdapterSource(tmp_path, base).rank("embed_tokens.weight") == 2
+    longer = np.concatenate([table, table[:2]])
+    with pytest.raises(CfmergeError, match=r"embed_tokens.weight.*\(13, 6\) in the base, \(11, 6\)"):
+        save_file(load_file(file) | {copy: longer}, file)
+        AdapterSource(tmp_path, base)
+    factor = "base_model.model.embed_tokens.lora_embedding_A"
+    save_file(load_file(file) | {factor: np.ones((2, 13), np.float32)}, file)
+    assert AdapterSource(tmp_path, base).tensors["embed_tokens.weight"].shape == (13, 6)  # a resized vocabulary
+
+
+# --- files and configs that are refused --------------------------------------------------------------------------
+
+REFUSED = {
+    "ia3": ({"peft_type": "IA3"}, ["peft_type IA3", "LORA", "save_as_lora"]),
+    "lokr": ({"peft_type": "PeftType.LOKR"}, ["peft_type LOKR"]),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, ["pissa_niter_4", "path_initial_model_for_weight_conversion"]),
+    **{init: ({"init_lora_weights": init}, [init, "path_initial_model_for_weight_conversion"])
+       for init in ("olora", "corda", "lora_ga", "loftq", "OLoRA")},
+    "replication": ({"layer_replication": [[0, 2]]}, ["layer_replication"]),
+    "alora": ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens", "no delta"]),
+    **{key: ({key: True}, [key, "merge_and_unload"]) for key in ("use_qalora", "use_bdlora", "kasa_config",
+                                                                 "velora_config", "monteclora_config")},
+    "arrow": ({"arrow_config": {"top_k": 1}}, ["arrow_config"]),
+    "megatron": ({"megatron_config": {"a": 1}}, ["megatron_config"]),
+    "rank of text": ({"r": "8"}, ["r must be a positive whole number", "'8'"]),
+    "rank 0": ({"r": 0}, ["r must be a positive whole number"]),
+    "alpha": ({"lora_alpha": None}, ["lora_alpha must be a number"]),
+    "pattern": ({"rank_pattern": {"(": 2}}, ["rank_pattern", "regular expression"]),
+    "list of patterns": ({"alpha_pattern": [1]}, ["alpha_pattern must be a mapping"]),
+    "pattern of ranks": ({"rank_pattern": {"fc": 1.5}}, ["rank_pattern", "fc must be a positive whole number"]),
+    "another rank": ({"r": 4}, ["lora_A", "expected rank 4", "found 2"]),
+    "tokens": ({"trainable_token_indices": "1"}, ["trainable_token_indices must be lists"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_configs_that_are_refused(bases, tmp_path, case):
+    change, words = REFUSED[case]
+    model, place = bases[0]
+    adapter(model, tmp_path, **PAIR)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(CfmergeError) as error:
+        AdapterSource(tmp_path, open_checkpoint(place))
+    for word in ["adapter_config.json", *words]:
+        assert word in str(error.value)
+
+
+def test_a_key_that_is_not_known_is_told(bases, tmp_path):
+    model, place = bases[0]
+    adapter(model, tmp_path, **PAIR)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"new_thing": 3}))
+    source = AdapterSource(tmp_path, open_checkpoint(place))
+    assert [note for note in source.notes if "new_thing: 3" in note and "not heeded" in note]
+
+
+FC = "base_model.model.fc.lora_"
+
+
+def spoiled(case):
+    """Tensors that are put over the adapter's (None: taken out), and words of the error."""
+    ones = np.ones
+    return {
+        "no B": ({f"{FC}B.weight": None}, ["'fc' has no lora_B", "fc.lora_A.weight", "fetch it again"]),
+        "no A": ({f"{FC}A.weight": None}, ["'fc' has no lora_A"]),
+        "B of another rank": ({f"{FC}B.weight": ones((10, 3), np.float32)}, ["lora_B", "(10, 3)", "does not fit"]),
+        "no matrix": ({f"{FC}A.weight": ones(2, np.float32)}, ["no factors of a matrix"]),
+        "other outputs": (
+            {f"{FC}B.weight": ones((9, 2), np.float32)}, ["'fc.weight'", "(10, 6) in the base, (9, 6)", "this base?"],
+        ),
+        "no such module": (
+            {"base_model.model.gc.lora_A.weight": ones((2, 6), np.float32),
+             "base_model.model.gc.lora_B.weight": ones((10, 2), np.float32)},
+            ["gc.weight", "lacks", "did you mean 'fc.weight'", "partial: true"],
+        ),
+        "a strange part": ({f"{FC}diag": ones(2, np.float32)}, ["lora_diag", "not known"]),
+        "a magnitude of other size": ({f"{FC}magnitude_vector": ones(6, np.float32)}, ["magnitude", "(6,)"]),
+        "a grouped convolution": (
+            {"base_model.model.conv.lora_A.weight": ones((2, 6, 3, 2), np.float32),
+             "base_model.model.conv.lora_B.weight": ones((5, 2, 1, 1), np.float32)},
+            ["conv.weight", "grouped convolution"],
+        ),
+        "a bias of another size": ({f"{FC}B.bias": ones(3, np.float32)}, ["fc.bias", "(10,) in the base", "(3,)"]),
+    }[case]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["no B", "no A", "B of another rank", "no matrix", "other outputs", "no such module", "a strange part",
+     "a magnitude of other size", "a grouped convolution", "a bias of another size"],
+)  # fmt: skip
+def test_files_that_are_refused(bases, tmp_path, case):
+    change, words = spoiled(case)
+    model, place = bases[0]
+    adapter(model, tmp_path, **PAIR)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file) | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    with pytest.raises(CfmergeError) as error:
+        AdapterSource(tmp_path, open_checkpoint(place))
+    for word in [str(file), *words]:
+        assert word in str(error.value)
+
+
+def test_damaged_directories(bases, tmp_path):
+    model, place = bases[0]
+    base = open_checkpoint(place)
+    adapter(model, tmp_path / "cut", **PAIR)
+    file = tmp_path / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(CfmergeError, match="truncated or corrupt"):
+        AdapterSource(tmp_path / "cut", base)
+    file.unlink()
+    assert is_adapter(tmp_path / "cut")
+    with pytest.raises(CfmergeError, match="no adapter_model.safetensors"):
+        AdapterSource(tmp_path / "cut", base)
+    with pytest.raises(CfmergeError, match="not valid JSON"):
+        laid(tmp_path / "json", {"adapter_config.json": "{", "adapter_model.safetensors": {"x": np.ones(1)}})
+        AdapterSource(tmp_path / "json", base)
+
+
+def test_flipped_bits_are_an_error_or_other_numbers_in_the_same_tensors(bases, tmp_path):
+    model, place = bases[0]
+    adapter(model, tmp_path, **PAIR)
+    base, file = open_checkpoint(place), tmp_path / "adapter_model.safetensors"
+    content, rng = file.read_bytes(), np.random.default_rng(0)
+    header = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(300):
+        place_of_bit = int(rng.integers(header * 8))
+        flipped = bytearray(content)
+        flipped[place_of_bit // 8] ^= 1 << place_of_bit % 8
+        file.write_bytes(flipped)
+        try:
+            source = AdapterSource(tmp_path, base)
+        except CfmergeError:
+            continue
+        for name in source.tensors:
+            source.delta(name)
+
+
+def test_rows_of_tokens_that_the_base_lacks(bases, tmp_path):
+    model, place = bases[0]
+    adapter(model, tmp_path, **PAIR, trainable_token_indices=[1, 4])
+    config = tmp_path / "adapter_config.json"
+    for indices, word in (([1, 11], "up to 11"), ([1, 2, 3], "names 3 tokens")):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"trainable_token_indices": indices}))
+        with pytest.raises(CfmergeError, match=word):
+            AdapterSource(tmp_path, open_checkpoint(place))
+
+
+def test_a_square_matrix_is_transposed_as_its_family_is_though_the_config_says_no(tmp_path):
+    """peft's one flag stands for the module that was wrapped last, which may be the output layer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=13, n_positions=10))
+    saved(model.transformer, tmp_path / "base", {"model_type": "gpt2", "tie_word_embeddings": True})
+    tuned = get_peft_model(model, LoraConfig(target_modules=["c_proj", "lm_head"], r=2))
+    with torch.no_grad():
+        for parameter in (p for p in tuned.parameters() if p.requires_grad):
+            parameter.copy_(torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "ad")
+    assert json.loads((tmp_path / "ad" / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    merged = tuned.merge_and_unload().transformer.state_dict()
+    source = AdapterSource(tmp_path / "ad", open_checkpoint(tmp_path / "base"))
+    assert source.rank("h.0.attn.c_proj.weight") == 2
+    for name, tensor in merged.items():
+        close(source.read(name), tensor.numpy())
+    assert any("'lm_head.weight' and 'wte.weight' are one tensor" in note for note in source.notes)
