@@ -32,9 +32,7 @@ def check_forms(target: Path, base: Source, merged: Mapping[str, Parameter]) -> 
     """Raises `CfmergeError` if a tensor that is merged has no place in an adapter."""
     if any(folder.prefix for folder in base.folders):
         names = ", ".join(folder.name for folder in base.folders)
-        raise CfmergeError(
-            f"output {target}: an adapter is over one model; the base has {names}: name one"
-        )
+        raise CfmergeError(f"output {target}: an adapter is over one model; the base has {names}: name one")
     lost = [name for name, parameter in merged.items() if not form_of(parameter)]
     if not lost:
         return

@@ -107,7 +107,14 @@ class Placing:
                 self._misfit(part, shape)
                 return None
             self._check_magnitude(part, shape, turned)
-            return change.add(Product(part, turned))
+            product = Product(part, turned)
+            if self.adapter.tied and self._again(change, product):
+                self.placed.notes.append(
+                    f"{part.down!r} is the same change under a tied name, and counts once, as it does when the model "
+                    "runs (peft's merge_and_unload adds it twice)"
+                )
+                return None
+            return change.add(product)
         found_shape = self.file.tensors[part.name].shape
         if isinstance(part, Rows):
             if found_shape[1:] != shape[1:] or max(part.indices, default=0) >= shape[0]:
@@ -127,6 +134,12 @@ class Placing:
                 f"{self.file.path}: {one.name!r} and {other.name!r} differ, and are one tensor, {name!r}, in the base: "
                 "store both in the base, and set tie_word_embeddings to false in its config.json"
             )
+
+    def _again(self, change: Change, product: Product) -> bool:
+        """Whether the change has the same product already, of factors that are tied."""
+        ours = product.factors(self.file.read)
+        theirs = [one.factors(self.file.read) for one in change.products]
+        return any(all(map(np.array_equal, ours, other)) for other in theirs)
 
     def _turned(self, name: str, part: Pair, shape: Shape) -> bool | None:
         """Whether the tensor is stored `(in, out)`; None where the pair does not fit it."""
@@ -226,10 +239,11 @@ class Placing:
         if self.missing and self.partial:
             self.placed.notes.append(f"{tell(self.missing)} are not in the base, and left out")
         elif self.missing:
-            hint = nearest(self.missing[0], self.shapes) if len(self.missing) == 1 else ""
+            like = f"; its tensors look like {next(iter(self.shapes))!r}."
+            hint = nearest(self.missing[0], self.shapes) if len(self.missing) == 1 else like
             lines.append(
                 f"{self.file.path}: changes {tell(self.missing)}, which the base ({self.base.path}) lacks"
-                f"{hint or f'; its tensors look like {next(iter(self.shapes))!r}'}. {WRONG.capitalize()} Names that "
+                f"{hint} {WRONG.capitalize()} Names that "
                 "differ: -e '{path: ADAPTER, rename: [{from: REGEX, to: TEXT}]}'; to leave out what the base lacks: "
                 "-e '{path: ADAPTER, partial: true}'"
             )

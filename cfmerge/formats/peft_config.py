@@ -86,8 +86,8 @@ def peft_config(content: Mapping[str, Any], place: str | Path) -> PeftConfig:
     for key, way_out in REFUSED.items():
         if content.get(key):
             raise CfmergeError(f"{place}: {key} is set, which is not read: {way_out}")
-    init = str(content.get("init_lora_weights", True)).lower()
-    if init.startswith(MUTATING):
+    init = str(content.get("init_lora_weights", True))
+    if init.lower().startswith(MUTATING):
         raise CfmergeError(
             f"{place}: init_lora_weights {init!r} has changed the base before training, so that the adapter is none of "
             "the base itself. Convert it with peft: model.save_pretrained(OUT, "

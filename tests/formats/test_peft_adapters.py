@@ -1,5 +1,6 @@
 """Adapters that peft writes: each kind of part is, to rounding, what peft's `merge_and_unload` makes of it."""
 
+import copy
 import json
 
 import numpy as np
@@ -289,16 +290,100 @@ def test_a_square_matrix_is_transposed_as_its_family_is_though_the_config_says_n
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=13, n_positions=10))
-    saved(model.transformer, tmp_path / "base", {"model_type": "gpt2", "tie_word_embeddings": True})
-    tuned = get_peft_model(model, LoraConfig(target_modules=["c_proj", "lm_head"], r=2))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    config = {"model_type": "gpt2", "tie_word_embeddings": True}
+    laid(tmp_path / "base", {"model.safetensors": {n: t.numpy() for n, t in base.items()}, "config.json": config})
+    tuned = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["c_proj", "lm_head"], r=2))
     with torch.no_grad():
         for parameter in (p for p in tuned.parameters() if p.requires_grad):
             parameter.copy_(torch.randn_like(parameter))
     tuned.save_pretrained(tmp_path / "ad")
     assert json.loads((tmp_path / "ad" / "adapter_config.json").read_text())["fan_in_fan_out"] is False
-    merged = tuned.merge_and_unload().transformer.state_dict()
+    merged = tuned.merge_and_unload().state_dict()
     source = AdapterSource(tmp_path / "ad", open_checkpoint(tmp_path / "base"))
-    assert source.rank("h.0.attn.c_proj.weight") == 2
-    for name, tensor in merged.items():
-        close(source.read(name), tensor.numpy())
-    assert any("'lm_head.weight' and 'wte.weight' are one tensor" in note for note in source.notes)
+    assert source.rank("transformer.h.0.attn.c_proj.weight") == source.rank("transformer.wte.weight") == 2
+    for name in base:
+        close(source.read(name), merged[name].numpy())
+    told = "'lm_head.weight' and 'transformer.wte.weight' are one tensor"
+    assert any(told in note for note in source.notes)
+
+
+def tuned_gpt2(tmp_path, **config):
+    """A tiny GPT-2's directory, and its adapter's; the adapter's model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    size = {"n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 13, "n_positions": 10}
+    model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
+    model.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, **config))
+    with torch.no_grad():
+        for parameter in (p for p in tuned.parameters() if p.requires_grad):
+            parameter.copy_(torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "ad")
+    return tuned
+
+
+def test_factors_that_are_tied_count_once_as_the_model_runs(tmp_path):
+    tied = {"target_modules": ["wte", "lm_head"], "ensure_weight_tying": True}
+    tuned = tuned_gpt2(tmp_path, **tied)
+    source = AdapterSource(tmp_path / "ad", open_checkpoint(tmp_path / "base"))
+    assert source.rank("transformer.wte.weight") == 2
+    table = torch.tensor(source.read("transformer.wte.weight"))
+    tokens = torch.arange(13)
+    close(tuned.base_model.model.transformer.wte(tokens).detach().numpy(), table.numpy())
+    close(tuned.base_model.model.lm_head(torch.eye(8)).detach().numpy(), table.T.numpy())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_of_its_own_that_the_base_ties(tmp_path, tied):
+    tuned = tuned_gpt2(tmp_path, target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=tied)
+    base = open_checkpoint(tmp_path / "base")
+    if not tied:
+        with pytest.raises(CfmergeError, match="of its own.*are one tensor: store both in the base"):
+            AdapterSource(tmp_path / "ad", base)
+        return
+    source = AdapterSource(tmp_path / "ad", base)
+    close(source.read("transformer.wte.weight"), tuned.merge_and_unload().transformer.wte.weight.detach().numpy())
+
+
+def test_a_head_that_the_base_lacks_is_the_experts_own(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    model = BertForSequenceClassification(BertConfig(**size, vocab_size=13))
+    model.bert.save_pretrained(tmp_path / "base")  # whose names do not begin with `bert.`
+    get_peft_model(model, LoraConfig(target_modules=["query"], r=2, task_type="SEQ_CLS")).save_pretrained(
+        tmp_path / "ad"
+    )
+    base = open_checkpoint(tmp_path / "base")
+    source = AdapterSource(tmp_path / "ad", base)
+    assert source.tensors.keys() - base.tensors.keys() == {"classifier.weight", "classifier.bias"}
+    assert [source.rank(name) for name in base.tensors if "query.weight" in name] == [2]
+    assert source.read("classifier.weight").shape == (2, 8)
+
+
+def test_packed_experts_over_a_base_that_stores_them_one_by_one(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(**size, intermediate_size=12, vocab_size=13, num_local_experts=3)
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    packed = LoraConfig(target_modules=["q_proj"], target_parameters=[UP, DOWN], r=2, lora_alpha=3)
+    tuned = get_peft_model(model, packed)
+    with torch.no_grad():
+        for parameter in (p for p in tuned.parameters() if p.requires_grad):
+            parameter.copy_(torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "ad")
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    base, merged = open_checkpoint(tmp_path / "base"), open_checkpoint(tmp_path / "merged")
+    source = AdapterSource(tmp_path / "ad", base)
+    assert "model.layers.0.block_sparse_moe.experts.2.w3.weight" in source.tensors
+    assert {source.rank(name) for name in source.tensors if ".experts." in name} == {2}
+    for name in base.tensors:
+        close(whole(source, base, name), merged.read(name))
