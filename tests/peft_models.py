@@ -40,10 +40,10 @@ class Tiny(nn.Module):
         self.line = nn.Conv1d(4, 7, 3)
         self.norm = nn.LayerNorm(6)
         self.post_norm = nn.LayerNorm(6)
-        self.c_fc = Conv1D(8, 6)
-        self.c_proj = Conv1D(6, 6)
         self.attn = nn.MultiheadAttention(6, 2)
         self.mlp = nn.Module()
+        self.mlp.c_fc = Conv1D(8, 6)
+        self.mlp.c_proj = Conv1D(6, 6)
         self.mlp.experts = Experts(3, 5, 6, turned)
         self.score = nn.Linear(6, 2)
 

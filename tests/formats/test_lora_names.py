@@ -33,11 +33,16 @@ A, B = draw(2, 6), draw(6, 2)
 
 @pytest.fixture
 def pipeline(tmp_path):
-    return laid(tmp_path / "pipe", {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
-        "unet/config.json": {}, "unet/diffusion_pytorch_model.safetensors": UNET,
-        "text_encoder/config.json": {}, "text_encoder/model.safetensors": TEXT,
-    })  # fmt: skip
+    return laid(
+        tmp_path / "pipe",
+        {
+            "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+            "unet/config.json": {},
+            "unet/diffusion_pytorch_model.safetensors": UNET,
+            "text_encoder/config.json": {},
+            "text_encoder/model.safetensors": TEXT,
+        },
+    )
 
 
 def lora(path, tensors, metadata=None, name="pytorch_lora_weights.safetensors"):
@@ -51,13 +56,25 @@ def product(source, name):
 
 
 STYLES = {
-    "peft": (f"unet.{Q}.lora_A.weight", f"unet.{Q}.lora_B.weight", f"text_encoder.{CLIP}.lora_A.weight", f"text_encoder.{CLIP}.lora_B.weight"),
-    "down": (f"unet.{Q}.lora.down.weight", f"unet.{Q}.lora.up.weight", f"text_encoder.{CLIP}.lora_linear_layer.down.weight", f"text_encoder.{CLIP}.lora_linear_layer.up.weight"),
-    "processor": (
-        f"unet.{Q.replace('to_q', 'processor.to_q_lora')}.down.weight", f"unet.{Q.replace('to_q', 'processor.to_q_lora')}.up.weight",
-        f"text_encoder.{CLIP.replace('q_proj', 'to_q_lora')}.down.weight", f"text_encoder.{CLIP.replace('q_proj', 'to_q_lora')}.up.weight",
+    "peft": (
+        f"unet.{Q}.lora_A.weight",
+        f"unet.{Q}.lora_B.weight",
+        f"text_encoder.{CLIP}.lora_A.weight",
+        f"text_encoder.{CLIP}.lora_B.weight",
     ),
-}  # fmt: skip
+    "down": (
+        f"unet.{Q}.lora.down.weight",
+        f"unet.{Q}.lora.up.weight",
+        f"text_encoder.{CLIP}.lora_linear_layer.down.weight",
+        f"text_encoder.{CLIP}.lora_linear_layer.up.weight",
+    ),
+    "processor": (
+        f"unet.{Q.replace('to_q', 'processor.to_q_lora')}.down.weight",
+        f"unet.{Q.replace('to_q', 'processor.to_q_lora')}.up.weight",
+        f"text_encoder.{CLIP.replace('q_proj', 'to_q_lora')}.down.weight",
+        f"text_encoder.{CLIP.replace('q_proj', 'to_q_lora')}.up.weight",
+    ),
+}
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -81,14 +98,18 @@ def test_the_output_of_an_attention_in_old_names(pipeline, tmp_path):
 
 def test_rank_and_alpha_of_the_metadata(pipeline, tmp_path):
     told = {"unet.r": 2, "unet.lora_alpha": 6, "unet.alpha_pattern": {OUT: 1}, "unet.use_rslora": False}
-    tensors = {f"unet.{Q}.lora_A.weight": A, f"unet.{Q}.lora_B.weight": B,
-               f"unet.{OUT}.lora_A.weight": A[:, :4], f"unet.{OUT}.lora_B.weight": B}  # fmt: skip
+    tensors = {
+        f"unet.{Q}.lora_A.weight": A,
+        f"unet.{Q}.lora_B.weight": B,
+        f"unet.{OUT}.lora_A.weight": A[:, :4],
+        f"unet.{OUT}.lora_B.weight": B,
+    }
     file = lora(tmp_path / "ad", tensors, {"lora_adapter_metadata": json.dumps(told)})
     source = AdapterSource(file, open_checkpoint(pipeline))
     np.testing.assert_allclose(product(source, f"unet/{Q}.weight"), 3 * B @ A, rtol=1e-6)
     np.testing.assert_allclose(product(source, f"unet/{OUT}.weight"), 0.5 * B @ A[:, :4], rtol=1e-6)
     file = lora(tmp_path / "ad", tensors, {"lora_adapter_metadata": json.dumps(told | {"unet.r": 4})})
-    with pytest.raises(CfmergeError, match="expected rank 4.*found 2"):
+    with pytest.raises(CfmergeError, match=r"expected rank 4.*found 2"):
         AdapterSource(file, open_checkpoint(pipeline))
     file = lora(tmp_path / "ad", tensors, {"lora_adapter_metadata": "{"})
     with pytest.raises(CfmergeError, match="not valid JSON"):
@@ -115,10 +136,11 @@ def kohya(module, part, **tensors):
 def test_kohyas_names(pipeline, tmp_path):
     down, up = draw(2, 4, 3, 3), draw(5, 2, 1, 1)
     tensors = (
-        kohya(Q, "unet", down=A, up=B, alpha=np.float32(1)) | kohya(CLIP, "te", down=A, up=B)
+        kohya(Q, "unet", down=A, up=B, alpha=np.float32(1))
+        | kohya(CLIP, "te", down=A, up=B)
         | kohya(CONV, "unet", down=down, up=up, alpha=np.float16(4))
         | kohya(OUT, "unet", down=A[:, :4, None, None], up=B[:, :, None, None])
-    )  # fmt: skip
+    )
     file = lora(tmp_path / "ad", tensors, name="style.safetensors")
     assert is_adapter(file)
     source = AdapterSource(file, open_checkpoint(pipeline))
@@ -148,7 +170,10 @@ def test_kohyas_names_over_a_single_file(tmp_path):
 
 
 REFUSED = {
-    "no such module": (kohya("up_blocks.9.to_q", "unet", down=A, up=B), ["1 modules", "lora_unet_up_blocks_9_to_q", "layout"]),
+    "no such module": (
+        kohya("up_blocks.9.to_q", "unet", down=A, up=B),
+        ["1 modules", "lora_unet_up_blocks_9_to_q", "layout"],
+    ),
     "a middle factor": (kohya(Q, "unet", down=A, up=B, mid=draw(2, 2)), ["lora_mid", "not known as parts of a LoRA"]),
     "loha": (kohya(Q, "unet", down=A, up=B) | {"lora_unet_x.hada_w1_a": A}, ["hada_w1_a", "LoHa"]),
     "lokr": (kohya(Q, "unet", down=A, up=B) | {"lora_unet_x.lokr_w1": A}, ["lokr_w1", "LoKr"]),
@@ -156,7 +181,7 @@ REFUSED = {
     "no up": (kohya(Q, "unet", down=A), ["has no B (up)"]),
     "alpha of two numbers": (kohya(Q, "unet", down=A, up=B, alpha=draw(2)), ["alpha", "one number"]),
     "other shapes": (kohya(Q, "unet", down=draw(2, 5), up=B), [f"unet/{Q}.weight", "(6, 6) in the base, (6, 5)"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
