@@ -133,7 +133,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         for expert in experts:
             if isinstance(expert.weight, int | float) and not math.isfinite(expert.weight):
                 raise CfmergeError(f"expert {expert.path}: its weight must be finite, found {expert.weight}")
-            name = expert.name or _default_name(expert.path, seen)
+            name = expert.name or _default_name(expert.adapter or expert.path, seen)
             if name in seen:
                 raise CfmergeError(
                     f"two experts are called {name!r}: {seen[name]} and {expert.path}; give them other names"

@@ -37,7 +37,7 @@ class Tiny(nn.Module):
         self.plain = nn.Linear(10, 6, bias=False)
         self.conv = nn.Conv2d(3, 5, (3, 2))
         self.point = nn.Conv2d(5, 4, 1)
-        self.line = nn.Conv1d(4, 7, 3)
+        self.conv_line = nn.Conv1d(4, 7, 3)
         self.norm = nn.LayerNorm(6)
         self.post_norm = nn.LayerNorm(6)
         self.attn = nn.MultiheadAttention(6, 2)

@@ -137,9 +137,12 @@ class Placing:
 
     def _again(self, change: Change, product: Product) -> bool:
         """Whether the change has the same product already, of factors that are tied."""
-        ours = product.factors(self.file.read)
-        theirs = [one.factors(self.file.read) for one in change.products]
-        return any(all(map(np.array_equal, ours, other)) for other in theirs)
+
+        def plain(one: Product) -> tuple[np.ndarray, np.ndarray]:
+            return dataclasses.replace(one, pair=dataclasses.replace(one.pair, scale=1.0)).factors(self.file.read)
+
+        alike = [one for one in change.products if one.pair.scale == product.pair.scale]
+        return any(all(map(np.array_equal, plain(one), plain(product))) for one in alike)
 
     def _turned(self, name: str, part: Pair, shape: Shape) -> bool | None:
         """Whether the tensor is stored `(in, out)`; None where the pair does not fit it."""

@@ -35,7 +35,7 @@ def base(tmp_path):
 
 def test_a_merge_of_adapters_comes_out_whole(base, tmp_path):
     model, place = base
-    every = ["fc", "square", "conv", "line"]
+    every = ["fc", "square", "conv", "conv_line"]
     both = [
         adapter(
             model, tmp_path / f"a{seed}", seed, target_modules=every, r=2, modules_to_save=["norm"], bias="lora_only"

@@ -123,7 +123,7 @@ def test_adapters_that_name_different_bases(models, refused):
 def test_the_names_of_an_adapter_are_renamed(models, refused, tmp_path):
     from safetensors.numpy import load_file, save_file
 
-    base, adapters, _ = models
+    base, adapters, merged = models
     file = adapters[0] / "adapter_model.safetensors"
     save_file({name.replace("q_proj", "query"): tensor for name, tensor in load_file(file).items()}, file)
     refused(["query.weight", "lacks", "rename"], base, adapters)
@@ -132,7 +132,7 @@ def test_the_names_of_an_adapter_are_renamed(models, refused, tmp_path):
     assert plan.experts[0].rank("model.layers.1.self_attn.q_proj.weight") == 2
     assert cfmerge.plan(base, adapters, "average", rename=rename).experts[0].rank(f"{Q}.weight") == 2
     wrong = cfmerge.Expert(str(adapters[1]), rename=[cfmerge.Rename("nothing", "x")])
-    refused(["rename 'nothing' matches none"], base, [adapters[0], wrong])
+    refused(["rename 'nothing' matches none"], base, [merged[0], wrong])
     partial = cfmerge.Expert(str(adapters[0]), partial=True)
     assert any(
         "query.weight" in note and "left out" in note for note in cfmerge.plan(base, [partial, adapters[1]]).notes

@@ -47,7 +47,7 @@ def pipeline(tmp_path):
 
 def lora(path, tensors, metadata=None, name="pytorch_lora_weights.safetensors"):
     path.mkdir(exist_ok=True)
-    save_file(tensors, path / name, metadata=metadata)
+    save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, path / name, metadata=metadata)
     return path / name
 
 

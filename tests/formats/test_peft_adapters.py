@@ -29,8 +29,8 @@ CONFIGS = {
         {"fc.weight": 3, "square.weight": 1},
     ),
     "convolutions": (
-        PAIR | {"target_modules": ["conv", "point", "line"]},
-        {"conv.weight": 2, "point.weight": 2, "line.weight": 2},
+        PAIR | {"target_modules": ["conv", "point", "conv_line"]},
+        {"conv.weight": 2, "point.weight": 2, "conv_line.weight": 2},
     ),
     "transposed": (
         PAIR | {"target_modules": ["c_fc", "c_proj"], "fan_in_fan_out": True},
@@ -38,8 +38,8 @@ CONFIGS = {
     ),
     "an embedding": (PAIR | {"target_modules": ["embed_tokens"]}, {"embed_tokens.weight": 2}),
     "dora": (
-        PAIR | {"target_modules": ["fc", "square", "conv", "line", "embed_tokens"], "use_dora": True},
-        dict.fromkeys(("fc.weight", "square.weight", "conv.weight", "line.weight", "embed_tokens.weight")),
+        PAIR | {"target_modules": ["fc", "square", "conv", "conv_line", "embed_tokens"], "use_dora": True},
+        dict.fromkeys(("fc.weight", "square.weight", "conv.weight", "conv_line.weight", "embed_tokens.weight")),
     ),
     "dora transposed": (
         PAIR | {"target_modules": ["c_fc", "c_proj"], "use_dora": True, "fan_in_fan_out": True},
