@@ -30,6 +30,7 @@ from cfmerge.formats.ranges import Covered, Range
 from cfmerge.formats.shards import ShardWriter, Unfit
 from cfmerge.formats.sinks import FORMAT, UNBOUNDED, DirectorySink, disk_errors
 from cfmerge.models import Parameter
+from cfmerge.models.mixtures import single_experts
 from cfmerge.models.patterns import patterns, tell
 
 Rank = int | Literal["exact"]
@@ -187,7 +188,13 @@ class AdapterSink(DirectorySink):
             lines.append((sum(one.kept for one in mine) / sum(one.whole for one in mine), pattern))
         lines.sort(key=lambda line: line[0])
         least = ", ".join(f"{pattern} {min(share, 1):.2%}" for share, pattern in lines[:8])
-        full = [f"adapter: {tell(list(self._full))}: written as they are, beside the factors"] if self._full else []
+        single = [name for own in single_experts(kept).values() for part in own.values() for name in part.values()]
+        packed = (
+            f"adapter: {tell(single)}: experts of a mixture by themselves; PEFT finds them where the model that it "
+            "loads has them so, and does not pack them (transformers 5 does)"
+        )
+        full = [*([packed] if single else [])]
+        full += [f"adapter: {tell(list(self._full))}: written as they are, beside the factors"] if self._full else []
         return (f"{told}: {least}{', ...' if len(lines) > 8 else ''}", *full)
 
     @notes.setter

@@ -11,6 +11,7 @@ import numpy as np
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats.adapter_change import Change, is_copy
 from cfmerge.formats.adapter_parts import Adapter, Added, Full, Pair, Product, Rows
+from cfmerge.formats.adapter_ties import aliases_of, settle_ties
 from cfmerge.formats.base import Source
 from cfmerge.models import Shape, classify
 from cfmerge.models.mixtures import of_each_expert, single_experts
@@ -36,6 +37,7 @@ class Placing:
         self.adapter, self.base, self.partial = adapter, base, partial
         self.file = adapter.container
         self.kinds = classify({n: (i.shape, i.dtype.name) for n, i in base.tensors.items()}, base.config)
+        self.has_turned = any(kind.layout == "io" for kind in self.kinds.values())
         self.shapes: dict[str, Shape] = {name: info.shape for name, info in base.tensors.items()}
         self.shapes |= {a: self.shapes[n] for a, n in base.ties.items() if a not in self.shapes and n in self.shapes}
         self.single = single_experts(self.shapes)
@@ -58,8 +60,8 @@ class Placing:
                 self.missing.append(part.target)
         self._stacks(where)
         self._raise()
-        self._settle_ties()
         self.placed.changes = {name: change for name, change in self.placed.changes.items() if any(change.parts)}
+        self.placed.notes += settle_ties(self.placed.changes, self.base, self.file, self.names_of)
         return self.placed
 
     def _found(self) -> Mapping[str, str]:
@@ -99,7 +101,7 @@ class Placing:
             if is_copy(found):
                 return None
             beside = self.adapter.tied or "base_layer" in part.name  # the model's own, whatever names it has there
-            own |= {alias, *([name, *self._aliases(name)] if beside else [])}
+            own |= {alias, *([name, *aliases_of(self.base, name)] if beside else [])}
             return change.add(part)
         if isinstance(part, Pair):
             turned = self._turned(name, part, shape)
@@ -151,8 +153,8 @@ class Placing:
             return True if shape == (*inner, out) else None
         if len(shape) == 2 and math.prod(inner) == inner[0]:
             fits = [turned for turned in (False, True) if shape == ((inner[0], out) if turned else (out, inner[0]))]
-            if len(fits) == 2:  # square: the adapter says it, or the family (one flag stands for all its modules)
-                return part.turned or (name in self.kinds and self.kinds[name].layout == "io")
+            if len(fits) == 2:  # square: as the family has it, for one flag stands for all modules; else as it says
+                return self.kinds[name].layout == "io" if self.has_turned else part.turned
             return fits[0] if fits else None
         whole = len(shape) > 2 and shape[0] == out and shape[1:] in (inner, (*inner, *(1,) * (len(shape) - 2)))
         return False if whole else None
@@ -252,51 +254,6 @@ class Placing:
             )
         if lines:
             raise CfmergeError("\n".join(lines))
-
-    # --- ties -----------------------------------------------------------------------------------------------------
-
-    def _settle_ties(self) -> None:
-        """A change of one of two tensors that are one is a change of both, as in `merge_and_unload`."""
-        for alias, name in self.base.ties.items():
-            if alias in self.base.tensors:
-                if self._are_one(alias, name):
-                    self._join(alias, name)
-                continue
-            change = self.placed.changes.get(name)
-            if change is None:
-                continue
-            if change.full is not None and self.names_of[name] != {name, *self._aliases(name)}:
-                raise CfmergeError(
-                    f"{self.file.path}: has a {change.full.name!r} of its own, and in the base {alias!r} and {name!r} "
-                    "are one tensor: store both in the base, and set tie_word_embeddings to false in its config.json"
-                )
-            if change.full is None:
-                self._tell_tied(alias, name)
-
-    def _aliases(self, name: str) -> list[str]:
-        return [alias for alias, other in self.base.ties.items() if other == name and alias not in self.base.tensors]
-
-    def _are_one(self, alias: str, name: str) -> bool:
-        """Whether two stored tensors of which the adapter changes one are equal in the base."""
-        changes = [self.placed.changes.get(one) for one in (alias, name)]
-        touched = any(change is not None and change.full is None for change in changes)
-        if name not in self.base.tensors or not touched or any(one and one.full for one in changes):
-            return False
-        a, b = self.base.read(alias), self.base.read(name)
-        return a.dtype == b.dtype and a.shape == b.shape and bool(np.array_equal(a, b))
-
-    def _join(self, alias: str, name: str) -> None:
-        one, other = self._change(alias), self._change(name)
-        for change, more in ((one, list(other.parts)), (other, list(one.parts))):
-            for part in more:
-                change.add(part)
-        self._tell_tied(alias, name)
-
-    def _tell_tied(self, alias: str, name: str) -> None:
-        self.placed.notes.append(
-            f"{alias!r} and {name!r} are one tensor of the base: what changes one changes both, as in peft's "
-            "merge_and_unload"
-        )
 
 
 def _end(name: str) -> str:

@@ -106,7 +106,14 @@ class AdapterSource:
         self.ties: Mapping[str, str] = base.ties
         self.metadata: Mapping[str, str] = adapter.container.metadata
         self.folders: tuple[Folder, ...] = base.folders
-        self.notes = (*adapter.notes, *(base.notes if own_base else ()), *(f"{path}: {note}" for note in placed.notes))
+        beside = path.is_dir() and _holds_model(path)
+        model = f"{path}: holds a model beside the adapter; the adapter is read, over the base"
+        self.notes = (
+            *([model] if beside else []),
+            *adapter.notes,
+            *(base.notes if own_base else ()),
+            *(f"{path}: {note}" for note in placed.notes),
+        )
         self.left_out: tuple[str, ...] = ()
 
     def prepare(self) -> None:
