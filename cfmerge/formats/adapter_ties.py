@@ -1,4 +1,4 @@
-"""Changes of tensors that are one in the base: what changes one of them changes all, as in peft's `merge_and_unload`."""
+"""Changes of tensors that are one in the base: what changes one changes all, as in peft's `merge_and_unload`."""
 
 from collections.abc import Mapping
 

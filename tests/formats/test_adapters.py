@@ -156,3 +156,66 @@ def test_statistics_count_an_adapter_where_it_changes_nothing(models, tmp_path, 
     assert "model.layers.0.mlp.down_proj.weight" in kept.tensors
     recipe = cfmerge.Recipe(str(base), [str(adapters[1])], "ace", statistics=str(tmp_path / "kept"))
     same(cfmerge.merge_recipe(recipe, tmp_path / "out").output, expected, load, 1e-5)
+
+
+def test_tied_tensors_that_are_stored_twice_change_together(make_model, tmp_path, llama, llama_config, load):
+    base = llama(0)
+    base["lm_head.weight"] = base["model.embed_tokens.weight"]
+    config = llama_config | {"tie_word_embeddings": True}
+    path = make_model(tmp_path / "base", base, config)
+    rng, adapters = np.random.default_rng(0), []
+    factors = [(rng.standard_normal((2, 8)), rng.standard_normal((12, 2))) for _ in range(2)]
+    for number, (a, b) in enumerate(factors):
+        pair = {"lm_head.lora_A.weight": a.astype(np.float32), "lm_head.lora_B.weight": b.astype(np.float32)}
+        content = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+        files = {"adapter_model.safetensors": pair, "adapter_config.json": content}
+        adapters.append(laid(tmp_path / f"a{number}", files))
+    result = cfmerge.merge(path, adapters, "average", output=tmp_path / "out")
+    found = load(result.output)
+    expected = base["lm_head.weight"] + sum(b @ a for a, b in factors) / 2
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)
+    assert any("what changes one changes both" in note for note in result.notes)
+
+
+def test_an_adapter_goes_in_and_comes_out_on_the_command_line(models, tmp_path):
+    import json
+
+    from typer.testing import CliRunner
+
+    from cfmerge.cli import app
+
+    base, adapters, _ = models
+    experts = [word for path in adapters for word in ("-e", str(path))]
+    command = [
+        "merge",
+        "--base",
+        str(base),
+        *experts,
+        "-m",
+        "average",
+        "--adapter-out",
+        "3",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 0, ran.output
+    assert "of the deltas' squared norm is kept at rank 3" in " ".join(ran.output.split())
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
+    again = cfmerge.merge_recipe(cfmerge.recipe.load(tmp_path / "out" / "README.md"), tmp_path / "again")
+    assert (again.output / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "out" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_a_pipeline_is_no_base_of_an_adapter_that_is_written(tmp_path):
+    def pipe(name, value):
+        unet, vae = ({f"{part}.weight": np.full((4, 4), value, np.float32)} for part in "uv")
+        return laid(tmp_path / name, {
+            "model_index.json": {}, "unet/diffusion_pytorch_model.safetensors": unet,
+            "vae/diffusion_pytorch_model.safetensors": vae,
+        })  # fmt: skip
+
+    with pytest.raises(cfmerge.CfmergeError, match=r"an adapter is over one model; the base has unet, vae"):
+        cfmerge.merge(pipe("b", 0.0), [pipe("x", 1.0), pipe("y", 2.0)], "average", output=tmp_path / "o", adapter_out=2)
