@@ -127,10 +127,8 @@ class Unit:
         if number not in self.experts:
             return self.base(), None
         deltas = [segment.delta(self.work, number) for segment in self.segments]
-        arrays = [
-            _shaped(delta.product, segment) if isinstance(delta, Factors) else delta.tensor
-            for delta, segment in zip(deltas, self.segments, strict=True)
-        ]
+        shape = self.job.parameter.shape if self.segments[0].count is None else (-1,)
+        arrays = [d.product.reshape(shape) if isinstance(d, Factors) else d.tensor for d in deltas]
         if all(isinstance(delta, Dense) for delta in deltas):
             return self._stacked(arrays), None
         return self._stacked(arrays), np.repeat([float(isinstance(delta, Dense)) for delta in deltas], self._repeats)
@@ -258,11 +256,6 @@ class Unit:
                 for leaf, array in leaves.items() if array.ndim > 1 or segment.first == 0
             }  # fmt: skip
             yield segment.job, segment.first, cut
-
-
-def _shaped(product: Any, segment: Segment) -> Any:
-    """A product of factors in the shape of its tensor: a convolution's has its window among the columns."""
-    return product if segment.count is not None else product.reshape(segment.job.parameter.shape)
 
 
 def _one_dtype(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -79,8 +79,11 @@ class Change:
         return None if more or any(one.stacked for one in self.products) else sum(p.pair.rank for p in self.products)
 
     def factors(self, first: int = 0, count: int | None = None) -> Factors:
-        """The change as a product of two factors; see `rank`."""
-        lefts, rights = zip(*(one.factors(self.file.read) for one in self.products), strict=True)
+        """The change as a product of two factors; see `rank`. Several have their scales' roots in both of them."""
+        each = [Factors(*one.factors(self.file.read), first, count, one.pair.scale) for one in self.products]
+        if len(each) == 1:
+            return each[0]
+        lefts, rights = zip(*(one.balanced for one in each), strict=True)
         return Factors(np.concatenate(lefts, axis=1), np.concatenate(rights), first, count)
 
     def read(self, first: int = 0, count: int | None = None) -> np.ndarray:

@@ -141,14 +141,14 @@ class Product:
         return self.pair.form == "stack" and self.number is None
 
     def factors(self, read: Read, number: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """`(left, right)` in rows and columns of the tensor as it is stored; of a stack, of one expert."""
+        """`(left, right)` in rows and columns of the tensor as it is stored, the scale in `left`; of one expert."""
         pair, number = self.pair, self.number if number is None else number
         down, up = (read(name).astype(np.float32) for name in (pair.down, pair.up))
         if number is not None:
             count = len(down) // pair.rank
             down = down.reshape(count, pair.rank, -1)[number]
             up = up.reshape(len(up), pair.rank, count)[:, :, number]
-        left = np.float32(pair.scale) * up.reshape(pair.rows, pair.rank)[slice(*(self.part or (None,)))]
+        left = up.reshape(pair.rows, pair.rank)[slice(*(self.part or (None,)))]
         right = down.reshape(pair.rank, -1)
         left, right = (right.T, left.T) if self.turned else (left, right)
-        return np.ascontiguousarray(left), np.ascontiguousarray(right)
+        return np.float32(pair.scale) * np.ascontiguousarray(left), np.ascontiguousarray(right)

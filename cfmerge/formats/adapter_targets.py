@@ -139,12 +139,9 @@ class Placing:
 
     def _again(self, change: Change, product: Product) -> bool:
         """Whether the change has the same product already, of factors that are tied."""
-
-        def plain(one: Product) -> tuple[np.ndarray, np.ndarray]:
-            return dataclasses.replace(one, pair=dataclasses.replace(one.pair, scale=1.0)).factors(self.file.read)
-
-        alike = [one for one in change.products if one.pair.scale == product.pair.scale]
-        return any(all(map(np.array_equal, plain(one), plain(product))) for one in alike)
+        ours = product.factors(self.file.read)
+        theirs = [one.factors(self.file.read) for one in change.products]
+        return any(all(map(np.array_equal, ours, other)) for other in theirs)
 
     def _turned(self, name: str, part: Pair, shape: Shape) -> bool | None:
         """Whether the tensor is stored `(in, out)`; None where the pair does not fit it."""

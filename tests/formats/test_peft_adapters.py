@@ -136,6 +136,21 @@ def test_adapters_in_half_precision_have_factors_in_single(bases, tmp_path):
     assert delta.left.dtype == delta.right.dtype == np.float32
 
 
+@pytest.mark.parametrize("case", ["plain", "transposed", "an embedding", "convolutions"])
+def test_factors_tell_their_scale(bases, tmp_path, case):
+    """Methods that take the factors themselves need those of the file, by the root of the scale."""
+    model, place = bases[0]
+    config, ranks = CONFIGS[case]
+    adapter(model, tmp_path, **config)
+    source = AdapterSource(tmp_path, open_checkpoint(place))
+    stored = [np.linalg.norm(tensor) for tensor in load_file(tmp_path / "adapter_model.safetensors").values()]
+    for name in ranks:
+        delta = source.delta(name)
+        assert delta.scale == 1.5
+        for factor in delta.balanced:
+            assert np.isclose(np.linalg.norm(factor) / np.sqrt(1.5), stored, rtol=1e-5).any()
+
+
 def test_a_name_of_the_adapter_in_the_names_of_its_factors(bases, tmp_path):
     model, place = bases[0]
     merged = adapter(model, tmp_path, **PAIR)
