@@ -36,7 +36,9 @@ class Change:
     @property
     def parts(self) -> Iterator[Part | Product]:
         yield from ([self.full] if self.full else [])
-        yield from (*self.products, *self.added, *self.rows)
+        yield from self.products
+        yield from self.added
+        yield from self.rows
 
     def add(self, part: Part | Product) -> None:
         if isinstance(part, Full):
