@@ -72,17 +72,17 @@ def peft_parts(container: Container, config: PeftConfig, names: Mapping[str, str
         name = full.removeprefix("base_model.model.")
         factor, tokens = FACTOR.match(name), TOKENS.match(name)
         if factor:
-            module = modules[factor["module"] or ""]
+            found = modules[factor["module"] or ""]
             kind = factor["what"] + (".bias" if factor["leaf"] == "bias" else "")
-            module.names.setdefault(kind, own)
-            module.owns.add(factor["own"] or "")
+            found.names.setdefault(kind, own)
+            found.owns.add(factor["own"] or "")
         elif tokens:
             parts.append(_rows(container, config, INNER.sub("", tokens["module"]), own))
         elif re.search(r"(^|\.)(lora_|hada_|lokr_|token_adapter\.)", name):
             unknown.append(own)
         else:
             parts.append(Full((INNER.sub("", SAVED.sub("", name)),), own))
-    several = sorted({own for module in modules.values() for own in module.owns})
+    several = sorted({own for found in modules.values() for own in found.owns})
     if len(several) > 1:
         raise CfmergeError(f"{container.path}: holds several adapters: {', '.join(map(repr, several))}; save one")
     if unknown:

@@ -28,10 +28,9 @@ def open_expert(spec: Expert, base: Source, recipe: Recipe) -> Source:
     path = Path(spec.path).expanduser()
     if not spec.adapter and not is_adapter(path):
         return open_checkpoint(spec.path)
-    how = {"partial": spec.partial}
     renames = [(rule.pattern, rule.to) for rule in (*spec.rename, *recipe.rename)]
     if not spec.adapter:
-        return AdapterSource(path, base, renames, **how)
+        return AdapterSource(path, base, renames, partial=spec.partial)
     adapter = Path(spec.adapter).expanduser()
     if not is_adapter(adapter):
         found = "is no adapter (a directory with adapter_config.json, or a file of factors)"
@@ -43,8 +42,8 @@ def open_expert(spec: Expert, base: Source, recipe: Recipe) -> Source:
         )
     own = open_checkpoint(spec.path)
     if _files(own) == _files(base):
-        return AdapterSource(adapter, base, renames, **how)
-    return AdapterSource(adapter, own, own_base=True, **how)
+        return AdapterSource(adapter, base, renames, partial=spec.partial)
+    return AdapterSource(adapter, own, own_base=True, partial=spec.partial)
 
 
 def _files(source: Source) -> list[Path]:

@@ -20,7 +20,7 @@ from cfmerge.engine.placement import Placement
 from cfmerge.engine.processes import by_the_first
 from cfmerge.errors import CfmergeError, NonFiniteError, StoppedError
 from cfmerge.formats import DirectorySink, Totals, check_directory_name, open_sink
-from cfmerge.formats.adapter_sink import AdapterSink
+from cfmerge.formats.adapter_sink import AdapterSink, Rank
 from cfmerge.formats.journal import FileJournal
 from cfmerge.models import is_float
 from cfmerge.planning.resolved import Resolved
@@ -135,7 +135,14 @@ def _sink(
     """The sink of a plan with one result."""
     if plan.recipe.adapter_out is not None:
         return _adapter_sink(
-            plan, output, overwrite=overwrite, inputs=inputs, digest=digest, resume=not fresh, join=join
+            plan,
+            output,
+            plan.recipe.adapter_out,
+            overwrite=overwrite,
+            inputs=inputs,
+            digest=digest,
+            resume=not fresh,
+            join=join,
         )
     return open_sink(
         output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_new_dtype(plan),
@@ -144,15 +151,13 @@ def _sink(
     )  # fmt: skip
 
 
-def _adapter_sink(plan: Resolved, output: Path, **how: Any) -> DirectorySink:
+def _adapter_sink(plan: Resolved, output: Path, rank: Rank, **how: Any) -> DirectorySink:
     if plan.exported or plan.recipe.dtype:
         key = "heads: export" if plan.exported else f"dtype: {plan.recipe.dtype}"
         raise CfmergeError(f"output {output}: `{key}` is of a model, and an adapter has neither; leave it out")
     merged = {job.name: job.parameter for job in plan.jobs if job.assignment.action == "merge"}
     cached = hub.snapshot(plan.base.path)
-    return AdapterSink(
-        output, plan.base, merged, plan.recipe.adapter_out, cached.repository if cached else "", **how
-    )  # fmt: skip
+    return AdapterSink(output, plan.base, merged, rank, cached.repository if cached else "", **how)
 
 
 def _new_dtype(plan: Resolved) -> dict[str, dict[str, str]]:
