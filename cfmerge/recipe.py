@@ -20,7 +20,7 @@ from cfmerge.models import Kind
 
 Heads = Literal["keep-base", "drop", "export"]
 Format = Literal["safetensors", "torch", "msgpack", "npz", "orbax", "orbax-v0", "distributed"]
-Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert"]
+Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert", "other-base"]
 
 
 class Rename(msgspec.Struct, forbid_unknown_fields=True, rename={"pattern": "from"}):
@@ -59,6 +59,7 @@ class Expert(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     weight: float | dict[str, Any] | list[Any] = 1.0  # a number, a gradient over depth, or values by name
     moments: str = ""  # a file of measurements: input Grams, diagonal Fishers
     rename: list[Rename] = []  # applied to its names, before the recipe's own
+    adapter: str = ""  # an adapter over the model at `path`, which then are the expert together
     partial: bool = False  # it is a part of the base, or holds one: other tensors are merged without it
 
 
@@ -158,6 +159,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     cache_dir: str | None = None  # of the Hugging Face hub; none: where huggingface_hub has it
     chat_template: str | None = None  # auto (that of most models), chatml, or Jinja; none: the base's
     layers: list[Layers] = []  # the output's layers, where they are not those of the base one by one
+    adapter_out: int | Literal["exact"] | None = None  # the rank of an adapter that is written in place of a model
 
     def resolved_experts(self, least: int = 2) -> list[Expert]:
         """The experts, each with a name: its own, else that of its directory.
@@ -178,7 +180,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
         for expert in experts:
             if isinstance(expert.weight, int | float) and not math.isfinite(expert.weight):
                 raise CfmergeError(f"expert {expert.path}: its weight must be finite, found {expert.weight}")
-            name = expert.name or _default_name(expert.path, seen)
+            name = expert.name or _default_name(expert.adapter or expert.path, seen)
             if name in seen:
                 raise CfmergeError(
                     f"two experts are called {name!r}: {seen[name]} and {expert.path}; give them other names"

@@ -123,6 +123,10 @@ RECIPE: dict[str, Any] = {
     "shard_size": Annotated[
         str | None, option("--shard-size", metavar="SIZE", panel=WHERE, help="Largest file. Default: 5GB.")
     ],
+    "adapter_out": Annotated[
+        str | None,
+        option("--adapter-out", metavar="RANK", panel=WHERE, help="Write an adapter; a rank, or exact."),
+    ],
     "side_files": Annotated[
         str | None, option("--side-files", metavar="PATH", panel=WHERE, help="Config, tokenizer. Default: base's.")
     ],

@@ -214,6 +214,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "rename": lambda texts: [rename(text) for text in texts],
     "layers": lambda texts: [run_of_layers(text) for text in texts],
     "parameters": key_values,
+    "adapter_out": lambda text: int(text) if text.isdigit() else text,
 }
 # How a value of the command line meets the file's, where it does not replace it.
 JOINED: dict[str, Callable[[Any, Any], Any]] = {

@@ -131,6 +131,9 @@ class ArraysSource:
         array.flags.writeable = False
         return array
 
+    def rank(self, name: str) -> int | None:
+        return None
+
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
         return Dense(self.read(name, first, count))
 

@@ -196,6 +196,13 @@ class Source(Protocol):
         """
         ...
 
+    def rank(self, name: str) -> int | None:
+        """The rank of the factors that `delta` will have, known from headers; None where the delta is dense.
+
+        It is 0 of a tensor that an adapter does not touch.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Totals:

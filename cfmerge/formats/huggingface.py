@@ -86,6 +86,9 @@ class HuggingFaceSource:
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
         return Dense(self.read(name, first, count))
 
+    def rank(self, name: str) -> int | None:
+        return None
+
     def _is_again(self, names: Mapping[str, Any]) -> bool:
         """Whether a folder's tensors are those that the main part has already: another version of the model."""
         return bool(names) and 2 * sum(name in self._where for name in names) > len(names)

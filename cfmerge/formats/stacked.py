@@ -58,6 +58,10 @@ class Stack:
         compute = np.promote_types(np.float32, values.dtype) if values.dtype.itemsize > 2 else np.dtype(np.float32)
         return (values.astype(compute) * compute.type(factor)).astype(values.dtype)
 
+    def rank(self, name: str) -> int | None:
+        source, own, factor = self.origins[name]
+        return source.rank(own) if factor == 1 else None
+
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
         source, own, factor = self.origins[name]
         return source.delta(own, first, count) if factor == 1 else Dense(self.read(name, first, count))

@@ -90,6 +90,9 @@ class OfVocabulary:
             made[~here] = self._fill(name, wanted[~here]).astype(made.dtype)
         return np.ascontiguousarray(np.moveaxis(made, 0, axis))
 
+    def rank(self, name: str) -> int | None:
+        return self.inner.rank(name)
+
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
         if name not in self.rows:
             return self.inner.delta(name, first, count)

@@ -43,3 +43,6 @@ class Wrapped:
 
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
         return Dense(self.read(name, first, count)) if name in self.changed else self.inner.delta(name, first, count)
+
+    def rank(self, name: str) -> int | None:
+        return None if name in self.changed else self.inner.rank(name)

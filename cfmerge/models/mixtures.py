@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -174,3 +174,30 @@ def _together(shape: Shape, names: list[list[str]], layout: str, by_turns: bool)
 
 def _sizes(shape: Shape, layout: str) -> tuple[int, int, int]:
     return (shape[0], shape[1], shape[2]) if layout == "boi" else (shape[0], shape[2], shape[1])
+
+
+Single = dict[str, dict[str, dict[int, str]]]  # {where the experts are: {part: {expert: name}}}
+
+
+def single_experts(names: Iterable[str]) -> Single:
+    """The tensors of experts that are stored one by one, by their place, part and number."""
+    found: Single = defaultdict(lambda: defaultdict(dict))
+    for name in names:
+        match = SPLIT.match(canonical(name))
+        if match:
+            found[match["at"]][match["what"]][int(match["expert"])] = name
+    return found
+
+
+def of_each_expert(packed: str, single: Single) -> list[list[str]]:
+    """The tensors that a packed array would be made of: for each part the experts' names, in order.
+
+    Empty where there are none, or not all of them.
+    """
+    match = PACKED.match(canonical(packed))
+    if match is None or match["what"] not in PARTS or match["at"] not in single:
+        return []
+    parts = [single[match["at"]][what] for what in PARTS[match["what"]]]
+    count = len(parts[0])
+    whole = count and all(sorted(own) == list(range(count)) for own in parts)
+    return [[own[number] for number in range(count)] for own in parts] if whole else []

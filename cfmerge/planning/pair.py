@@ -8,6 +8,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, TensorInfo
+from cfmerge.formats.adapters import AdapterSource
 from cfmerge.formats.wrapped import Wrapped
 from cfmerge.models.mixtures import View, other_form, transposed
 from cfmerge.models.renames import apply_renames, pair
@@ -71,7 +72,13 @@ def pair_experts(recipe: Recipe, base: Source, experts: Sequence[Source], specs:
 
 
 def _renamed(expert: Source, spec: Expert, everyones: Sequence[Rename], matched: set[str]) -> Source:
-    """The expert with the names that the recipe gives it."""
+    """The expert with the names that the recipe gives it; an adapter over the base has them already."""
+    if isinstance(expert, AdapterSource) and not expert.own_base:
+        matched |= expert.matched
+        wrong = [rule.pattern for rule in spec.rename if rule.pattern not in expert.matched]
+        if wrong:
+            raise CfmergeError(f"expert {spec.name!r} ({spec.path}): rename {wrong[0]!r} matches none of its tensors")
+        return expert
     if not spec.rename and not everyones:
         return expert
     names = list(expert.tensors)

@@ -20,6 +20,7 @@ from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.planning.assign import assign, treated_apart
 from cfmerge.planning.chat import with_template
 from cfmerge.planning.configs import config_notes
+from cfmerge.planning.experts import adapter_notes, key_of, leave_untouched, open_expert
 from cfmerge.planning.jobs import check_count, check_moments, settled_jobs, with_ranks
 from cfmerge.planning.match import match_experts, skips
 from cfmerge.planning.pair import Paired, pair_experts
@@ -71,11 +72,12 @@ def resolve(
     opened = opened or {}
     on_hub: dict[str, Any] = {"download": recipe.download, "cache_dir": recipe.cache_dir}
     base = opened.get(recipe.base) or open_checkpoint(recipe.base, **on_hub)
-    experts = [opened.get(spec.path) or open_checkpoint(spec.path, **on_hub) for spec in specs]
     if recipe.dequantize:
         base = dequantised("base", base)
+    experts = [opened.get(key_of(spec)) or open_expert(spec, base, recipe) for spec in specs]
+    if recipe.dequantize:
         experts = [dequantised(f"expert {spec.name!r}", expert) for spec, expert in zip(specs, experts, strict=True)]
-    opened = {**dict(zip([spec.path for spec in specs], experts, strict=True)), recipe.base: base}
+    opened = {**dict(zip(map(key_of, specs), experts, strict=True)), recipe.base: base}
     for expert in experts:
         if not expert.config:  # a bare file: tied as the base is
             told = {alias: name for alias, name in base.ties.items() if name in expert.tensors}
@@ -95,7 +97,7 @@ def resolve(
     else:
         notes, base, experts, merged = list(stack.notes), stack.base, stack.experts, stack.specs
     named: Mapping[str, Source] = {spec.name: expert for spec, expert in zip(specs, experts, strict=True)}
-    notes += _of_files(recipe, base, named)
+    notes += [*adapter_notes(recipe, base, named), *_of_files(recipe, base, named)]
     base, named, of_components = chosen_folders(base, named, recipe.components)
     base, experts, of_folders = same_folders(base, named)
     notes += [*of_components, *of_folders]
@@ -119,6 +121,8 @@ def resolve(
         if problems:
             more = len(problems) - 20
             raise CfmergeError("\n".join([*problems[:20], *([f"... and {more} more problems"] if more > 0 else [])]))
+    if statistics is None and not sums:  # statistics count an expert that has not changed a tensor
+        notes += leave_untouched(matched, paired.experts)
 
     aliases: dict[str, list[str]] = {}
     for alias, name in ties.aliases.items():
@@ -127,6 +131,8 @@ def resolve(
     def output_dtype(parameter: Parameter) -> np.dtype:
         ruled = matched[0].assignments[parameter.name].rule is not None
         kept = is_buffer(parameter.name, parameter.shape) and not ruled  # exact, in whatever dtype
+        if recipe.adapter_out is not None and is_float(parameter.dtype):
+            return OUTPUT_DTYPES["float32"]  # less the base: the base's own dtype would round it
         floating = recipe.dtype and is_float(parameter.dtype) and not kept
         return OUTPUT_DTYPES[str(recipe.dtype)] if floating else base.tensors[parameter.name].dtype
 

@@ -197,6 +197,8 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays are equal byte by byte; compared in pieces, since a comparison makes an array of booleans."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    if all(isinstance(x, np.ndarray) for x in (a, b)) and a.__array_interface__ == b.__array_interface__:
+        return True  # the same memory: an adapter has its base's tensors
     a, b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
     piece = 1 << 22
     return all(np.array_equal(a[i : i + piece], b[i : i + piece]) for i in range(0, a.size, piece))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cfmerge import hub
 from cfmerge.engine import run
 from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.checks import same_content
@@ -18,6 +19,7 @@ from cfmerge.engine.placement import Placement
 from cfmerge.engine.processes import by_the_first
 from cfmerge.errors import CfmergeError, NonFiniteError, StoppedError
 from cfmerge.formats import DirectorySink, Totals, check_directory_name, open_sink
+from cfmerge.formats.adapter_sink import AdapterSink, Rank
 from cfmerge.formats.dequantised import KEYS
 from cfmerge.formats.journal import FileJournal
 from cfmerge.formats.layout import read_json
@@ -133,12 +135,32 @@ def _sink(
     plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path], digest: str, fresh: bool, join: bool
 ) -> DirectorySink:
     """The sink of a plan with one result."""
+    if plan.recipe.adapter_out is not None:
+        return _adapter_sink(
+            plan,
+            output,
+            plan.recipe.adapter_out,
+            overwrite=overwrite,
+            inputs=inputs,
+            digest=digest,
+            resume=not fresh,
+            join=join,
+        )
     return open_sink(
         output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_edits(plan),
         format=plan.recipe.format,
         heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
         digest=digest, resume=not fresh, join=join,
     )  # fmt: skip
+
+
+def _adapter_sink(plan: Resolved, output: Path, rank: Rank, **how: Any) -> DirectorySink:
+    if plan.exported or plan.recipe.dtype:
+        key = "heads: export" if plan.exported else f"dtype: {plan.recipe.dtype}"
+        raise CfmergeError(f"output {output}: `{key}` is of a model, and an adapter has neither; leave it out")
+    merged = {job.name: job.parameter for job in plan.jobs if job.assignment.action == "merge"}
+    cached = hub.snapshot(plan.base.path)
+    return AdapterSink(output, plan.base, merged, rank, cached.repository if cached else "", **how)
 
 
 def _edits(plan: Resolved) -> dict[str, dict[str, Any]]:

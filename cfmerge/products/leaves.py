@@ -47,6 +47,9 @@ class Tree:
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
         return Dense(self.read(name, first, count))
 
+    def rank(self, name: str) -> int | None:
+        return None
+
 
 class Kept:
     """A sink that keeps the arrays in memory, those that have a layout as it says."""

@@ -88,6 +88,8 @@ def _inputs(plan: Resolved, digests: Mapping[Path, str]) -> Iterator[tuple[str, 
 
 def _library(plan: Resolved) -> str:
     """The library that loads the output."""
+    if plan.recipe.adapter_out is not None:
+        return "peft"
     if "model_index.json" in plan.base.side_files or "_diffusers_version" in plan.base.config:
         return "diffusers"
     if "modules.json" in plan.base.side_files:
