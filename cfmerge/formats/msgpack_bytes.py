@@ -142,7 +142,7 @@ class Walk:
         pack, axes = self._item(), self._item()
         if pack != Item("list", 3) or axes.kind != "list" or axes.size > MAX_AXES:
             raise Corrupt("its header is no shape, dtype and bytes")
-        shape = tuple(self._item().value for _ in range(axes.size))
+        shape: Any = tuple(self._item().value for _ in range(axes.size))
         name = self._text()
         data = self._item()
         dtype = DTYPES.get(name)

@@ -86,4 +86,4 @@ def _bias_tells(name: str, shapes: Shapes) -> str:
     bias = shapes.get(name.removesuffix("kernel") + "bias", ((), ""))[0]
     if len(shape) != 2 or shape[0] == shape[1]:
         return ""
-    return {(shape[0],): "oi", (shape[1],): "io"}.get(bias, "")
+    return "oi" if bias == shape[:1] else "io" if bias == shape[1:] else ""

@@ -1,7 +1,7 @@
 """One vocabulary for base, experts and output: which tokens it has, and which row of each model is which token's."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cfmerge.errors import CfmergeError, and_more, nearest
@@ -83,11 +83,10 @@ def one_vocabulary(recipe: Recipe, base: Source, paired: Paired, specs: Sequence
     spoken: Source = base
     if output is not ours.vocabulary:
         spoken = OfVocabulary(base, _rows(ours, output, count, True), filled_by_donors(donors), side_files)
-    for number, (model, own, names) in enumerate(zip(theirs, rows, paired.sources, strict=True)):
+    for number, (model, own, sources) in enumerate(zip(theirs, rows, paired.sources, strict=True)):
         if model.vocabulary.ids == output.ids and model.rows == count:
             continue
-        back = {**{name: base.ties.get(name, name) for name in own}, **{their: our for our, their in names.items()}}
-        known = {name: back[name] for name in own if back[name] in ours.axes}
+        known = _known(base, own, sources, ours.axes)
         fill = filled_by_base(spoken, known, ours.axes)
         paired.experts[number] = OfVocabulary(model.source, {name: own[name] for name in known}, fill)
     return Spoken(spoken, notes, edits)
@@ -187,6 +186,13 @@ def _rows(model: Model, output: Vocabulary, count: int, is_base: bool = False) -
         padding = [row for row in range(min(count, model.rows)) if row not in output.tokens]
         index[padding] = padding
     return {name: Rows(axis, index) for name, axis in model.axes.items()}
+
+
+def _known(base: Source, own: Iterable[str], names: Mapping[str, str], axes: Mapping[str, int]) -> dict[str, str]:
+    """`{name in the expert: the tensor of the base that it is}` of an expert's tensors of tokens."""
+    back = {name: name for name in own} | {their: our for our, their in names.items()}
+    stored = {name: back[name] if back[name] in axes else base.ties.get(back[name], "") for name in own}
+    return {name: our for name, our in stored.items() if our in axes}
 
 
 def _donors(ours: Model, theirs: Sequence[Model], rows: Sequence[Mapping[str, Rows]], paired: Paired) -> Any:
