@@ -362,23 +362,23 @@ def model(step, count):
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
-models = [model(step, 32) for step in (0.0, 0.5, 1.5)]
+models = [model(step, 64) for step in (0.0, 0.5, 1.5)]
 small = [dict(list(one.items())[:2]) for one in models]
 cfmerge.merge_state_dicts(small[0], small[1:], METHOD)
 before = peak()
 merged = cfmerge.merge_state_dicts(models[0], models[1:], METHOD)
 print((peak() - before) / 4)  # tensors of 4 MiB
-assert len(merged) == 32 and float(merged["layers.3.mlp.up_proj.weight"][0, 0]) == 4.0
+assert len(merged) == 64 and float(merged["layers.3.mlp.up_proj.weight"][0, 0]) == 4.0
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_is_the_result_and_a_few_tensors():
-    """Of 32 tensors, three models: the result's 32, and fewer than 16 more, where a copy of the inputs were 96."""
+    """Of 64 tensors, three models: the result's 64 and what the loop has in work; a copy of the inputs were 192."""
     code = MEMORY.replace("METHOD", "'average'")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert 16 < float(done.stdout) < 48
+    assert 32 < float(done.stdout) < 64 + 48
 
 
 def test_torch_is_not_imported():
