@@ -155,14 +155,24 @@ def on_host(value: Any) -> np.ndarray:
     """
     torch = torch_of(value)
     if torch is None:
-        if isinstance(value, jax.Array) and not _is_here(value):  # the array itself would keep its copy
-            value = jax.device_put(value, jax.local_devices(backend="cpu")[0])
-        return np.asarray(value).view()
+        there = isinstance(value, jax.Array) and not _is_here(value)
+        return _gathered(value) if there else np.asarray(value).view()
     tensor = value.detach().cpu().resolve_conj().resolve_neg()
     width = WIDTHS.get(tensor.element_size())
     if width is None:  # complex numbers of 16 bytes
         return tensor.numpy().view()
     return tensor.view(getattr(torch, width)).numpy().view(_dtype_of(value))
+
+
+def _gathered(value: jax.Array) -> np.ndarray:
+    """A copy of a JAX array on other devices, or on several. `np.asarray` would leave one in the array itself."""
+    if len(value.devices()) == 1:
+        return np.asarray(jax.device_put(value, jax.local_devices(backend="cpu")[0])).view()
+    whole = np.empty(value.shape, value.dtype)
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = on_host(shard.data)
+    return whole
 
 
 def like(array: np.ndarray, example: Any) -> Any:

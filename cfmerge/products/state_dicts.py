@@ -33,6 +33,7 @@ def merge_state_dicts(
     dtype: Any = None,
     seed: int = 0,
     allow: Sequence[str] = (),
+    dequantize: bool = False,
 ) -> dict[str, Any]:
     """The merged state dict of models in memory: what `merge` makes of the same models in files, bit for bit.
 
@@ -49,7 +50,7 @@ def merge_state_dicts(
     Args:
         base: the model that the experts were fine-tuned from.
         experts: a list, or a mapping by the experts' names.
-        method, parameters, rules, heads, seed, allow: as in a recipe; `heads` is not `export`.
+        method, parameters, rules, heads, seed, allow, dequantize: as in a recipe; `heads` is not `export`.
         weights: one for each expert: numbers, or what a recipe takes; a mapping by the experts' names too.
         config: the base's config.json; None: a module's own `config`, if it has one.
         partial: the experts are parts of the base, or hold it as a part.
@@ -77,6 +78,7 @@ def merge_state_dicts(
     ]
     floats = None if dtype is None else _name(dtype)
     options = {"rules": rules, "heads": heads, "dtype": floats, "seed": seed, "allow": list(allow)}
+    options["dequantize"] = dequantize
     plan = planned({"": as_recipe(MEMORY, specs, method, parameters, options)}, opened=sources)
     origin = sources[MEMORY]
     sink = Filled(plan.output, _joined(plan, origin))
