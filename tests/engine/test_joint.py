@@ -44,10 +44,11 @@ def test_a_random_rule_draws_by_tensor_and_expert():
     _, factored = works("core_space(method=dare_linear(p=0.5))", ADAPTERS[:1] * 2)
     ((one,), _), ((again,), _) = merged(factored), merged(factored)
     (mean,), _ = merged(works("task_arithmetic", ADAPTERS[:1] * 2)[1])
-    for name in list(SHAPES)[:5]:
+    names = ["layers.0.up.weight", "layers.1.up.weight"]
+    for name in names:
         np.testing.assert_array_equal(one[name], again[name])
         assert np.abs(one[name] - mean[name]).max() > 0.1
-    deltas = [one[name] - np.asarray(factored.base.tensors.read(name)) for name in list(SHAPES)[:2]]
+    deltas = [one[name] - np.asarray(factored.base.tensors.read(name)) for name in names]
     assert np.abs(deltas[0] - deltas[1]).max() > 0.1  # the same adapter
 
 
