@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from adapter_parts import ADAPTERS, RANKS, SHAPES, Adapter, merged, works
+from adapter_parts import ADAPTERS, RANKS, SHAPES, Adapter, merged, tensors, works
 
 from cfmerge import methods
 from cfmerge.engine import joint, run
@@ -15,6 +15,7 @@ from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.models import classify
 from cfmerge.planning import prediction
 from cfmerge.planning.assign import assign
+from cfmerge.planning.jobs import with_ranks
 from cfmerge.products.leaves import Kept
 
 
@@ -44,19 +45,37 @@ def test_a_random_rule_draws_by_tensor_and_expert():
     _, factored = works("core_space(method=dare_linear(p=0.5))", ADAPTERS[:1] * 2)
     ((one,), _), ((again,), _) = merged(factored), merged(factored)
     (mean,), _ = merged(works("task_arithmetic", ADAPTERS[:1] * 2)[1])
-    for name in list(SHAPES)[:5]:
+    names = ["layers.0.up.weight", "layers.1.up.weight"]
+    for name in names:
         np.testing.assert_array_equal(one[name], again[name])
         assert np.abs(one[name] - mean[name]).max() > 0.1
-    deltas = [one[name] - np.asarray(factored.base.tensors.read(name)) for name in list(SHAPES)[:2]]
+    deltas = [one[name] - np.asarray(factored.base.tensors.read(name)) for name in names]
     assert np.abs(deltas[0] - deltas[1]).max() > 0.1  # the same adapter
+
+
+def linear(adapters):
+    """The work of the first tensor by a rule that takes the factors of adapters."""
+    _, factored = works("peft_cat", adapters)
+    assignment = dataclasses.replace(factored.jobs[0].assignment, method=methods.peft_linear())
+    job = dataclasses.replace(factored.jobs[0], assignment=assignment, ranks=())
+    return dataclasses.replace(factored, jobs=tuple(with_ranks([job], factored.experts)))
+
+
+def test_a_rule_of_factors_gets_them():
+    (found,), account = merged(linear([ADAPTERS[0], ADAPTERS[2]]))
+    name = "layers.0.up.weight"
+    factors = [adapter.delta(name) for adapter in (ADAPTERS[0], ADAPTERS[2])]
+    expected = sum(one.left for one in factors) @ sum(one.right for one in factors)
+    np.testing.assert_allclose(found[name] - tensors(0)[name], expected, rtol=0, atol=1e-9)
+    assert any("off the weighted sum of the deltas" in note for note in account.told())
 
 
 def test_a_rule_of_factors_is_refused_where_an_expert_has_none():
     full = Adapter(5, dict.fromkeys(SHAPES, None))
     with pytest.raises(
-        CfmergeError, match=r"peft_linear of 'layers.0.up.weight' takes the factors .* which expert 'e1'"
+        CfmergeError, match=r"'layers.0.up.weight' takes the factors .* which expert 'e1' does not have"
     ):
-        works("peft_linear", [ADAPTERS[0], full])
+        linear([ADAPTERS[0], full])
 
 
 @pytest.mark.parametrize("method", ["ties", "trim >> average"])
