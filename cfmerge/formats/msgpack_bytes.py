@@ -4,7 +4,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import msgpack
