@@ -48,8 +48,10 @@ def main() -> None:
         commands[f"names {asked.names}"] = [*COMMAND, str(model), str(out), *how]
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     memory: dict[str, float] = {}
-    for _ in range(asked.rounds):
-        for name, command in commands.items():
+    order = list(commands.items())
+    for number in range(asked.rounds):
+        first = number % len(order)  # none always follows the same other
+        for name, command in order[first:] + order[:first]:
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
             if not asked.warm:

@@ -1,4 +1,4 @@
-"""Reading mapped files at the disk's speed."""
+"""Reading mapped files ahead."""
 
 import mmap
 
@@ -6,7 +6,7 @@ LARGE = 1 << 20  # bytes: less is read page by page, as it is looked at
 
 
 def read_ahead(mapped: mmap.mmap, first: int, count: int) -> None:
-    """Asks the system for some bytes of a mapped file, all at once: page by page takes twice the time.
+    """Asks the system for some bytes of a mapped file, all at once rather than page by page.
 
     It returns at once. Where a system does not know how, the bytes are read as they are looked at.
     """
