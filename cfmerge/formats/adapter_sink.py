@@ -115,8 +115,9 @@ class AdapterSink(DirectorySink):
     def write_factors(self, name: str, left: Any, right: Any) -> None:
         """Takes a tensor's merged delta as a product, in rows and columns of the tensor as it is stored."""
         left, right = np.asarray(left, np.float32), np.asarray(right, np.float32)
-        if self._form(name) != "factors":
-            raise TypeError(f"tensor {name!r} is no matrix of an adapter")
+        if self._form(name) == "full":  # an embedding
+            base = self._base.read(name)
+            return self.write(name, (base.astype(np.float32) + (left @ right).reshape(base.shape)).astype(base.dtype))
         left, right = (right.T, left.T) if self._merged[name].layout == "io" else (left, right)
         with disk_errors(self._asked):
             self._taken.add(name)

@@ -28,6 +28,7 @@ class Found(NamedTuple):
 
     tensors: Mapping[str, Call]
     notes: tuple[str, ...]
+    key: str = ""  # where they stand in the object, levels apart by `::`
 
 
 def chosen(value: Any, where: str, key: str = "") -> Found:
@@ -67,7 +68,7 @@ def chosen(value: Any, where: str, key: str = "") -> Found:
             f"{where}: holds no tensors with names (it is {_kind(value)}); save the model's weights: "
             "torch.save(model.state_dict(), FILE)"
         )
-    return Found(found.tensors, notes + found.notes)
+    return Found(found.tensors, notes + found.notes, "::".join(trail[1:]))
 
 
 def unwrapped(tensors: Mapping[str, Call]) -> tuple[dict[str, Call], list[str]]:
