@@ -104,10 +104,10 @@ def find_components(directory: Path) -> list[Component]:
     Raises:
         CfmergeError: there are no weights, or it is open which of several files are they.
     """
-    root = find_weights(directory)
     declared = any((directory / name).is_file() for name in ("modules.json", "model_index.json"))
-    if root is None and not declared and directory_format(directory):
+    if not declared and _is_checkpoint(directory):
         return [Component("", "", Weights([directory], None, {}, "model", [], ""))]
+    root = find_weights(directory)
     folders = {} if root is None and not declared else _folders(directory, declared)
     if root is None and not folders:
         raise CfmergeError(_nothing(directory))
@@ -116,6 +116,16 @@ def find_components(directory: Path) -> list[Component]:
     if root is None and modules:  # the first module is the transformer, which has plain names wherever it lies
         components.append(Component("", modules[0], folders.pop(modules[0])))
     return components + [Component(f"{folder}/", folder, found, declared) for folder, found in folders.items()]
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is one checkpoint as a whole, and holds no weights of a model in files that clients know."""
+    if not directory_format(directory):
+        return False
+    stems = [(files, stem) for files in KINDS for stem in files.stems]
+    return not any((directory / f"{stem}{suffix}").exists() for files, stem in stems for suffix in files.suffixes) and (
+        not any(files.indices(directory) for files in KINDS)
+    )
 
 
 def find_weights(folder: Path) -> Weights | None:
@@ -304,6 +314,7 @@ def _nothing(directory: Path) -> str:
     """The message about a directory without weights: the files that are there instead, and the way out."""
     start = f"{directory}: no weights here"
     models = sorted(path.parent.name for files in KINDS for path in directory.glob(f"*/*{files.suffixes[0]}"))
+    models += sorted(path.name for path in directory.iterdir() if path.is_dir() and directory_format(path))
     others = sorted(file for file in directory.iterdir() if file.suffix in TENSORS)
     if (directory / "zero_to_fp32.py").is_file():
         return f"{start}, but a DeepSpeed checkpoint; join it first: python {directory}/zero_to_fp32.py {directory} OUT"

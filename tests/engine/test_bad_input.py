@@ -589,17 +589,19 @@ def with_buffers(make_model, path, tensors, ids=(0, 1, 2), batches=7):
     buffers = {
         "model.position_ids": np.array([ids]),
         "model.norm.num_batches_tracked": np.array(batches),
+        "model.drop/rngs/key/value": np.array([batches, 7], np.uint32),
         "model.mask": np.array([True, False]),
     }
     return make_model(path, tensors | buffers)
 
 
 def test_integers_that_agree(make_model, tmp_path, llama, load):
-    """They stay integers of their dtype and shape; `num_batches_tracked` differs by nature and is the base's."""
+    """They stay integers of their dtype and shape; counters and random keys differ by nature and are the base's."""
     models = [with_buffers(make_model, tmp_path / f"m{n}", llama(n), batches=100 * n) for n in range(3)]
     cfmerge.merge(models[0], models[1:], "average", output=tmp_path / "out")
     found, expected = load(tmp_path / "out"), load(models[0])
-    for name in ("model.position_ids", "model.norm.num_batches_tracked", "model.mask"):
+    kept = [f"model.{name}" for name in ("position_ids", "norm.num_batches_tracked", "mask", "drop/rngs/key/value")]
+    for name in kept:
         assert (found[name].dtype, found[name].shape) == (expected[name].dtype, expected[name].shape)
         assert np.array_equal(found[name], expected[name])
 

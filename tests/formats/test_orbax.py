@@ -166,6 +166,14 @@ def test_several_items_are_asked_for(tmp_path):
     assert list(OrbaxCheckpoint(path / "3" / "other").tensors) == ["w"]
 
 
+@pytest.mark.parametrize(("model", "other"), [("model_params", "optimizer_state"), ("params", "state"), ("a", "opt")])
+def test_the_item_of_the_model_is_known_beside_a_training_s(tmp_path, model, other):
+    path = managed(tmp_path / "model", (3,), **{model: {"w": np.ones(2)}, other: {"mu": np.ones(2)}})
+    found = OrbaxCheckpoint(path)
+    assert list(found.tensors) == ["w"]
+    assert f"{other}/: arrays that are not the model's, which is {model}/; not read" in found.notes
+
+
 def test_unfinished_checkpoints_are_refused_or_passed_over(tmp_path):
     ocp.partial.save(tmp_path / "part", {"w": np.ones(2)})
     with pytest.raises(CfmergeError, match="has not finished this checkpoint"):
