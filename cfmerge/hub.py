@@ -37,7 +37,7 @@ class Snapshot(NamedTuple):
 def snapshot(path: str | Path) -> Snapshot | None:
     """The repository and the commit that a path in the cache stands for; None elsewhere."""
     expanded = Path(path).expanduser()
-    for candidate in (Path(os.path.abspath(expanded)), expanded.resolve()):
+    for candidate in (Path(os.path.abspath(expanded)), Path(os.path.realpath(expanded))):
         for above in (candidate, *candidate.parents):
             match = REPOSITORY.fullmatch(above.name)
             if match and ((above / "snapshots").is_dir() or (above / "blobs").is_dir()):

@@ -6,6 +6,7 @@ relative to the current directory.
 
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -208,10 +209,11 @@ def _default_name(path: str, seen: dict[str, str]) -> str:
         longer = f"{name}-{revision[:12]}" if revision else f"{org}-{name}"
         return _free(name, [longer, f"{org}-{longer}"], seen)
     pure = Path(path).expanduser()
+    real = Path(os.path.realpath(pure))  # of a link in a circle, itself
     cached, single = hub.snapshot(pure), pure.suffix == ".safetensors"
     named = cached is not None and (not single or pure.stem in hub.GENERIC)
-    name = (cached.name if cached and named else pure.stem if single else pure.resolve().name) or "expert"
-    parent = f"{name}-{cached.commit[:8]}" if cached else f"{pure.resolve().parent.name}-{name}"
+    name = (cached.name if cached and named else pure.stem if single else real.name) or "expert"
+    parent = f"{name}-{cached.commit[:8]}" if cached else f"{real.parent.name}-{name}"
     return _free(name, [parent], seen)
 
 

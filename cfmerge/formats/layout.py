@@ -134,8 +134,8 @@ def find_weights(folder: Path) -> Weights | None:
     Raises:
         CfmergeError: several without an index, shards that are missing, or links to nothing.
     """
-    _check_links(folder)
     for files in KINDS:
+        _check_links(folder, files.suffixes)
         there, indices = files.there(folder), files.indices(folder)
         chosen = _first_known(folder, files, indices, there) or _first_other(folder, files, indices, there)
         if chosen:
@@ -146,9 +146,13 @@ def find_weights(folder: Path) -> Weights | None:
     return None
 
 
-def _check_links(folder: Path) -> None:
+def _check_links(folder: Path, suffixes: tuple[str, ...]) -> None:
     for path in folder.iterdir():
-        weights = path.suffix in KINDS[0].suffixes or path.name.endswith(".index.json") or path.name == "config.json"
+        weights = (
+            (path.suffix in suffixes and not is_training(path) and not _is_other(path))
+            or path.name.endswith(".index.json")
+            or path.name == "config.json"
+        )
         if weights and path.is_symlink() and not path.exists():
             raise CfmergeError(
                 f"{path}: is a link to {os.readlink(path)}, which is not there: the download is not complete, or its "
@@ -315,7 +319,7 @@ def _nothing(directory: Path) -> str:
     start = f"{directory}: no weights here"
     models = sorted(path.parent.name for files in KINDS for path in directory.glob(f"*/*{files.suffixes[0]}"))
     models += sorted(path.name for path in directory.iterdir() if path.is_dir() and directory_format(path))
-    others = sorted(file for file in directory.iterdir() if file.suffix in TENSORS)
+    others = sorted(file for file in directory.iterdir() if file.suffix in TENSORS and file.is_file())
     if (directory / "zero_to_fp32.py").is_file():
         return f"{start}, but a DeepSpeed checkpoint; join it first: python {directory}/zero_to_fp32.py {directory} OUT"
     adapters = [file.name for file in others if any(fnmatch.fnmatchcase(file.name, name) for name in ADAPTERS)]

@@ -45,7 +45,7 @@ def is_buffer(name: str, shape: Shape) -> bool:
 
 
 def is_counter(name: str) -> bool:
-    """Whether the base's integers are kept where the experts have others: they count, and no parameter hangs on them."""
+    """Whether the base's integers are kept where the experts have others: no parameter hangs on them."""
     return bool(COUNTERS.search(name))
 
 

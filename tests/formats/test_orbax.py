@@ -20,6 +20,7 @@ from cfmerge.formats.orbax_layout import is_orbax
 from cfmerge.formats.orbax_writer import OrbaxWriter
 from cfmerge.formats.ranges import Covered
 from cfmerge.formats.shards import Unfit
+from cfmerge.formats.side_files import side_files
 from cfmerge.formats.trees import nested
 
 BF16 = ml_dtypes.bfloat16
@@ -363,6 +364,7 @@ def test_side_files_beside_a_checkpoint_are_carried(tmp_path):
     source = open_checkpoint(path)
     assert set(source.side_files) == {"config.json", "tokenizer.json", "chat_template.jinja"}
     assert not open_checkpoint(managed(tmp_path / "run")).side_files
+    assert set(side_files(path)) == set(source.side_files)  # where --side-files names it
 
 
 def test_a_writer_goes_on_after_an_interruption(tmp_path, monkeypatch):
