@@ -101,9 +101,7 @@ def save(grams: Mapping[str, Any], path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors" or path.exists():
         raise CfmergeError(f"{path}: " + ("exists already" if path.exists() else "must be called .safetensors"))
-    shards.save(
-        path.parent, {name: np.asarray(g) for name, g in grams.items()}, {"holds": "input_gram"}, path.stem
-    )
+    shards.save(path.parent, {name: np.asarray(g) for name, g in grams.items()}, {"holds": "input_gram"}, path.stem)
 
 
 def load(path: str | Path) -> dict[str, np.ndarray]:

@@ -184,7 +184,7 @@ def _stacked(
     if sums:
         raise CfmergeError("layers: statistics are of the base's own layers; merge without statistics, or leave it out")
     for path in {run.base for run in recipe.layers if run.base} - set(opened):
-        opened[path] = open_checkpoint(path)
+        opened[path] = open_checkpoint(path, download=recipe.download, cache_dir=recipe.cache_dir)
     return stacked(recipe, specs, base, experts, opened)
 
 
