@@ -285,13 +285,20 @@ def convert(
 
 @app.command(cls=o.Command)
 def inspect(
-    checkpoint: Annotated[str, o.argument("CHECKPOINT", "A model: a directory, a file, or ORG/NAME[@REVISION].")],
+    checkpoint: Annotated[
+        str, o.argument("CHECKPOINT", "A model, an adapter: a directory, a file, ORG/NAME[@REVISION].")
+    ],
     download: o.Download = False,
     cache_dir: o.CacheDir = None,
     json: o.Json = False,
 ) -> None:
     """Show a checkpoint's tensors: kinds, layouts, dtypes, ties."""
-    tables.checkpoint(cfmerge.open_checkpoint(checkpoint, download=download, cache_dir=cache_dir), json)
+    from cfmerge.formats import located
+    from cfmerge.formats.adapters import adapter_alone
+
+    on_hub = {"download": download, "cache_dir": cache_dir}
+    adapter = None if "::" in checkpoint else adapter_alone(located(checkpoint, **on_hub))
+    tables.checkpoint(adapter or cfmerge.open_checkpoint(checkpoint, **on_hub), json)
 
 
 @app.command(cls=o.Command)

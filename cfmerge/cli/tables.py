@@ -201,6 +201,7 @@ def _checkpoint_summary(
         "parameters": sum(p.size for p in parameters.values()),
         "files": [file.name for file in checkpoint.files],
         "ties": dict(ties),
+        "notes": list(checkpoint.notes),
         "tensors": [
             {
                 "name": name,
@@ -238,12 +239,23 @@ def checkpoint(checkpoint: "Source", json: bool) -> None:
     for alias, name in stored.items():
         state = "stored too" if alias in headers else "not stored"
         console.print(f"tied: {escape(alias)} = {escape(name)} ({state})", soft_wrap=True)
-    model_type = checkpoint.config.get("model_type") or "unknown architecture"
+    for note in checkpoint.notes:
+        tell(console, "note", note, "yellow")
+    model_type = checkpoint.config.get("model_type") or _adapter(checkpoint.config) or "unknown architecture"
     say(
         console,
         f"{checkpoint.path}: {model_type}, {len(parameters)} tensors, "
         f"{sum(p.size for p in parameters.values()):,} parameters, {size(total)} in {len(checkpoint.files)} files",
     )
+
+
+def _adapter(config: Mapping[str, Any]) -> str:
+    """An adapter by its config: `adapter (LORA, rank 8, alpha 16) of NAME`; "" for a model's config."""
+    if "peft_type" not in config:
+        return ""
+    numbers = [f"{name} {config[key]}" for name, key in (("rank", "r"), ("alpha", "lora_alpha")) if key in config]
+    base = config.get("base_model_name_or_path")
+    return f"adapter ({', '.join([str(config['peft_type']), *numbers])})" + (f" of {base}" if base else "")
 
 
 def methods(entries: Sequence["Entry"], json: bool, full: bool) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import Container, Folder, TensorInfo
-from cfmerge.formats.containers import kind_of, open_container
+from cfmerge.formats.containers import FORMATS, kind_of, open_container
 from cfmerge.formats.layout import Component, Weights, find_components, read_json
-from cfmerge.formats.side_files import about, look_beside
+from cfmerge.formats.side_files import about, look_beside, side_files_of_checkpoint
 from cfmerge.models.deltas import Delta, Dense
 from cfmerge.models.ties import likely_ties
 
@@ -71,6 +71,8 @@ class HuggingFaceSource:
             ignored += [component.weights.index for component in components if component.weights.index]
             beside = look_beside(directory, files, ignored, apart)
             self.side_files, self.left_out = beside.files, about(beside, path)
+        elif directory:
+            self.side_files = side_files_of_checkpoint(directory)
 
     def prepare(self) -> None:
         pass
@@ -95,7 +97,9 @@ class HuggingFaceSource:
 
 
 def _one_file(path: Path) -> Component:
-    return Component("", "", Weights([path], None, {}, path.stem, []))
+    suffixes = FORMATS[kind_of(path)].suffixes
+    suffix = path.suffix if path.suffix in suffixes or not suffixes else suffixes[0]
+    return Component("", "", Weights([path], None, {}, path.stem, [], suffix))
 
 
 def _chosen(path: Path, weights: Weights, opened: Sequence[Container]) -> dict[str, Container]:

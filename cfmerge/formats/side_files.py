@@ -71,6 +71,8 @@ TRAINING_FOLDERS = (
     "__pycache__",
 )
 REPLACED = {"README.md"}  # the output has its own
+TEXTS = {".json", ".jinja", ".md", ".model", ".txt", ".tiktoken"}  # of side files beside a checkpoint in a directory
+OWN = {"metadata.json", "commit_success.txt", "latest_checkpointed_iteration.txt"}  # of such a checkpoint itself
 LARGE = 64_000_000  # bytes: a file of tensors beside the weights that is larger, and no small part of them, is a copy
 
 
@@ -165,6 +167,12 @@ def side_files(directory: Path) -> Mapping[str, Path]:
     return look_beside(directory, directory.rglob("*.safetensors")).files
 
 
+def side_files_of_checkpoint(directory: Path) -> Mapping[str, Path]:
+    """The same of a directory that is one checkpoint, such as Orbax's: config and tokenizer, which lie beside it."""
+    files = (path for path in sorted(directory.iterdir()) if path.is_file() and path.name[0] not in "._")
+    return {path.name: path for path in files if path.suffix in TEXTS and path.name not in OWN | REPLACED}
+
+
 def check_whole(files: Mapping[str, Path]) -> None:
     """Raises `CfmergeError` if one is a Git LFS pointer, so that an output would lack the file itself."""
     for file in files.values():
@@ -177,8 +185,8 @@ def about(beside: Beside, path: Path) -> tuple[str, ...]:
     notes = []
     if beside.tensors:
         notes.append(
-            f"{', '.join(beside.tensors[:6])}{_more(beside.tensors)}: copied from {path}, not merged: cfmerge merges "
-            "safetensors; where the experts have others, convert them, or copy the right ones into the output"
+            f"{', '.join(beside.tensors[:6])}{_more(beside.tensors)}: copied from {path}, not merged, since they lie "
+            "beside the model's weights; where the experts have others, copy the right ones into the output"
         )
     if beside.copies:
         notes.append(

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
+from laid import laid
 
 import cfmerge
 from cfmerge.recipe import load as load_recipe
@@ -274,6 +275,19 @@ def test_inspect_tells_of_ties_that_are_not_stored(cli, make_model, tmp_path, ll
     tensors = {name: tensor for name, tensor in llama().items() if name != "lm_head.weight"}
     path = make_model(tmp_path / "tied", tensors, llama_config | {"tie_word_embeddings": True})
     assert "tied: lm_head.weight = model.embed_tokens.weight (not stored)" in cli("inspect", path).out
+
+
+def test_inspect_shows_an_adapter_and_notes(cli, tmp_path):
+    pairs = {f"base_model.model.q.lora_{one}.weight": np.ones((2, 2), np.float32) for one in "AB"}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "org/tiny"}
+    adapter = laid(tmp_path / "a", {"adapter_model.safetensors": pairs, "adapter_config.json": config})
+    for path in (adapter, adapter / "adapter_model.safetensors"):
+        done = cli("inspect", path)
+        assert done.code == 0
+        assert "adapter (LORA, rank 2, alpha 4) of org/tiny, 2 tensors" in done.out
+    noted = laid(tmp_path / "m", {"model.safetensors": pairs, "other.safetensors": pairs})
+    assert "note: " in cli("inspect", noted).out
+    assert json.loads(cli("inspect", noted, "--json").out)["notes"]
 
 
 def test_methods(cli):
