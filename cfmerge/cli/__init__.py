@@ -291,6 +291,11 @@ def inspect(
     json: o.Json = False,
 ) -> None:
     """Show a checkpoint's tensors: kinds, layouts, dtypes, ties."""
+    from cfmerge.formats.adapters import is_adapter, opened
+
+    if is_adapter(Path(checkpoint)):
+        tables.adapter(Path(checkpoint), *opened(Path(checkpoint)), json)
+        return
     tables.checkpoint(cfmerge.open_checkpoint(checkpoint, download=download, cache_dir=cache_dir), json)
 
 

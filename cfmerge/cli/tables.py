@@ -4,6 +4,7 @@ import itertools
 import json as json_module
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +18,7 @@ from cfmerge.cli.texts import told_run
 
 if TYPE_CHECKING:
     from cfmerge.formats import Source
+    from cfmerge.formats.base import Container
     from cfmerge.methods import Entry
     from cfmerge.models import Parameter
     from cfmerge.planning.resolved import Resolved
@@ -102,9 +104,10 @@ def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:
         say(console, f"heads/{expert}.safetensors: {', '.join(heads)}")
     for note in notes:
         tell(console, "note", note, "yellow")
+    written = "an adapter" if plan.recipe.adapter_out is not None else size(plan.bytes_to_write)
     say(
         console,
-        f"reads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, about {plan.flops / 1e12:.2f} TFLOP; "
+        f"reads {size(plan.bytes_to_read)}, writes {written}, about {plan.flops / 1e12:.2f} TFLOP; "
         f"largest working set {size(forecast.needed)} of {size(forecast.memory)}",
     )
     _costs(console, forecast)
@@ -201,6 +204,7 @@ def _checkpoint_summary(
         "parameters": sum(p.size for p in parameters.values()),
         "files": [file.name for file in checkpoint.files],
         "ties": dict(ties),
+        "notes": list(checkpoint.notes),
         "tensors": [
             {
                 "name": name,
@@ -238,12 +242,30 @@ def checkpoint(checkpoint: "Source", json: bool) -> None:
     for alias, name in stored.items():
         state = "stored too" if alias in headers else "not stored"
         console.print(f"tied: {escape(alias)} = {escape(name)} ({state})", soft_wrap=True)
+    for note in checkpoint.notes:
+        tell(console, "note", note, "yellow")
     model_type = checkpoint.config.get("model_type") or "unknown architecture"
     say(
         console,
         f"{checkpoint.path}: {model_type}, {len(parameters)} tensors, "
         f"{sum(p.size for p in parameters.values()):,} parameters, {size(total)} in {len(checkpoint.files)} files",
     )
+
+
+def adapter(path: Path, factors: "Container", config: Mapping[str, Any], json: bool) -> None:
+    """An adapter: its tensors, and what adapter_config.json says."""
+    said = {key: config[key] for key in ("r", "lora_alpha", "base_model_name_or_path") if config.get(key) is not None}
+    total = sum(info.nbytes for info in factors.tensors.values())
+    if json:
+        shown = [{"name": n, "shape": i.shape, "dtype": i.dtype.name} for n, i in factors.tensors.items()]
+        print(json_module.dumps({"path": str(path), "adapter": said, "bytes": total, "tensors": shown}, indent=2))
+        return
+    console = out()
+    rows = [(name, info.dtype.name, str(info.shape)) for name, info in factors.tensors.items()]
+    _tensors(console, ("tensor", "dtype", "shape"), rows, [""] * len(rows))
+    console.print()
+    told = "".join(f", {key} {value}" for key, value in said.items())
+    say(console, f"{path}: an adapter (LoRA){told}, {len(rows)} tensors, {size(total)}; name it as an expert")
 
 
 def methods(entries: Sequence["Entry"], json: bool, full: bool) -> None:

@@ -16,8 +16,9 @@ from cfmerge.errors import CfmergeError
 from cfmerge.formats import lora_names, peft
 from cfmerge.formats.adapter_parts import Adapter
 from cfmerge.formats.adapter_targets import Placing
-from cfmerge.formats.base import Folder, Source, TensorInfo
+from cfmerge.formats.base import Container, Folder, Source, TensorInfo
 from cfmerge.formats.containers import open_container
+from cfmerge.formats.layout import read_json
 from cfmerge.formats.peft_config import FILE
 from cfmerge.models import is_float
 from cfmerge.models.deltas import Delta, Dense, Factors
@@ -50,6 +51,15 @@ def is_adapter(path: Path) -> bool:
 
 def _holds_model(path: Path) -> bool:
     return any(next(path.glob(pattern), None) for pattern in MODELS)
+
+
+def opened(path: Path) -> tuple[Container, Mapping[str, Any]]:
+    """The file of an adapter, and its adapter_config.json; {} where it has none."""
+    directory = path if path.is_dir() else path.parent
+    file = (peft.find_file(path) or lora_names.find_file(path)) if path.is_dir() else path
+    if file is None:
+        raise CfmergeError(f"{path}: holds {FILE} and no {peft.STEM}.safetensors (or .bin); fetch the adapter again")
+    return open_container(file), read_json(directory / FILE) if file.stem == peft.STEM else {}
 
 
 def read_adapter(path: Path, base: Source) -> Adapter:

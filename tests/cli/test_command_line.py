@@ -276,6 +276,30 @@ def test_inspect_tells_of_ties_that_are_not_stored(cli, make_model, tmp_path, ll
     assert "tied: lm_head.weight = model.embed_tokens.weight (not stored)" in cli("inspect", path).out
 
 
+def test_inspect_tells_what_of_a_file_is_not_read(cli, tmp_path):
+    state = {"params/dense/kernel": np.ones((2, 3), np.float32), "opt_state/mu": np.ones(3, np.float32)}
+    cfmerge.save(state, tmp_path / "state.npz")
+    done = cli("inspect", tmp_path / "state.npz")
+    assert "note: " in done.out
+    assert "opt_state" in done.out
+    assert json.loads(cli("inspect", tmp_path / "state.npz", "--json").out)["notes"]
+
+
+def test_adapters_are_inspected_and_written_with_their_own_size(cli, models, tmp_path):
+    made = cli("merge", "--base", "base", *EXPERTS, "-m", "average", "--adapter-out", 1, "-r", "match=*embed*,"
+               "method=keep-base", "-r", "match=*norm*,method=keep-base", "-r", "match=lm_head*,method=keep-base",
+               "-o", tmp_path / "a", "--json")  # fmt: skip
+    told = json.loads(made.out.splitlines()[-1])
+    assert told["bytes_written"] == (tmp_path / "a/adapter_model.safetensors").stat().st_size
+    done = cli("inspect", tmp_path / "a")
+    assert done.code == 0
+    for text in (f"base_model.model.{Q.removesuffix('weight')}lora_A.weight", "an adapter (LoRA), r 1, lora_alpha 1"):
+        assert text in done.out
+    found = json.loads(cli("inspect", tmp_path / "a", "--json").out)
+    assert found["adapter"]["r"] == 1
+    assert {row["dtype"] for row in found["tensors"]} == {"float32"}
+
+
 def test_methods(cli):
     everything = cli("methods").out
     for name in ("ace", "average", "task_arithmetic", "trim", "eps_rel"):
