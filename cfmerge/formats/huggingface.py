@@ -11,7 +11,7 @@ from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import Container, Folder, TensorInfo
 from cfmerge.formats.containers import kind_of, open_container
 from cfmerge.formats.layout import Component, Weights, find_components, read_json
-from cfmerge.formats.side_files import about, look_beside
+from cfmerge.formats.side_files import about, look_around, look_beside
 from cfmerge.models.deltas import Delta, Dense
 from cfmerge.models.ties import likely_ties
 
@@ -66,7 +66,10 @@ class HuggingFaceSource:
         self.metadata: Mapping[str, str] = self.folders[0].metadata
         self.side_files: Mapping[str, Path] = {}
         self.left_out: tuple[str, ...] = ()
-        if directory and directory not in main.weights.files:
+        if directory and directory in main.weights.files:
+            own = getattr(self.folders[0].like, "side_files", {})  # Megatron's
+            self.side_files = {**look_around(directory, files), **own}
+        elif directory:
             ignored = [file for component in components for file in component.weights.ignored]
             ignored += [component.weights.index for component in components if component.weights.index]
             beside = look_beside(directory, files, ignored, apart)
@@ -144,5 +147,6 @@ def _notes(
         ignored = and_more([file.name for file in weights.ignored])
         read = and_more([file.name for file in weights.files])
         notes.append(f"{path}: {ignored}: not read; the model's weights are {read}")
-    notes += [f"{path}: {note}" for note in dict.fromkeys(note for file in opened for note in file.notes)]
+    own = dict.fromkeys(note for file in opened for note in file.notes)
+    notes += [note if note.startswith(f"{path.name}: ") else f"{path}: {note}" for note in own]
     return tuple(notes)

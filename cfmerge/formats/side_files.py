@@ -7,6 +7,7 @@ Everything that lies beside the base's weights is carried, at any depth, but for
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +72,10 @@ TRAINING_FOLDERS = (
     "__pycache__",
 )
 REPLACED = {"README.md"}  # the output has its own
+OF_CHECKPOINTS = re.compile(  # in directories of Orbax, torch.distributed and Megatron
+    r"_.*|manifest\.ocdbt|ocdbt\.process_.*|commit_success\.txt|orbax\.checkpoint|array_metadatas|root_metadata|d|state"
+    r"|descriptor|metrics|(\w+_)?\d+|.*\.(orbax-checkpoint-tmp|partial_save).*|latest_checkpointed_iteration\.txt"
+)
 LARGE = 64_000_000  # bytes: a file of tensors beside the weights that is larger, and no small part of them, is a copy
 
 
@@ -112,6 +117,18 @@ def look_beside(
             if file.suffix in TENSORS:
                 found.tensors.append(name)
     return found
+
+
+def look_around(directory: Path, weights: Iterable[Path]) -> dict[str, Path]:
+    """The files beside the weights of a checkpoint that is the directory as a whole, `{name in the directory: path}`.
+
+    What lies in a folder of the checkpoint, or of an older one, is the checkpoint's.
+    """
+    weights = list(weights)
+    own = {file.relative_to(directory).parts[0] for file in weights if directory in file.parents}
+    found = look_beside(directory, weights).files
+    return {name: file for name, file in found.items() if not {first := name.partition("/")[0]} & own
+            and not OF_CHECKPOINTS.fullmatch(first)}  # fmt: skip
 
 
 def _walk(directory: Path, apart: set[Path], found: Beside) -> Iterable[Path]:
