@@ -30,6 +30,9 @@ class TorchFile:
     Args:
         key: the entry whose tensors are read, where the file holds several dictionaries of them.
 
+    Attributes:
+        key: the entry that they lie in; "" where the file is one dictionary of them, or a module.
+
     Raises:
         CfmergeError: it is no file of torch's, truncated or corrupt, would run something, or holds no named tensors.
     """
@@ -47,6 +50,7 @@ class TorchFile:
         archive = open_archive(self._content, str(path))
         self.metadata = archive.metadata
         found = chosen(archive.pickle.value, str(path), key)
+        self.key = found.key
         values, taken_off = unwrapped(found.tensors)
         views = {
             name: view_of(value, archive, f"{path}: tensor {name!r}" if name else f"{path}: its tensor")

@@ -24,10 +24,11 @@ MAX_MEMBERS, MAX_NAME = 1_000_000, 10_000
 
 
 class Found(NamedTuple):
-    """Tensors' records by name, and the notes on what stands beside them."""
+    """Tensors' records by name, notes on what stands beside them, and the entry that they lie in, as `key`."""
 
     tensors: Mapping[str, Call]
     notes: tuple[str, ...]
+    key: str = ""
 
 
 def chosen(value: Any, where: str, key: str = "") -> Found:
@@ -67,7 +68,7 @@ def chosen(value: Any, where: str, key: str = "") -> Found:
             f"{where}: holds no tensors with names (it is {_kind(value)}); save the model's weights: "
             "torch.save(model.state_dict(), FILE)"
         )
-    return Found(found.tensors, notes + found.notes)
+    return Found(found.tensors, notes + found.notes, "::".join(trail[1:]))
 
 
 def unwrapped(tensors: Mapping[str, Call]) -> tuple[dict[str, Call], list[str]]:

@@ -38,7 +38,8 @@ def load(source: str | Path | Source | Container, like: Any = None, sharding: Sh
     wanted, treedef = named_leaves(like) if like is not None else (_whole(source), None)
     stored = {name: source.ties.get(name, name) for name in wanted}
     _check(source, wanted, stored)
-    default = sharding or SingleDeviceSharding(_default_device())
+    usual = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
+    default = sharding or SingleDeviceSharding(usual)
     arrays = {}
     for name, leaf in wanted.items():
         dtype = np.dtype(leaf.dtype)
@@ -51,11 +52,6 @@ def load(source: str | Path | Source | Container, like: Any = None, sharding: Sh
             stacklevel=2,
         )
     return nested(arrays) if treedef is None else unflatten(treedef, arrays)
-
-
-def _default_device() -> jax.Device:
-    """The device that `jax.default_device` or the flag of that name says; JAX's first, where neither does."""
-    return next(iter(jax.numpy.empty(()).devices()))
 
 
 def _whole(source: Source | Container) -> dict[str, Any]:
