@@ -106,7 +106,7 @@ def find_components(directory: Path) -> list[Component]:
     """
     root = find_weights(directory)
     declared = any((directory / name).is_file() for name in ("modules.json", "model_index.json"))
-    if root is None and not declared and directory_format(directory):
+    if not (declared or (root and root.known)) and directory_format(directory):
         return [Component("", "", Weights([directory], None, {}, "model", [], ""))]
     folders = {} if root is None and not declared else _folders(directory, declared)
     if root is None and not folders:

@@ -83,6 +83,17 @@ def test_the_files_beside_the_weights_are_carried(tmp_path, format):
     assert done.bytes == sum(tensor.nbytes for tensor in held.values())
 
 
+@pytest.mark.parametrize("format", ["orbax", "orbax-v0", "distributed"])
+def test_the_files_beside_a_checkpoint_that_is_a_directory_are_carried_too(tmp_path, format):
+    source = model(tmp_path / "source", tensors(format))
+    there = cfmerge.convert(source, tmp_path / "there", format=format).output
+    (there / "__pycache__").mkdir()
+    cfmerge.convert(there, tmp_path / "back", format="safetensors")
+    names = {"config.json", "README.md", "a/b.txt", "model.safetensors"}
+    assert {str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*.*")} == names
+    assert sorted(open_checkpoint(there).side_files) == ["a/b.txt", "config.json"]
+
+
 @pytest.mark.parametrize("format", [name for name, one in FORMATS.items() if one.suffixes])
 def test_one_file_by_its_name(tmp_path, format):
     target = tmp_path / f"out{FORMATS[format].suffixes[0]}"

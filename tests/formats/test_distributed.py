@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.boxes import Box, boxes_of, tile
+from cfmerge.formats import open_checkpoint
 from cfmerge.formats.distributed import DistributedCheckpoint
 from cfmerge.formats.distributed_files import distributed
 from cfmerge.formats.shards import ShardWriter
@@ -260,6 +261,7 @@ def test_megatrons_layout_is_read(tmp_path):
         assert len([name for name in model.tensors if name.startswith("decoder.")]) == len(model.tensors) == 3
         assert sorted(model.side_files) == ["common.pt", "metadata.json"]
         assert any("fused projections of Megatron's" in note for note in model.notes)
+        assert sorted(open_checkpoint(path).side_files) == ["common.pt", "metadata.json"]
         assert any("chained_0.* (1)" in note and "rng_state/* (1)" in note for note in model.notes)
     (root / "latest_checkpointed_iteration.txt").write_text("../../x")
     with pytest.raises(CfmergeError, match="names no iteration"):
