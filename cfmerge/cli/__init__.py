@@ -296,9 +296,9 @@ def inspect(
     from cfmerge.formats import located
     from cfmerge.formats.adapters import adapter_alone
 
-    on_hub = {"download": download, "cache_dir": cache_dir}
-    adapter = None if "::" in checkpoint else adapter_alone(located(checkpoint, **on_hub))
-    tables.checkpoint(adapter or cfmerge.open_checkpoint(checkpoint, **on_hub), json)
+    adapter = None if "::" in checkpoint else adapter_alone(located(checkpoint, download, cache_dir))
+    found = adapter or cfmerge.open_checkpoint(checkpoint, download=download, cache_dir=cache_dir)
+    tables.checkpoint(found, json)
 
 
 @app.command(cls=o.Command)

@@ -123,7 +123,7 @@ def merge_result(result: "MergeResult") -> None:
     warnings(result)
     notes((*result.resumed, *result.notes))
     console.print(
-        f"[bold]{escape(str(result.output))}[/]  {size(result.plan.bytes_to_write)} in {result.seconds:.1f} s",
+        f"[bold]{escape(str(result.output))}[/]  {size(result.bytes_written)} in {result.seconds:.1f} s",
         soft_wrap=True,
     )
 

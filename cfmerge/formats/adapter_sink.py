@@ -114,8 +114,10 @@ class AdapterSink(DirectorySink):
 
     def write_factors(self, name: str, left: Any, right: Any) -> None:
         """Takes a tensor's merged delta as a product, in rows and columns of the tensor as it is stored."""
+        if name not in self._merged:
+            return None
         left, right = np.asarray(left, np.float32), np.asarray(right, np.float32)
-        if self._form(name) == "full":  # an embedding
+        if self._form(name) != "factors":  # a table of rows, which an adapter holds in full
             base = self._base.read(name)
             return self.write(name, (base.astype(np.float32) + (left @ right).reshape(base.shape)).astype(base.dtype))
         left, right = (right.T, left.T) if self._merged[name].layout == "io" else (left, right)
@@ -123,6 +125,7 @@ class AdapterSink(DirectorySink):
             self._taken.add(name)
             u, s, vt = _of_product(left, right)
             self._keep(name, u, s, vt, float(np.sum(np.square(s, dtype=np.float64))))
+        return None
 
     def keep(self, wanted: bool) -> None:
         """Nothing: what is written is not gone on with."""

@@ -1,7 +1,6 @@
 """The formats of files and directories of named tensors, and the one that a path has: told by content."""
 
 import functools
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -86,8 +85,6 @@ def _msgpack(directory, tensors, shard_bytes, folder, *, metadata, index, done):
 def _distributed(directory, tensors, shard_bytes, folder, *, metadata, index, done):  # type: ignore[no-untyped-def]
     like = folder.like if isinstance(folder.like, DistributedCheckpoint) else None
     opaque = {name: like.content(name) for name in like.opaque} if like else {}
-    for name, file in like.side_files.items() if like else ():
-        shutil.copyfile(file, directory / name)
     files = distributed(opaque, like.paths if like else None)
     return ShardWriter(directory, tensors, shard_bytes, metadata, "", index, done, files=files)
 

@@ -11,7 +11,7 @@ from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import Container, Folder, TensorInfo
 from cfmerge.formats.containers import FORMATS, kind_of, open_container
 from cfmerge.formats.layout import Component, Weights, find_components, read_json
-from cfmerge.formats.side_files import about, look_beside, side_files_of_checkpoint
+from cfmerge.formats.side_files import about, look_around, look_beside
 from cfmerge.models.deltas import Delta, Dense
 from cfmerge.models.ties import likely_ties
 
@@ -72,7 +72,8 @@ class HuggingFaceSource:
             beside = look_beside(directory, files, ignored, apart)
             self.side_files, self.left_out = beside.files, about(beside, path)
         elif directory:
-            self.side_files = side_files_of_checkpoint(directory)
+            of_checkpoint = getattr(self.folders[0].like, "side_files", {})  # Megatron's
+            self.side_files = {**look_around(directory, files), **of_checkpoint}
 
     def prepare(self) -> None:
         pass

@@ -319,7 +319,9 @@ def _nothing(directory: Path) -> str:
     start = f"{directory}: no weights here"
     models = sorted(path.parent.name for files in KINDS for path in directory.glob(f"*/*{files.suffixes[0]}"))
     models += sorted(path.name for path in directory.iterdir() if path.is_dir() and directory_format(path))
-    others = sorted(file for file in directory.iterdir() if file.suffix in TENSORS and file.is_file())
+    others = sorted(
+        file for file in directory.iterdir() if file.suffix in TENSORS and file.is_file() and not is_training(file)
+    )
     if (directory / "zero_to_fp32.py").is_file():
         return f"{start}, but a DeepSpeed checkpoint; join it first: python {directory}/zero_to_fp32.py {directory} OUT"
     adapters = [file.name for file in others if any(fnmatch.fnmatchcase(file.name, name) for name in ADAPTERS)]

@@ -12,7 +12,7 @@ GGUF = (
     "transformers: AutoModelForCausalLM.from_pretrained(DIR, gguf_file=NAME).save_pretrained(OUT)"
 )
 HDF5 = (
-    "is an HDF5 file (TensorFlow or Keras); convert it with transformers: "
+    "is an HDF5 file (TensorFlow or Keras); convert it with transformers 4 and TensorFlow: "
     "AutoModel.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)"
 )
 PICKLE = "is a Python pickle that torch.save did not write; load it where it was made, and save its tensors"
@@ -80,7 +80,9 @@ def wrong_file(path: Path) -> str | None:
         return None
     if start[TAR[0] :].startswith(TAR[1]):
         old = path.suffix in {".pt", ".pth", ".bin", ".ckpt"}
-        return f"{path}: " + ("is a PyTorch file of before 0.1.10, a tar; save it anew there" if old else ARCHIVE)
+        return f"{path}: " + (
+            "is a tar file of PyTorch before 0.1.10; load it with torch, and torch.save it" if old else ARCHIVE
+        )
     told = next((told for begin, told in BEGINS if start.startswith(begin)), None)
     return f"{path}: {told}" if told else None
 

@@ -21,7 +21,9 @@ def in_format(folder: Folder, wanted: str | None) -> Folder:
         return folder
     suffixes = FORMATS[str(wanted)].suffixes
     if not suffixes:  # a directory as a whole
-        return dataclasses.replace(folder, stem="model", suffix="", format=str(wanted), sharded=True, metadata={})
+        return dataclasses.replace(
+            folder, stem="model", suffix="", format=str(wanted), sharded=True, metadata={}, key=""
+        )
     stem, dot, variant = folder.stem.partition(".")
     known = {name for files in KINDS for name in files.stems}
     if stem in known and not (stem == BOTH and wanted in {"safetensors", "torch"}):
@@ -29,7 +31,7 @@ def in_format(folder: Folder, wanted: str | None) -> Folder:
     suffix = suffixes[0]
     sharded = any(stem in files.stems and files.format == wanted != "npz" for files in KINDS)
     return dataclasses.replace(
-        folder, stem=stem + dot + variant, suffix=suffix, format=str(wanted), sharded=sharded, metadata={},
+        folder, stem=stem + dot + variant, suffix=suffix, format=str(wanted), sharded=sharded, metadata={}, key="",
         index=f"{stem}{suffix}.index{dot}{variant}.json",
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from cfmerge.formats.safetensors import READ
 from cfmerge.formats.trees import below, chosen
 
 KEPT = 2  # decoded blocks: as many as threads that read pieces
+ALL = -1  # in place of a block's number
 MOST_PACKED = 40_000  # zstd packs no array into fewer bytes than one in so many
 SMALL = 1 << 26  # bytes: an array of so few is believed
 AGAIN = "the checkpoint is incomplete or corrupt; fetch it again"
@@ -70,7 +71,7 @@ class OrbaxCheckpoint:
         if not 0 <= first <= first + (count or 0) <= info.size:
             raise IndexError(f"tensor {name!r} has {info.size} entries: there are no {count} from {first} on")
         if count is None:
-            return self._decoded(name, ...)
+            return self._whole(name)
         if not info.shape or not count:
             return self._decoded(name, ...).reshape(-1)[first : first + count]
         row, rows, end = math.prod(info.shape[1:]), self._rows(name), first + count
@@ -89,6 +90,24 @@ class OrbaxCheckpoint:
         flat.flags.writeable = False
         return flat
 
+    def _whole(self, name: str) -> np.ndarray:
+        """All of the array; one that stacks layers is kept, since they are taken some at a time."""
+        if len(self.tensors[name].shape) < 3:
+            return self._decoded(name, ...)
+        with self._locks[name]:
+            with self._lock:
+                found = self._kept.pop((name, ALL), None)
+            if found is None:
+                found = self._decoded(name, ...)
+            self._keep(name, ALL, found)
+        return found
+
+    def _keep(self, name: str, block: int, values: np.ndarray) -> None:
+        with self._lock:
+            self._kept[name, block] = values
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+
     def _block(self, name: str, block: int, rows: int, last: bool) -> np.ndarray:
         """A row of chunks, flat; kept for the next piece, unless this is the last."""
         with self._locks[name]:
@@ -97,10 +116,7 @@ class OrbaxCheckpoint:
             if found is None:
                 found = self._decoded(name, slice(block * rows, (block + 1) * rows)).reshape(-1)
             if not last:
-                with self._lock:
-                    self._kept[name, block] = found
-                    while len(self._kept) > KEPT:
-                        self._kept.popitem(last=False)
+                self._keep(name, block, found)
         return found
 
     def _decoded(self, name: str, rows: Any) -> np.ndarray:

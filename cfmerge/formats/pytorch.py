@@ -31,7 +31,7 @@ class TorchFile:
         key: the entry whose tensors are read, where the file holds several dictionaries of them.
 
     Attributes:
-        key: the entry whose tensors are read, levels apart by `::`; "": the file's whole object.
+        key: the entry that they lie in; "" where the file is one dictionary of them, or a module.
 
     Raises:
         CfmergeError: it is no file of torch's, truncated or corrupt, would run something, or holds no named tensors.

@@ -7,6 +7,7 @@ Everything that lies beside the base's weights is carried, at any depth, but for
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -72,8 +73,10 @@ TRAINING_FOLDERS = (
     "__pycache__",
 )
 REPLACED = {"README.md"}  # the output has its own
-TEXTS = {".json", ".jinja", ".md", ".model", ".txt", ".tiktoken"}  # of side files beside a checkpoint in a directory
-OWN = {"metadata.json", "commit_success.txt", "latest_checkpointed_iteration.txt"}  # of such a checkpoint itself
+OF_CHECKPOINTS = re.compile(  # in directories of Orbax, torch.distributed and Megatron
+    r"_.*|manifest\.ocdbt|ocdbt\.process_.*|commit_success\.txt|orbax\.checkpoint|array_metadatas|root_metadata|d|state"
+    r"|descriptor|metrics|(\w+_)?\d+|.*\.(orbax-checkpoint-tmp|partial_save).*|latest_checkpointed_iteration\.txt"
+)
 LARGE = 64_000_000  # bytes: a file of tensors beside the weights that is larger, and no small part of them, is a copy
 
 
@@ -115,6 +118,18 @@ def look_beside(
             if file.suffix in TENSORS:
                 found.tensors.append(name)
     return found
+
+
+def look_around(directory: Path, weights: Iterable[Path]) -> dict[str, Path]:
+    """The files beside the weights of a checkpoint that is the directory as a whole, `{name in the directory: path}`.
+
+    What lies in a folder of the checkpoint, or of an older one, is the checkpoint's.
+    """
+    weights = list(weights)
+    own = {file.relative_to(directory).parts[0] for file in weights if directory in file.parents}
+    found = look_beside(directory, weights).files
+    return {name: file for name, file in found.items() if not {first := name.partition("/")[0]} & own
+            and not OF_CHECKPOINTS.fullmatch(first)}  # fmt: skip
 
 
 def _walk(directory: Path, apart: set[Path], found: Beside) -> Iterable[Path]:
@@ -166,14 +181,8 @@ def is_index(file: Path) -> bool:
 def side_files(directory: Path) -> Mapping[str, Path]:
     """The files that a directory gives to an output besides weights, `{name in the directory: path}`."""
     if directory_format(directory):
-        return side_files_of_checkpoint(directory)
+        return look_around(directory, directory.rglob("*.distcp"))
     return look_beside(directory, directory.rglob("*.safetensors")).files
-
-
-def side_files_of_checkpoint(directory: Path) -> Mapping[str, Path]:
-    """The same of a directory that is one checkpoint, such as Orbax's: config and tokenizer, which lie beside it."""
-    files = (path for path in sorted(directory.iterdir()) if path.is_file() and path.name[0] not in "._")
-    return {path.name: path for path in files if path.suffix in TEXTS and path.name not in OWN | REPLACED}
 
 
 def check_whole(files: Mapping[str, Path]) -> None:

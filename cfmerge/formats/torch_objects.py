@@ -24,11 +24,11 @@ MAX_MEMBERS, MAX_NAME = 1_000_000, 10_000
 
 
 class Found(NamedTuple):
-    """Tensors' records by name, and the notes on what stands beside them."""
+    """Tensors' records by name, notes on what stands beside them, and the entry that they lie in, as `key`."""
 
     tensors: Mapping[str, Call]
     notes: tuple[str, ...]
-    key: str = ""  # where they stand in the object, levels apart by `::`
+    key: str = ""
 
 
 def chosen(value: Any, where: str, key: str = "") -> Found:

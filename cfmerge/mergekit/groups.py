@@ -114,15 +114,8 @@ def names_of(models: Iterable[Named]) -> dict[Named, str]:
     return dict(zip(different, [spec.name for spec in bare.resolved_experts(least=0)], strict=True))
 
 
-def expert(model: Named, name: str, weight: Any, who: str) -> Expert:
-    if not model.adapter:
-        return Expert(model.path, name=name, weight=weight)
-    if "adapter" not in Expert.__struct_fields__:
-        raise CfmergeError(
-            f"{who}: {model.text}: an adapter over a model is not read; merge it into the model first (peft: "
-            "merge_and_unload), and name the result"
-        )
-    return Expert(**{"path": model.path, "adapter": model.adapter, "name": name, "weight": weight})
+def expert(model: Named, name: str, weight: Any) -> Expert:
+    return Expert(model.path, adapter=model.adapter, name=name, weight=weight)
 
 
 def covers_all(slices: Sequence[OutputSlice]) -> bool:

@@ -56,12 +56,7 @@ def with_vocabulary(recipe: Recipe, config: Config, names: Mapping[Named, str], 
                 )
     if source is None:
         return recipe
-    if "vocabulary" not in Recipe.__struct_fields__:
-        raise CfmergeError(
-            f"{who}: tokenizer_source is not taken: vocabularies are not merged; leave it out where all models have "
-            "the base's tokens, and the output has the base's tokenizer"
-        )
-    return msgspec.structs.replace(recipe, **{"vocabulary": _vocabulary(source, recipe, names, who)})
+    return msgspec.structs.replace(recipe, vocabulary=_vocabulary(source, recipe, names, who))
 
 
 def _vocabulary(source: Model, recipe: Recipe, names: Mapping[Named, str], who: str) -> str:

@@ -128,7 +128,7 @@ def _stage(config: Config, who: str, name: str) -> Stage:
     else:
         ((ours, parameters), weights) = _made(config, method, groups[0], names), _weights(method, groups[0])
         experts: list[str | Expert] = [
-            expert(one.model, names[one.model], weights[one.model], groups[0].who) for one in groups[0].experts
+            expert(one.model, names[one.model], weights[one.model]) for one in groups[0].experts
         ]
         recipe = Recipe(groups[0].ours.model.path, experts, ours, parameters)
     recipe = msgspec.structs.replace(
@@ -229,7 +229,7 @@ def _stack(
             experts.append(named if other is None and weight is None else LayerExpert(named, other, weight))
         own = "" if group.ours.model.path == base else group.ours.model.path
         runs.append(Layers(group.ours.range, own, experts, parameters={} if alike else parameters))
-    all_experts: list[str | Expert] = [expert(model, name, 1.0, groups[0].who) for model, name in names.items()]
+    all_experts: list[str | Expert] = [expert(model, name, 1.0) for model, name in names.items()]
     return Recipe(base, all_experts, made[0][0], made[0][1] if alike else {}, layers=runs)
 
 

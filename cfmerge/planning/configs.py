@@ -23,7 +23,7 @@ SILENT = re.compile(
     r"|remove_invalid_values|exponential_decay_length_penalty|chunk_size_feed_forward|pretraining_tp|pruned_heads"
     r"|router_\w*loss\w*|.*_loss_\w*|loss_\w*|ctc_\w+|apply_spec_augment|mask_(time|feature)_\w+|unsloth\w*|name|license"
     r"|language|classifier\w*|summary_\w+|transformers\.js_config\w*|processor_class|image_processor_type"
-    r"|feature_extractor_type|is_composition|cross_attention_hidden_size)(\.|$)"
+    r"|feature_extractor_type|is_composition|cross_attention_hidden_size|vocab_size)(\.|$)"
 )
 # these keys are told too where only some of the models state them: libraries have other defaults
 STATED = re.compile(

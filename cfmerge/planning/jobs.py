@@ -127,8 +127,7 @@ def with_ranks(jobs: Sequence[Job], experts: Sequence[Participant], sums: bool =
     """
 
     def rank(number: int, source: str | None) -> int | None:
-        ask = getattr(experts[number].tensors, "rank", None)
-        return ask(source) if ask is not None and source is not None else None
+        return experts[number].tensors.rank(source) if source is not None else None
 
     found = []
     for job in jobs:

@@ -38,7 +38,8 @@ def load(source: str | Path | Source | Container, like: Any = None, sharding: Sh
     wanted, treedef = named_leaves(like) if like is not None else (_whole(source), None)
     stored = {name: source.ties.get(name, name) for name in wanted}
     _check(source, wanted, stored)
-    default = sharding or SingleDeviceSharding(jax.config.read("jax_default_device") or jax.local_devices()[0])
+    usual = getattr(jax.config, "jax_default_device", None) or jax.local_devices()[0]
+    default = sharding or SingleDeviceSharding(usual)
     arrays = {}
     for name, leaf in wanted.items():
         dtype = np.dtype(leaf.dtype)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cfmerge.formats.peft import STEM
 from cfmerge.planning.resolved import Resolved
 from cfmerge.report.card import versions
 
@@ -39,6 +40,13 @@ class MergeResult:
     warnings: tuple[str, ...] = ()
     resumed: tuple[str, ...] = ()
 
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the output's tensors; of an adapter those of its file."""
+        if self.output is None or self.plan.recipe.adapter_out is None:
+            return self.plan.bytes_to_write
+        return (self.output / f"{STEM}.safetensors").stat().st_size
+
     def summary(self) -> dict[str, Any]:
         """The result as plain values, for JSON."""
         return {
@@ -50,7 +58,7 @@ class MergeResult:
                 for (kind, what), count in sorted(self.plan.counts().items())
             ],
             "bytes_read": self.plan.bytes_to_read,
-            "bytes_written": self.plan.bytes_to_write,
+            "bytes_written": self.bytes_written,
             "sha256": {str(file): digest for file, digest in self.digests.items()},
             "warnings": list(self.warnings),
             "notes": list(self.notes),

@@ -290,6 +290,23 @@ def test_inspect_shows_an_adapter_and_notes(cli, tmp_path):
     assert json.loads(cli("inspect", noted, "--json").out)["notes"]
 
 
+def test_inspect_tells_what_of_a_file_is_not_read(cli, tmp_path):
+    state = {"params/dense/kernel": np.ones((2, 3), np.float32), "opt_state/mu": np.ones(3, np.float32)}
+    cfmerge.save(state, tmp_path / "state.npz")
+    done = cli("inspect", tmp_path / "state.npz")
+    assert "note: " in done.out
+    assert "opt_state" in done.out
+    assert json.loads(cli("inspect", tmp_path / "state.npz", "--json").out)["notes"]
+
+
+def test_adapters_are_written_with_their_own_size(cli, models, tmp_path):
+    made = cli("merge", "--base", "base", *EXPERTS, "-m", "average", "--adapter-out", 1, "-r", "match=*embed*,"
+               "method=keep-base", "-r", "match=*norm*,method=keep-base", "-r", "match=lm_head*,method=keep-base",
+               "-o", tmp_path / "a", "--json")  # fmt: skip
+    told = json.loads(made.out.splitlines()[-1])
+    assert told["bytes_written"] == (tmp_path / "a/adapter_model.safetensors").stat().st_size
+
+
 def test_methods(cli):
     everything = cli("methods").out
     for name in ("ace", "average", "task_arithmetic", "trim", "eps_rel"):

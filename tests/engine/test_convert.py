@@ -17,17 +17,24 @@ from cfmerge.formats.containers import FORMATS
 from cfmerge.products import convert as product
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "uint8", "bool", "float8_e4m3fn", "float64")
-PAIRS = list(itertools.product(FORMATS, FORMATS))
+NO_FP8, NO_EMPTY = ["npz"], ["orbax", "orbax-v0"]  # formats that cannot hold them, and say so
+PAIRS = [
+    pytest.param(*pair, marks=() if "safetensors" in pair else pytest.mark.long)
+    for pair in itertools.product(FORMATS, FORMATS)
+]
 
 
-def tensors():
-    """Tensors of many dtypes: NaNs with payloads, a number, an empty one; names with dots and slashes."""
+def tensors(*formats):
+    """Tensors of many dtypes that formats can hold: NaNs with payloads, a number, an empty one; dots in names."""
     bits = np.random.default_rng(0)
     made = {f"block.{n}.weight": bits.integers(0, 256, (4, 8 * np.dtype(d).itemsize), np.uint8) for n, d in
             enumerate(DTYPES)}  # fmt: skip
     made = {name: bits.view(np.dtype(dtype)) for (name, bits), dtype in zip(made.items(), DTYPES, strict=True)}
     made["block.5.weight"] = made["block.4.weight"] > 99
-    return {**made, "scale": np.array(2.5, np.float32), "none": np.zeros((0, 3), np.float32)}
+    made |= {"scale": np.array(2.5, np.float32), "none": np.zeros((0, 3), np.float32)}
+    lacking = {"block.6.weight"} if set(NO_FP8).intersection(formats) else set()
+    lacking |= {"none"} if set(NO_EMPTY).intersection(formats) else set()
+    return {name: tensor for name, tensor in made.items() if name not in lacking}
 
 
 def model(folder, weights=None, **files):
@@ -49,36 +56,57 @@ def same(path, expected):
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_every_format_becomes_every_other_and_comes_back(tmp_path, first, second):
-    start = model(tmp_path / "in")
-    cfmerge.convert(start, tmp_path / "1", format=first)
+    held = tensors(first, second)
+    cfmerge.convert(model(tmp_path / "in", held), tmp_path / "1", format=first)
     cfmerge.convert(tmp_path / "1", tmp_path / "2", format=second)
-    same(tmp_path / "2", tensors())
+    same(tmp_path / "2", held)
     cfmerge.convert(tmp_path / "2", tmp_path / "3", format="safetensors")
-    same(tmp_path / "3", tensors())
+    same(tmp_path / "3", held)
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [*((f, "block.6.weight") for f in NO_FP8), *((f, "none") for f in NO_EMPTY)]
+)
+def test_what_a_format_cannot_hold_is_told(tmp_path, format, name):
+    with pytest.raises(cfmerge.CfmergeError, match=name):
+        cfmerge.convert(model(tmp_path / "in"), tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_files_beside_the_weights_are_carried(tmp_path, format):
-    done = cfmerge.convert(model(tmp_path / "in"), tmp_path / "out", format=format)
+    held = tensors(format)
+    done = cfmerge.convert(model(tmp_path / "in", held), tmp_path / "out", format=format)
     assert (tmp_path / "out/README.md").read_text() == "# mine"
     assert (tmp_path / "out/a/b.txt").read_text() == "b"
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"model_type": "x"}
-    assert done.bytes == sum(tensor.nbytes for tensor in tensors().values())
+    assert done.bytes == sum(tensor.nbytes for tensor in held.values())
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["orbax", "orbax-v0", "distributed"])
+def test_the_files_beside_a_checkpoint_that_is_a_directory_are_carried_too(tmp_path, format):
+    source = model(tmp_path / "source", tensors(format))
+    there = cfmerge.convert(source, tmp_path / "there", format=format).output
+    (there / "__pycache__").mkdir()
+    cfmerge.convert(there, tmp_path / "back", format="safetensors")
+    names = {"config.json", "README.md", "a/b.txt", "model.safetensors"}
+    assert {str(path.relative_to(tmp_path / "back")) for path in (tmp_path / "back").rglob("*.*")} == names
+    assert sorted(open_checkpoint(there).side_files) == ["a/b.txt", "config.json"]
+
+
+@pytest.mark.parametrize("format", [name for name, one in FORMATS.items() if one.suffixes])
 def test_one_file_by_its_name(tmp_path, format):
     target = tmp_path / f"out{FORMATS[format].suffixes[0]}"
-    done = cfmerge.convert(model(tmp_path / "in"), target)
-    same(target, tensors())
+    done = cfmerge.convert(model(tmp_path / "in", tensors(format)), target)
+    same(target, tensors(format))
     assert any("config.json" in note for note in done.notes)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_one_file_is_a_source_too(tmp_path, format):
-    model(tmp_path / "in")
+    model(tmp_path / "in", tensors(format))
     cfmerge.convert(tmp_path / "in/model.safetensors", tmp_path / "out", format=format)
-    same(tmp_path / "out", tensors())
+    same(tmp_path / "out", tensors(format))
 
 
 def test_shards_are_as_large_as_wanted_and_are_joined_again(tmp_path):

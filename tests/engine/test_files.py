@@ -14,7 +14,7 @@ def tensors():
     return {
         "b.weight": rng.standard_normal((3, 4)).astype(ml_dtypes.bfloat16),
         "a.weight": np.asfortranarray(rng.standard_normal((5, 2))),
-        "steps": np.array(7),
+        "total": np.array(7),
         "none": np.zeros((0, 3), np.float32),
     }
 
@@ -29,13 +29,13 @@ def same(found, expected):
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_a_directory_and_a_file_of_every_format(tmp_path, name):
-    given = tensors()
+    given = {key: array for key, array in tensors().items() if array.size or not name.startswith("orbax")}
     files = [tmp_path / f"model{suffix}" for suffix in FORMATS[name].suffixes[:1]]
     for target in (tmp_path / "model", *files):
         assert cfmerge.save(given, target, name) == target
         found = cfmerge.open(target)
         same(found, given)
-        assert len(found) == 4
+        assert len(found) == len(given)
         assert found.tensors["b.weight"].shape == (3, 4)
         assert "b.weight" in found
         assert "c.weight" not in found

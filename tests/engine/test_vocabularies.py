@@ -86,6 +86,7 @@ def test_a_union_has_every_token_and_encodes_as_the_donors_do(model, tmp_path, l
     assert made.encode(text).tokens == make(["<x>", "<y>"]).encode(text).tokens
     assert made.encode("ab <z> c").tokens == make(["<y>", "<z>"]).encode("ab <z> c").tokens
     assert any("the output has 3 tokens more than the base" in note for note in result.notes)
+    assert not any("vocab_size" in note for note in result.notes)  # the output's is no model's of these
 
 
 def test_a_union_beyond_the_padding_has_more_rows(model, tmp_path, load):

@@ -139,3 +139,17 @@ def test_meta_s_pieces_are_refused(tmp_path):
         torch.save({"w": torch.zeros(2)}, tmp_path / f"consolidated.{number:02d}.pth")
     with pytest.raises(CfmergeError, match="cut for several devices"):
         open_checkpoint(tmp_path)
+
+
+def test_a_wrapped_base_gives_a_wrapped_output(tmp_path):
+    """Its tensors stand under the same entry; what stood beside them is not carried, and a note says so."""
+    for seed, name in enumerate("bcd"):
+        state = {"layer.weight": torch.full((2, 2), float(seed))}
+        torch.save({"state_dict": state, "epoch": seed}, tmp_path / f"{name}.ckpt")
+    result = cfmerge.merge(
+        tmp_path / "b.ckpt", [tmp_path / "c.ckpt", tmp_path / "d.ckpt"], "average", output=tmp_path / "out.ckpt"
+    )
+    loaded = torch.load(tmp_path / "out.ckpt", weights_only=True)
+    assert set(loaded) == {"state_dict"}
+    assert loaded["state_dict"]["layer.weight"].tolist() == [[1.5, 1.5], [1.5, 1.5]]
+    assert any("not read: epoch" in note for note in result.notes)
