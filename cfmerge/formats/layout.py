@@ -317,11 +317,10 @@ def _numbers_first(folder: str) -> list[tuple[int, str]]:
 def _nothing(directory: Path) -> str:
     """The message about a directory without weights: the files that are there instead, and the way out."""
     start = f"{directory}: no weights here"
-    models = sorted(path.parent.name for files in KINDS for path in directory.glob(f"*/*{files.suffixes[0]}"))
+    models = sorted(path.parent.name for kind in KINDS for path in directory.glob(f"*/*{kind.suffixes[0]}"))
     models += sorted(path.name for path in directory.iterdir() if path.is_dir() and directory_format(path))
-    others = sorted(
-        file for file in directory.iterdir() if file.suffix in TENSORS and file.is_file() and not is_training(file)
-    )
+    files = (path for path in directory.iterdir() if path.is_file() and not is_training(path))
+    others = sorted(path for path in files if path.suffix in TENSORS)
     if (directory / "zero_to_fp32.py").is_file():
         return f"{start}, but a DeepSpeed checkpoint; join it first: python {directory}/zero_to_fp32.py {directory} OUT"
     adapters = [file.name for file in others if any(fnmatch.fnmatchcase(file.name, name) for name in ADAPTERS)]
