@@ -20,7 +20,12 @@ NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 ASKED = re.compile(rf"(?P<repository>{NAME}/{NAME})(@(?P<revision>[^\s@]+))?")
 FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|npz|gguf|h5|json|ya?ml|md)")  # no repository's name
 MODULES = {"huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "hf_xet"}  # whose errors are the hub's
-GENERIC = {"model", "diffusion_pytorch_model"}  # names of files that say nothing about the model
+GENERIC = {
+    "model",
+    "diffusion_pytorch_model",
+    "pytorch_model",
+    "flax_model",
+}  # names of files that say nothing about the model
 
 
 class Snapshot(NamedTuple):

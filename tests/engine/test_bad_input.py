@@ -339,6 +339,13 @@ def test_names_of_experts_are_made_different(family, tmp_path):
     assert [expert.name for expert in recipe.resolved_experts()] == ["checkpoint", "y-checkpoint"]
 
 
+def test_the_end_of_a_file_is_not_in_an_expert_s_name():
+    names = {f"dir/x{end}": "x" for end in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".npz", "")}
+    for path, name in {**names, "dir/x.v2": "x.v2"}.items():
+        recipe = parse({"base": "b", "experts": [path]}, "test")
+        assert [expert.name for expert in recipe.resolved_experts()] == [name]
+
+
 def test_two_experts_of_one_given_name(family, refused):
     experts = [Expert(str(path), name="same") for path in family.experts]
     refused(["'same'", str(family.experts[0]), str(family.experts[1])], family.base, experts)
