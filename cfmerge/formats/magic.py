@@ -16,6 +16,7 @@ HDF5 = (
     "AutoModel.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)"
 )
 PICKLE = "is a Python pickle that torch.save did not write; load it where it was made, and save its tensors"
+OLD_TAR = "is a PyTorch file of before 0.1.10, a tar; load it with torch, and torch.save it again"
 ARCHIVE = "is an archive; unpack it, and name the directory that it held"
 BEGINS = (  # (first bytes, what the file is and the way out)
     (b"GGUF", GGUF),
@@ -78,7 +79,7 @@ def wrong_file(path: Path) -> str | None:
         return None
     if start[TAR[0] :].startswith(TAR[1]):
         old = path.suffix in {".pt", ".pth", ".bin", ".ckpt"}
-        return f"{path}: " + ("is a PyTorch file of before 0.1.10, a tar; load it with torch, and torch.save it again" if old else ARCHIVE)
+        return f"{path}: {OLD_TAR if old else ARCHIVE}"
     told = next((told for begin, told in BEGINS if start.startswith(begin)), None)
     return f"{path}: {told}" if told else None
 

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from cfmerge.errors import CfmergeError
-from cfmerge.formats.boxes import Box, boxes_of, tile
 from cfmerge.formats import open_checkpoint
+from cfmerge.formats.boxes import Box, boxes_of, tile
 from cfmerge.formats.distributed import DistributedCheckpoint
 from cfmerge.formats.distributed_files import distributed
 from cfmerge.formats.shards import ShardWriter
