@@ -271,8 +271,10 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
 
 def _choices(hint: Any) -> list[str]:
     """The words that a type allows; `a number` for numbers."""
-    if isinstance(hint, str) or hint is int:
-        return ["a number" if hint is int else hint]
+    if hint is int:
+        return ["a number"]
+    if isinstance(hint, str):
+        return [hint]
     return [choice for inner in get_args(hint) for choice in _choices(inner)]
 
 

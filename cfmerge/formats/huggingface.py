@@ -67,8 +67,8 @@ class HuggingFaceSource:
         self.side_files: Mapping[str, Path] = {}
         self.left_out: tuple[str, ...] = ()
         if directory and directory in main.weights.files:
-            own = getattr(self.folders[0].like, "side_files", {})  # Megatron's
-            self.side_files = {**look_around(directory, files), **own}
+            further = getattr(self.folders[0].like, "side_files", {})  # Megatron's
+            self.side_files = {**look_around(directory, files), **further}
         elif directory:
             ignored = [file for component in components for file in component.weights.ignored]
             ignored += [component.weights.index for component in components if component.weights.index]
