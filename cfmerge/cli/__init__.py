@@ -285,18 +285,20 @@ def convert(
 
 @app.command(cls=o.Command)
 def inspect(
-    checkpoint: Annotated[str, o.argument("CHECKPOINT", "A model: a directory, a file, or ORG/NAME[@REVISION].")],
+    checkpoint: Annotated[
+        str, o.argument("CHECKPOINT", "A model, an adapter: a directory, a file, ORG/NAME[@REVISION].")
+    ],
     download: o.Download = False,
     cache_dir: o.CacheDir = None,
     json: o.Json = False,
 ) -> None:
     """Show a checkpoint's tensors: kinds, layouts, dtypes, ties."""
-    from cfmerge.formats.adapters import is_adapter, opened
+    from cfmerge.formats import located
+    from cfmerge.formats.adapters import adapter_alone
 
-    if is_adapter(Path(checkpoint)):
-        tables.adapter(Path(checkpoint), *opened(Path(checkpoint)), json)
-        return
-    tables.checkpoint(cfmerge.open_checkpoint(checkpoint, download=download, cache_dir=cache_dir), json)
+    adapter = None if "::" in checkpoint else adapter_alone(located(checkpoint, download, cache_dir))
+    found = adapter or cfmerge.open_checkpoint(checkpoint, download=download, cache_dir=cache_dir)
+    tables.checkpoint(found, json)
 
 
 @app.command(cls=o.Command)

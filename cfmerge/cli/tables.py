@@ -19,7 +19,6 @@ from cfmerge.cli.texts import told_run
 
 if TYPE_CHECKING:
     from cfmerge.formats import Source
-    from cfmerge.formats.base import Container
     from cfmerge.methods import Entry
     from cfmerge.models import Parameter
     from cfmerge.planning.resolved import Resolved
@@ -111,10 +110,9 @@ def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:
         say(console, f"heads/{expert}.safetensors: {', '.join(heads)}")
     for note in notes:
         tell(console, "note", note, "yellow")
-    written = "an adapter" if plan.recipe.adapter_out is not None else size(plan.bytes_to_write)
     say(
         console,
-        f"reads {size(plan.bytes_to_read)}, writes {written}, about {plan.flops / 1e12:.2f} TFLOP; "
+        f"reads {size(plan.bytes_to_read)}, writes {size(plan.bytes_to_write)}, about {plan.flops / 1e12:.2f} TFLOP; "
         f"largest working set {size(forecast.needed)} of {size(forecast.memory)}",
     )
     _costs(console, forecast)
@@ -251,7 +249,7 @@ def checkpoint(checkpoint: "Source", json: bool) -> None:
         console.print(f"tied: {escape(alias)} = {escape(name)} ({state})", soft_wrap=True)
     for note in checkpoint.notes:
         tell(console, "note", note, "yellow")
-    model_type = checkpoint.config.get("model_type") or "unknown architecture"
+    model_type = checkpoint.config.get("model_type") or _adapter(checkpoint.config) or "unknown architecture"
     say(
         console,
         f"{_called(checkpoint.path)}: {model_type}, {len(parameters)} tensors, "
@@ -259,20 +257,13 @@ def checkpoint(checkpoint: "Source", json: bool) -> None:
     )
 
 
-def adapter(path: Path, factors: "Container", config: Mapping[str, Any], json: bool) -> None:
-    """An adapter: its tensors, and what adapter_config.json says."""
-    said = {key: config[key] for key in ("r", "lora_alpha", "base_model_name_or_path") if config.get(key) is not None}
-    total = sum(info.nbytes for info in factors.tensors.values())
-    if json:
-        shown = [{"name": n, "shape": i.shape, "dtype": i.dtype.name} for n, i in factors.tensors.items()]
-        print(json_module.dumps({"path": str(path), "adapter": said, "bytes": total, "tensors": shown}, indent=2))
-        return
-    console = out()
-    rows = [(name, info.dtype.name, str(info.shape)) for name, info in factors.tensors.items()]
-    _tensors(console, ("tensor", "dtype", "shape"), rows, [""] * len(rows))
-    console.print()
-    told = "".join(f", {key} {value}" for key, value in said.items())
-    say(console, f"{path}: an adapter (LoRA){told}, {len(rows)} tensors, {size(total)}; name it as an expert")
+def _adapter(config: Mapping[str, Any]) -> str:
+    """An adapter by its config: `adapter (LORA, rank 8, alpha 16) of NAME`; "" for a model's config."""
+    if "peft_type" not in config:
+        return ""
+    numbers = [f"{name} {config[key]}" for name, key in (("rank", "r"), ("alpha", "lora_alpha")) if key in config]
+    base = config.get("base_model_name_or_path")
+    return f"adapter ({', '.join([str(config['peft_type']), *numbers])})" + (f" of {base}" if base else "")
 
 
 def methods(entries: Sequence["Entry"], json: bool, full: bool) -> None:

@@ -16,8 +16,9 @@ from cfmerge.errors import CfmergeError
 from cfmerge.formats import lora_names, peft
 from cfmerge.formats.adapter_parts import Adapter
 from cfmerge.formats.adapter_targets import Placing
-from cfmerge.formats.base import Container, Folder, Source, TensorInfo
+from cfmerge.formats.base import Folder, Source, TensorInfo
 from cfmerge.formats.containers import open_container
+from cfmerge.formats.huggingface import HuggingFaceSource
 from cfmerge.formats.layout import read_json
 from cfmerge.formats.peft_config import FILE
 from cfmerge.models import is_float
@@ -53,13 +54,17 @@ def _holds_model(path: Path) -> bool:
     return any(next(path.glob(pattern), None) for pattern in MODELS)
 
 
-def opened(path: Path) -> tuple[Container, Mapping[str, Any]]:
-    """The file of an adapter, and its adapter_config.json; {} where it has none."""
+def adapter_alone(path: Path) -> Source | None:
+    """The tensors in an adapter's own file, with its config; None where the path holds no adapter."""
+    if not path.exists() or not is_adapter(path):
+        return None
     directory = path if path.is_dir() else path.parent
-    file = (peft.find_file(path) or lora_names.find_file(path)) if path.is_dir() else path
+    file = peft.find_file(path) or lora_names.find_file(path) if path.is_dir() else path
     if file is None:
-        raise CfmergeError(f"{path}: holds {FILE} and no {peft.STEM}.safetensors (or .bin); fetch the adapter again")
-    return open_container(file), read_json(directory / FILE) if file.stem == peft.STEM else {}
+        return None
+    found = HuggingFaceSource(file)
+    found.config = read_json(directory / FILE) or {"peft_type": "LORA"}
+    return found
 
 
 def read_adapter(path: Path, base: Source) -> Adapter:

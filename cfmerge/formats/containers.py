@@ -85,7 +85,8 @@ def _distributed(directory, tensors, shard_bytes, folder, *, metadata, index, do
 
 
 def _orbax(version, directory, tensors, shard_bytes, folder, *, metadata, index, done):  # type: ignore[no-untyped-def]
-    return OrbaxWriter(directory, tensors, shard_bytes, metadata, folder.stem, index, done, version=version)
+    keys = getattr(folder.like, "keys", {})
+    return OrbaxWriter(directory, tensors, shard_bytes, metadata, folder.stem, index, done, version=version, keys=keys)
 
 
 def _whole(path: Path, part: str) -> Container:

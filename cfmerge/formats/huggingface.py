@@ -9,7 +9,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import Container, Folder, TensorInfo
-from cfmerge.formats.containers import kind_of, open_container
+from cfmerge.formats.containers import FORMATS, kind_of, open_container
 from cfmerge.formats.layout import Component, Weights, find_components, read_json
 from cfmerge.formats.side_files import about, look_around, look_beside
 from cfmerge.models.deltas import Delta, Dense
@@ -66,14 +66,14 @@ class HuggingFaceSource:
         self.metadata: Mapping[str, str] = self.folders[0].metadata
         self.side_files: Mapping[str, Path] = {}
         self.left_out: tuple[str, ...] = ()
-        if directory and directory in main.weights.files:
-            further = getattr(self.folders[0].like, "side_files", {})  # Megatron's
-            self.side_files = {**look_around(directory, files), **further}
-        elif directory:
+        if directory and directory not in main.weights.files:
             ignored = [file for component in components for file in component.weights.ignored]
             ignored += [component.weights.index for component in components if component.weights.index]
             beside = look_beside(directory, files, ignored, apart)
             self.side_files, self.left_out = beside.files, about(beside, path)
+        elif directory:
+            of_checkpoint = getattr(self.folders[0].like, "side_files", {})  # Megatron's
+            self.side_files = {**look_around(directory, files), **of_checkpoint}
 
     def prepare(self) -> None:
         pass
@@ -98,7 +98,9 @@ class HuggingFaceSource:
 
 
 def _one_file(path: Path) -> Component:
-    return Component("", "", Weights([path], None, {}, path.stem, []))
+    suffixes = FORMATS[kind_of(path)].suffixes
+    suffix = path.suffix if path.suffix in suffixes or not suffixes else suffixes[0]
+    return Component("", "", Weights([path], None, {}, path.stem, [], suffix))
 
 
 def _chosen(path: Path, weights: Weights, opened: Sequence[Container]) -> dict[str, Container]:

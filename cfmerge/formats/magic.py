@@ -16,7 +16,6 @@ HDF5 = (
     "AutoModel.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)"
 )
 PICKLE = "is a Python pickle that torch.save did not write; load it where it was made, and save its tensors"
-OLD_TAR = "is a PyTorch file of before 0.1.10, a tar; load it with torch, and torch.save it again"
 ARCHIVE = "is an archive; unpack it, and name the directory that it held"
 BEGINS = (  # (first bytes, what the file is and the way out)
     (b"GGUF", GGUF),
@@ -61,7 +60,7 @@ def format_of(path: Path) -> str:
     if start.startswith(ZIP):
         return "npz" if _only_arrays(path) else "torch"
     is_map = start[:1] and (0x80 <= start[0] <= 0x8F or start[0] in {0xDE, 0xDF})
-    return "msgpack" if is_map else "torch" if path.suffix in {".pt", ".pth", ".ckpt"} else "safetensors"
+    return "msgpack" if is_map else "torch" if path.suffix in {".bin", ".pt", ".pth", ".ckpt"} else "safetensors"
 
 
 def wrong_file(path: Path) -> str | None:
@@ -79,7 +78,9 @@ def wrong_file(path: Path) -> str | None:
         return None
     if start[TAR[0] :].startswith(TAR[1]):
         old = path.suffix in {".pt", ".pth", ".bin", ".ckpt"}
-        return f"{path}: {OLD_TAR if old else ARCHIVE}"
+        return f"{path}: " + (
+            "is a tar file of PyTorch before 0.1.10; load it with torch, and torch.save it" if old else ARCHIVE
+        )
     told = next((told for begin, told in BEGINS if start.startswith(begin)), None)
     return f"{path}: {told}" if told else None
 

@@ -17,7 +17,7 @@ from cfmerge.errors import CfmergeError
 from cfmerge.formats.base import TensorInfo
 from cfmerge.formats.orbax_layout import Tree, files_of, find_tree, read_tree, text_metadata
 from cfmerge.formats.safetensors import READ
-from cfmerge.formats.trees import chosen
+from cfmerge.formats.trees import below, chosen
 
 KEPT = 2  # decoded blocks: as many as threads that read pieces
 ALL = -1  # in place of a block's number
@@ -29,7 +29,8 @@ AGAIN = "the checkpoint is incomplete or corrupt; fetch it again"
 class OrbaxCheckpoint:
     """One directory of arrays: headers when it is opened, an array or some of its chunks when asked for.
 
-    A name is the keys on the way to the array, joined by "/"; lists count from 0.
+    A name is the keys on the way to the array, joined by "/"; lists count from 0. `keys` has the keys themselves, with
+    which a key that holds a "/" and a list come out as they were.
 
     Raises:
         CfmergeError: no checkpoint of Orbax, unfinished, several items, incomplete, or inconsistent.
@@ -43,6 +44,7 @@ class OrbaxCheckpoint:
         folder, notes = find_tree(path)
         tree = read_tree(folder)
         own, left_out = ({name: name for name in tree.leaves}, ()) if whole else chosen(tree.leaves, subtree, path)
+        self.keys = {name: below(tree.keys[full], full.removesuffix(name)) for name, full in own.items()}
         self.notes: tuple[str, ...] = notes + tree.notes + left_out
         self.metadata: Mapping[str, str] = text_metadata(folder)
         self.files = files_of(tree)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ STEP = re.compile(r"(?:\w+_)?(\d{1,18})")
 ARRAYS = {"jax.Array", "np.ndarray"}
 NOTHING = {"None", "Dict", "List", "Tuple", "NamedTuple", "dict", "list", "tuple"}  # empty ones
 MAX_BYTES = 1 << 28
+LIST = 1  # the type of a key that is a place in a list
+Keys = tuple[str | int, ...]
 AGAIN = "the checkpoint is incomplete or corrupt; fetch it again"
 
 
@@ -26,6 +29,7 @@ class Tree(NamedTuple):
 
     Attributes:
         leaves: `{keys joined by "/": the name that the array is stored under}`.
+        keys: `{keys joined by "/": the keys}`; the places of a list are numbers.
         ocdbt, zarr3: how they are stored.
         sparse: whether chunks that are zero may lack.
         notes: on leaves that are no arrays.
@@ -33,6 +37,7 @@ class Tree(NamedTuple):
 
     folder: Path
     leaves: dict[str, str]
+    keys: dict[str, Keys]
     ocdbt: bool
     zarr3: bool
     sparse: bool
@@ -126,8 +131,9 @@ def read_tree(folder: Path) -> Tree:
     if ocdbt and not (folder / "manifest.ocdbt").is_file():
         raise CfmergeError(f"{folder}: lacks manifest.ocdbt: Orbax has not finished this checkpoint; {AGAIN}")
     leaves, other, stored = dict[str, str](), dict[str, list[str]](), set[str]()
+    all_keys: dict[str, Keys] = {}
     for keys, kind in entries:
-        name, own = "/".join(keys), ".".join(keys)
+        name, own = "/".join(map(str, keys)), ".".join(map(str, keys))
         if kind in NOTHING:
             continue
         if kind not in ARRAYS:
@@ -136,18 +142,38 @@ def read_tree(folder: Path) -> Tree:
         if name in leaves or own in stored:
             raise CfmergeError(f"{file}: names two arrays {name!r}; {AGAIN}")
         _check_inside(file, name, own)
-        leaves[name] = own
+        leaves[name], all_keys[name] = own, keys
         stored.add(own)
     notes = tuple(f"{and_more(names)}: {kind}, not an array; not read" for kind, names in other.items())
-    return Tree(folder, leaves, bool(ocdbt), bool(zarr3), sparse, notes)
+    return Tree(folder, leaves, all_keys, bool(ocdbt), bool(zarr3), sparse, notes)
 
 
-def _entry(entry: Any) -> tuple[list[str], str]:
+def _entry(entry: Any) -> tuple[Keys, str]:
     """`(keys, kind)` of an entry of `_METADATA`."""
     keys, kind = [key["key"] for key in entry["key_metadata"]], entry["value_metadata"]["value_type"]
     if not keys or not all(isinstance(text, str) for text in (*keys, kind)):
         raise TypeError(f"an entry has keys {keys} and the kind {kind!r}")
-    return keys, kind
+    lists = [key.get("key_type") == LIST and key["key"].isdecimal() for key in entry["key_metadata"]]
+    return tuple(int(key) if listed else key for key, listed in zip(keys, lists, strict=True)), kind
+
+
+def mark_lists(folder: Path, keys: Mapping[str, Keys]) -> None:
+    """Says in a checkpoint that was written as nested mappings which of them are lists; whole ones alone are."""
+    file = folder / TREE
+    content = json.loads(file.read_bytes())
+    entries = {"/".join(map(str, _entry(entry)[0])): entry for entry in content["tree_metadata"].values()}
+    places: dict[tuple, set] = {}
+    for own in (keys[name] for name in entries if name in keys):
+        for depth, key in enumerate(own):
+            places.setdefault(own[:depth], set()).add(key)
+    whole = {prefix for prefix, found in places.items() if found == set(range(len(found)))}
+    for name, entry in entries.items():
+        own = keys.get(name, ())
+        for depth in range(len(own)):
+            if own[:depth] in whole:
+                entry["key_metadata"][depth]["key_type"] = LIST
+    if whole:
+        file.write_text(json.dumps(content))
 
 
 def _check_inside(file: Path, name: str, stored: str) -> None:

@@ -19,7 +19,7 @@ from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats import safetensors
 from cfmerge.formats.base import Header, bytes_of
 from cfmerge.formats.orbax import OrbaxCheckpoint
-from cfmerge.formats.orbax_layout import CHECKPOINT, TREE
+from cfmerge.formats.orbax_layout import CHECKPOINT, TREE, Keys, find_tree, mark_lists
 from cfmerge.formats.ranges import Covered, Range
 from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.formats.shards import ShardWriter, shard
@@ -27,17 +27,20 @@ from cfmerge.formats.trees import nested
 
 AT_ONCE = 1 << 26  # bytes of arrays that Orbax saves in one call, which takes long
 CHUNK = 1 << 24  # bytes of a chunk, the least that is read again
+KEYS = "keys"  # the entry of the plain file's metadata with the keys of names
 ELSEWHERE = 'write another format (format: "safetensors")'
 
 
 class OrbaxWriter:
     """A writer of one checkpoint, tensor by tensor, in any order; its calls are those of `ShardWriter`.
 
-    Names are cut at "/" into nested keys. The directory itself becomes the checkpoint, beside what else lies in it.
+    Names are cut at "/" into nested keys, but for those whose keys are known. The directory itself becomes the
+    checkpoint, beside what else lies in it.
 
     Args:
         version: "v1", whose arrays lie in the item `state`, or "v0", that of `StandardCheckpointer`, for which Orbax
             holds all arrays at once.
+        keys: the keys of names, as the base's checkpoint has them.
 
     Raises:
         Unfit: the file that is there is not that of an earlier writer.
@@ -56,13 +59,15 @@ class OrbaxWriter:
         done: Covered | None = None,
         *,
         version: str = "v1",
+        keys: Mapping[str, Keys] | None = None,
     ):
-        _check(tensors)
+        _check(tensors, keys)
+        self._keys = {name: own for name, own in (keys or {}).items() if name in tensors}
         self._directory, self._tensors, self._metadata = directory, dict(tensors), dict(metadata or {})
         self._version = version
         self._stem = f"{stem}.orbax-arrays"  # not hidden: Orbax finds no parts below a hidden name
-
-        self._pieces = ShardWriter(directory, tensors, 1 << 62, {}, self._stem, None, done)
+        told = {KEYS: json.dumps(self._keys)}
+        self._pieces = ShardWriter(directory, tensors, 1 << 62, told, self._stem, None, done)
 
     def write(self, name: str, values: np.ndarray, first: int = 0) -> None:
         """Writes a tensor, or a piece of it from flat element `first` on."""
@@ -88,6 +93,7 @@ class OrbaxWriter:
             if isinstance(error, OSError | CfmergeError):
                 raise
             raise CfmergeError(f"{self._directory}: Orbax cannot write the checkpoint: {error}; {ELSEWHERE}") from error
+        mark_lists(find_tree(made)[0], self._keys)
         self._compare(made)
         for part in sorted(made.iterdir(), key=lambda part: part.name in {TREE, CHECKPOINT}):
             place = self._directory / part.name
@@ -116,9 +122,9 @@ class OrbaxWriter:
         self._pieces.abort()
 
 
-def _check(tensors: Mapping[str, Header]) -> None:
+def _check(tensors: Mapping[str, Header], keys: Mapping[str, Keys] | None) -> None:
     """Raises `CfmergeError` for what Orbax does not hold."""
-    nested(tensors)
+    nested(tensors, keys)
     empty = [name for name, header in tensors.items() if not bytes_of(header)]
     if empty:
         raise CfmergeError(f"{and_more(empty)}: a tensor without entries, which Orbax does not save; {ELSEWHERE}")
@@ -153,9 +159,10 @@ def _save_v1(made: Path, file: SafetensorsFile, metadata: Mapping[str, str]) -> 
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK
     headers = {name: (info.shape, info.dtype) for name, info in file.tensors.items()}
+    keys = json.loads(file.metadata[KEYS])
     with context:
         for names in shard(headers, AT_ONCE):
-            tree = nested({name: file.read(name) for name in names})
+            tree = nested({name: file.read(name) for name in names}, keys)
             ocp.partial.save(made, tree, custom_metadata=dict(metadata))
         ocp.partial.finalize(made)
 
@@ -164,7 +171,7 @@ def _save_v0(made: Path, file: SafetensorsFile, metadata: Mapping[str, str]) -> 
     import orbax.checkpoint
 
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        tree = nested({name: file.read(name) for name in file.tensors})
+        tree = nested({name: file.read(name) for name in file.tensors}, json.loads(file.metadata[KEYS]))
         checkpointer.save(made, tree, custom_metadata=dict(metadata))
 
 

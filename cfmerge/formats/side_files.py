@@ -197,8 +197,8 @@ def about(beside: Beside, path: Path) -> tuple[str, ...]:
     notes = []
     if beside.tensors:
         notes.append(
-            f"{', '.join(beside.tensors[:6])}{_more(beside.tensors)}: copied from {path}, not merged: they are "
-            "not the model's weights; where the experts have others, copy the right ones into the output"
+            f"{', '.join(beside.tensors[:6])}{_more(beside.tensors)}: copied from {path}, not merged, since they lie "
+            "beside the model's weights; where the experts have others, copy the right ones into the output"
         )
     if beside.copies:
         notes.append(

@@ -16,18 +16,23 @@ TRAINING = {  # beside a model, these are a training's
 }
 
 
-def nested(named: Mapping[str, Any]) -> dict[str, Any]:
+def nested(named: Mapping[str, Any], keys: Mapping[str, tuple[str | int, ...]] | None = None) -> dict[str, Any]:
     """Nested mappings out of names.
 
     >>> nested({"a/b": 1, "a/c": 2, "d": 3})
     {'a': {'b': 1, 'c': 2}, 'd': 3}
+    >>> nested({"a/b/c": 1}, {"a/b/c": ("a/b", "c")})
+    {'a/b': {'c': 1}}
+
+    Args:
+        keys: the keys of names that are not to be cut at every "/".
 
     Raises:
         CfmergeError: a name is also the beginning of another.
     """
     tree: dict[str, Any] = {}
     for name, value in named.items():
-        *folders, last = name.split("/")
+        *folders, last = map(str, (keys or {}).get(name) or name.split("/"))
         inner, at = tree, []
         for folder in folders:
             at.append(folder)
@@ -38,6 +43,20 @@ def nested(named: Mapping[str, Any]) -> dict[str, Any]:
             _both(name, next((other for other in named if other.startswith(name + "/")), name))
         inner[last] = value
     return tree
+
+
+def below(keys: tuple[str | int, ...], prefix: str) -> tuple[str | int, ...]:
+    """The keys without the beginning of their name.
+
+    >>> below(("params", "a/b", 0), "params/a/")
+    ('b', 0)
+    """
+    while prefix:
+        first = f"{keys[0]}/"
+        if not prefix.startswith(first):
+            return first.removeprefix(prefix).removesuffix("/"), *keys[1:]
+        keys, prefix = keys[1:], prefix.removeprefix(first)
+    return keys
 
 
 def _both(name: str, other: str) -> None:

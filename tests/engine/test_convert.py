@@ -17,7 +17,7 @@ from cfmerge.formats.containers import FORMATS
 from cfmerge.products import convert as product
 
 DTYPES = ("float32", "float16", "bfloat16", "int64", "uint8", "bool", "float8_e4m3fn", "float64")
-NO_FP8, NO_EMPTY = {"npz"}, {"orbax", "orbax-v0"}  # formats that cannot hold them, and say so
+NO_FP8, NO_EMPTY = ["npz"], ["orbax", "orbax-v0"]  # formats that cannot hold them, and say so
 PAIRS = [
     pytest.param(*pair, marks=() if "safetensors" in pair else pytest.mark.long)
     for pair in itertools.product(FORMATS, FORMATS)
@@ -32,8 +32,8 @@ def tensors(*formats):
     made = {name: bits.view(np.dtype(dtype)) for (name, bits), dtype in zip(made.items(), DTYPES, strict=True)}
     made["block.5.weight"] = made["block.4.weight"] > 99
     made |= {"scale": np.array(2.5, np.float32), "none": np.zeros((0, 3), np.float32)}
-    lacking = {"block.6.weight"} if NO_FP8.intersection(formats) else set()
-    lacking |= {"none"} if NO_EMPTY.intersection(formats) else set()
+    lacking = {"block.6.weight"} if set(NO_FP8).intersection(formats) else set()
+    lacking |= {"none"} if set(NO_EMPTY).intersection(formats) else set()
     return {name: tensor for name, tensor in made.items() if name not in lacking}
 
 

@@ -88,11 +88,11 @@ def test_modules_of_sentence_transformers(tmp_path):
     assert json.loads((merged_again.output / "2_Dense/config.json").read_text()) == {"dtype": "float16"}
 
 
-def test_a_module_in_a_pytorch_file_is_the_bases_and_told(tmp_path):
-    result, notes = merged(tmp_path, lambda number: sentences(number, "pytorch_model.bin"))
-    assert (result.output / "2_Dense/pytorch_model.bin").read_bytes() == b"PK"
-    assert "2_Dense/pytorch_model.bin: copied" in notes
-    assert "2_Dense/pytorch_model.bin" in (result.output / "README.md").read_text()
+def test_a_module_in_a_format_that_is_not_read_is_the_bases_and_told(tmp_path):
+    result, notes = merged(tmp_path, lambda number: sentences(number, "tf_model.h5"))
+    assert (result.output / "2_Dense/tf_model.h5").read_bytes() == b"PK"
+    assert "2_Dense/tf_model.h5: copied" in notes
+    assert "2_Dense/tf_model.h5" in (result.output / "README.md").read_text()
 
 
 def test_one_file_in_and_out(tmp_path):

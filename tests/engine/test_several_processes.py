@@ -132,6 +132,19 @@ def test_two_processes_write_the_bytes_of_one(larger, tmp_path, contents):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("format", ["torch", "msgpack", "npz", "orbax", "orbax-v0", "distributed"])
+def test_two_processes_write_every_format(larger, tmp_path, format):
+    codes, _, errors = shared(larger, tmp_path / "many", ["ties"], 2, format=format)
+    assert codes == [0, 0], errors
+    cfmerge.merge(larger.base, larger.experts, "ties", output=tmp_path / "one")
+    found, expected = (cfmerge.open_checkpoint(tmp_path / name) for name in ("many-ties", "one"))
+    assert set(found.tensors) == set(expected.tensors)
+    assert found.folders[0].format == format
+    for name in expected.tensors:
+        np.testing.assert_array_equal(found.read(name), expected.read(name))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_with_two_devices_each_write_the_bytes_of_one(larger, tmp_path, contents, count):
     check(larger, tmp_path, contents, METHODS, count, 2)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from laid import laid, ones
+from safetensors.numpy import load_file
 
 import cfmerge
 from cfmerge.formats import open_checkpoint
@@ -219,3 +220,23 @@ def test_a_pipeline_is_no_base_of_an_adapter_that_is_written(tmp_path):
 
     with pytest.raises(cfmerge.CfmergeError, match=r"an adapter is over one model; the base has unet, vae"):
         cfmerge.merge(pipe("b", 0.0), [pipe("x", 1.0), pipe("y", 2.0)], "average", output=tmp_path / "o", adapter_out=2)
+
+
+def test_an_adapter_of_an_embedding_comes_out_with_the_embedding_whole(make_model, tmp_path, llama):
+    base, name = llama(0), "model.embed_tokens.weight"
+    rows, columns = base[name].shape
+    rng = np.random.default_rng(0)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    shapes = {"A": (2, rows), "B": (columns, 2)}
+    adapters, factors = [], []
+    for number in range(2):
+        own = {end: rng.standard_normal(shape).astype(np.float32) for end, shape in shapes.items()}
+        pairs = {f"base_model.model.model.embed_tokens.lora_embedding_{end}": one for end, one in own.items()}
+        files = {"adapter_model.safetensors": pairs, "adapter_config.json": config}
+        adapters.append(laid(tmp_path / f"a{number}", files))
+        factors.append(own)
+    place, out = make_model(tmp_path / "base", base), tmp_path / "out"
+    cfmerge.merge(place, adapters, "average", output=out, adapter_out=4)
+    expected = base[name] + sum((own["B"] @ own["A"]).T for own in factors) / 2
+    found = load_file(out / "adapter_model.safetensors")
+    np.testing.assert_allclose(found[f"base_model.model.{name}"], expected, atol=1e-5)

@@ -13,8 +13,8 @@ from flips import flips, outcome
 from orbax.checkpoint import v1 as ocp
 
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint, orbax_writer
 from cfmerge.formats import orbax as reader
-from cfmerge.formats import orbax_writer
 from cfmerge.formats.orbax import OrbaxCheckpoint
 from cfmerge.formats.orbax_layout import is_orbax
 from cfmerge.formats.orbax_writer import OrbaxWriter
@@ -311,6 +311,50 @@ def test_orbax_restores_what_is_written(tmp_path, monkeypatch, version):
     v0_s = {"_METADATA", "d", "manifest.ocdbt", "ocdbt.process_0"}
     assert left >= {"config.json", "_CHECKPOINT_METADATA"} | ({"state"} if version == "v1" else v0_s)
     assert not [name for name in left if "arrays" in name]
+
+
+@pytest.mark.parametrize("version", ["v1", "v0"])
+def test_keys_with_a_slash_and_lists_come_out_as_they_were(tmp_path, version):
+    """Gemma's keys are flat, `transformer/layer_0`; a client restores into the tree that it has."""
+    tree = {
+        "transformer/layer_0": {"w": np.arange(4, dtype=np.float32)},
+        "layers": [{"w": np.ones(2, np.float32)}, {"w": np.zeros(3, np.float32)}],
+        "plain": {"0": np.ones(1, np.float32)},
+    }
+    base = OrbaxCheckpoint(ocp.save(tmp_path / "base", tree) or tmp_path / "base")
+    part = OrbaxCheckpoint(tmp_path / "base", "layers")
+    assert part.keys == {"0/w": (0, "w"), "1/w": (1, "w")}
+    headers = {name: (info.shape, info.dtype) for name, info in base.tensors.items()}
+    (tmp_path / "out").mkdir()
+    writer = OrbaxWriter(tmp_path / "out", headers, version=version, keys=base.keys)
+    for name in headers:
+        writer.write(name, base.read(name))
+    writer.close()
+    assert_equal(ocp.load(tmp_path / "out"), tree)
+    root = tmp_path / "out" / ("state" if version == "v1" else "")
+    with v0.StandardCheckpointer() as checkpointer:
+        assert_equal(checkpointer.restore(root, jax.tree.map(np.empty_like, tree)), tree)
+
+
+def test_a_list_that_lost_an_entry_is_none(tmp_path):
+    tree = {"layers": [3, np.ones(2, np.float32)]}  # a number is no array, and is not read
+    ocp.save(tmp_path / "base", tree)
+    base = OrbaxCheckpoint(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    writer = OrbaxWriter(tmp_path / "out", {"layers/1": ((2,), np.dtype(np.float32))}, keys=base.keys)
+    writer.write("layers/1", base.read("layers/1"))
+    writer.close()
+    assert_equal(ocp.load(tmp_path / "out"), {"layers": {"1": tree["layers"][1]}})
+
+
+def test_side_files_beside_a_checkpoint_are_carried(tmp_path):
+    """As cfmerge writes one over a model of Hugging Face's: config and tokenizer lie in the same directory."""
+    path = handled(tmp_path / "step")
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        (path / name).write_text("{}")
+    source = open_checkpoint(path)
+    assert set(source.side_files) == {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert not open_checkpoint(managed(tmp_path / "run")).side_files
 
 
 def test_a_writer_goes_on_after_an_interruption(tmp_path, monkeypatch):

@@ -313,13 +313,14 @@ def test_damaged_directories(bases, tmp_path):
         AdapterSource(tmp_path / "json", base)
 
 
-def test_flipped_bits_are_an_error_or_other_numbers_in_the_same_tensors(bases, tmp_path):
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.long)])
+def test_flipped_bits_are_an_error_or_other_numbers_in_the_same_tensors(bases, tmp_path, count):
     model, place = bases[0]
     adapter(model, tmp_path, **PAIR)
     base, file = open_checkpoint(place), tmp_path / "adapter_model.safetensors"
     content, rng = file.read_bytes(), np.random.default_rng(0)
     header = 8 + int.from_bytes(content[:8], "little")
-    for _ in range(300):
+    for _ in range(count):
         place_of_bit = int(rng.integers(header * 8))
         flipped = bytearray(content)
         flipped[place_of_bit // 8] ^= 1 << place_of_bit % 8

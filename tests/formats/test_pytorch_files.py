@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import torch_layouts
 from cfmerge.formats.pytorch import TorchFile, lay
@@ -472,3 +473,24 @@ def test_a_dtype_that_torch_lacks_is_not_written():
 def test_a_storage_is_small():
     """12,000 of them are opened in a second."""
     assert not hasattr(Storage("0", None, 0, 0), "__dict__")
+
+
+def test_the_weights_stay_under_the_key_that_they_have(tmp_path):
+    """A training script loads `torch.load(FILE)["model"]`, of the merged file too."""
+    state = {"w.weight": torch.ones(2, 2)}
+    file = TorchFile(saved(tmp_path / "run.pt", {"epoch": 3, "model": {"state_dict": state}, "ema": {}}))
+    assert file.key == "model::state_dict"
+    assert TorchFile(saved(tmp_path / "plain.pt", state)).key == ""
+    assert TorchFile(saved(tmp_path / "both.pt", {"model": state, "ema": state}), "ema").key == "ema"
+
+
+def test_a_directory_over_one_file_has_that_file_s_name_and_format(tmp_path):
+    base, *experts = (
+        saved(tmp_path / f"{name}.pt", {"model": {"w.weight": torch.full((2, 2), float(name))}, "epoch": 1})
+        for name in "012"
+    )
+    result = cfmerge.merge(base, experts, "average", output=tmp_path / "out")
+    assert sorted(path.name for path in result.output.iterdir()) == ["0.pt", "README.md"]
+    found = torch.load(tmp_path / "out" / "0.pt", weights_only=True)
+    assert found.keys() == {"model"}
+    assert torch.equal(found["model"]["w.weight"], torch.full((2, 2), 1.5))
