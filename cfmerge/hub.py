@@ -20,7 +20,12 @@ NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 ASKED = re.compile(rf"(?P<repository>{NAME}/{NAME})(@(?P<revision>[^\s@]+))?")
 FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|npz|gguf|h5|json|ya?ml|md)")  # no repository's name
 MODULES = {"huggingface_hub", "httpx", "httpx2", "requests", "urllib3", "hf_xet"}  # whose errors are the hub's
-GENERIC = {"model", "diffusion_pytorch_model"}  # names of files that say nothing about the model
+GENERIC = {
+    "model",
+    "diffusion_pytorch_model",
+    "pytorch_model",
+    "flax_model",
+}  # names of files that say nothing about the model
 
 
 class Snapshot(NamedTuple):
@@ -37,7 +42,7 @@ class Snapshot(NamedTuple):
 def snapshot(path: str | Path) -> Snapshot | None:
     """The repository and the commit that a path in the cache stands for; None elsewhere."""
     expanded = Path(path).expanduser()
-    for candidate in (Path(os.path.abspath(expanded)), expanded.resolve()):
+    for candidate in (Path(os.path.abspath(expanded)), Path(os.path.realpath(expanded))):
         for above in (candidate, *candidate.parents):
             match = REPOSITORY.fullmatch(above.name)
             if match and ((above / "snapshots").is_dir() or (above / "blobs").is_dir()):

@@ -6,6 +6,7 @@ relative to the current directory.
 
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,7 @@ from cfmerge import hub
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.models import Kind
 
+FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".npz"}  # ends that are not in an expert's name
 Heads = Literal["keep-base", "drop", "export"]
 Format = Literal["safetensors", "torch", "msgpack", "npz", "orbax", "orbax-v0", "distributed"]
 Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert", "other-base"]
@@ -208,10 +210,11 @@ def _default_name(path: str, seen: dict[str, str]) -> str:
         longer = f"{name}-{revision[:12]}" if revision else f"{org}-{name}"
         return _free(name, [longer, f"{org}-{longer}"], seen)
     pure = Path(path).expanduser()
-    cached, single = hub.snapshot(pure), pure.suffix == ".safetensors"
+    real = Path(os.path.realpath(pure))  # of a link in a circle, itself
+    cached, single = hub.snapshot(pure), pure.suffix in FILES
     named = cached is not None and (not single or pure.stem in hub.GENERIC)
-    name = (cached.name if cached and named else pure.stem if single else pure.resolve().name) or "expert"
-    parent = f"{name}-{cached.commit[:8]}" if cached else f"{pure.resolve().parent.name}-{name}"
+    name = (cached.name if cached and named else pure.stem if single else real.name) or "expert"
+    parent = f"{name}-{cached.commit[:8]}" if cached else f"{real.parent.name}-{name}"
     return _free(name, [parent], seen)
 
 

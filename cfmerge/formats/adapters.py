@@ -61,6 +61,7 @@ def adapter_alone(path: Path) -> Source | None:
     directory = path if path.is_dir() else path.parent
     file = peft.find_file(path) or lora_names.find_file(path) if path.is_dir() else path
     if file is None:
+        peft.read_peft(path)  # says that it is missing
         return None
     found = HuggingFaceSource(file)
     found.config = read_json(directory / FILE) or {"peft_type": "LORA"}

@@ -77,6 +77,11 @@ def _torch(directory, tensors, shard_bytes, folder, *, metadata, index, done):  
     return _files(lay)(directory, tensors, shard_bytes, folder, metadata=metadata, index=index, done=done)
 
 
+def _msgpack(directory, tensors, shard_bytes, folder, *, metadata, index, done):  # type: ignore[no-untyped-def]
+    lay = functools.partial(msgpack.lay, keys=getattr(folder.like, "keys", {}))
+    return _files(lay)(directory, tensors, shard_bytes, folder, metadata=metadata, index=index, done=done)
+
+
 def _distributed(directory, tensors, shard_bytes, folder, *, metadata, index, done):  # type: ignore[no-untyped-def]
     like = folder.like if isinstance(folder.like, DistributedCheckpoint) else None
     opaque = {name: like.content(name) for name in like.opaque} if like else {}
@@ -98,7 +103,7 @@ def _whole(path: Path, part: str) -> Container:
 FORMATS: dict[str, Format] = {
     "safetensors": Format((".safetensors",), _whole, _safetensors, shares=True),
     "torch": Format((".bin", ".pt", ".pth", ".ckpt"), pytorch.TorchFile, _torch, shares=True),
-    "msgpack": Format((".msgpack",), msgpack.MsgpackFile, _files(msgpack.lay)),
+    "msgpack": Format((".msgpack",), msgpack.MsgpackFile, _msgpack),
     "npz": Format((".npz",), npz.NpzFile, _files(npz.lay)),
     "orbax": Format((), OrbaxCheckpoint, functools.partial(_orbax, "v1")),
     "orbax-v0": Format((), OrbaxCheckpoint, functools.partial(_orbax, "v0")),

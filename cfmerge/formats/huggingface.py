@@ -149,6 +149,6 @@ def _notes(
         ignored = and_more([file.name for file in weights.ignored])
         read = and_more([file.name for file in weights.files])
         notes.append(f"{path}: {ignored}: not read; the model's weights are {read}")
-    own = dict.fromkeys(note for file in opened for note in file.notes)
-    notes += [note if note.startswith(f"{path.name}: ") else f"{path}: {note}" for note in own]
+    told = dict.fromkeys(note.removeprefix(f"{path.name}: ") for file in opened for note in file.notes)
+    notes += [f"{path}: {note}" for note in told]
     return tuple(notes)

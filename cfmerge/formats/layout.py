@@ -104,10 +104,10 @@ def find_components(directory: Path) -> list[Component]:
     Raises:
         CfmergeError: there are no weights, or it is open which of several files are they.
     """
-    root = find_weights(directory)
     declared = any((directory / name).is_file() for name in ("modules.json", "model_index.json"))
-    if not (declared or (root and root.known)) and directory_format(directory):
+    if not declared and _is_checkpoint(directory):
         return [Component("", "", Weights([directory], None, {}, "model", [], ""))]
+    root = find_weights(directory)
     folders = {} if root is None and not declared else _folders(directory, declared)
     if root is None and not folders:
         raise CfmergeError(_nothing(directory))
@@ -118,14 +118,24 @@ def find_components(directory: Path) -> list[Component]:
     return components + [Component(f"{folder}/", folder, found, declared) for folder, found in folders.items()]
 
 
+def _is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is one checkpoint as a whole, and holds no weights of a model in files that clients know."""
+    if not directory_format(directory):
+        return False
+    stems = [(files, stem) for files in KINDS for stem in files.stems]
+    return not any((directory / f"{stem}{suffix}").exists() for files, stem in stems for suffix in files.suffixes) and (
+        not any(files.indices(directory) for files in KINDS)
+    )
+
+
 def find_weights(folder: Path) -> Weights | None:
     """The files of tensors in one folder, of the first format that it has; None if it has none.
 
     Raises:
         CfmergeError: several without an index, shards that are missing, or links to nothing.
     """
-    _check_links(folder)
     for files in KINDS:
+        _check_links(folder, files.suffixes)
         there, indices = files.there(folder), files.indices(folder)
         chosen = _first_known(folder, files, indices, there) or _first_other(folder, files, indices, there)
         if chosen:
@@ -136,9 +146,13 @@ def find_weights(folder: Path) -> Weights | None:
     return None
 
 
-def _check_links(folder: Path) -> None:
+def _check_links(folder: Path, suffixes: tuple[str, ...]) -> None:
     for path in folder.iterdir():
-        weights = path.suffix in KINDS[0].suffixes or path.name.endswith(".index.json") or path.name == "config.json"
+        weights = (
+            (path.suffix in suffixes and not is_training(path) and not _is_other(path))
+            or path.name.endswith(".index.json")
+            or path.name == "config.json"
+        )
         if weights and path.is_symlink() and not path.exists():
             raise CfmergeError(
                 f"{path}: is a link to {os.readlink(path)}, which is not there: the download is not complete, or its "
@@ -303,8 +317,10 @@ def _numbers_first(folder: str) -> list[tuple[int, str]]:
 def _nothing(directory: Path) -> str:
     """The message about a directory without weights: the files that are there instead, and the way out."""
     start = f"{directory}: no weights here"
-    models = sorted(path.parent.name for files in KINDS for path in directory.glob(f"*/*{files.suffixes[0]}"))
-    others = sorted(file for file in directory.iterdir() if file.suffix in TENSORS)
+    models = sorted(path.parent.name for kind in KINDS for path in directory.glob(f"*/*{kind.suffixes[0]}"))
+    models += sorted(path.name for path in directory.iterdir() if path.is_dir() and directory_format(path))
+    files = (path for path in directory.iterdir() if path.is_file() and not is_training(path))
+    others = sorted(path for path in files if path.suffix in TENSORS)
     if (directory / "zero_to_fp32.py").is_file():
         return f"{start}, but a DeepSpeed checkpoint; join it first: python {directory}/zero_to_fp32.py {directory} OUT"
     adapters = [file.name for file in others if any(fnmatch.fnmatchcase(file.name, name) for name in ADAPTERS)]

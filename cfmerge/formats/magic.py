@@ -60,7 +60,9 @@ def format_of(path: Path) -> str:
     if start.startswith(ZIP):
         return "npz" if _only_arrays(path) else "torch"
     is_map = start[:1] and (0x80 <= start[0] <= 0x8F or start[0] in {0xDE, 0xDF})
-    return "msgpack" if is_map else "torch" if path.suffix in {".bin", ".pt", ".pth", ".ckpt"} else "safetensors"
+    if is_map and path.suffix != ".safetensors":
+        return "msgpack"
+    return "torch" if path.suffix in {".bin", ".pt", ".pth", ".ckpt"} else "safetensors"
 
 
 def wrong_file(path: Path) -> str | None:

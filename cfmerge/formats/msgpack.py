@@ -18,7 +18,7 @@ import numpy as np
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import FileLayout, Header, TensorInfo, bytes_of
 from cfmerge.formats.msgpack_bytes import ARRAY, CHUNKED, DTYPES, FIXED_EXTENSIONS, Corrupt, Walk, sized
-from cfmerge.formats.trees import chosen, nested
+from cfmerge.formats.trees import below, chosen, nested
 
 CHUNK = 1 << 30  # bytes: larger arrays are written in chunks
 AGAIN = "the file is truncated or corrupt, fetch it again"
@@ -70,6 +70,8 @@ class MsgpackFile:
             raise CfmergeError(f"{path}: {where}: {error}; {AGAIN}") from None
         self._own, self.notes = chosen(tensors, subtree, path)
         self.tensors: dict[str, TensorInfo] = {name: tensors[own] for name, own in self._own.items()}
+        odd = {name: own for name, own in self._own.items() if own in walk.keys}
+        self.keys = {name: below(walk.keys[own], own.removesuffix(name)) for name, own in odd.items()}
         if empty:
             self.notes += (f"{and_more(empty)}: None, not an array; not read",)
 
@@ -99,14 +101,21 @@ class MsgpackFile:
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, info.dtype)
 
 
-def lay(tensors: Mapping[str, Header], metadata: Mapping[str, str]) -> FileLayout:
+def lay(
+    tensors: Mapping[str, Header],
+    metadata: Mapping[str, str],
+    keys: Mapping[str, tuple[str | int, ...]] | None = None,
+) -> FileLayout:
     """Where arrays and the maps around them lie in one file; the format has no place for metadata.
 
     The bytes are those that `flax.serialization.to_bytes` writes.
+
+    Args:
+        keys: the keys of names that are not to be cut at every "/".
     """
     fixed, places = list[tuple[int, bytes]](), dict[str, list[tuple[int, int]]]()
     start, between = 0, bytearray()  # bytes since the last array, and where they begin
-    for piece in _laid(nested(tensors)):
+    for piece in _laid(nested(tensors, keys)):
         if isinstance(piece, bytes):
             between += piece
             continue

@@ -64,10 +64,12 @@ class Walk:
 
     Attributes:
         name: of the value that is looked at.
+        keys: `{name: its keys}` where one of them holds a "/".
     """
 
     def __init__(self, content: mmap.mmap | bytes):
         self._content, self._at, self._names, self.name = content, 0, 0, ""
+        self.keys: dict[str, tuple[str, ...]] = {}
 
     def leaves(self) -> Iterator[tuple[str, Leaf]]:
         """`(name, leaf)` of the whole file."""
@@ -98,7 +100,10 @@ class Walk:
         """`(name, beginning of the value)` in a map or a list."""
         seen = set()
         for number in range(item.size):
-            name = prefix + (self._text() if item.kind == "map" else str(number))
+            key = self._text() if item.kind == "map" else str(number)
+            name, folder = prefix + key, prefix.removesuffix("/")
+            if "/" in key or folder in self.keys:
+                self.keys[name] = (*self.keys.get(folder, folder.split("/") if prefix else ()), key)
             self._names += 1
             if name in seen or self._names > MAX_NAMES:
                 raise Corrupt(f"{name!r} is there twice" if name in seen else f"there are more than {MAX_NAMES} names")

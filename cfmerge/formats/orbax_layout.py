@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats.trees import TRAINING
 
 TREE, CHECKPOINT = "_METADATA", "_CHECKPOINT_METADATA"
 FIRST = "orbax.checkpoint"  # which only version 1 writes
@@ -17,6 +18,7 @@ OWN = {  # the names that Orbax gives to its files, beside `ocdbt.process_*`
 UNFINISHED = (".orbax-checkpoint-tmp", ".partial_save")
 STEP = re.compile(r"(?:\w+_)?(\d{1,18})")
 ARRAYS = {"jax.Array", "np.ndarray"}
+MODELS = {"params", "model_params", "model"}  # items of the model itself
 NOTHING = {"None", "Dict", "List", "Tuple", "NamedTuple", "dict", "list", "tuple"}  # empty ones
 MAX_BYTES = 1 << 28
 LIST = 1  # the type of a key that is a place in a list
@@ -97,11 +99,19 @@ def _has_items(step: Path) -> bool:
 
 
 def _item(path: Path, items: list[Path], children: list[Path]) -> tuple[Path, tuple[str, ...]]:
-    if len(items) > 1:
+    models = [item for item in items if item.name not in TRAINING]
+    models = models[:1] if len(models) == 1 else [item for item in models if item.name in MODELS]
+    if len(items) > 1 and len(models) != 1:
         names = " or ".join(str(item) for item in items)
         raise CfmergeError(f"{path}: has several items of arrays; name the one that is the model: {names}")
-    other = [f"{child.name}/" for child in children if child != items[0] and _is_item(child)]
-    return items[0], (f"{and_more(other)}: no arrays; not read",) if other else ()
+    model = models[0] if len(items) > 1 else items[0]
+    apart = [f"{item.name}/" for item in items if item != model]
+    other = [f"{child.name}/" for child in children if child not in items and _is_item(child)]
+    notes = (
+        (apart, f"arrays that are not the model's, which is {model.name}/; not read"),
+        (other, "no arrays; not read"),
+    )
+    return model, tuple(f"{and_more(names)}: {told}" for names, told in notes if names)
 
 
 def _is_item(child: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats.containers import directory_format
 from cfmerge.formats.magic import is_lfs_pointer, lfs_advice
 
 TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".npz", ".ot")
@@ -182,6 +183,8 @@ def is_index(file: Path) -> bool:
 
 def side_files(directory: Path) -> Mapping[str, Path]:
     """The files that a directory gives to an output besides weights, `{name in the directory: path}`."""
+    if directory_format(directory):
+        return look_around(directory, directory.rglob("*.distcp"))
     return look_beside(directory, directory.rglob("*.safetensors")).files
 
 

@@ -265,6 +265,13 @@ def open_sink(
     """
     single = format_by_name(target, format)
     folders = [in_format(folder, single or format) for folder in folders]
+    whole = [folder.format for folder in folders if not FORMATS[folder.format].suffixes]
+    if whole and len(folders) > 1:
+        files = ", ".join(name for name, one in FORMATS.items() if one.suffixes)
+        raise CfmergeError(
+            f"output {target}: {whole[0]} is one directory as a whole, and the weights lie in "
+            f"{', '.join(folder.name or 'its own directory' for folder in folders)}; write one of {files}"
+        )
     if single is None:
         return DirectorySink(target, folders, shard_bytes=shard_bytes, side_files=side_files, edits=edits, **how)
     if heads:

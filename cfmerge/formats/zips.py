@@ -31,7 +31,10 @@ def members(content: memoryview, where: str) -> dict[str, Member]:
             infos, end = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OSError, LookupError, OverflowError,
             EOFError) as error:  # fmt: skip
-        raise CfmergeError(f"{where}: the zip archive is truncated or corrupt ({error}); {AGAIN}") from None
+        raise CfmergeError(
+            f"{where}: the zip archive is truncated or corrupt ({error}), and the arrays or the pickle in it were not "
+            f"opened; {AGAIN}"
+        ) from None
     found: dict[str, Member] = {}
     last = 0
     for info in sorted(infos, key=lambda info: info.header_offset):

@@ -2,6 +2,7 @@
 
 from cfmerge.models.buffers import is_attention_mask as is_attention_mask
 from cfmerge.models.buffers import is_buffer as is_buffer
+from cfmerge.models.buffers import is_counter as is_counter
 from cfmerge.models.heads import is_head as is_head
 from cfmerge.models.kinds import Kind as Kind
 from cfmerge.models.kinds import Parameter as Parameter

@@ -4,6 +4,10 @@ import re
 
 from cfmerge.models.layouts import Shape
 
+RANDOM = r"rngs[./](\w+[./])?(key|count)([./](value|raw_value))?"  # the random numbers of Flax NNX, for dropout
+# Integers of a training's progress, which differ from model to model.
+COUNTERS = re.compile(rf"(^|[./])(num_batches_tracked|{RANDOM})$")
+
 # The last parts of names. A buffer is known by its name whatever its dtype: other tools write integers as halves.
 BUFFERS = re.compile(
     r"(^|[./_])("
@@ -13,6 +17,7 @@ BUFFERS = re.compile(
     r"|mask|masked_bias|tril|alibi|alibi_slopes|num_batches_tracked"
     r"|mel_filters|mel_basis|mel_scale[./]fb|(hann_|stft[./]|spectrogram[./])window"  # audio
     r"|pixel_(mean|std)|image_(mean|std)"
+    rf"|{RANDOM}"
     r")$"
 )
 # The noise schedule of a diffusion model, stored beside it by the files of Stable Diffusion 1 and 2.
@@ -37,6 +42,11 @@ def is_buffer(name: str, shape: Shape) -> bool:
     """Whether a tensor is no parameter: the base's is kept, and a model may lack it."""
     known = BUFFERS.search(name) or SCHEDULE.search(name) or UNREAD.search(name)
     return bool(known) or is_attention_mask(name, shape)
+
+
+def is_counter(name: str) -> bool:
+    """Whether the base's integers are kept where the experts have others: no parameter hangs on them."""
+    return bool(COUNTERS.search(name))
 
 
 def is_attention_mask(name: str, shape: Shape) -> bool:

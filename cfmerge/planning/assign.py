@@ -9,7 +9,7 @@ from cfmerge import methods
 from cfmerge.core.chain import is_chain
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.methods import Method
-from cfmerge.models import Kind, Parameter, check_layout, is_buffer, is_float
+from cfmerge.models import Kind, Parameter, check_layout, is_buffer, is_counter, is_float
 from cfmerge.recipe import Rule
 
 Action = Literal["merge", "keep-base", "skip"]
@@ -31,8 +31,7 @@ class Assignment:
     @property
     def agree(self) -> bool:
         """Integers and booleans are not merged: the experts must agree with the base, unless a rule says so."""
-        counter = self.parameter.name.endswith("num_batches_tracked")
-        return not is_float(self.parameter.dtype) and self.rule is None and not counter
+        return not is_float(self.parameter.dtype) and self.rule is None and not is_counter(self.parameter.name)
 
 
 def assign(

@@ -285,6 +285,8 @@ def test_inspect_shows_an_adapter_and_notes(cli, tmp_path):
         done = cli("inspect", path)
         assert done.code == 0
         assert "adapter (LORA, rank 2, alpha 4) of org/tiny, 2 tensors" in done.out
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "and no adapter_model.safetensors (or .bin); fetch the adapter again" in cli("inspect", adapter).err
     noted = laid(tmp_path / "m", {"model.safetensors": pairs, "other.safetensors": pairs})
     assert "note: " in cli("inspect", noted).out
     assert json.loads(cli("inspect", noted, "--json").out)["notes"]

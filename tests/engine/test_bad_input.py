@@ -339,6 +339,13 @@ def test_names_of_experts_are_made_different(family, tmp_path):
     assert [expert.name for expert in recipe.resolved_experts()] == ["checkpoint", "y-checkpoint"]
 
 
+def test_the_end_of_a_file_is_not_in_an_expert_s_name():
+    names = {f"dir/x{end}": "x" for end in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".npz", "")}
+    for path, name in {**names, "dir/x.v2": "x.v2"}.items():
+        recipe = parse({"base": "b", "experts": [path]}, "test")
+        assert [expert.name for expert in recipe.resolved_experts()] == [name]
+
+
 def test_two_experts_of_one_given_name(family, refused):
     experts = [Expert(str(path), name="same") for path in family.experts]
     refused(["'same'", str(family.experts[0]), str(family.experts[1])], family.base, experts)
@@ -589,17 +596,19 @@ def with_buffers(make_model, path, tensors, ids=(0, 1, 2), batches=7):
     buffers = {
         "model.position_ids": np.array([ids]),
         "model.norm.num_batches_tracked": np.array(batches),
+        "model.drop/rngs/key/value": np.array([batches, 7], np.uint32),
         "model.mask": np.array([True, False]),
     }
     return make_model(path, tensors | buffers)
 
 
 def test_integers_that_agree(make_model, tmp_path, llama, load):
-    """They stay integers of their dtype and shape; `num_batches_tracked` differs by nature and is the base's."""
+    """They stay integers of their dtype and shape; counters and random keys differ by nature and are the base's."""
     models = [with_buffers(make_model, tmp_path / f"m{n}", llama(n), batches=100 * n) for n in range(3)]
     cfmerge.merge(models[0], models[1:], "average", output=tmp_path / "out")
     found, expected = load(tmp_path / "out"), load(models[0])
-    for name in ("model.position_ids", "model.norm.num_batches_tracked", "model.mask"):
+    kept = [f"model.{name}" for name in ("position_ids", "norm.num_batches_tracked", "mask", "drop/rngs/key/value")]
+    for name in kept:
         assert (found[name].dtype, found[name].shape) == (expected[name].dtype, expected[name].shape)
         assert np.array_equal(found[name], expected[name])
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter, Serializat
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
+import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
 from cfmerge.formats.boxes import Box, boxes_of, tile
@@ -423,3 +424,19 @@ def test_boxes_tile_exactly_or_not_at_all(shape, draw):
         assert not tile([*boxes[1:], boxes[1]], shape)
         moved = Box(tuple(n + 1 for n in boxes[0].start), tuple(n + 1 for n in boxes[0].stop))
         assert not tile([moved, *boxes[1:]], shape)
+
+
+def test_files_of_megatron_s_lie_beside_the_output_too(tmp_path):
+    base, expert = (saved(tmp_path / name, {"w": torch.ones(2, 2) * value}) for name, value in (("b", 1), ("e", 2)))
+    (base / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    torch.save({"iteration": 10}, base / "common.pt")
+    how = {"output": tmp_path / "out", "allow": ["one-expert"]}
+    out = cfmerge.merge(base, [expert], "average", **how).output
+    for name in ("metadata.json", "common.pt"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_a_directory_over_a_checkpoint_names_it(tmp_path):
+    saved(tmp_path / "run" / "pytorch_model_fsdp_0", {"w": torch.ones(2, 2)})
+    with pytest.raises(CfmergeError, match="in its folders pytorch_model_fsdp_0; name the one that is meant"):
+        cfmerge.open_checkpoint(tmp_path / "run")

@@ -3,6 +3,7 @@
 import pytest
 from laid import index, laid, ones
 
+import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
 from cfmerge.formats.folders import check_folders, same_folders
@@ -140,3 +141,11 @@ def test_broken_modules(tmp_path, content):
     laid(tmp_path, {"model.safetensors": ones("x"), "modules.json": content})
     with pytest.raises(CfmergeError, match=r"modules\.json"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["orbax", "distributed"])
+def test_several_folders_are_not_written_as_one_checkpoint(tmp_path, format):
+    base = laid(tmp_path / "base", FLAT)
+    with pytest.raises(CfmergeError, match=rf"{format} is one directory .* its own directory, 2_Dense; write one of"):
+        cfmerge.convert(base, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()

@@ -11,6 +11,8 @@ from flips import flips, outcome
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import msgpack as ours
+from cfmerge.formats.base import Folder
+from cfmerge.formats.containers import FORMATS
 from cfmerge.formats.msgpack import MsgpackFile, lay
 from cfmerge.formats.shards import ShardWriter
 from cfmerge.formats.trees import nested
@@ -206,3 +208,20 @@ def test_flipped_bits_give_an_error_or_arrays_within_the_file(tmp_path, count):
     path = written(tmp_path, tensors)
     found = [outcome(lambda: MsgpackFile(path), tensors) for _ in flips([path], count)]
     assert found.count("refused") > count // 4
+
+
+def test_keys_with_a_slash_come_out_as_they_were(tmp_path):
+    tree = {"a/b": {"c": np.ones(2, np.float32)}, "p": {"q/r": {"s": np.zeros(1, np.float32)}, "t": np.ones(1)}}
+    path = tmp_path / "base.msgpack"
+    path.write_bytes(flax.serialization.to_bytes(tree))
+    base = MsgpackFile(path)
+    assert base.keys == {"a/b/c": ("a/b", "c"), "p/q/r/s": ("p", "q/r", "s")}
+    assert MsgpackFile(path, "p").keys == {"q/r/s": ("q/r", "s")}
+    headers = {name: (info.shape, info.dtype) for name, info in base.tensors.items()}
+    folder = Folder(stem="out", suffix=".msgpack", format="msgpack", like=base)
+    how = {"metadata": {}, "index": None, "done": None}
+    writer = FORMATS["msgpack"].write(tmp_path, headers, 1 << 60, folder, **how)
+    for name in headers:
+        writer.write(name, base.read(name))
+    writer.close()
+    assert (tmp_path / "out.msgpack").read_bytes() == path.read_bytes()

@@ -20,6 +20,7 @@ from cfmerge.formats.orbax_layout import is_orbax
 from cfmerge.formats.orbax_writer import OrbaxWriter
 from cfmerge.formats.ranges import Covered
 from cfmerge.formats.shards import Unfit
+from cfmerge.formats.side_files import side_files
 from cfmerge.formats.trees import nested
 
 BF16 = ml_dtypes.bfloat16
@@ -164,6 +165,14 @@ def test_several_items_are_asked_for(tmp_path):
     with pytest.raises(CfmergeError, match=r"several items of arrays; name the one .*other or .*state"):
         OrbaxCheckpoint(path)
     assert list(OrbaxCheckpoint(path / "3" / "other").tensors) == ["w"]
+
+
+@pytest.mark.parametrize(("model", "other"), [("model_params", "optimizer_state"), ("params", "state"), ("a", "opt")])
+def test_the_item_of_the_model_is_known_beside_a_training_s(tmp_path, model, other):
+    path = managed(tmp_path / "model", (3,), **{model: {"w": np.ones(2)}, other: {"mu": np.ones(2)}})
+    found = OrbaxCheckpoint(path)
+    assert list(found.tensors) == ["w"]
+    assert f"{other}/: arrays that are not the model's, which is {model}/; not read" in found.notes
 
 
 def test_unfinished_checkpoints_are_refused_or_passed_over(tmp_path):
@@ -355,6 +364,7 @@ def test_side_files_beside_a_checkpoint_are_carried(tmp_path):
     source = open_checkpoint(path)
     assert set(source.side_files) == {"config.json", "tokenizer.json", "chat_template.jinja"}
     assert not open_checkpoint(managed(tmp_path / "run")).side_files
+    assert set(side_files(path)) == set(source.side_files)  # where --side-files names it
 
 
 def test_a_writer_goes_on_after_an_interruption(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 from laid import laid, ones
 
+import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
 
@@ -17,6 +18,8 @@ WRONG = {
     "old.ckpt": (b"0" * 600, ["not a file that torch.save wrote"]),
     "model.gguf": (b"GGUF" + b"\0" * 60, ["GGUF", "gguf_file"]),
     "tf_model.h5": (b"\x89HDF\r\n" + b"0" * 60, ["HDF5", "from_tf"]),
+    "page.bin": (b"<!DOCTYPE html>" + b" " * 600, ["not a file that torch.save wrote"]),
+    "cut.safetensors": (b"\x80" + b"\0" * 7 + b'{"a": ', ["not a safetensors file, or truncated"]),
     "arrays.npz": (b"PK\3\4" + b"0" * 60, ["corrupt", "fetch"]),
     "model.tar.gz": (b"\x1f\x8b" + b"0" * 60, ["archive", "unpack"]),
 }
@@ -51,6 +54,27 @@ def test_a_link_to_nothing(tmp_path):
     (tmp_path / "m").symlink_to("none")
     with pytest.raises(CfmergeError, match="is a link to none, which is not there"):
         open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "flax_model.msgpack"])
+def test_weights_that_are_a_link_to_nothing(tmp_path, name):
+    (tmp_path / name).symlink_to("none")
+    with pytest.raises(CfmergeError, match="is a link to none, which is not there"):
+        open_checkpoint(tmp_path)
+    assert set(open_checkpoint(laid(tmp_path, {"model.safetensors": ones("a")})).tensors) == {"a"}
+
+
+def test_a_directory_in_place_of_a_file(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CfmergeError, match="no weights here"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_expert_that_is_a_link_in_a_circle(tmp_path):
+    laid(tmp_path, {"m.safetensors": ones("a")})
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    with pytest.raises(CfmergeError, match=r"is a link to loop\.pt, which is not there"):
+        cfmerge.plan(tmp_path / "m.safetensors", [tmp_path / "loop.pt", tmp_path / "m.safetensors"], "average")
 
 
 @pytest.mark.parametrize(("name", "way_out"), [("model.gguf", "gguf_file"), ("tf_model.h5", "from_tf")])

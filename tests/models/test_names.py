@@ -166,6 +166,7 @@ BUFFERS = [
     "bn1.num_batches_tracked", "embeddings.token_type_ids", "feature.mel_filters", "stft.window", "alibi",
     "decoder.embed_positions.weights", "betas", "sqrt_one_minus_alphas_cumprod", "pos_encoder.pe",
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    "drop/rngs/key/value", "rngs/default/count/value", "attention.rngs.dropout.key",
 ]  # fmt: skip
 
 
