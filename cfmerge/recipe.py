@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 import yaml
@@ -255,6 +255,10 @@ def parse_rule(content: Any) -> Rule:
 
 
 def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
+    other = re.fullmatch(r"Invalid enum value '(.*)' - at `\$\.(\w+).*`", message, re.DOTALL)
+    if other and other[2] in (hints := get_type_hints(Recipe)):
+        choices = _choices(hints[other[2]])
+        return f"{other[2]}: expected one of {', '.join(choices)}, found {other[1]!r}"
     unknown = re.search(r"unknown field `(.+?)`(?: - at `(.+)`)?", message)
     if not unknown:
         return message
@@ -266,6 +270,15 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
     found = struct or next((kind for part, kind in inside.items() if part in anywhere), Recipe)
     known = [field.encode_name for field in msgspec.structs.fields(found)]
     return f"unknown key {key!r}{f' at {place}' if place else ''}{nearest(key, known)}"
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words that a type allows; `a number` for numbers."""
+    if hint is int:
+        return ["a number"]
+    if isinstance(hint, str):
+        return [hint]
+    return [choice for inner in get_args(hint) for choice in _choices(inner)]
 
 
 def load(path: str | Path) -> Recipe:

@@ -356,4 +356,6 @@ def test_the_command_line_takes_names(cache, model_files, capsys, monkeypatch):
     snapshot(cache, "org/model", model_files(0))
     monkeypatch.setenv("COLUMNS", "200")
     app(["inspect", "org/model@main", "--cache-dir", str(cache)], standalone_mode=False)
-    assert "lm_head.weight" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "lm_head.weight" in shown
+    assert "\norg/model@" in shown  # and not the snapshot's path

@@ -4,6 +4,7 @@ import itertools
 import json as json_module
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from cfmerge import hub
 from cfmerge.cli.messages import out, say, tell
 from cfmerge.cli.texts import told_run
 
@@ -33,6 +35,12 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def _called(path: Path) -> str:
+    """A path as it is, or the repository and commit of a model in the hub's cache."""
+    found = hub.snapshot(path)
+    return f"{found.repository}@{found.commit[:8]}" if found else str(path)
 
 
 def _table(*columns: Column | str) -> Table:
@@ -86,7 +94,7 @@ def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:
     console = out()
     told = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())
     say(console, f"{plan.method.name} ({told})" if plan.experts else "a stack of layers", "bold")
-    console.print(f"base    {escape(str(plan.base.path))}", soft_wrap=True)
+    console.print(f"base    {escape(_called(plan.base.path))}", soft_wrap=True)
     experts = [f"experts {', '.join(map(_described, plan.expert_specs))}"] if plan.experts else []
     for line in (*experts, *(f"layers  {told_run(run)}" for run in plan.recipe.layers)):
         console.print(escape(line), soft_wrap=True)
@@ -244,7 +252,7 @@ def checkpoint(checkpoint: "Source", json: bool) -> None:
     model_type = checkpoint.config.get("model_type") or _adapter(checkpoint.config) or "unknown architecture"
     say(
         console,
-        f"{checkpoint.path}: {model_type}, {len(parameters)} tensors, "
+        f"{_called(checkpoint.path)}: {model_type}, {len(parameters)} tensors, "
         f"{sum(p.size for p in parameters.values()):,} parameters, {size(total)} in {len(checkpoint.files)} files",
     )
 

@@ -198,7 +198,7 @@ def other_bases(adapters: Mapping[str, AdapterSource], base: Source, told: str) 
     distinct = {**({"the base": told} if told else {}), **{f"expert {e!r}": n for e, n in names.items()}}
     if len({*ends.values(), *([ours] if ours else [])}) < 2:
         return [], notes
-    listed = ", ".join(f"{who} {name!r}" for who, name in distinct.items())
+    listed = ", ".join(f"{who} has {name!r}" for who, name in distinct.items())
     return [f"adapters of different bases (base_model_name_or_path of {FILE}): {listed}"], notes
 
 

@@ -127,9 +127,12 @@ def look_around(directory: Path, weights: Iterable[Path]) -> dict[str, Path]:
     """
     weights = list(weights)
     own = {file.relative_to(directory).parts[0] for file in weights if directory in file.parents}
-    found = look_beside(directory, weights).files
-    return {name: file for name, file in found.items() if not {first := name.partition("/")[0]} & own
-            and not OF_CHECKPOINTS.fullmatch(first)}  # fmt: skip
+
+    def beside(name: str) -> bool:
+        first = name.partition("/")[0]
+        return first not in own and not OF_CHECKPOINTS.fullmatch(first)
+
+    return {name: file for name, file in look_beside(directory, weights).files.items() if beside(name)}
 
 
 def _walk(directory: Path, apart: set[Path], found: Beside) -> Iterable[Path]:

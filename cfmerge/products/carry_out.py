@@ -155,9 +155,11 @@ def _sink(
 
 
 def _adapter_sink(plan: Resolved, output: Path, rank: Rank, **how: Any) -> DirectorySink:
-    if plan.exported or plan.recipe.dtype:
+    other = plan.recipe.format not in {None, "safetensors"}
+    if plan.exported or plan.recipe.dtype or other:
         key = "heads: export" if plan.exported else f"dtype: {plan.recipe.dtype}"
-        raise CfmergeError(f"output {output}: `{key}` is of a model, and an adapter has neither; leave it out")
+        key = f"format: {plan.recipe.format}" if other else key
+        raise CfmergeError(f"output {output}: `{key}` is of a model, and an adapter has none of it; leave it out")
     merged = {job.name: job.parameter for job in plan.jobs if job.assignment.action == "merge"}
     cached = hub.snapshot(plan.base.path)
     return AdapterSink(output, plan.base, merged, rank, cached.repository if cached else "", **how)

@@ -61,7 +61,8 @@ def result(**values):
     plan = SimpleNamespace(
         method=SimpleNamespace(name="ace"), counts=lambda: Counter({("matrix", "ace"): 3}), bytes_to_write=1000
     )
-    made = SimpleNamespace(plan=plan, notes=("a note",), output=Path("out"), seconds=1.0, resumed=(), **values)
+    told = {"notes": ("a note",), "resumed": (), "bytes_written": 1000, **values}
+    made = SimpleNamespace(plan=plan, output=Path("out"), seconds=1.0, **told)
     made.summary = lambda: {"output": "out"}
     return made
 

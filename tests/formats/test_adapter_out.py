@@ -98,7 +98,12 @@ def test_what_has_no_place_in_an_adapter_is_refused_with_a_rule(base, tmp_path):
 
 def test_options_of_a_model_are_refused(base, tmp_path):
     tuned = saved(tiny(3), tmp_path / "tuned")
-    for options, word in (({"adapter_out": 3, "dtype": "bfloat16"}, "dtype"), ({"adapter_out": 0}, "positive")):
+    for options, word in (
+        ({"adapter_out": 3, "dtype": "bfloat16"}, "dtype"),
+        ({"adapter_out": 3, "format": "torch"}, "format: torch"),
+        ({"adapter_out": 0}, "positive"),
+        ({"adapter_out": "exakt"}, "adapter_out: expected one of a number, exact, found 'exakt'"),
+    ):
         with pytest.raises(CfmergeError, match=word):
             cfmerge.merge(base[1], [tuned], "average", output=tmp_path / "out", **ALONE, **options)
 
