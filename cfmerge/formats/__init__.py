@@ -11,10 +11,10 @@ from cfmerge.formats.base import TensorInfo as TensorInfo
 from cfmerge.formats.base import Totals as Totals
 from cfmerge.formats.download import snapshot_of
 from cfmerge.formats.huggingface import HuggingFaceSource
+from cfmerge.formats.outputs import FileSink as FileSink
+from cfmerge.formats.outputs import open_sink as open_sink
 from cfmerge.formats.sinks import DirectorySink as DirectorySink
-from cfmerge.formats.sinks import FileSink as FileSink
 from cfmerge.formats.sinks import check_directory_name as check_directory_name
-from cfmerge.formats.sinks import open_sink as open_sink
 
 
 def open_checkpoint(path: str | Path, *, download: bool = False, cache_dir: str | None = None) -> Source:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from cfmerge import hub
 from cfmerge.errors import CfmergeError
-from cfmerge.formats.layout import find_components
+from cfmerge.formats.components import find_components
 from cfmerge.formats.side_files import look_beside, side_files
 from cfmerge.hub import Asked, Remote
 

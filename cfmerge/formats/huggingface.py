@@ -9,8 +9,9 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import Container, Folder, TensorInfo
+from cfmerge.formats.components import Component, find_components
 from cfmerge.formats.containers import FORMATS, kind_of, open_container
-from cfmerge.formats.layout import Component, Weights, find_components, read_json
+from cfmerge.formats.layout import Weights, read_json
 from cfmerge.formats.side_files import about, look_around, look_beside
 from cfmerge.models.deltas import Delta, Dense
 from cfmerge.models.ties import likely_ties
