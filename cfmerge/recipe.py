@@ -255,7 +255,7 @@ def parse_rule(content: Any) -> Rule:
 
 
 def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
-    other = re.fullmatch(r"Invalid enum value '(.*)' - at `\$\.(\w+).*`", message, re.DOTALL)
+    other = re.fullmatch(r"Invalid enum value '(.*)' - at `\$\.(\w+)`", message, re.DOTALL)
     if other and other[2] in (hints := get_type_hints(Recipe)):
         choices = _choices(hints[other[2]])
         return f"{other[2]}: expected one of {', '.join(choices)}, found {other[1]!r}"
