@@ -39,11 +39,12 @@ def merge(
         (4, 3)
 
     Args:
-        base: a Hugging Face directory (safetensors) or a `.safetensors` file.
-        experts: the same for each expert; a mapping `{name: path}` gives them names, `Expert` gives weights too.
+        base: a model in any format: a directory, a file of tensors, a name on the hub; see docs/formats.md.
+        experts: the same for each expert, or an adapter; a mapping `{name: path}` gives them names, `Expert` gives weights too.
         method: a registered method: its name, a chain as text, or the method itself. The default is ACE-Merging
             (Xu et al., CVPR 2026, arXiv 2603.02945).
-        output: the directory to make, or the `.safetensors` file. It appears when it is complete.
+        output: the directory to make, or the file: one that ends in `.safetensors`, `.pt`, `.msgpack` or `.npz`. It
+            appears when it is complete.
         parameters: the arguments of a method that is given by its name.
         rules: `Rule`s, or mappings with their fields; the first whose pattern matches a tensor's name wins.
         overwrite: replace a model that is there.

@@ -65,7 +65,7 @@ class Plan(Resolved):
         """The result of the merge.
 
         Args:
-            output: the directory or `.safetensors` file to make (of a sweep: a directory that gets a model for each
+            output: the directory or file to make (of a sweep: a directory that gets a model for each
                 label); or a sink (of a sweep: a mapping `{label: sink}`), whose `write(name, values, first)` is
                 called with every tensor. A large tensor comes in pieces: flat entries from entry `first` on.
             overwrite, memory, devices, progress, fresh: as in `merge`.
