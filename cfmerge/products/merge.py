@@ -40,7 +40,8 @@ def merge(
 
     Args:
         base: a model in any format: a directory, a file of tensors, a name on the hub; see docs/formats.md.
-        experts: the same for each expert, or an adapter; a mapping `{name: path}` gives them names, `Expert` gives weights too.
+        experts: the same for each expert, or an adapter; a mapping `{name: path}` gives them names, `Expert` gives
+            weights too.
         method: a registered method: its name, a chain as text, or the method itself. The default is ACE-Merging
             (Xu et al., CVPR 2026, arXiv 2603.02945).
         output: the directory to make, or the file: one that ends in `.safetensors`, `.pt`, `.msgpack` or `.npz`. It
@@ -54,7 +55,8 @@ def merge(
         progress: called with (tensor name, bytes read since the last call), from the working threads, one at a time.
         fresh: start anew, whatever an earlier run of this merge has left; else go on from there.
         **options: the other fields of `Recipe`: rename, heads, on_nonfinite, allow, dtype, precision, shard_size,
-            side_files, seed, plugins, statistics.
+            side_files, seed, plugins, statistics, format, components, vocabulary, dequantize, layers, adapter_out,
+            chat_template, download, cache_dir.
 
     Returns:
         A `MergeResult`: the output, the plan, warnings and notes.
