@@ -47,7 +47,7 @@ _modules = [".".join(("cfmerge", *file.relative_to(_package).with_suffix("").par
 install_import_hook(_modules, "beartype.beartype")
 
 LONGEST = ("test_eight_devices.py", "test_examples.py", "test_battery.py", "test_transformers.py", "test_ace.py",
-           "test_in_memory.py", "test_minilm.py")  # fmt: skip
+           "test_in_memory.py", "test_minilm.py", "test_adapters_merged.py", "test_jax_layouts.py")  # fmt: skip
 Tensors = dict[str, np.ndarray]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 16,

@@ -5,6 +5,7 @@ import contextlib
 import re
 from types import SimpleNamespace
 
+import adapter_parts
 import jax
 import numpy as np
 import pytest
@@ -360,3 +361,11 @@ def test_trees_say_themselves_where_they_lie():
 
 def test_trees_in_memory_stay_where_jax_puts_them():
     assert run.ANYWHERE.devices == ()
+
+
+@pytest.mark.parametrize("method", ["average", pytest.param("ace", marks=pytest.mark.long)])
+def test_devices_share_out_the_adapters_of_alike_tensors(method):
+    _, factored = adapter_parts.works(method, adapter_parts.ADAPTERS, "float32")
+    (one,), (eight,) = (adapter_parts.merged(factored, placement=placement_of(count))[0] for count in (1, 8))
+    for name in adapter_parts.SHAPES:
+        np.testing.assert_allclose(eight[name], one[name], rtol=0, atol=1e-6, err_msg=name)

@@ -19,7 +19,7 @@ from cfmerge.planning.jobs import with_ranks
 from cfmerge.products.leaves import Kept
 
 
-@pytest.mark.parametrize("method", ["ace", "tsv_m", "metagpt"])
+@pytest.mark.parametrize("method", ["ace", "metagpt", pytest.param("tsv_m", marks=pytest.mark.long)])
 def test_adapters_are_merged_as_dense_deltas_are(method):
     weights = None if method == "metagpt" else [1.0, 0.5, 2.0]
     dense, factored = works(method, ADAPTERS, weights=weights)
@@ -32,11 +32,12 @@ def test_adapters_are_merged_as_dense_deltas_are(method):
     assert own.reports.get(0, {}).keys() == told.reports.get(0, {}).keys()
 
 
-def test_a_sweep_is_merged_so_too():
-    grid = ["ace(eps_rel=0.1)", "ace(eps_rel=0.5)", "average >> scale(0.5)", "knots(method=average)"]
+@pytest.mark.parametrize("more", [[], pytest.param(["knots(method=average)"], marks=pytest.mark.long)])
+def test_a_sweep_is_merged_so_too(more):
+    grid = ["task_arithmetic(scale=0.1)", "task_arithmetic(scale=0.5)", *more]
     dense, factored = works(grid, ADAPTERS)
     assert any(job.joint is not None for job in factored.jobs)
-    for expected, found in zip(merged(dense, 4)[0], merged(factored, 4)[0], strict=True):
+    for expected, found in zip(merged(dense, len(grid))[0], merged(factored, len(grid))[0], strict=True):
         for name, tensor in expected.items():
             np.testing.assert_allclose(found[name], tensor, rtol=0, atol=1e-9, err_msg=name)
 
