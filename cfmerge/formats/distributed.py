@@ -16,8 +16,8 @@ from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import TensorInfo
 from cfmerge.formats.boxes import Box, boxes_of, common
 from cfmerge.formats.distributed_index import NAME, Chunk, Entry, Record, read_index
+from cfmerge.formats.mapped import mapped
 from cfmerge.formats.pickles import Call
-from cfmerge.formats.pytorch import mapped
 from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.formats.torch_archives import AGAIN, OLD, ZIP, Archive, open_archive
 from cfmerge.formats.torch_tensors import View, is_tensor, read, view_of

@@ -6,6 +6,7 @@ A chunk is a run of rows, so that a file has at most so many bytes of tensors; a
 
 import functools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -69,9 +70,10 @@ class _File:
         laid = archive(write.ended(tensor(write, header, "0")), {"0": bytes_of(header)}, {}, start)
         self.fixed += laid.fixed
         self.checksums += laid.checksums
-        self.places[name] = (*self.places.get(name, ()), (first, laid.starts["0"]))
-        self.size, self.held = laid.end, self.held + bytes_of(header)
-        return Record(self.name, start, laid.end - start)
+        place: Any = laid.places["0"]
+        self.places[name] = (*self.places.get(name, ()), (first, place))
+        self.size, self.held = laid.size, self.held + bytes_of(header)
+        return Record(self.name, start, laid.size - start)
 
     def layout(self) -> FileLayout:
         return FileLayout(self.size, tuple(one for one in self.fixed if one[1]), self.places, tuple(self.checksums))

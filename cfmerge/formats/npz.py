@@ -17,9 +17,9 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import FileLayout, Header, TensorInfo, bytes_of
-from cfmerge.formats.stored_zip import StoredZip
-from cfmerge.formats.stored_zip import lay as lay_zip
 from cfmerge.formats.trees import chosen
+from cfmerge.formats.zips import StoredZip
+from cfmerge.formats.zips import lay as lay_zip
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 READ = {  # what stands behind the order of the bytes

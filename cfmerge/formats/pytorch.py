@@ -3,7 +3,6 @@
 The file holds an object; `torch_objects` finds the one dictionary of tensors in it. Nothing of the file is run.
 """
 
-import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import TensorInfo
-from cfmerge.formats.magic import is_lfs_pointer, lfs_advice
+from cfmerge.formats.mapped import mapped
 from cfmerge.formats.pickles import Global
-from cfmerge.formats.torch_archives import AGAIN, open_archive
+from cfmerge.formats.torch_archives import open_archive
 from cfmerge.formats.torch_layouts import lay as lay
 from cfmerge.formats.torch_objects import chosen, unwrapped
 from cfmerge.formats.torch_tensors import MAX_CLAIM, MAX_REPEATED, View, read, view_of
@@ -73,19 +72,6 @@ class TorchFile:
         view = self._views[name]
         view.storage.check(self._content, f"{self.path}: tensor {name!r}")
         return read(view, self._content, first, count)
-
-
-def mapped(path: Path) -> memoryview:
-    """The bytes of a file, read where they are looked at."""
-    try:
-        with path.open("rb") as file:
-            if not path.stat().st_size:
-                raise CfmergeError(f"{path}: is empty (0 bytes): the file was truncated; {AGAIN}")
-            if is_lfs_pointer(path):
-                raise CfmergeError(lfs_advice(path))
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as error:
-        raise CfmergeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _ties(views: Mapping[str, View]) -> dict[str, str]:

@@ -114,7 +114,7 @@ def _open_zip(content: memoryview, where: str) -> Archive:
             f"{where}: is a TorchScript program, not only weights; save these: "
             "torch.save(torch.jit.load(FILE).state_dict(), OUT)"
         )
-    packed = [name for name, member in files.items() if not member.stored]
+    packed = [name for name, member in files.items() if member.packed]
     if packed:
         raise CfmergeError(
             f"{where}: member {and_more([repr(name) for name in packed])} is compressed or encrypted, and torch.save "

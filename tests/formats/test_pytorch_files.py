@@ -19,7 +19,7 @@ from torch import nn
 
 import cfmerge
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import torch_layouts
+from cfmerge.formats import zips
 from cfmerge.formats.pytorch import TorchFile, lay
 from cfmerge.formats.shards import ShardWriter
 from cfmerge.formats.torch_archives import DTYPES, Storage
@@ -435,7 +435,7 @@ def test_any_names_and_shapes_come_back(tmp_path_factory, headers):
 
 def test_large_archives_have_large_fields(monkeypatch, tmp_path):
     """As if 4 GiB were 500 bytes, and 65535 members were 4."""
-    monkeypatch.setattr(torch_layouts, "MANY", 4)
+    monkeypatch.setattr(zips, "FULL_COUNT", 4)
     path = written(tmp_path / "many.pt", {str(number): np.full(3, number, np.float32) for number in range(9)})
     assert b"PK\6\6" in path.read_bytes()
     assert torch.load(path, weights_only=True)["8"].tolist() == [8, 8, 8]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import stored_zip
+from cfmerge.formats import zips
 from cfmerge.formats.base import FileLayout
-from cfmerge.formats.stored_zip import StoredZip, lay
+from cfmerge.formats.zips import StoredZip, lay
 
 OUT = "save it uncompressed"
 
@@ -116,7 +116,7 @@ def test_more_than_4_gb_and_more_than_65535_members_are_told_in_64_bits(tmp_path
 def test_truncated_files_are_refused_at_every_length(tmp_path):
     whole = archive(a=b"abc" * 5, b=b"d")
     for length in range(len(whole)):
-        assert "fetch it again" in refused(tmp_path / "a.zip", whole[:length])
+        assert "fetch the file again" in refused(tmp_path / "a.zip", whole[:length])
 
 
 def test_compressed_members_are_refused_with_the_way_out(tmp_path):
@@ -130,18 +130,19 @@ def test_compressed_members_are_refused_with_the_way_out(tmp_path):
 
 def central(content: bytes, name: bytes) -> int:
     """Where an entry of the directory begins."""
-    return content.rindex(name) - stored_zip.CENTRAL.size
+    return content.rindex(name) - zips.CENTRAL.size
 
 
+FITS = "member 'b' is corrupt: its header at"
 CHANGED = {  # what is changed in the directory's entry of "b": (place in it, new bytes, words of the message)
-    "size of more than the file": (20, struct.pack("<2L", 10**6, 10**6), "'b' should have 1000000 bytes"),
-    "two sizes": (20, struct.pack("<2L", 2, 3), "'b' should have 3 bytes, stored as 2"),
-    "encrypted": (8, b"\1", "'b' is encrypted"),
+    "size of more than the file": (20, struct.pack("<2L", 10**6, 10**6), FITS),
+    "two sizes": (20, struct.pack("<2L", 2, 3), FITS),
+    "encrypted": (8, b"\1", FITS),
     "64 bits that are not there": (24, b"\xff" * 4, "'b'"),
-    "on another member": (42, bytes(4), "'b' is not where the directory says"),
-    "behind the end": (42, b"\xf0" * 4, "'b' is not where the directory says"),
-    "name of another member": (46, b"a", "two members 'a'"),
-    "no entry": (0, b"XX", "is no entry"),
+    "on another member": (42, bytes(4), FITS),
+    "behind the end": (42, b"\xf0" * 4, FITS),
+    "name of another member": (46, b"a", "'a' is corrupt: its header at 34"),
+    "no entry": (0, b"XX", "truncated or corrupt"),
 }
 
 
@@ -160,7 +161,7 @@ def test_members_that_overlap_are_refused(tmp_path):
     content = bytearray(archive(a=inner[: inner.index(b"PK\1\2")], b=b"d" * 50))
     at = central(bytes(content), b"b") + 42
     content[at : at + 4] = struct.pack("<L", content.index(b"PK\3\4", 4))
-    assert "overlap" in refused(tmp_path / "a.zip", bytes(content))
+    assert "is corrupt: its header at" in refused(tmp_path / "a.zip", bytes(content))
 
 
 def test_changed_bytes_are_found_once_and_by_every_thread(tmp_path, monkeypatch):
@@ -169,7 +170,7 @@ def test_changed_bytes_are_found_once_and_by_every_thread(tmp_path, monkeypatch)
     (tmp_path / "a.zip").write_bytes(content)
     found = StoredZip(tmp_path / "a.zip", OUT)
     calls, crc32 = [], zlib.crc32
-    monkeypatch.setattr(stored_zip.zlib, "crc32", lambda data: calls.append(1) or crc32(data))
+    monkeypatch.setattr(zips.zlib, "crc32", lambda data: calls.append(1) or crc32(data))
     with pytest.raises(CfmergeError, match=r"'a' should have the CRC-32 .* its bytes were changed"):
         found.checked("a")
     calls.clear()
