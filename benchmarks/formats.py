@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from measuring import ROOT, Figures, existing, run, table
+from measuring import ROOT, Figures, run, table
 
 PLAIN = "safetensors"
 COLUMNS = ["method", "format", "wall, s", "to safetensors", "memory, GiB"]
@@ -59,7 +59,7 @@ def rows(asked: argparse.Namespace, work: Path) -> Iterator[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=existing, metavar="DIR")
+    parser.add_argument("models", type=Path, metavar="DIR")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--formats", nargs="+", default=["torch", "msgpack"])
     parser.add_argument("--method", nargs="+", default=["average", "ace"])
