@@ -83,18 +83,9 @@ def merge(directory: Path, kind: str, rank: int, experts: int, method: str) -> m
     output = directory / f"merged_{kind}"
     shutil.rmtree(output, ignore_errors=True)
     models = [str(directory / f"{kind}_{rank}_{expert}") for expert in range(experts)]
-    command = [
-        sys.executable,
-        "-m",
-        "cfmerge",
-        "merge",
-        str(directory / "base"),
-        *models,
-        "-m",
-        method,
-        "-o",
-        str(output),
-    ]
+    command = [sys.executable, "-m", "cfmerge", "merge", "--base", str(directory / "base"), "-m", method]
+    command += [word for model in models for word in ("-e", model)]
+    command += ["-o", str(output), "--fresh", "-q"]
     figures = measuring.run(command, measuring.ROOT)
     shutil.rmtree(output)
     return figures
