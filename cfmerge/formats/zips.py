@@ -25,6 +25,7 @@ END_64 = struct.Struct("<4sQ2H2L4Q")
 LOCATOR_64 = struct.Struct("<4sLQL")
 FULL, FULL_COUNT = 0xFFFFFFFF, 0xFFFF  # the number stands elsewhere, in 64 bits
 ENCRYPTED, LATER, UTF8 = 0x2041, 0x8, 0x800  # flags: encryption; CRC and sizes behind the data; the name's encoding
+DESCRIPTOR = 24  # bytes at most behind a member that was streamed: its CRC-32 and sizes
 NO_DATE = 0x21  # 1 January 1980: what is written depends on the tensors alone
 PADDING = b"FB"  # the extra field that PyTorch pads with
 METHODS = {8: "deflate", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstandard", 95: "xz"}
@@ -60,13 +61,19 @@ def members(content: memoryview, where: str) -> dict[str, Member]:
     for info in sorted(infos, key=lambda info: info.header_offset):
         name, at = info.filename, info.header_offset
         start = _data_start(content, info)
-        if start is None or name in found or at < last or start + info.compress_size > end:
+        apart = 0 <= at - last <= DESCRIPTOR  # no member lies between that the directory does not tell of
+        if start is None or name in found or not apart or start + info.compress_size > end:
             raise CfmergeError(
                 f"{where}: member {name!r} is corrupt: its header at {at} and its {info.file_size} bytes do not fit "
                 f"what the archive's directory says; {AGAIN}"
             )
         found[name] = Member(start, info.compress_size, info.CRC, _packed(info))
         last = start + info.compress_size
+    if end - last > DESCRIPTOR:
+        raise CfmergeError(
+            f"{where}: the zip archive is corrupt: its directory begins at {end}, and tells of nothing behind {last}; "
+            f"{AGAIN}"
+        )
     return found
 
 
