@@ -71,7 +71,7 @@ def _modules(directory: Path) -> list[str]:
 
 
 def _folders(directory: Path, declared: bool) -> dict[str, Weights]:
-    """Folders below the directory, at any depth, that hold safetensors: `{folder: weights}`, in order.
+    """Folders below the directory, at any depth, that hold weights: `{folder: weights}`, in order.
 
     Where the model does not say that it has several, they count if their files are called as a model's are.
     """

@@ -1,4 +1,4 @@
-"""Models as the Hugging Face hub holds them: a directory of safetensors and side files, or one file."""
+"""Models on disk: a directory of weights and side files, as on the Hugging Face hub; or one file, or checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

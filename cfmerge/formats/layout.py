@@ -1,4 +1,4 @@
-"""The files of a directory that hold a model's tensors: one file, shards and their index, or components in folders."""
+"""The files of one folder that hold a model's tensors: one file, or shards and an index, of the first format there."""
 
 import dataclasses
 import fnmatch
@@ -190,7 +190,7 @@ def _only(folder: Path, files: Files, there: list[Path]) -> Path | None:
         models = plain
     if len(models) > 1:
         raise CfmergeError(
-            f"{folder}: {len(models)} {'safetensors' if files.format == 'safetensors' else files.format} files and no "
+            f"{folder}: {len(models)} {files.format} files and no "
             f"{files.stems[0]}{files.suffixes[0]}.index.json: {', '.join(file.name for file in models[:4])}; "
             "name one file, or restore the index"
         )

@@ -1,6 +1,5 @@
 """What a file is, by its first bytes: a format that is read, or the message about one that is not, and the way out."""
 
-import zipfile
 from pathlib import Path
 
 CONVERT = "AutoModel.from_pretrained(DIR).save_pretrained(OUT)"
@@ -58,7 +57,7 @@ def format_of(path: Path) -> str:
     if start.startswith(TORCH_BEFORE_1_6):
         return "torch"
     if start.startswith(ZIP):
-        return "npz" if _only_arrays(path) else "torch"
+        return "npz" if _begins_with_an_array(start) or path.suffix == ".npz" else "torch"
     is_map = start[:1] and (0x80 <= start[0] <= 0x8F or start[0] in {0xDE, 0xDF})
     if is_map and path.suffix != ".safetensors":
         return "msgpack"
@@ -97,11 +96,7 @@ def _is_safetensors(start: bytes, size: int, path: Path) -> bool:
     return start[8:9] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size and path.suffix not in TEXT
 
 
-def _only_arrays(path: Path) -> bool:
-    """Whether all that a zip archive lists are NumPy arrays."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
-        return path.suffix == ".npz"
-    return bool(names) and all(name.endswith(".npy") for name in names)
+def _begins_with_an_array(start: bytes) -> bool:
+    """Whether the first member of a zip archive is a NumPy array; that of PyTorch's is NAME/data.pkl."""
+    length = int.from_bytes(start[26:28], "little")
+    return start[30 : 30 + length].endswith(b".npy")

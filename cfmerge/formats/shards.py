@@ -50,7 +50,7 @@ def divide(stem: str, suffix: str, index: str | None, metadata: Mapping[str, str
             weight_map |= dict.fromkeys(names, file)
         if len(shards) == 1:
             return layouts, {}
-        total = sum(bytes_of(header) for header in tensors.values())
+        total = sum(map(bytes_of, tensors.values()))
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         return layouts, {index or f"{stem}{suffix}.index.json": (json.dumps(content, indent=2) + "\n").encode()}
 

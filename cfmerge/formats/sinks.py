@@ -6,6 +6,7 @@ Both appear whole or not at all, and turn errors of the disk into `CfmergeError`
 import contextlib
 import errno
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cfmerge.errors import CfmergeError, StoppedError
-from cfmerge.formats.base import Folder, Header, Totals
+from cfmerge.formats.base import Folder, Header, Totals, bytes_of
 from cfmerge.formats.containers import FORMATS
 from cfmerge.formats.ranges import Covered, Range
 from cfmerge.formats.shards import Writer, save
@@ -234,11 +235,11 @@ def disk_errors(output: Path) -> Iterator[None]:
 
 
 def total_entries(headers: Mapping[str, Header]) -> int:
-    return sum(int(np.prod(shape, dtype=np.int64)) for shape, _ in headers.values())
+    return sum(math.prod(shape) for shape, _ in headers.values())
 
 
 def total_bytes(headers: Mapping[str, Header]) -> int:
-    return sum(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for shape, dtype in headers.values())
+    return sum(map(bytes_of, headers.values()))
 
 
 def _check_space(staged: StagedDirectory, headers: Mapping[str, Header]) -> None:

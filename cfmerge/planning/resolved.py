@@ -16,6 +16,7 @@ from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import plain_number
 from cfmerge.core.part import Part
 from cfmerge.formats import Folder, Source
+from cfmerge.formats.base import bytes_of
 from cfmerge.methods import Method
 from cfmerge.planning.digest import digest_of
 from cfmerge.planning.jobs import methods_of
@@ -110,7 +111,7 @@ class Resolved:
     @property
     def bytes_to_write(self) -> int:
         """Bytes of one result."""
-        return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self.output.values())
+        return sum(map(bytes_of, self.output.values()))
 
     @property
     def flops(self) -> int:

@@ -17,6 +17,7 @@ from cfmerge.formats import DirectorySink, Folder, Source, Totals, open_checkpoi
 from cfmerge.formats.containers import FORMATS
 from cfmerge.formats.naming import format_by_name, in_format
 from cfmerge.formats.side_files import check_whole
+from cfmerge.formats.sinks import total_bytes
 from cfmerge.models.names import FAMILIES, Move, Translation, family_of, sizes_of, translate, unchanged
 from cfmerge.recipe import parse_size
 
@@ -45,7 +46,7 @@ class Converted:
 
     @property
     def bytes(self) -> int:
-        return sum(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in self.tensors.values())
+        return total_bytes(self.tensors)
 
 
 def convert(
