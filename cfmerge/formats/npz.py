@@ -17,6 +17,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import FileLayout, Header, TensorInfo, bytes_of
+from cfmerge.formats.ranges import flat_range
 from cfmerge.formats.trees import chosen
 from cfmerge.formats.zips import StoredZip
 from cfmerge.formats.zips import lay as lay_zip
@@ -86,11 +87,9 @@ class NpzFile:
         flat = np.frombuffer(content, place.dtype, info.size, place.first) if info.size else np.zeros(0, info.dtype)
         if place.fortran and info.size:
             array = flat.reshape(info.shape[::-1]).T
-            row = math.prod(info.shape[1:])
-            begin = first // row
-            rows = array if count is None else array[begin : -(-(first + count) // row)]
-            flat, first = np.ascontiguousarray(rows).reshape(-1), first - begin * row
-        piece = flat if count is None else flat[first : first + count]
+            piece = array.reshape(-1) if count is None else flat_range(array, first, count)
+        else:
+            piece = flat if count is None else flat[first : first + count]
         piece = piece.astype(info.dtype, copy=False)
         piece.flags.writeable = False
         return piece.reshape(info.shape) if count is None else piece

@@ -60,7 +60,7 @@ class TorchFile:
         self.tensors = {name: TensorInfo(view.shape, view.dtype, path) for name, view in self._views.items()}
         _check_claim(path, self.tensors, len(self._content))
         notes = [*found.notes, *taken_off, _foreign(archive.pickle.globals), _shared(self._views)]
-        if any(storage.crc is None and storage.nbytes for storage in archive.storages.values()):
+        if any(storage.crc.expected is None and storage.nbytes for storage in archive.storages.values()):
             notes.append("the file has no checksums: a damaged number in it would not be noticed")
         self.notes = tuple(f"{path.name}: {note}" for note in notes if note)
 

@@ -1,7 +1,9 @@
-"""Ranges of named tensors: so many entries of the flat tensor, from a first one on."""
+"""Ranges of tensors: so many entries of the flat tensor, from a first one on."""
 
 import bisect
 from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 Range = tuple[str, int, int]  # (tensor, first entry, how many)
 
@@ -48,3 +50,26 @@ class Covered:
     def entries(self) -> int:
         """How many entries of all tensors are there."""
         return sum(count for _, _, count in self.ranges())
+
+
+def flat_range(array: np.ndarray, first: int, count: int) -> np.ndarray:
+    """So many entries of the array as it would be flat, from one on, in memory for no more than these.
+
+    >>> flat_range(np.arange(6).reshape(3, 2).T, 1, 3)
+    array([2, 4, 1])
+    """
+    if count == 0 or array.ndim == 0:
+        return np.array(array.reshape(-1)[:count])
+    if array.ndim == 1:
+        return np.array(array[first : first + count])
+    inner = array.size // len(array)
+    low, high = -(-first // inner), (first + count) // inner  # rows that are wanted whole
+    if low > high:
+        return flat_range(array[high], first - high * inner, count)
+    head, tail = low * inner - first, first + count - high * inner
+    parts = [np.ascontiguousarray(array[low:high]).reshape(-1)]
+    if head:
+        parts.insert(0, flat_range(array[low - 1], inner - head, head))
+    if tail:
+        parts.append(flat_range(array[high], 0, tail))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

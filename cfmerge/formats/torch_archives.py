@@ -7,7 +7,6 @@ Zip (since 1.6): members `*/data.pkl`, `*/data/KEY`, stored. Before: five pickle
 import dataclasses
 import io
 import json
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.pickles import MAX_BYTES, Global, Persistent, Pickle, interpret
 from cfmerge.formats.zips import AGAIN as AGAIN
 from cfmerge.formats.zips import ZIP as ZIP
-from cfmerge.formats.zips import BytesFile, Member, members
+from cfmerge.formats.zips import BytesFile, Crc32, Member, members
 
 MAGIC = 0x1950A86A20F9469CFC6C
 OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # the pickle of the magic number
@@ -48,29 +47,21 @@ class Storage:
     Attributes:
         dtype: its numbers'; None if its tensors say it.
         start, nbytes: its place in the file.
-        crc: its CRC-32; None if the file has none, or if it has been checked.
+        crc: its CRC-32, where the file has one.
     """
 
     key: str
     dtype: np.dtype | None
     start: int
     nbytes: int
-    crc: int | None = None
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, repr=False)
+    crc: Crc32 = dataclasses.field(default_factory=lambda: Crc32(None))
 
     def check(self, content: memoryview, where: str) -> None:
         """Raises `CfmergeError` if the bytes are not those that were written; looks once."""
-        if self.crc is None:
-            return
-        with self.lock:
-            if self.crc is not None:
-                found = zlib.crc32(content[self.start : self.start + self.nbytes])
-                if found != self.crc:
-                    raise CfmergeError(
-                        f"{where}: the file is corrupt there: member data/{self.key} has the CRC-32 {found:08x}, its "
-                        f"directory says {self.crc:08x}; {AGAIN}"
-                    )
-                self.crc = None
+        self.crc.check(
+            content[self.start : self.start + self.nbytes],
+            f"{where}: the file is corrupt there: member data/{self.key}",
+        )
 
 
 class Archive(NamedTuple):
@@ -129,7 +120,7 @@ def _open_zip(content: memoryview, where: str) -> Archive:
         if member is None or member.size != nbytes:
             found = "is missing" if member is None else f"has {member.size} bytes"
             raise CfmergeError(f"{where}: member {root}data/{key} {found}, expected {nbytes} bytes; {AGAIN}")
-        storages[key] = Storage(key, dtype, member.start, nbytes, member.crc if checked else None)
+        storages[key] = Storage(key, dtype, member.start, nbytes, Crc32(member.crc if checked else None))
     return Archive(content, pickle, storages, _metadata(_small(content, files, f"{root}{METADATA}", where), where))
 
 

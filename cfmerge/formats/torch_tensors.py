@@ -7,6 +7,7 @@ import numpy as np
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.pickles import Call, Global
+from cfmerge.formats.ranges import flat_range
 from cfmerge.formats.torch_archives import AGAIN, DTYPES, Archive, Storage
 from cfmerge.models import Shape
 
@@ -105,29 +106,6 @@ def read(view: View, content: memoryview, first: int = 0, count: int | None = No
         return flat.reshape(view.shape) if count is None else flat[first : first + count]
     seen = np.ndarray(view.shape, view.dtype, content, start, tuple(stride * itemsize for stride in view.strides))
     return seen if count is None else flat_range(seen, first, count)
-
-
-def flat_range(array: np.ndarray, first: int, count: int) -> np.ndarray:
-    """So many entries of the array as it would be flat, from one on, in memory for no more than these.
-
-    >>> flat_range(np.arange(6).reshape(3, 2).T, 1, 3)
-    array([2, 4, 1])
-    """
-    if count == 0 or array.ndim == 0:
-        return np.array(array.reshape(-1)[:count])
-    if array.ndim == 1:
-        return np.array(array[first : first + count])
-    inner = array.size // len(array)
-    low, high = -(-first // inner), (first + count) // inner  # rows that are wanted whole
-    if low > high:
-        return flat_range(array[high], first - high * inner, count)
-    head, tail = low * inner - first, first + count - high * inner
-    parts = [np.ascontiguousarray(array[low:high]).reshape(-1)]
-    if head:
-        parts.insert(0, flat_range(array[low - 1], inner - head, head))
-    if tail:
-        parts.append(flat_range(array[high], 0, tail))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _is_contiguous(view: View) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.formats.base import Source, TensorInfo
+from cfmerge.formats.base import Source
+from cfmerge.formats.wrapped import Wrapped
 from cfmerge.models.deltas import Delta, Dense, Factors
 from cfmerge.models.vocabulary import ABSENT
 
@@ -32,7 +33,7 @@ class Rows:
         return (*shape[: self.axis], len(self.index), *shape[self.axis + 1 :])
 
 
-class OfVocabulary:
+class OfVocabulary(Wrapped):
     """A checkpoint whose tensors of tokens have the rows of another vocabulary.
 
     Args:
@@ -45,11 +46,10 @@ class OfVocabulary:
     def __init__(
         self, inner: Source, rows: Mapping[str, Rows], fill: Fill, side_files: Mapping[str, Path] | None = None
     ):
-        self.inner, self.rows, self._fill = inner, rows, fill
-        self.path, self.config, self.files, self.metadata = inner.path, inner.config, inner.files, inner.metadata
+        super().__init__(inner)
+        self.rows, self._fill = rows, fill
         self.side_files = inner.side_files if side_files is None else side_files
-        self.folders, self.notes, self.left_out, self.ties = inner.folders, inner.notes, inner.left_out, inner.ties
-        self.tensors: Mapping[str, TensorInfo] = {
+        self.tensors = {
             name: dataclasses.replace(info, shape=rows[name].shape(info.shape)) if name in rows else info
             for name, info in inner.tensors.items()
         }
@@ -61,12 +61,6 @@ class OfVocabulary:
         for name, rows in sorted(self.rows.items()):
             digest.update(f"{name} {rows.axis} ".encode() + rows.index.tobytes())
         return digest.hexdigest()
-
-    def prepare(self) -> None:
-        self.inner.prepare()
-
-    def grain(self, name: str) -> int:
-        return self.inner.grain(name)
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         if name not in self.rows:
@@ -89,9 +83,6 @@ class OfVocabulary:
         if not here.all():
             made[~here] = self._fill(name, wanted[~here]).astype(made.dtype)
         return np.ascontiguousarray(np.moveaxis(made, 0, axis))
-
-    def rank(self, name: str) -> int | None:
-        return self.inner.rank(name)
 
     def delta(self, name: str, first: int = 0, count: int | None = None) -> Delta:
         if name not in self.rows:

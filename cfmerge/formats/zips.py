@@ -41,6 +41,33 @@ class Member(NamedTuple):
     packed: str = ""
 
 
+class Crc32:
+    """The CRC-32 that some bytes should have; they are compared with it once, whatever thread comes first.
+
+    Attributes:
+        expected: None if it is not known, or has been compared.
+    """
+
+    __slots__ = ("_lock", "expected")
+
+    def __init__(self, expected: int | None):
+        self.expected, self._lock = expected, threading.Lock()
+
+    def check(self, content: memoryview, where: str) -> None:
+        """Raises `CfmergeError` if the bytes are others; where they have been compared it does nothing."""
+        if self.expected is None:
+            return
+        with self._lock:
+            if self.expected is not None:
+                found = zlib.crc32(content)
+                if found != self.expected:
+                    raise CfmergeError(
+                        f"{where} should have the CRC-32 {self.expected:08x}, and has {found:08x}: its bytes were "
+                        f"changed; {AGAIN}"
+                    )
+                self.expected = None
+
+
 def members(content: memoryview, where: str) -> dict[str, Member]:
     """The members of a zip archive by name; none overlaps another.
 
@@ -120,7 +147,7 @@ class StoredZip:
         for name, member in self.members.items():
             if member.packed:
                 raise CfmergeError(f"{path}: member {name!r} is {member.packed}, so it cannot be mapped; {unpacked}")
-        self._unchecked = {name: threading.Lock() for name in self.members}
+        self._crcs = {name: Crc32(member.crc) for name, member in self.members.items()}
 
     def content(self, name: str) -> memoryview:
         """A member's bytes, unchecked."""
@@ -128,23 +155,13 @@ class StoredZip:
         return self._content[member.start : member.start + member.size]
 
     def checked(self, name: str) -> memoryview:
-        """A member's bytes; the first call compares them with their CRC-32, and other threads wait for it.
+        """A member's bytes, compared with their CRC-32 when it is first asked for.
 
         Raises:
             CfmergeError: they are others.
         """
-        content, lock = self.content(name), self._unchecked.get(name)
-        if lock is None:
-            return content
-        with lock:
-            if name in self._unchecked:
-                found, expected = zlib.crc32(content), self.members[name].crc
-                if found != expected:
-                    raise CfmergeError(
-                        f"{self.path}: member {name!r} should have the CRC-32 {expected:08x}, and has {found:08x}: its "
-                        "bytes were changed; fetch the file again"
-                    )
-                del self._unchecked[name]
+        content = self.content(name)
+        self._crcs[name].check(content, f"{self.path}: member {name!r}")
         return content
 
 
