@@ -62,17 +62,19 @@ def _files(lay: Lay) -> Write:
     return write
 
 
+def _ties(folder: Folder, tensors: Mapping[str, Header]) -> dict[str, str]:
+    """`{alias: name}` of the folder's further names of some tensors."""
+    return {alias: name for alias, name in folder.ties.items() if name in tensors and alias not in tensors}
+
+
 def _safetensors(directory, tensors, shard_bytes, folder, *, metadata, index, done):  # type: ignore[no-untyped-def]
-    ties = {alias: name for alias, name in folder.ties.items() if name in tensors}  # as safetensors.torch.save_model
-    return _files(safetensors.lay)(
-        directory, tensors, shard_bytes, folder, metadata={**ties, **metadata}, index=index, done=done
-    )
+    told = {**_ties(folder, tensors), **metadata}  # as safetensors.torch.save_model tells them
+    return _files(safetensors.lay)(directory, tensors, shard_bytes, folder, metadata=told, index=index, done=done)
 
 
 def _torch(directory, tensors, shard_bytes, folder, *, metadata, index, done):  # type: ignore[no-untyped-def]
     def lay(own, told):  # type: ignore[no-untyped-def]
-        ties = {alias: name for alias, name in folder.ties.items() if name in own}
-        return pytorch.lay(own, told, ties, folder.key)
+        return pytorch.lay(own, told, _ties(folder, own), folder.key)
 
     return _files(lay)(directory, tensors, shard_bytes, folder, metadata=metadata, index=index, done=done)
 

@@ -56,7 +56,6 @@ class SafetensorsFile:
         CfmergeError: not a safetensors file, truncated, or with an inconsistent header; names file and tensor.
     """
 
-    ties: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path):
@@ -78,6 +77,9 @@ class SafetensorsFile:
             raise CfmergeError(f"{path}: cannot be read: {error.strerror}") from None
         self._data_start = 8 + length
         self.metadata, self.tensors, self._offsets = self._parse(header, size - 8 - length)
+        self.ties = {  # as safetensors.torch.save_model tells them
+            alias: name for alias, name in self.metadata.items() if name in self.tensors and alias not in self.tensors
+        }
 
     def _parse(self, header: bytes, data_size: int) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
         try:

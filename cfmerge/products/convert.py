@@ -147,28 +147,19 @@ def _usual(source: Source, names: str | None, forward: bool) -> str:
 
 
 def _folders(source: Source, made: Translation, names: str | None, wanted: str | None) -> list[Folder]:
-    """How the output's files lie: as the source's do, with their metadata, and the names of tensors stored once."""
-    folders = []
-    for folder in source.folders:
-        metadata = dict(folder.metadata) if wanted in {None, folder.format} else {}
-        if names:
-            metadata = {key: value for key, value in metadata.items() if value not in source.tensors}
-            metadata["format"] = "flax" if made.forward else "pt"
-        else:
-            metadata |= _ties(source, folder)
-        folders.append(dataclasses.replace(in_format(folder, wanted), metadata=metadata))
-    return folders
-
-
-def _ties(source: Source, folder: Folder) -> dict[str, str]:
-    """`{alias: name}` of tensors that a folder stores once, as its metadata or its format's own ties tell."""
-    within = {
-        alias.removeprefix(folder.prefix): name.removeprefix(folder.prefix)
-        for alias, name in source.ties.items()
-        if name in source.tensors and alias not in source.tensors and name.startswith(folder.prefix)
-    }
-    told = folder.format != "safetensors"
-    return {alias: name for alias, name in within.items() if told or folder.metadata.get(alias) == name}
+    """How the output's files lie: as the source's do; under other names no tie is told by the old ones."""
+    folders = [in_format(folder, wanted) for folder in source.folders]
+    if not names:
+        return folders
+    format = {"format": "flax" if made.forward else "pt"}
+    return [
+        dataclasses.replace(
+            folder,
+            ties={},
+            metadata={key: value for key, value in folder.metadata.items() if value not in source.tensors} | format,
+        )
+        for folder in folders
+    ]
 
 
 def _side_files(source: Source) -> dict[str, Path]:

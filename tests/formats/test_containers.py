@@ -153,3 +153,13 @@ def test_a_wrapped_base_gives_a_wrapped_output(tmp_path):
     assert set(loaded) == {"state_dict"}
     assert loaded["state_dict"]["layer.weight"].tolist() == [[1.5, 1.5], [1.5, 1.5]]
     assert any("not read: epoch" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_tie_that_the_metadata_of_safetensors_tells_is_kept_in_every_format(tmp_path, format):
+    tensors = {"table.weight": np.arange(8, dtype=np.float32).reshape(4, 2)}
+    base = written(tmp_path / "base", "safetensors", tensors, Folder(ties={"head.weight": "table.weight"}))
+    cfmerge.convert(base, tmp_path / "out", format=format)
+    found = open_checkpoint(tmp_path / "out")
+    assert {*found.tensors, *found.ties} == {"table.weight", "head.weight"}
+    np.testing.assert_array_equal(found.read(found.ties.get("head.weight", "head.weight")), tensors["table.weight"])
