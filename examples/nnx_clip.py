@@ -14,11 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from nnx_layers import ACTIVATIONS, Tree, attend, load
-
-
-def norm(c: SimpleNamespace, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
+from nnx_layers import ACTIVATIONS, Tree, attend, load, norm
 
 
 class Layer(nnx.Module):

@@ -33,6 +33,11 @@ class Tree(nnx.Module):
             setattr(self, name, module)
 
 
+def norm(c: SimpleNamespace, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """The norm of BERT, ViT and CLIP."""
+    return nnx.LayerNorm(c.hidden_size, epsilon=c.layer_norm_eps, rngs=rngs)
+
+
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps)`, times a weight that is called `name`."""
 

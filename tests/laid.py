@@ -27,3 +27,16 @@ def ones(*names: str, value: float = 1.0, shape: tuple = (2, 2)) -> dict[str, np
 
 def index(where: dict[str, str], metadata: object = None) -> dict:
     return {"metadata": metadata, "weight_map": where}
+
+
+def headers_of(tensors: dict[str, np.ndarray]) -> dict:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def in_pieces(writer, tensors: dict[str, np.ndarray]) -> None:
+    """Writes each tensor in two pieces, the second one first, the last tensor first, and closes the writer."""
+    for name, tensor in reversed(tensors.items()):
+        half = tensor.size // 2
+        writer.write(name, tensor.reshape(-1)[half:], half)
+        writer.write(name, tensor.reshape(-1)[:half])
+    writer.close()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from laid import headers_of, in_pieces
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -277,13 +278,8 @@ def test_megatrons_layout_is_read(tmp_path):
 
 def written(directory: Path, tensors: dict[str, np.ndarray], max_bytes: int, **how) -> Path:
     directory.mkdir()
-    headers = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    writer = ShardWriter(directory, headers, max_bytes, {}, files=distributed(**how))
-    for name, tensor in tensors.items():
-        half = tensor.size // 2
-        writer.write(name, tensor.reshape(-1)[half:], half)
-        writer.write(name, tensor.reshape(-1)[:half])
-    writer.close()
+    writer = ShardWriter(directory, headers_of(tensors), max_bytes, {}, files=distributed(**how))
+    in_pieces(writer, tensors)
     return directory
 
 

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flips import flips, outcome
+from laid import headers_of, in_pieces
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.npz import NpzFile, lay
@@ -25,13 +26,8 @@ TENSORS = {
 
 def written(path, tensors=TENSORS):
     """A file of cfmerge's writer, its tensors in pieces."""
-    headers = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    writer = ShardWriter(path, headers, 1 << 60, {}, "model", suffix=".npz", lay=lay)
-    for name, tensor in reversed(tensors.items()):
-        half = tensor.size // 2
-        writer.write(name, tensor.reshape(-1)[half:], half)
-        writer.write(name, tensor.reshape(-1)[:half])
-    writer.close()
+    writer = ShardWriter(path, headers_of(tensors), 1 << 60, {}, "model", suffix=".npz", lay=lay)
+    in_pieces(writer, tensors)
     return path / "model.npz"
 
 

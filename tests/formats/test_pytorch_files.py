@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laid import headers_of, in_pieces
 from torch import nn
 
 import cfmerge
@@ -367,14 +368,10 @@ def test_a_range_of_any_view_is_that_of_its_flat_copy(shape, draw):
 
 
 def written(path: Path, tensors: dict[str, np.ndarray], metadata=None, **how) -> Path:
-    headers = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    own = functools.partial(lay, **how)
-    writer = ShardWriter(path.parent, headers, 1 << 60, metadata or {}, path.stem, suffix=path.suffix, lay=own)
-    for name, tensor in tensors.items():
-        half = tensor.size // 2
-        writer.write(name, tensor.reshape(-1)[half:], half)
-        writer.write(name, tensor.reshape(-1)[:half])
-    writer.close()
+    own, headers = functools.partial(lay, **how), headers_of(tensors)
+    in_pieces(
+        ShardWriter(path.parent, headers, 1 << 60, metadata or {}, path.stem, suffix=path.suffix, lay=own), tensors
+    )
     return path
 
 
