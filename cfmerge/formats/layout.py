@@ -212,7 +212,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if is_lfs_pointer(path):
         raise CfmergeError(lfs_advice(path))
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise CfmergeError(f"{path}: is not valid JSON: {error}") from None
     if not isinstance(content, dict):

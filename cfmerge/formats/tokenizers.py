@@ -4,13 +4,13 @@ Read are `tokenizer.json`; else `vocab.txt`, or `vocab.json` with `merges.txt`, 
 names tokens: `tokenizer.json`, `added_tokens.json`, `tokenizer_config.json`, the configs' `vocab_size` and ids.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.layout import read_json
 from cfmerge.models.vocabulary import PLAIN, Vocabulary, of_parts, of_tokenizer
 
 Files = Mapping[str, Path]
@@ -51,29 +51,23 @@ def read_vocabulary(files: Files) -> Vocabulary | None:
         CfmergeError: its tokenizer is in a form whose tokens cannot be read, or its ids are not those of the model.
     """
     if "tokenizer.json" in files:
-        return of_tokenizer(_object(files["tokenizer.json"]), str(files["tokenizer.json"]))
+        return of_tokenizer(read_json(files["tokenizer.json"]), str(files["tokenizer.json"]))
     added = (
-        {str(k): int(v) for k, v in _object(files["added_tokens.json"]).items()} if "added_tokens.json" in files else {}
+        {str(k): int(v) for k, v in read_json(files["added_tokens.json"]).items()}
+        if "added_tokens.json" in files
+        else {}
     )
     if "vocab.txt" in files:
         lines = files["vocab.txt"].read_text(encoding="utf-8").splitlines()
         return of_parts({line: n for n, line in enumerate(lines)}, added, (), str(files["vocab.txt"]))
     if "vocab.json" in files:
-        own = {str(token): int(number) for token, number in _object(files["vocab.json"]).items()}
+        own = {str(token): int(number) for token, number in read_json(files["vocab.json"]).items()}
         merges = files["merges.txt"].read_text(encoding="utf-8").splitlines() if "merges.txt" in files else ()
         return of_parts(own, added, merges, str(files["vocab.json"]))
     pieces = next((path for name, path in files.items() if PIECES.match(name)), None)
     if pieces is not None:
         raise CfmergeError(f"{pieces}: its tokens cannot be read without another library; {FAST}")
     return None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CfmergeError(f"{path}: is no valid JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
 
 
 # --- what an output changes in the files that are copied --------------------------------------------------------------
@@ -98,11 +92,11 @@ def token_edits(files: Files, before: Vocabulary, output: Vocabulary) -> Edits:
             f"vocabulary: the output's tokens are added to a tokenizer.json, and the base has none; {FAST}"
         )
     entries = [{"id": number, "content": token, **PLAIN, **output.added[token]} for token, number in new.items()]
-    content = _object(files["tokenizer.json"])
+    content = read_json(files["tokenizer.json"])
     edits: Edits = {"tokenizer.json": {"added_tokens": [*(content.get("added_tokens") or ()), *entries]}}
     if "added_tokens.json" in files:
         edits["added_tokens.json"] = dict(new)
-    config = _object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    config = read_json(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
     if isinstance(config.get("added_tokens_decoder"), dict):
         told = {str(entry["id"]): {key: entry[key] for key in ("content", *PLAIN)} for entry in entries}
         edits["tokenizer_config.json"] = {"added_tokens_decoder": config["added_tokens_decoder"] | told}
@@ -118,7 +112,7 @@ def config_edits(files: Files, rows: tuple[int, int], number_of: Callable[[int],
     """
     edits: Edits = {}
     for name in (name for name in CONFIGS if name in files):
-        content = _object(files[name])
+        content = read_json(files[name])
         changed = _changed(content, rows, number_of)
         own = {key: value for key, value in changed.items() if value != content[key]}
         if own:

@@ -3,13 +3,13 @@
 A model has it in `chat_template.jinja`, which wins, or in `tokenizer_config.json`.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source
+from cfmerge.formats.layout import read_json
 
 OWN, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 CHATML = (
@@ -22,11 +22,8 @@ def template_of(source: Source) -> str | None:
     """A model's chat template; None: it has none."""
     if OWN in source.side_files:
         return source.side_files[OWN].read_text()
-    try:
-        content = json.loads(source.side_files[CONFIG].read_text()) if CONFIG in source.side_files else {}
-    except ValueError as error:
-        raise CfmergeError(f"{source.side_files[CONFIG]}: is not valid JSON: {error}") from None
-    found = content.get("chat_template") if isinstance(content, dict) else None
+    content = read_json(source.side_files[CONFIG]) if CONFIG in source.side_files else {}
+    found = content.get("chat_template")
     if isinstance(found, list):  # several, by their names
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
     return found if isinstance(found, str) else None
