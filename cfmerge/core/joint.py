@@ -12,14 +12,14 @@ centring of rows, `J = I - 1 1^T / m`, stays in it: `J U = U (I - u u^T)`. The c
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.core.part import Context, Method, Part, Report
+from cfmerge.core.part import Composer, Context, Method, Part, Report
 
 P = TypeVar("P", bound=Part)
 
@@ -100,13 +100,27 @@ def merged_factors(
     Args:
         rules: the method with the numbers of each expert.
     """
+    merged, report = _solved(rules, cores, weights, contexts)
+    core, rows = merged if isinstance(merged, Beyond) else (merged, cores.v.T)
+    return linalg.matmul(cores.u, core), rows, report
+
+
+def composed_factors(
+    rules: Sequence[Composer], cores: Cores, weights: Sequence[Any], contexts: Sequence[Context]
+) -> tuple[Mapping[str, Array], Report]:
+    """The parts of a composer that sees the cores, out of their basis, and the report."""
+    parts, report = _solved(rules, cores, weights, contexts)
+    return rules[0].out_of(parts, cores.u, cores.v), report  # type: ignore[misc]
+
+
+def _solved(
+    rules: Sequence[Method], cores: Cores, weights: Sequence[Any], contexts: Sequence[Context]
+) -> tuple[Any, Report]:
     own = [in_joint(rule, cores.joint) for rule in rules]
     statistic = own[0].init(jnp.zeros((cores.u.shape[1], cores.v.shape[1]), cores.u.dtype))
     for t, (core, weight, context) in enumerate(zip(cores.cores, weights, contexts, strict=True)):
         statistic = own[t].see(statistic, core, weight, context._replace(factors=(cores.lefts[t], cores.rights[t])))
-    merged, report = own[0].solve(statistic)
-    core, rows = merged if isinstance(merged, Beyond) else (merged, cores.v.T)
-    return linalg.matmul(cores.u, core), rows, report
+    return own[0].solve(statistic)
 
 
 def out_of_basis(method: Method, basis: Joint) -> Method:

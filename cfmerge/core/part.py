@@ -27,6 +27,7 @@ Report = Mapping[str, Any]  # {name: scalar}; a sweep has a tuple of them, one f
 Scope = Literal["entry", "tensor", "matrix"]
 SCOPES: tuple[Scope, ...] = ("entry", "tensor", "matrix")  # from the narrowest to the widest
 Note = tuple[Callable[[float], bool], str]  # (condition, message): it is said where condition(value) holds
+FILLED_IN = ("depth", "experts")  # parameters that planning fills in: where a tensor lies, and how many experts there are
 
 
 class Context(NamedTuple):
@@ -136,7 +137,7 @@ class Part:
     def parameters(self) -> Mapping[str, Any]:
         """The arguments of the call that made it."""
         shown = self.call.arguments if self.call else {}
-        return {key: value for key, value in shown.items() if key != "depth"}
+        return {key: value for key, value in shown.items() if key not in FILLED_IN}
 
     def __rshift__(self, other: "Part") -> Any:
         from cfmerge.core.chain import chain
@@ -210,6 +211,20 @@ class Method(Part):
     ) -> Statistic:
         """`update`, given the context if it takes one."""
         return with_context(self.update, (statistic, delta, weight), context)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Composer(Method):
+    """A method whose `solve` returns, in place of the merged delta, the named arrays of a result for each tensor.
+
+    `{part: array}`, written as they are. Of scope "entry" the last axes of every part are the tensor's: a large tensor
+    comes in pieces. In a joint basis of adapters the parts are those of the cores.
+
+    Attributes:
+        out_of: `out_of(parts, u, v)` are the parts of the deltas `U M_t V^T`, from those of the cores `M_t`.
+    """
+
+    out_of: Callable[..., Mapping[str, Array]] | None = None
 
 
 def with_context(function: Callable[..., Any], arguments: tuple[Any, ...], context: Context) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from cfmerge.core.call import Call, Formed
 from cfmerge.core.numbers import LISTED, TRACED, marked, plain
-from cfmerge.core.part import Method, Part, Transform
+from cfmerge.core.part import FILLED_IN, Composer, Method, Part, Transform
 from cfmerge.errors import CfmergeError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,11 +22,11 @@ class Entry:
 
     name: str
     factory: Callable[..., Any]
-    kind: str  # "method" or "transform"
+    kind: str  # "method", "transform" or "composer"
 
     @property
     def signature(self) -> Mapping[str, inspect.Parameter]:
-        return {k: v for k, v in inspect.signature(self.factory).parameters.items() if k != "depth"}
+        return {k: v for k, v in inspect.signature(self.factory).parameters.items() if k not in FILLED_IN}
 
     @property
     def summary(self) -> str:
@@ -49,6 +49,7 @@ class Entry:
 
 
 _REGISTRY: dict[str, Entry] = {}
+KINDS: dict[Any, str] = {Transform: "transform", Composer: "composer"}
 
 
 def register(factory: F) -> F:
@@ -61,7 +62,7 @@ def register(factory: F) -> F:
         >>> methods.make("clip(limit=0.5) >> average").name
         'clip >> average'
 
-    The factory's return annotation says whether it makes a `Method` or a `Transform`. The part gets the factory's name
+    The factory's return annotation says whether it makes a `Method`, a `Transform` or a `Composer`. The part gets the factory's name
     and the call that made it, see `Call`; parameters annotated `Number` can be traced, and differ by tensor and expert.
 
     Raises:
@@ -86,8 +87,7 @@ def register(factory: F) -> F:
 
     if name in _REGISTRY and _REGISTRY[name].factory.__module__ != factory.__module__:
         raise CfmergeError(f"there is a method {name!r} already; give yours another name")
-    kind = "transform" if hints.get("return") is Transform else "method"
-    _REGISTRY[name] = Entry(name, named, kind)
+    _REGISTRY[name] = Entry(name, named, KINDS.get(hints.get("return"), "method"))
     return named  # type: ignore[return-value]
 
 
@@ -104,14 +104,15 @@ def _form(ask: Callable[[int | None], Method | None], name: str, call: Call, ran
     return made and dataclasses.replace(made, name=name, call=formed, form=None)
 
 
-def registry() -> dict[str, Entry]:
-    """All registered methods and transforms by name.
+def registry(*kinds: str) -> dict[str, Entry]:
+    """All registered methods and transforms by name; or those of some kinds.
 
     >>> entry = methods.registry()["ties"]
     >>> entry.kind, list(entry.signature)[0], entry.source[:20]
     ('method', 'density', 'Yadav et al., TIES-M')
     """
-    return dict(sorted(_REGISTRY.items()))
+    wanted = kinds or ("method", "transform")
+    return {name: entry for name, entry in sorted(_REGISTRY.items()) if entry.kind in wanted}
 
 
 def entry(name: str) -> Entry:

@@ -51,10 +51,12 @@ class Account:
     Attributes:
         reports: `{result: {tensor: {name: value}}}`.
         notes: `{(result, method, message): {tensor: value}}`; a message may hold `{value}`.
+        found: the findings of surveys of the model, by the kinds of their methods.
     """
 
     reports: dict[int, dict[str, Report]] = dataclasses.field(default_factory=dict)
     notes: dict[tuple[int, str, str], dict[str, float]] = dataclasses.field(default_factory=dict)
+    found: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
     _double: set[str] = dataclasses.field(default_factory=set)
     _past: set[tuple[int, str]] = dataclasses.field(default_factory=set)  # (result, tensor) past the bound of growth
 

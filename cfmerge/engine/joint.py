@@ -17,12 +17,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from cfmerge import linalg
-from cfmerge.core.joint import cores_of, merged_factors
-from cfmerge.core.part import Context
+from cfmerge.core.joint import composed_factors, cores_of, merged_factors
+from cfmerge.core.part import Composer, Context
 from cfmerge.core.random import key_from
 from cfmerge.engine.compiling import options
 from cfmerge.engine.inputs import INPUTS, SETTINGS, SHARED, STACK, Inputs, Settings
-from cfmerge.engine.steps import finite, made, one_after_the_other
+from cfmerge.engine.steps import all_finite, as_parts, finite, made, one_after_the_other
 
 Factors = tuple[Array, Array]
 WIDE = "float64"
@@ -70,6 +70,8 @@ def merge(
             Context(None if digest is None else key_from(own.seed, digest), own.number)
             for own, digest in zip(inputs, digests, strict=True)
         ]
+        if isinstance(rules[0], Composer):
+            return composed_factors(rules, cores_of(lefts, rights), weights, contexts)
         left, right, report = merged_factors(rules, cores_of(lefts, rights), weights, contexts)
         right = jnp.broadcast_to(right, (*left.shape[:-2], *right.shape[-2:]))
         if columns_first:
@@ -84,8 +86,10 @@ def merge(
     weights = [jnp.asarray(own.weight, WIDE) for own in inputs]
     own = calls, settings[0].tensor, base, list(experts), weights, [own.digest for own in inputs]
     merged, reports = one_after_the_other(one, *own)
+    if isinstance(settings[0].method, Composer):
+        merged = as_parts(merged, base.shape[0], False, out)
     flags = [finite(left) & finite(right) for left, right in experts]
-    flags.append(functools.reduce(jnp.logical_and, map(finite, jax.tree.leaves(merged))))
+    flags.append(all_finite(merged))
     return merged, jax.tree.map(lambda value: value.reshape(base.shape[0], -1), reports), jnp.stack(flags)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.core.call import form_of
+from cfmerge.core.part import Composer
 from cfmerge.core.several import reported
 from cfmerge.engine.low_rank import CUT, LEAST_INPUTS, rank_bound
 from cfmerge.engine.units import Unit
@@ -65,11 +66,15 @@ def together(unit: Unit, groups: Sequence[Unit], outcomes: Sequence[Outcome]) ->
     for group, outcome in zip(groups, outcomes, strict=True):
         for number, segment in enumerate(group.segments):
             one = slice(number, number + 1)
-            parts[segment.first] = outcome.tensors[one]
+            parts[segment.first] = jax.tree.map(lambda leaf, one=one: leaf[one], outcome.tensors)
             reports[segment.first] = jax.tree.map(lambda leaf, one=one: leaf[one], outcome.reports)
     first = [parts[start] for start in sorted(parts)]
-    xp = jnp if isinstance(first[0], jax.Array) else np
-    tensors = xp.concatenate(first, axis=-len(unit.job.shape))
+    axis = 1 if isinstance(unit.job.method, Composer) else -len(unit.job.shape)
+
+    def joined(*leaves: Any) -> Any:
+        return (jnp if isinstance(leaves[0], jax.Array) else np).concatenate(leaves, axis=axis)
+
+    tensors = jax.tree.map(joined, *first)
     in_order = [reports[start] for start in sorted(reports)]
     double = (0,) if any(outcome.float64 for outcome in outcomes) else ()
     return Outcome(tensors, jax.tree.map(lambda *own: np.concatenate(own, 1), *in_order), None, double)

@@ -70,7 +70,7 @@ def merge(
                         written(sink, job, 0, kept)
                     journal.mark(whole(job), Told())
                 loop.tell(job.name, job.bytes_read * (1 + len(job.sources)))
-        found = surveys(loop, work.merged)
+        account.found = found = surveys(loop, work.merged)
         units = list(filter(loop.to_do, loop.units(work.merged)))
         loop.over(units, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take)
         loop.writer.finish()

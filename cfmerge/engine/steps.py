@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool
 
 from cfmerge.core.call import Call
-from cfmerge.core.part import Context, Method, Needs, Seen, with_context
+from cfmerge.core.part import Composer, Context, Method, Needs, Seen, with_context
 from cfmerge.core.random import key_from
 from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Measure, Order
@@ -185,14 +185,20 @@ def steps(layout: str, compute: str, apart: bool = False) -> Steps:
         return written(settings, merged, reports, base, out)
 
     def written(settings: Settings, merged: Array, reports: Any, base: Array, out: str) -> tuple[Array, Any, Array]:
-        """Base plus delta, as stored: `(stack, *stored)`, or `(stack, results, *stored)` of a sweep."""
+        """Base plus delta, as stored: `(stack, *stored)`, or `(stack, results, *stored)` of a sweep.
+
+        Of a composer its parts, `(stack, ...)` each, of tensors that stack layers `(stack, layers, ...)`.
+        """
 
         def stored(delta: Array) -> Array:
             return (base.astype(compute) + views(settings).stored(delta, base.shape)).astype(out)
 
         results = len(members(settings.method))
-        result = stored(merged) if results == 1 else jax.vmap(stored, in_axes=1, out_axes=1)(merged)
-        return result, jax.tree.map(lambda value: value.reshape(base.shape[0], -1), reports), finite(result)
+        if isinstance(settings.method, Composer):
+            result = as_parts(merged, base.shape[0], "b" in layout, out)
+        else:
+            result = stored(merged) if results == 1 else jax.vmap(stored, in_axes=1, out_axes=1)(merged)
+        return result, jax.tree.map(lambda value: value.reshape(base.shape[0], -1), reports), all_finite(result)
 
     def together(
         settings: Sequence[Settings], base: Array, experts: Sequence[Array], inputs: Sequence[Inputs], out: str
@@ -246,6 +252,21 @@ def measured(view: Views, wanted: Measure | Order, measure: Callable[..., Any]) 
         return _total(join, _counted(one), jnp.repeat(counts, len(stacks[0][0]) // len(counts)), *stacks)
 
     return all_of_them
+
+
+def as_parts(parts: Any, stack: int, layers: bool, out: str) -> Any:
+    """The parts of a composer as they are written: floats in the output's dtype, stacked layers an axis of their own."""
+
+    def one(leaf: Array) -> Array:
+        leaf = leaf.astype(out) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        return leaf.reshape(stack, -1, *leaf.shape[1:]) if layers else leaf
+
+    return jax.tree.map(one, parts)
+
+
+def all_finite(stacks: Any) -> Bool[Array, " stack"]:
+    """Which entries of stacks hold neither NaN nor infinity, in any of their arrays."""
+    return functools.reduce(jnp.logical_and, map(finite, jax.tree.leaves(stacks)))
 
 
 def finite(stack: Array) -> Bool[Array, " stack"]:

@@ -192,13 +192,17 @@ class Unit:
         return rows
 
     def parts(self, values: Any) -> Iterator[tuple[Job, int, Any]]:
-        """`(job, first entry, values)` of each segment, out of an array `(stack, ...)`, or a pair of factors."""
+        """`(job, first entry, values)` of each segment, out of an array `(stack, ...)`.
+
+        Or out of a pair of factors, or of the arrays by name that a composer makes.
+        """
         for segment, span in zip(self.segments, self.spans, strict=True):
             if self.row is None:
                 own = jax.tree.map(lambda leaf, at=span.start: leaf[at], values)
-                yield segment.job, segment.first, segment.stored(own)
+                yield segment.job, segment.first, own if isinstance(own, dict) else segment.stored(own)
             else:
-                yield segment.job, segment.first, values[span].reshape(-1)[: segment.count]
+                cut = functools.partial(_flat, span=span, count=segment.entries)
+                yield segment.job, segment.first, jax.tree.map(cut, values)
 
     # --- numbers that come with them ------------------------------------------------------------------------------
 
@@ -282,6 +286,14 @@ class Unit:
                 for leaf, array in leaves.items() if array.ndim > 1 or segment.first == 0
             }  # fmt: skip
             yield segment.job, segment.first, cut
+
+
+def _flat(rows: Any, span: slice, count: int) -> Any:
+    """The entries of a segment out of rows `(stack, ..., row)`, as the last axis."""
+    own = rows[span]
+    if own.ndim > 2:
+        own = np.moveaxis(own, 0, -2)
+    return own.reshape(*own.shape[:-2], -1)[..., :count]
 
 
 def _one_dtype(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -66,7 +66,12 @@ class Writer:
 
 
 def written(sink: Writable, job: Job, first: int, values: Any) -> None:
-    """Writes a part under all names of its tensor: its values, or a merged delta's factors."""
+    """Writes a part under all names of its tensor: its values, a merged delta's factors, or a composer's arrays.
+
+    A composer's are written once: the result knows its tensors by their own names.
+    """
+    if isinstance(values, dict):
+        return sink.write_parts(job.name, values, first)  # type: ignore[attr-defined]
     for name in job.writes:
         if isinstance(values, tuple):
             sink.write_factors(name, *values)  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from cfmerge import methods
@@ -13,6 +13,8 @@ from cfmerge.models import Kind, Parameter, check_layout, is_buffer, is_counter,
 from cfmerge.recipe import Rule
 
 Action = Literal["merge", "keep-base", "skip"]
+# The method of one of the parameters, given the one that is asked for; None: it is kept from the base.
+Choose = Callable[[Parameter, Mapping[str, Parameter], Method], Method | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,7 @@ def assign(
     rules: Sequence[Rule] = (),
     others: Iterable[str] = (),
     instead: Mapping[str, Method | None] | None = None,
+    choose: Choose | None = None,
 ) -> dict[str, Assignment]:
     """The action on every parameter.
 
@@ -50,11 +53,20 @@ def assign(
     Args:
         others: names that the base lacks, which a rule may skip.
         instead: by name a method in place of `method`; None: the tensor is kept from the base.
+        choose: the method for every floating-point parameter, in place of the defaults.
 
     Raises:
         CfmergeError: a rule matches nothing, names an unknown method, or a layout that does not fit.
     """
     average = methods.make("average")
+
+    def usual(parameter: Parameter, own: Method | None) -> Assignment:
+        if choose is None:
+            return _default(parameter, own, average) if own else Assignment(parameter, "keep-base", average)
+        floats = is_float(parameter.dtype) and not is_buffer(parameter.name, parameter.shape)
+        chosen = choose(parameter, parameters, own) if own and floats else None
+        return Assignment(parameter, "merge", chosen) if chosen else Assignment(parameter, "keep-base", average)
+
     made = [_rule_method(rule, method) for rule in rules]
     used = [False] * len(rules)
     result = {}
@@ -62,7 +74,7 @@ def assign(
         number = next((i for i, rule in enumerate(rules) if _matches(rule, parameter)), None)
         own = (instead or {}).get(name, method)
         if number is None:
-            result[name] = _default(parameter, own, average) if own else Assignment(parameter, "keep-base", average)
+            result[name] = usual(parameter, own)
             continue
         rule, used[number] = rules[number], True
         changed = dataclasses.replace(
@@ -74,9 +86,10 @@ def assign(
         if rule.method in {"keep-base", "skip"}:
             result[name] = Assignment(changed, rule.method, average, rule)  # type: ignore[arg-type]
         elif rule.method or rule.parameters:
-            result[name] = _explicit(changed, made[number] or method, rule)
+            asked = _explicit(changed, made[number] or method, rule)
+            result[name] = dataclasses.replace(usual(changed, asked.method), rule=rule) if choose else asked
         else:
-            result[name] = dataclasses.replace(_default(changed, own or method, average), rule=rule)
+            result[name] = dataclasses.replace(usual(changed, own or method), rule=rule)
     _check_used(rules, used, parameters, others)
     return result
 

@@ -1,17 +1,18 @@
 """Plans: recipes resolved against the checkpoints' headers. Tensors are read only to see which are copies."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
 
 from cfmerge import methods
 from cfmerge.core.random import check_seed
+from cfmerge.core.part import Composer
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, open_checkpoint
 from cfmerge.models import Parameter, classify, is_buffer, is_float
-from cfmerge.planning.assign import assign, treated_apart
+from cfmerge.planning.assign import Choose, assign, treated_apart
 from cfmerge.planning.beside import beside_of
 from cfmerge.planning.experts import leave_untouched
 from cfmerge.planning.jobs import check_count, check_moments, settled_jobs, with_ranks
@@ -38,6 +39,7 @@ def resolve(
     *,
     sums: bool = False,
     opened: Mapping[str, Source] | None = None,
+    composing: Callable[[int], Choose] | None = None,
 ) -> Resolved:
     """The recipes resolved: checkpoints opened, headers read, everything settled that headers can settle.
 
@@ -46,6 +48,8 @@ def resolve(
         statistics: the statistics of other experts; None: those that the recipe names, if it does.
         sums: methods in the form whose statistic is a sum of fixed size, as accumulating needs it.
         opened: checkpoints by path that are open already.
+        composing: the choice of every parameter's method, given the number of experts, where the result is not one
+            checkpoint.
 
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
@@ -54,6 +58,8 @@ def resolve(
     check_seed(recipe.seed)
     load_plugins(recipe.plugins)
     made = [methods.make(one.method, one.parameters) for one in asked.values()]
+    for method in made:
+        _check_result(method, composing is not None)
     if statistics is None and recipe.statistics is not None:
         statistics = Statistics.load(recipe.statistics)
     sums = sums or statistics is not None
@@ -61,7 +67,7 @@ def resolve(
         asked = {label: statistics.recipe(one) for label, one in asked.items()}
         recipe = next(iter(asked.values()))
     alone = all(method.needs.experts[1] == 1 for method in made)
-    specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or alone else 2)
+    specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or alone or composing else 2)
     earlier = list(statistics.experts) if statistics else []
     _check_new(specs, earlier)
     models = open_models(recipe, specs, opened or {}, sums)
@@ -80,9 +86,10 @@ def resolve(
     ties = settle_ties(base, paired.experts, merged, paired.sources, apart)
     own = {name: parameter for name, parameter in parameters.items() if name not in ties.aliases}
     others = {name for expert in paired.experts for name in expert.tensors}
+    choose = composing(len(specs)) if composing else None
     matched = []
     for one, method in zip(asked.values(), made, strict=True):
-        assignments = assign(own, method, one.rules, others, stack.methods(one) if stack else None)
+        assignments = assign(own, method, one.rules, others, stack.methods(one) if stack else None, choose)
         matched.append(match_experts(one, base, merged, _afresh(paired), ties, assignments))
         problems = matched[-1].problems
         if problems:
@@ -123,7 +130,7 @@ def resolve(
         raise CfmergeError(f"base {recipe.base}: the statistics were accumulated over another base")
     if not stack and not any(job.assignment.action == "merge" for job in jobs):
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
-    averaged = unsolved_notes({job.name: job.assignment for job in jobs}, made[0])
+    averaged = [] if composing else unsolved_notes({job.name: job.assignment for job in jobs}, made[0])
     results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
     beside = beside_of(recipe, base, models, of_vocabulary)
     return Resolved(
@@ -131,6 +138,18 @@ def resolve(
         (*notes, *beside.notes, *numbers_told, *matched[0].notes, *averaged), parse_size(recipe.shard_size),
         beside.files, sums, models.opened, beside.edits,
     )  # fmt: skip
+
+
+def _check_result(method: Method, composing: bool) -> None:
+    """Raises `CfmergeError` where a method makes one checkpoint, and another result is asked for, or the other way."""
+    if isinstance(method, Composer) and not composing:
+        raise CfmergeError(
+            f"{method.name} makes a result that is not one checkpoint: use cfmerge compose {method.name} RECIPE -o OUT "
+            "(in Python cfmerge.compose.build)"
+        )
+    if composing and not isinstance(method, Composer):
+        known = ", ".join(methods.registry("composer"))
+        raise CfmergeError(f"{method.name} makes one checkpoint: use cfmerge merge; there is to compose: {known}")
 
 
 def _check_new(specs: Sequence[Expert], earlier: Sequence[str]) -> None:
