@@ -1,0 +1,90 @@
+"""The systems: which composer does each tensor, and a task's delta out of what it keeps.
+
+system    of a matrix             of anything else          a task's delta
+emr       shared, masks           the same                  scale masks[t] shared
+tall      shared, masks           the same                  masks[t] shared
+tsv_c     up, down                delta                     up[t] down[t];  delta[t]
+smile     up, down, router        bias of a linear layer    up[t] down[t];  bias[t]
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cfmerge.compose.emr import emr
+from cfmerge.compose.slots import mean, whole
+from cfmerge.compose.smile import check_gate, smile
+from cfmerge.compose.tall import tall
+from cfmerge.compose.tsv import tsv_c
+from cfmerge.core.call import Call, Options, call_of
+from cfmerge.core.part import Composer, Method
+from cfmerge.errors import CfmergeError
+from cfmerge.methods import registry
+from cfmerge.models import Kind, Parameter
+from cfmerge.planning.assign import Choose
+
+SYSTEMS = {"emr": emr, "tall": tall, "tsv_c": tsv_c, "smile": smile}
+WEIGHT = re.compile(r"(weight|kernel)$")
+
+
+def choice(experts: int) -> Choose:
+    """The choice of every parameter's composer, for that many experts."""
+
+    def choose(parameter: Parameter, parameters: Mapping[str, Parameter], method: Method) -> Method | None:
+        if not isinstance(method, Composer):
+            known = ", ".join(registry("composer"))
+            raise CfmergeError(
+                f"tensor {parameter.name!r}: {method.name} makes one checkpoint, and the result is not one: a rule may "
+                f"say keep-base or one of {known}"
+            )
+        of_all = for_experts(method, experts)
+        of_one = OF_ONE.get(method.name)
+        return of_one(parameter, parameters, of_all) if of_one else of_all
+
+    return choose
+
+
+def for_experts(method: Composer, experts: int) -> Composer:
+    """The composer for so many experts."""
+    return changed(method, experts=experts) if "experts" in call_of(method).options else method
+
+
+def changed(method: Composer, **options: Any) -> Composer:
+    """The composer, some of its options others."""
+    call: Call = call_of(method)
+    return dataclasses.replace(call, options=Options(call.options | options)).part()  # type: ignore[no-any-return]
+
+
+def _of_tsv(parameter: Parameter, parameters: Mapping[str, Parameter], method: Composer) -> Composer:
+    return method if parameter.layout or len(parameter.shape) == 2 else whole("delta")
+
+
+def _of_smile(parameter: Parameter, parameters: Mapping[str, Parameter], method: Composer) -> Composer | None:
+    """Linear layers and their biases; all else stays, or is the mean."""
+    if is_linear(parameter):
+        check_gate(method.parameters["gate"], parameter.canonical[2], parameter.name)
+        return method
+    if any(is_linear(one) and bias_of(one.name) == parameter.name for one in _beside(parameter.name, parameters)):
+        return whole("bias")
+    return mean("mean") if method.parameters["others"] == "mean" else None
+
+
+def is_linear(parameter: Parameter) -> bool:
+    """Whether the tensor is the weight of a linear layer."""
+    return parameter.kind is Kind.MATRIX and bool(parameter.layout)
+
+
+def bias_of(name: str) -> str:
+    """The name that the bias of the layer with this weight has."""
+    return WEIGHT.sub("bias", name)
+
+
+def _beside(name: str, parameters: Mapping[str, Parameter]) -> list[Parameter]:
+    stem = name.removesuffix("bias")
+    return [parameters[own] for end in ("weight", "kernel") if (own := stem + end) in parameters and own != name]
+
+
+OF_ONE: Mapping[str, Callable[[Parameter, Mapping[str, Parameter], Composer], Composer | None]] = {
+    "tsv_c": _of_tsv, "smile": _of_smile,
+}  # fmt: skip
