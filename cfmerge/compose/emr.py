@@ -1,7 +1,7 @@
 """EMR-Merging: one vector for all tasks; for each task a mask of one bit an entry, and one number.
 
-C. Huang et al., EMR-Merging: Tuning-Free High-Performance Model Merging, NeurIPS 2024, arXiv 2405.17461. Entry by entry,
-with `D_t` the deltas:
+C. Huang et al., EMR-Merging: Tuning-Free High-Performance Model Merging, NeurIPS 2024, arXiv 2405.17461. Entry by
+entry, with `D_t` the deltas:
 
     gamma = sgn(sum_t D_t)                                      elect: 0 stays 0, as in the paper
     D_uni = gamma max{|D_t| : gamma D_t > 0}                    0 without any
@@ -9,9 +9,10 @@ with `D_t` the deltas:
     lambda_t = sum |D_t| / sum |M_t D_uni|                      rescale: over the whole model
     task t:  W_0 + lambda_t M_t D_uni
 
-`lambda_t` restores the length in L1; it does not minimise the distance to `D_t`, as the paper says. The number that does
-is `<|D_t|, |M_t D_uni|> / ||M_t D_uni||^2` (`rescale="l2"`). The authors' scripts for eight ViTs take, in place of the
-sums, the sum over the tensors of each tensor's mean (`scope="tensor_mean"`), so that a bias weighs as much as a matrix.
+`lambda_t` restores the length in L1; it does not minimise the distance to `D_t`, as the paper says. The number that
+does is `<|D_t|, |M_t D_uni|> / ||M_t D_uni||^2` (`rescale="l2"`). The authors' scripts for eight ViTs take, in place of
+the sums, the sum over the tensors of each tensor's mean (`scope="tensor_mean"`), so that a bias weighs as much as a
+matrix.
 """
 
 import dataclasses

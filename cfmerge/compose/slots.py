@@ -7,6 +7,7 @@ So experts are streamed: the working set is one delta and what is kept.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,18 +32,25 @@ def composer(method: Method, **changes: Any) -> Composer:
     return Composer(**fields | changes)
 
 
-def in_slots(keep: Keep, experts: int, needs: Needs = MATRICES, **fields: Any) -> Composer:
-    """The composer that keeps `keep(base, delta)` of each expert, stacked over the experts."""
+def in_slots(
+    keep: Keep, experts: int, needs: Needs = MATRICES, *, based: bool = False, **fields: Any
+) -> Composer:
+    """The composer that keeps `keep(base, delta)` of each expert, stacked over the experts.
+
+    Args:
+        based: `keep` looks at the base; otherwise it is not held, and an array of its shape comes instead.
+    """
 
     def init(base: Array) -> tuple[Array, Parts]:
         kept = jax.eval_shape(keep, base, base)
-        return base, {part: jnp.zeros((experts, *leaf.shape), leaf.dtype) for part, leaf in kept.items()}
+        held = base if based else jnp.zeros((), base.dtype)
+        return held, {part: jnp.zeros((experts, *leaf.shape), leaf.dtype) for part, leaf in kept.items()}
 
     def update(
         statistic: tuple[Array, Parts], delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT
     ) -> tuple[Array, Parts]:
         base, slots = statistic
-        own = keep(base, delta)
+        own = keep(base if based else delta, delta)
         filled = {
             part: lax.dynamic_update_index_in_dim(slot, own[part].astype(slot.dtype), context.number, 0)
             for part, slot in slots.items()
@@ -55,6 +63,7 @@ def in_slots(keep: Keep, experts: int, needs: Needs = MATRICES, **fields: Any) -
     return Composer("slots", init, update, solve, needs=needs, **fields)
 
 
+@functools.cache  # one structure for all tensors
 def whole(part: str) -> Composer:
     """The composer that keeps all deltas as they are, `(T, ...)`, under that name."""
 
@@ -64,6 +73,7 @@ def whole(part: str) -> Composer:
     return composer(of_deltas(kept, ENTRIES, name=part))
 
 
+@functools.cache
 def mean(part: str) -> Composer:
     """The composer that keeps the mean of the deltas under that name."""
 

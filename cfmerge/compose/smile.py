@@ -167,7 +167,7 @@ def smile(
 
         adapters = composer if router == "delta" and not is_dense(fixed) else False
         needs = Needs("matrix", weights="none", factors="used" if adapters else "")
-        return in_slots(keep, experts, needs, joint=adapters, out_of=outside)
+        return in_slots(keep, experts, needs, based=router == "expert", joint=adapters, out_of=outside)
 
     fixed = None if rank is None else int(rank) if rank >= 1 or rank < 0 else 1  # by energy: settled by a look, before
     return composer()

@@ -27,7 +27,7 @@ Report = Mapping[str, Any]  # {name: scalar}; a sweep has a tuple of them, one f
 Scope = Literal["entry", "tensor", "matrix"]
 SCOPES: tuple[Scope, ...] = ("entry", "tensor", "matrix")  # from the narrowest to the widest
 Note = tuple[Callable[[float], bool], str]  # (condition, message): it is said where condition(value) holds
-FILLED_IN = ("depth", "experts")  # parameters that planning fills in: where a tensor lies, and how many experts there are
+FILLED_IN = ("depth", "experts")  # parameters that planning fills in: a tensor's depth, the number of experts
 
 
 class Context(NamedTuple):

@@ -62,8 +62,9 @@ def register(factory: F) -> F:
         >>> methods.make("clip(limit=0.5) >> average").name
         'clip >> average'
 
-    The factory's return annotation says whether it makes a `Method`, a `Transform` or a `Composer`. The part gets the factory's name
-    and the call that made it, see `Call`; parameters annotated `Number` can be traced, and differ by tensor and expert.
+    The factory's return annotation says whether it makes a `Method`, a `Transform` or a `Composer`. The part gets the
+    factory's name and the call that made it, see `Call`; parameters annotated `Number` can be traced, and differ by
+    tensor and expert.
 
     Raises:
         CfmergeError: another module has registered that name.

@@ -255,7 +255,7 @@ def measured(view: Views, wanted: Measure | Order, measure: Callable[..., Any]) 
 
 
 def as_parts(parts: Any, stack: int, layers: bool, out: str) -> Any:
-    """The parts of a composer as they are written: floats in the output's dtype, stacked layers an axis of their own."""
+    """The parts of a composer as they are written: floats in the output's dtype; stacked layers have an axis."""
 
     def one(leaf: Array) -> Array:
         leaf = leaf.astype(out) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

@@ -211,10 +211,12 @@ class Totals:
     Attributes:
         card: the text of README.md.
         heads: `(expert, {name: tensor})` of the heads that are written beside the model, one expert at a time.
+        files: `{name: text}` of other small files.
     """
 
     card: str = ""
     heads: Iterable[tuple[str, Mapping[str, np.ndarray]]] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Sink(Protocol):

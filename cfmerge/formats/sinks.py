@@ -185,8 +185,8 @@ class DirectorySink:
             for expert, tensors in totals.heads:
                 (self.path / HEADS).mkdir(exist_ok=True)
                 save(self.path / HEADS, tensors, FORMAT, expert)
-            if totals.card:
-                (self.path / "README.md").write_text(totals.card)
+            for name, text in {**totals.files, **({"README.md": totals.card} if totals.card else {})}.items():
+                (self.path / name).write_text(text)
 
     def _copy(self, name: str, source: Path) -> None:
         target = self.path / name

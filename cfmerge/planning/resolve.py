@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 
 from cfmerge import methods
-from cfmerge.core.random import check_seed
 from cfmerge.core.part import Composer
+from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, open_checkpoint
 from cfmerge.models import Parameter, classify, is_buffer, is_float

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,6 +39,36 @@ def directory_name(label: str) -> str:
     return re.sub(r"[^\w.=,-]+", "_", label).strip("_.") or "_"
 
 
+class Writes(Protocol):
+    """What becomes of a plan's result on disk."""
+
+    def sink(
+        self, plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path], digest: str, fresh: bool, join: bool
+    ) -> DirectorySink:
+        """The sink of a plan with one result."""
+        ...
+
+    def totals(
+        self, plan: Resolved, account: Account, digests: Mapping[Path, str], notes: Sequence[str], warned: Sequence[str]
+    ) -> Totals:
+        """All that is written when the tensors are."""
+        ...
+
+
+class Models:
+    """A model, or an adapter, with its card."""
+
+    def sink(
+        self, plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path], digest: str, fresh: bool, join: bool
+    ) -> DirectorySink:
+        return _sink(plan, output, overwrite, inputs, digest, fresh, join)
+
+    def totals(
+        self, plan: Resolved, account: Account, digests: Mapping[Path, str], notes: Sequence[str], warned: Sequence[str]
+    ) -> Totals:
+        return Totals(model_card(plan, digests, notes, warned), exported_heads(plan))
+
+
 def carried_out(
     plan: Resolved,
     output: Any,
@@ -48,6 +78,7 @@ def carried_out(
     progress: Progress,
     left_out: Sequence[LeftOut],
     fresh: bool = False,
+    writes: Writes = Models(),  # noqa: B008
 ) -> dict[str, MergeResult]:
     """The results by label, written into directories or handed to sinks."""
     plans = {label: plan.of(label) for label in plan.results}
@@ -80,7 +111,7 @@ def carried_out(
             if first and not fresh:
                 recall_left_out(plan, outputs)
             sinks = {
-                label: stack.enter_context(_sink(own, target, overwrite, places, plan.digest, fresh, join=not first))
+                label: stack.enter_context(writes.sink(own, target, overwrite, places, plan.digest, fresh, not first))
                 for (label, own), target in zip(plans.items(), outputs, strict=True)
             }
         outs = list(sinks.values())
@@ -117,8 +148,7 @@ def carried_out(
             warned, shown = _warned(account, number, outputs[number]), [*notes, *sink.notes]
             if first:
                 sink.covers(others)
-                card = model_card(plans[label], digests, shown, warned)
-                sink.finish(Totals(card, _exported_heads(plan)))
+                sink.finish(writes.totals(plans[label], account, digests, shown, warned))
             reports = account.reports_of(number)
             results[label] = MergeResult(
                 sink.target, plans[label], (*plan.notes, *shown), reports, digests, warnings=warned, resumed=earlier
@@ -217,7 +247,7 @@ def _check_contents(plan: Resolved) -> list[str]:
     return notes
 
 
-def _exported_heads(plan: Resolved) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+def exported_heads(plan: Resolved) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """`(expert, {name: tensor})` of the heads that are written beside the model."""
     for spec, expert in zip(plan.expert_specs, plan.experts, strict=True):
         tensors = {name: expert.read(name) for name in plan.exported.get(spec.name, ())}

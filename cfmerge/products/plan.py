@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import msgspec
 
@@ -19,7 +19,7 @@ from cfmerge.planning.prediction import Prediction
 from cfmerge.planning.resolve import resolve
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress, Writable, silent
-from cfmerge.products.carry_out import carried_out
+from cfmerge.products.carry_out import Models, Writes, carried_out
 from cfmerge.products.predict import Forecast, forecast
 from cfmerge.products.processes import memory_of, together
 from cfmerge.products.resume import LeftOut
@@ -52,6 +52,8 @@ class Plan(Resolved):
     `cfmerge.plan` and `cfmerge.make_plan` make it. Sizes are in bytes, `flops` are floating-point operations.
     """
 
+    writes: ClassVar[Writes] = Models()
+
     def run(
         self,
         output: str | Path | Writable | Mapping[str, Writable],
@@ -81,7 +83,7 @@ class Plan(Resolved):
             limit = memory_of(where.processes, memory, free_memory())
             tell = progress if progress and where.processes.number == 0 else silent
             done = self.attempted(limit, lambda plan, limit, left_out: carried_out(
-                plan, output, overwrite, limit, where, tell, left_out, fresh
+                plan, output, overwrite, limit, where, tell, left_out, fresh, self.writes
             ))  # fmt: skip
         seconds = time.monotonic() - started
         results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
@@ -144,13 +146,16 @@ class Plan(Resolved):
         if len(kept) < least and ("one-expert" not in recipe.allow or not kept):
             raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
         asked = {label: msgspec.structs.replace(one.recipe, experts=kept) for label, one in self.results.items()}
-        return planned(asked, self.statistics, sums=self.sums, opened=self.opened)
+        return self.made(asked, self.statistics, sums=self.sums, opened=self.opened)
+
+    @classmethod
+    def made(cls, asked: Mapping[str, Recipe], statistics: Statistics | None = None, **how: Any) -> Self:
+        """The plan of recipes by label; see `cfmerge.planning.resolve.resolve`."""
+        resolved = resolve(asked, statistics, **how)
+        return cls(**{field.name: getattr(resolved, field.name) for field in dataclasses.fields(resolved)})
 
 
-def planned(asked: Mapping[str, Recipe], statistics: Statistics | None = None, **how: Any) -> Plan:
-    """The plan of recipes by label; see `cfmerge.planning.resolve.resolve`."""
-    resolved = resolve(asked, statistics, **how)
-    return Plan(**{field.name: getattr(resolved, field.name) for field in dataclasses.fields(resolved)})
+planned = Plan.made
 
 
 def make_plan(recipe: Recipe, statistics: Statistics | None = None, *, sums: bool = False) -> Plan:

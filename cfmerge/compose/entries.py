@@ -1,0 +1,72 @@
+"""What a composed result keeps of each tensor, and how that lies in its files.
+
+A part of a tensor, such as the masks of `layer.weight`, is the tensor `masks/layer.weight` of the files. Masks are
+packed, eight entries a byte, the first in the highest bit: `(T, ceil(entries / 8))`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from cfmerge.formats.base import Header
+
+PACKED = np.dtype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is kept of one tensor.
+
+    Attributes:
+        shape, dtype: of the base's tensor.
+        layout: in which its canonical matrices are seen; empty where it is taken as it is stored.
+        parts: `{part: header}` as they lie in the files.
+        by_entry: the last axes of its parts are the tensor's, and a part may be written in pieces.
+        tasks: numbers of the tasks that it is kept of, in order; the others leave it at the base.
+        also: further names that the base has the same tensor under.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    parts: Mapping[str, Header]
+    by_entry: bool
+    tasks: tuple[int, ...]
+    also: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def matrices(self) -> int:
+        """How many canonical matrices the tensor stacks; its parts have an axis of them, the first, if it does."""
+        return math.prod(size for size, at in zip(self.shape, self.layout, strict=False) if at == "b")
+
+    def ranges(self, part: str, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """`(first, count)` of the part's flat entries that belong to so many entries of the tensor."""
+        shape, dtype = self.parts[part]
+        if not self.by_entry:
+            each, own = self.size // self.matrices, math.prod(shape) // self.matrices
+            yield first // each * own, count // each * own
+            return
+        row = self.size
+        if dtype == PACKED:  # pieces begin at whole bytes
+            first, count, row = first // 8, -(-(first + count) // 8) - first // 8, -(-row // 8)
+        yield from ((start + first, count) for start in range(0, math.prod(shape), row))
+
+    def pieces(self, part: str, values: Any, first: int) -> Iterator[tuple[int, np.ndarray]]:
+        """`(first, flat values)` of a part, out of its values for a piece of the tensor from entry `first` on."""
+        array = np.asarray(values)
+        if not self.by_entry:
+            yield next(self.ranges(part, first, self.size))[0], array.reshape(-1)
+            return
+        shape, dtype = self.parts[part]
+        row = -(-self.size // 8) if dtype == PACKED else self.size
+        rows = array.reshape(math.prod(shape) // row, -1)
+        count = rows.shape[1]
+        rows = np.packbits(rows, axis=1) if dtype == PACKED else rows
+        yield from ((start, own) for (start, _), own in zip(self.ranges(part, first, count), rows, strict=True))
