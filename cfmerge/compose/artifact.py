@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from cfmerge.compose.deltas import delta_of
 from cfmerge.compose.entries import Entry
 from cfmerge.errors import CfmergeError, nearest
+from cfmerge.formats import DirectorySink, Totals
 from cfmerge.formats.base import Header
 from cfmerge.formats.huggingface import HuggingFaceSource
 from cfmerge.formats.layout import read_json
@@ -63,9 +65,7 @@ class About:
     def number(self, task: str) -> int:
         """The number of a task. Raises `CfmergeError` if there is none of that name."""
         if task not in self.tasks:
-            raise CfmergeError(
-                f"unknown task {task!r}{nearest(task, self.tasks)}; there is: {', '.join(self.tasks)}"
-            )
+            raise CfmergeError(f"unknown task {task!r}{nearest(task, self.tasks)}; there is: {', '.join(self.tasks)}")
         return self.tasks.index(task)
 
 
@@ -75,7 +75,8 @@ class Artifact:
     """A composed result: a pytree of arrays, and what is known about them.
 
         >>> base = {"layer": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}
-        >>> experts = {"math": jax.tree.map(lambda leaf: leaf + 1, base), "code": jax.tree.map(lambda leaf: leaf - 2, base)}
+        >>> moved = {"math": 1.0, "code": -2.0}
+        >>> experts = {name: jax.tree.map(lambda leaf: leaf + by, base) for name, by in moved.items()}
         >>> made = compose.build(base, experts, "emr")
         >>> made.materialise("math", base)["layer"]["bias"].tolist()
         [0.0, 0.0, 0.0]
@@ -108,10 +109,11 @@ class Artifact:
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.parts, self.heads)))
 
     def delta(self, task: str, name: str, first: int = 0, count: int | None = None, dtype: Any = np.float32) -> Any:
-        """The delta of one tensor for a task, in its stored shape; with `count` so many flat entries; None: there is none.
+        """The delta of one tensor for a task, in its stored shape, or so many flat entries of it; None: there is none.
 
         Args:
             name: of the base's tensor.
+            first, count: from which entry on how many; no count: all.
             dtype: computed in.
         """
         own = self.about.names.get(name)
@@ -135,6 +137,24 @@ class Artifact:
         made = {name: self._materialised(task, name, leaf) for name, leaf in leaves.items()}
         return unflatten(treedef, made)
 
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """The directory that the result is written into; it appears when it is complete. `load` reads it.
+
+        Raises:
+            CfmergeError: there is something, or the name is that of a file.
+        """
+        about = self.about
+        headers, heads = headers_of(about.entries), {task: list(own) for task, own in self.heads.items()}
+        with DirectorySink(Path(directory), overwrite=overwrite) as sink:
+            sink.declare(headers)
+            for name, entry in about.entries.items():
+                for part in entry.parts:
+                    sink.write(f"{part}/{name}", np.asarray(self.parts[name][part]))
+            card = f"# {about.system} of {len(about.tasks)} tasks\n\n{', '.join(about.tasks)}\n"
+            sink.finish(Totals(card, self.heads.items(), {TABLE: table_of(about, self.scales, heads)}))  # type: ignore[arg-type]
+            sink.commit()
+        return sink.target
+
     def apply(self, function: Callable[..., Any], base: Any, task: str, *inputs: Any, **how: Any) -> Any:
         """`function(parameters of the task, *inputs)`."""
         return function(self.materialise(task, base), *inputs, **how)
@@ -144,18 +164,22 @@ class Artifact:
         return leaf if delta is None else (leaf.astype(delta.dtype) + delta).astype(leaf.dtype)
 
     def check(self, leaves: Mapping[str, Any]) -> None:
-        """Raises `CfmergeError` unless the base's leaves are those that the result was made of; traced ones by shape."""
-        for name, entry in self.about.entries.items():
-            if name not in leaves:
-                raise CfmergeError(f"base: has no {name!r}, which the result was made of{nearest(name, leaves)}")
-            if tuple(leaves[name].shape) != entry.shape:
-                raise CfmergeError(
-                    f"base: {name!r} has shape {tuple(leaves[name].shape)}, expected {entry.shape}: the result was made "
-                    "of another base"
-                )
+        """Raises `CfmergeError` unless the base's leaves are those that the result was made of; if traced by shape."""
+        self.check_shapes({name: tuple(leaf.shape) for name, leaf in leaves.items()}, "base")
         for name, digest in self.about.digests.items():
             if name in leaves and not isinstance(leaves[name], jax.core.Tracer):
                 check_digest("base", name, np.asarray(leaves[name]), digest)
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], who: str) -> None:
+        """Raises `CfmergeError` unless the base has the tensors that the result was made of, in their shapes."""
+        for name, entry in ((own, self.about.entries[of]) for own, of in self.about.names.items()):
+            if name not in shapes:
+                raise CfmergeError(f"{who}: has no {name!r}, which the result was made of{nearest(name, shapes)}")
+            if shapes[name] != entry.shape:
+                raise CfmergeError(
+                    f"{who}: {name!r} has shape {shapes[name]}, expected {entry.shape}: the result was made of another "
+                    "base"
+                )
 
 
 def computing(dtype: Any) -> Any:
@@ -183,7 +207,7 @@ def check_digest(who: str, name: str, array: np.ndarray, expected: str) -> None:
 # --- the directory -----------------------------------------------------------------------------------------------
 
 
-def table_of(about: About, scales: Sequence[float] | None, heads: Mapping[str, Sequence[str]]) -> str:
+def table_of(about: About, scales: Any, heads: Mapping[str, Sequence[str]]) -> str:
     """The content of `composition.json`."""
     content = {
         "format": KIND,
@@ -203,7 +227,9 @@ def table_of(about: About, scales: Sequence[float] | None, heads: Mapping[str, S
 
 
 def _told(entry: Entry, tasks: int) -> dict[str, Any]:
-    parts = {part: {"shape": list(shape), "dtype": np.dtype(dtype).name} for part, (shape, dtype) in entry.parts.items()}
+    parts = {
+        part: {"shape": list(shape), "dtype": np.dtype(dtype).name} for part, (shape, dtype) in entry.parts.items()
+    }
     told: dict[str, Any] = {"shape": list(entry.shape), "dtype": entry.dtype, "layout": entry.layout, "parts": parts}
     told["by_entry"] = entry.by_entry
     if entry.also:
@@ -256,7 +282,13 @@ def _about(content: Mapping[str, Any]) -> tuple[About, np.ndarray | None]:
         parts = {part: (tuple(one["shape"]), dtype_of(one["dtype"])) for part, one in told["parts"].items()}
         own = tuple(told.get("tasks", range(len(tasks))))
         return Entry(
-            tuple(told["shape"]), told["dtype"], told["layout"], parts, told["by_entry"], own, tuple(told.get("also", ()))
+            tuple(told["shape"]),
+            told["dtype"],
+            told["layout"],
+            parts,
+            told["by_entry"],
+            own,
+            tuple(told.get("also", ())),
         )
 
     entries = {name: entry(told) for name, told in content["tensors"].items()}
@@ -269,8 +301,6 @@ def _about(content: Mapping[str, Any]) -> tuple[About, np.ndarray | None]:
 
 
 def dtype_of(name: str) -> np.dtype:
-    import ml_dtypes
-
     return np.dtype(getattr(ml_dtypes, name, name))
 
 

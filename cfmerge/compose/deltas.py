@@ -60,10 +60,10 @@ def _product(entry: Entry, parts: Mapping[str, Any], task: int, dtype: Any) -> A
     up = parts["up"][:, task] if stacked else parts["up"][task]
     if "down" in parts:
         down = parts["down"][:, task] if stacked else parts["down"][task]
-        if isinstance(up, jax.Array):
+        if isinstance(up, jax.core.Tracer) or isinstance(down, jax.core.Tracer):
             up = linalg.matmul(up.astype(dtype), down.astype(dtype))
         else:
-            up = np.matmul(up.astype(np.float64), down.astype(np.float64))
+            up = np.matmul(np.asarray(up, np.float64), np.asarray(down, np.float64))
     up = up.astype(dtype)
     if not entry.layout:
         return up.reshape(entry.shape)

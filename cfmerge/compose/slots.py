@@ -32,9 +32,7 @@ def composer(method: Method, **changes: Any) -> Composer:
     return Composer(**fields | changes)
 
 
-def in_slots(
-    keep: Keep, experts: int, needs: Needs = MATRICES, *, based: bool = False, **fields: Any
-) -> Composer:
+def in_slots(keep: Keep, experts: int, needs: Needs = MATRICES, *, based: bool = False, **fields: Any) -> Composer:
     """The composer that keeps `keep(base, delta)` of each expert, stacked over the experts.
 
     Args:

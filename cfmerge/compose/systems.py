@@ -28,8 +28,8 @@ SYSTEMS = {"emr": emr, "tall": tall, "tsv_c": tsv_c, "smile": smile}
 WEIGHT = re.compile(r"(weight|kernel)$")
 
 
-def choice(experts: int) -> Choose:
-    """The choice of every parameter's composer, for that many experts."""
+def choice(experts: int, asked: Composer) -> Choose:
+    """The choice of every parameter's composer, for that many experts, where that one is asked for."""
 
     def choose(parameter: Parameter, parameters: Mapping[str, Parameter], method: Method) -> Method | None:
         if not isinstance(method, Composer):
@@ -37,6 +37,11 @@ def choice(experts: int) -> Choose:
             raise CfmergeError(
                 f"tensor {parameter.name!r}: {method.name} makes one checkpoint, and the result is not one: a rule may "
                 f"say keep-base or one of {known}"
+            )
+        if method.name != asked.name or (method.survey and method.parameters != asked.parameters):
+            raise CfmergeError(
+                f"tensor {parameter.name!r}: the result is of {asked.name}; a rule may say keep-base"
+                + ("" if asked.survey else f", or {asked.name} with other parameters")
             )
         of_all = for_experts(method, experts)
         of_one = OF_ONE.get(method.name)

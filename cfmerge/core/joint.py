@@ -106,11 +106,14 @@ def merged_factors(
 
 
 def composed_factors(
-    rules: Sequence[Composer], cores: Cores, weights: Sequence[Any], contexts: Sequence[Context]
+    rules: Sequence[Method], cores: Cores, weights: Sequence[Any], contexts: Sequence[Context]
 ) -> tuple[Mapping[str, Array], Report]:
     """The parts of a composer that sees the cores, out of their basis, and the report."""
     parts, report = _solved(rules, cores, weights, contexts)
-    return rules[0].out_of(parts, cores.u, cores.v), report  # type: ignore[misc]
+    composer = rules[0]
+    assert isinstance(composer, Composer)
+    assert composer.out_of is not None
+    return composer.out_of(parts, cores.u, cores.v), report
 
 
 def _solved(

@@ -198,7 +198,7 @@ class Method(Part):
 
     init: Callable[[Array], Statistic]
     update: Callable[..., Statistic]
-    solve: Callable[[Statistic], tuple[Array, Any]]
+    solve: Callable[[Statistic], tuple[Any, Any]]
     _: dataclasses.KW_ONLY
     additive: bool = True
     statistic: Hashable = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -39,7 +40,7 @@ def resolve(
     *,
     sums: bool = False,
     opened: Mapping[str, Source] | None = None,
-    composing: Callable[[int], Choose] | None = None,
+    composing: Callable[[int, Any], Choose] | None = None,
 ) -> Resolved:
     """The recipes resolved: checkpoints opened, headers read, everything settled that headers can settle.
 
@@ -48,8 +49,8 @@ def resolve(
         statistics: the statistics of other experts; None: those that the recipe names, if it does.
         sums: methods in the form whose statistic is a sum of fixed size, as accumulating needs it.
         opened: checkpoints by path that are open already.
-        composing: the choice of every parameter's method, given the number of experts, where the result is not one
-            checkpoint.
+        composing: the choice of every parameter's method, given the number of experts and the method that is asked
+            for, where the result is not one checkpoint.
 
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
@@ -86,7 +87,7 @@ def resolve(
     ties = settle_ties(base, paired.experts, merged, paired.sources, apart)
     own = {name: parameter for name, parameter in parameters.items() if name not in ties.aliases}
     others = {name for expert in paired.experts for name in expert.tensors}
-    choose = composing(len(specs)) if composing else None
+    choose = composing(len(specs), made[0]) if composing else None
     matched = []
     for one, method in zip(asked.values(), made, strict=True):
         assignments = assign(own, method, one.rules, others, stack.methods(one) if stack else None, choose)
@@ -140,7 +141,7 @@ def resolve(
     )  # fmt: skip
 
 
-def _check_result(method: Method, composing: bool) -> None:
+def _check_result(method: methods.Method, composing: bool) -> None:
     """Raises `CfmergeError` where a method makes one checkpoint, and another result is asked for, or the other way."""
     if isinstance(method, Composer) and not composing:
         raise CfmergeError(

@@ -43,7 +43,14 @@ class Writes(Protocol):
     """What becomes of a plan's result on disk."""
 
     def sink(
-        self, plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path], digest: str, fresh: bool, join: bool
+        self,
+        plan: Resolved,
+        output: Path,
+        overwrite: bool,
+        inputs: Sequence[Path],
+        digest: str,
+        fresh: bool,
+        join: bool,
     ) -> DirectorySink:
         """The sink of a plan with one result."""
         ...
@@ -59,7 +66,14 @@ class Models:
     """A model, or an adapter, with its card."""
 
     def sink(
-        self, plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path], digest: str, fresh: bool, join: bool
+        self,
+        plan: Resolved,
+        output: Path,
+        overwrite: bool,
+        inputs: Sequence[Path],
+        digest: str,
+        fresh: bool,
+        join: bool,
     ) -> DirectorySink:
         return _sink(plan, output, overwrite, inputs, digest, fresh, join)
 

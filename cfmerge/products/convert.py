@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def convert(
     Raises:
         CfmergeError: bad input, a name without a rule, or a shape that does not fit; nothing is written then.
     """
-    started, output = time.monotonic(), Path(output)
+    output = Path(output)
     if format not in {None, *FORMATS}:
         raise CfmergeError(f"unknown format {format!r}{nearest(str(format), FORMATS)}")
     opened = open_checkpoint(source) if isinstance(source, str | Path) else source
@@ -92,17 +92,42 @@ def convert(
     made = _translated(opened, names, config)
     single = format_by_name(output, format)
     wanted = single or format or (_usual(opened, names, made.forward) if names else None)
-    side_files = _side_files(opened)
-    places = [*opened.files, opened.path]
+    how: Any = {"shard_size": shard_size, "overwrite": overwrite, "progress": progress}
+    return copied(opened, output, made, _folders(opened, made, names, wanted), wanted, _side_files(opened), **how)
+
+
+def copied(
+    source: Source,
+    output: Path,
+    made: Translation,
+    folders: Sequence[Folder],
+    format: str | None,
+    side_files: Mapping[str, Path],
+    *,
+    edits: Mapping[str, Mapping[str, Any]] | None = None,
+    card: str = "",
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """A source's tensors in files, whole or not at all.
+
+    Args:
+        made: the tensors of the output, and how each is made.
+        folders: how its files lie.
+        side_files, edits: see `DirectorySink`.
+        card: the text of README.md.
+    """
+    started = time.monotonic()
     with open_sink(
-        output, _folders(opened, made, names, wanted), shard_bytes=parse_size(shard_size), side_files=side_files,
-        edits={}, format=wanted, overwrite=overwrite, inputs=places,
+        output, folders, shard_bytes=parse_size(shard_size), side_files=side_files, edits=edits or {}, format=format,
+        overwrite=overwrite, inputs=[*source.files, source.path],
     ) as sink:  # fmt: skip
         sink.declare(made.headers)
-        _copy(opened, made, sink, progress or (lambda name, count: None))
-        sink.finish(Totals())
+        _copy(source, made, sink, progress or (lambda name, count: None))
+        sink.finish(Totals(card))
         sink.commit()
-        notes = (*opened.notes, *opened.left_out, *made.notes, *sink.notes)
+        notes = (*source.notes, *source.left_out, *made.notes, *sink.notes)
         return Converted(sink.target, made.headers, notes, time.monotonic() - started)
 
 

@@ -16,7 +16,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats.pytree import flatten
 from cfmerge.methods import Method
 from cfmerge.models import Parameter, classify, is_float
-from cfmerge.planning.assign import Assignment, assign
+from cfmerge.planning.assign import Assignment, Choose, assign
 from cfmerge.planning.jobs import check_moments, settled_jobs, with_ranks
 from cfmerge.planning.unsolved import unsolved
 from cfmerge.planning.work import Job, Participant, Work
@@ -35,7 +35,13 @@ class Problem(NamedTuple):
     assignments: Sequence[Mapping[str, Assignment]]  # one for each method
 
     @staticmethod
-    def of(base: Any, experts: Any, by: Sequence[Method], rules: Sequence[Rule | Mapping[str, Any]]) -> "Problem":
+    def of(
+        base: Any,
+        experts: Any,
+        by: Sequence[Method],
+        rules: Sequence[Rule | Mapping[str, Any]],
+        choose: Choose | None = None,
+    ) -> "Problem":
         """The problem that trees make: checked to fit together, methods assigned."""
         named = isinstance(experts, Mapping)
         trees = list(experts.values()) if named else list(experts)
@@ -45,8 +51,8 @@ class Problem(NamedTuple):
         shapes = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves.items()}
         made = [rule if isinstance(rule, Rule) else parse_rule(dict(rule)) for rule in rules]
         parameters = classify(shapes)
-        each = [assign(parameters, method, made) for method in by]
-        for assignments, method in zip(each, by, strict=True):
+        each = [assign(parameters, method, made, choose=choose) for method in by]
+        for assignments, method in zip(each, by, strict=True) if choose is None else ():
             _warn_unsolved(assignments, method)
         for name, assignment in each[0].items():
             if assignment.action == "skip":

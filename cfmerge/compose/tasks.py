@@ -1,0 +1,132 @@
+"""A task of a composed result as a model: a source over its base, and the checkpoint that is written of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfmerge.compose.artifact import Artifact, check_digest, computing, load
+from cfmerge.errors import CfmergeError
+from cfmerge.formats import Source, TensorInfo, open_checkpoint
+from cfmerge.formats.naming import format_by_name, in_format
+from cfmerge.formats.wrapped import Wrapped
+from cfmerge.models.names import unchanged
+from cfmerge.products.convert import Converted, copied
+
+Progress = Callable[[str, int], None]
+
+
+class TaskSource(Wrapped):
+    """The base plus one task's delta, in the base's dtypes; the task's own heads where it has such.
+
+    Every tensor of the base is compared with the SHA-256 that the result tells, when it is first read.
+
+    Raises:
+        CfmergeError: an unknown task, a tensor that the base lacks; when a tensor is read, another base.
+    """
+
+    def __init__(self, base: Source, artifact: Artifact, task: str):
+        super().__init__(base)
+        self.artifact, self.task = artifact, task
+        artifact.about.number(task)
+        artifact.check_shapes({name: info.shape for name, info in base.tensors.items()}, f"base {base.path}")
+        self.heads = artifact.heads.get(task, {})
+        own = {name: TensorInfo(head.shape, head.dtype, base.path) for name, head in self.heads.items()}
+        self.tensors = {**base.tensors, **own}
+        self.changed = self.tensors
+        self._checked: set[str] = set()
+        self._last: tuple[str, Any] = ("", None)
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
+        if name in self.heads:
+            head = self.heads[name]
+            return head if count is None else head.reshape(-1)[first : first + count]
+        self._check(name)
+        base, compute = self.inner.read(name, first, count), computing(self.inner.tensors[name].dtype)
+        delta = self._delta(name, first, count, compute)
+        return base if delta is None else (base.astype(compute) + delta).astype(base.dtype)
+
+    def _delta(self, name: str, first: int, count: int | None, compute: Any) -> Any:
+        about = self.artifact.about
+        by_entry = name not in about.names or about.entries[about.names[name]].by_entry
+        if count is None or by_entry:
+            return self.artifact.delta(self.task, name, first, count, compute)
+        if self._last[0] != name:  # a product is made whole, and read in pieces
+            self._last = (name, self.artifact.delta(self.task, name, dtype=compute))
+        whole = self._last[1]
+        return None if whole is None else whole.reshape(-1)[first : first + count]
+
+    def _check(self, name: str) -> None:
+        expected = self.artifact.about.digests.get(name)
+        if expected is not None and name not in self._checked:
+            check_digest(f"base {self.inner.path}", name, self.inner.read(name), expected)
+            self._checked.add(name)
+
+
+def materialise(
+    composed: str | Path | Artifact,
+    task: str,
+    output: str | Path,
+    *,
+    base: str | Path | Source | None = None,
+    format: str | None = None,
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """The checkpoint of one task of a composed result: base plus the task's delta, tensor by tensor.
+
+        >>> made = compose.build("base", ["math", "code"], "emr", output="composed")
+        >>> done = compose.materialise("composed", "math", "model")
+        >>> done.output.name, cfmerge.open("model")["layer.bias"].shape
+        ('model', (4,))
+
+    It is computed from the base each time, so that the same files give the same bytes. Files beside the base's weights
+    are copied; a task's own heads are in it, with the keys of `config.json` that they need.
+
+    Args:
+        composed: the directory of the result, or the result.
+        task: the name of an expert.
+        output: the directory to make, or the file. It appears when it is complete.
+        base: where the base is; None: where it was when the result was made.
+        format: `safetensors`, `torch`, ...; None: as the output's name says, else the base's.
+        shard_size: the largest file.
+        overwrite: replace a model that is there.
+        progress: called with (tensor name, bytes).
+
+    Raises:
+        CfmergeError: an unknown task, no base or another one, a result that is not whole; nothing is written then.
+    """
+    artifact = composed if isinstance(composed, Artifact) else load(composed)
+    source = TaskSource(_base(artifact, base), artifact, task)
+    wanted = format_by_name(Path(output), format) or format
+    folders = [in_format(folder, wanted) for folder in source.folders]
+    headers = {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
+    config = artifact.about.configs.get(task, {})
+    edits = {"config.json": config} if config and "config.json" in source.side_files else {}
+    return copied(
+        source, Path(output), unchanged(headers), folders, wanted, source.side_files, edits=edits,
+        card=_card(artifact, task, source), shard_size=shard_size, overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+
+
+def _base(artifact: Artifact, base: str | Path | Source | None) -> Source:
+    if base is not None:
+        return open_checkpoint(base) if isinstance(base, str | Path) else base
+    told = artifact.about.base
+    if not told:
+        raise CfmergeError("materialise: the result was made of a tree in memory; name its base")
+    try:
+        return open_checkpoint(told)
+    except CfmergeError as error:
+        raise CfmergeError(f"{error}; the result was made over the base {told}: say with --base where it is") from None
+
+
+def _card(artifact: Artifact, task: str, source: Source) -> str:
+    about = artifact.about
+    return (
+        f"# {task}\n\nThe model of task {task!r} out of {about.system} over {len(about.tasks)} tasks "
+        f"({', '.join(about.tasks)}), made by [cfmerge](https://github.com/cfmerge/cfmerge) from the base "
+        f"{source.path.name}.\n"
+    )
