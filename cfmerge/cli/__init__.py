@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 import cfmerge
-from cfmerge.cli import bench, files, show, tables
+from cfmerge.cli import bench, composing, files, show, tables
 from cfmerge.cli import options as o
 from cfmerge.cli.ending import ended
 from cfmerge.cli.texts import key_values, swept
@@ -217,7 +217,7 @@ def plan(
         if not json:
             show.recipe_of(stage, sorted(waiting))
         if not waiting:
-            planned = cfmerge.make_plan(stage.recipe)
+            planned = composing.planned(stage.recipe)
             forecast = planned.forecast(memory, devices, device_memory, not no_calibration)
             tables.plan(planned, forecast, tensors, json)
 
@@ -237,21 +237,24 @@ def clean(
     listed_and_removed(places or [Path()], yes, json)
 
 
+app.command(cls=o.Command, epilog=o.examples(*composing.COMPOSE))(composing.compose)
+app.command(cls=o.Command)(composing.materialise)
 app.command(cls=o.Command, epilog=o.examples(*files.EXAMPLES))(files.convert)
 app.command(cls=o.Command)(files.inspect)
 
 
 @app.command(cls=o.Command)
 def methods(
-    name: Annotated[str | None, o.argument("NAME", "A method or transform, to show all of it.")] = None,
+    name: Annotated[str | None, o.argument("NAME", "A method, transform or system, to show all of it.")] = None,
     plugin: o.Plugins = None,
     json: o.Json = False,
 ) -> None:
     """List the methods and transforms, or show one in full."""
+    from cfmerge import compose  # noqa: F401, it registers the systems
     from cfmerge.planning.plugins import load_plugins
 
     load_plugins(plugin or [])
-    registry = cfmerge.methods.registry()
+    registry = cfmerge.methods.registry("method", "transform", "composer")
     if name is not None and name not in registry:
         raise CfmergeError(f"unknown method {name!r}{nearest(name, registry)}")
     tables.methods([entry for entry in registry.values() if name in {None, entry.name}], json, full=name is not None)

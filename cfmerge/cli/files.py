@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import cfmerge
+from cfmerge.cli import composing, show, tables
 from cfmerge.cli import options as o
-from cfmerge.cli import show, tables
 from cfmerge.recipe import Format
 
 EXAMPLES = (  # of `convert`
@@ -55,7 +55,7 @@ def convert(
 
 def inspect(
     checkpoint: Annotated[
-        str, o.argument("CHECKPOINT", "A model, an adapter: a directory, a file, ORG/NAME[@REVISION].")
+        str, o.argument("CHECKPOINT", "A model, an adapter, a composed result; ORG/NAME[@REVISION].")
     ],
     download: o.Download = False,
     cache_dir: o.CacheDir = None,
@@ -64,7 +64,14 @@ def inspect(
     """Show a checkpoint's tensors: kinds, layouts, dtypes, ties."""
     from cfmerge.formats import located
     from cfmerge.formats.adapters import adapter_alone
+    from cfmerge.formats.composed import is_composed
 
+    place = Path(checkpoint).expanduser()
+    if is_composed(place):
+        from cfmerge import compose
+
+        composing.inspected(compose.load(place), place, json)
+        return
     adapter = None if "::" in checkpoint else adapter_alone(located(checkpoint, download, cache_dir))
     found = adapter or cfmerge.open_checkpoint(checkpoint, download=download, cache_dir=cache_dir)
     tables.checkpoint(found, json)

@@ -136,6 +136,7 @@ RECIPE: dict[str, Any] = {
 }
 
 RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML, mergekit's too), or a card of cfmerge.")]
+System = Annotated[str, argument("SYSTEM", "emr, tall, tsv_c or smile; or a text such as 'smile(rank=32)'.")]
 Out = Annotated[Path | None, argument("OUT", "The output, in place of --output.")]
 Output = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="The directory to make.")]
 Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the output if it is there.")]
@@ -173,21 +174,25 @@ class Command(typer.core.TyperCommand):
         return found
 
 
-def takes_recipe(*without: str, chains: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_recipe(
+    *without: str, chains: bool = False, system: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command's first argument is the recipe that its file and its options make.
 
     The command gets an option for every key of a recipe, but for `without` and for those that it has itself. One that
-    takes `chains` gets a list of stages instead.
+    takes `chains` gets a list of stages instead. One that makes a `system` has its name, the recipe's method, as its
+    first argument, in place of an option.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command).parameters.values())[1:]
-        left_out = {*without, *(parameter.name for parameter in own)}
+        left_out = {*without, *(parameter.name for parameter in own), *(["method"] if system else [])}
         keys = [key for key in RECIPE if key in Recipe.__struct_fields__ and key not in left_out]
 
         @functools.wraps(command)
         def run(recipe: Path | None = None, **given: Any) -> None:
-            stages = make_stages(recipe, {key: given.pop(key) for key in keys})
+            asked = {"method": given.pop("system")} if system else {}
+            stages = make_stages(recipe, asked | {key: given.pop(key) for key in keys})
             if not chains and len(stages) > 1:
                 raise CfmergeError(
                     f"{recipe}: {len(stages)} documents are a chain of merges, which `cfmerge merge` and `cfmerge "
@@ -201,7 +206,8 @@ def takes_recipe(*without: str, chains: bool = False) -> Callable[[Callable[...,
         shared = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RECIPE[key]) for key in keys
         ]
-        parameters = [file, *sorted([*own, *shared], key=_panel)]
+        named = inspect.Parameter("system", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=System)
+        parameters = [*([named] if system else []), file, *sorted([*own, *shared], key=_panel)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in parameters}
         del run.__wrapped__

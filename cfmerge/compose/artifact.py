@@ -24,12 +24,12 @@ from cfmerge.compose.entries import Entry
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import DirectorySink, Totals
 from cfmerge.formats.base import Header
+from cfmerge.formats.composed import TABLE
 from cfmerge.formats.huggingface import HuggingFaceSource
 from cfmerge.formats.layout import read_json
 from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.formats.sinks import HEADS
 
-TABLE = "composition.json"
 KIND, VERSION = "cfmerge-composition", 1
 
 
@@ -44,6 +44,7 @@ class About:
         entries: `{tensor: what is kept of it}`.
         digests: `{tensor of the base: SHA-256}`; empty of trees that were traced.
         base: the path of the base, as it was given.
+        base_bytes: the size of its tensors.
         configs: `{task: {key of config.json: value}}`, where a task's head needs another.
         recipe: the recipe as YAML; empty of trees.
     """
@@ -54,6 +55,7 @@ class About:
     entries: Mapping[str, Entry]
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     base: str = ""
+    base_bytes: int = 0
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     recipe: str = ""
 
@@ -217,6 +219,7 @@ def table_of(about: About, scales: Any, heads: Mapping[str, Sequence[str]]) -> s
         "parameters": dict(about.parameters),
         **({} if scales is None else {"scales": dict(zip(about.tasks, map(float, scales), strict=True))}),
         "base": about.base,
+        "base_bytes": about.base_bytes,
         "tensors": {name: _told(entry, len(about.tasks)) for name, entry in about.entries.items()},
         "base_sha256": dict(about.digests),
         "heads": {task: list(names) for task, names in heads.items()},
@@ -295,7 +298,7 @@ def _about(content: Mapping[str, Any]) -> tuple[About, np.ndarray | None]:
     scales = np.array([content["scales"][task] for task in tasks], np.float64) if "scales" in content else None
     about = About(
         content["system"], tasks, content["parameters"], entries, content["base_sha256"], content["base"],
-        content["configs"], content["recipe"],
+        content["base_bytes"], content["configs"], content["recipe"],
     )  # fmt: skip
     return about, scales
 

@@ -21,6 +21,7 @@ from cfmerge.engine.placement import Devices
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Folder, Totals
 from cfmerge.formats.base import Header
+from cfmerge.formats.composed import TABLE
 from cfmerge.methods import Method
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Job, Progress
@@ -58,7 +59,7 @@ class Artifacts:
         assert isinstance(plan, ComposedPlan)
         about = plan.about({name: digest_of(plan.base.read(name)) for name in plan.base.tensors})
         table = table_of(about, scales_of(account), plan.exported)
-        return Totals(_card(plan, notes), exported_heads(plan), {"composition.json": table})
+        return Totals(_card(plan, notes), exported_heads(plan), {TABLE: table})
 
 
 class ComposedPlan(Plan):
@@ -93,7 +94,7 @@ class ComposedPlan(Plan):
         recipe = self.explicit_recipe
         return About(
             self.method.name, tuple(spec.name for spec in self.expert_specs), recipe.parameters, self.entries, digests,
-            recipe.base, configs, recipe.to_yaml(),
+            recipe.base, sum(info.nbytes for info in self.base.tensors.values()), configs, recipe.to_yaml(),
         )  # fmt: skip
 
 
@@ -218,10 +219,16 @@ def _card(plan: ComposedPlan, notes: Sequence[str]) -> str:
     """The README.md of a composed result."""
     tasks = "\n".join(f"- {spec.name}" for spec in plan.expert_specs)
     told = "\n".join(f"- {note}" for note in (*plan.notes, *notes))
-    return (
-        f"# {plan.method.name} of {len(plan.expert_specs)} tasks\n\nMade by "
-        "[cfmerge](https://github.com/cfmerge/cfmerge) without data and without training. It is no checkpoint: `composition.json` tells what the tensors are, and "
-        f"`cfmerge materialise . --task TASK -o MODEL` makes the model of a task.\n\n## Tasks\n\n{tasks}\n\n"
-        + (f"## Notes\n\n{told}\n\n" if told else "")
-        + f"## Recipe\n\n```yaml\n{plan.explicit_recipe.to_yaml().strip()}\n```\n"
+    head = f"# {plan.method.name} of {len(plan.expert_specs)} tasks"
+    made = (
+        "Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training. It is no checkpoint:"
     )
+    paragraphs = [
+        head,
+        f"{made} `composition.json` tells what the tensors are, and `cfmerge materialise . --task TASK -o MODEL` makes the "
+        "model of a task.",
+        f"## Tasks\n\n{tasks}",
+        *([f"## Notes\n\n{told}"] if told else []),
+        f"## Recipe\n\n```yaml\n{plan.explicit_recipe.to_yaml().strip()}\n```",
+    ]
+    return "\n\n".join(paragraphs) + "\n"

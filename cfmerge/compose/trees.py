@@ -41,7 +41,8 @@ def build_trees(base: Any, experts: Any, system: Any, parameters: Mapping[str, A
     arrays = Arrays.of(problem.assignments, problem.trees, None, [None] * len(trees))
     parts, scales = automatic(made, arrays, lambda result, mesh: jax.tree.map(lambda leaf: None, result))
     told = {name: _plain(value) for name, value in method.parameters.items()}
-    about = About(method.name, tuple(problem.names), told, entries, _digests(problem.trees[0]))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in problem.trees[0].values())
+    about = About(method.name, tuple(problem.names), told, entries, _digests(problem.trees[0]), "", size)
     return Artifact(about, parts, None if scales is None else jnp.asarray(scales))
 
 

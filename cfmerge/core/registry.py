@@ -49,6 +49,7 @@ class Entry:
 
 
 _REGISTRY: dict[str, Entry] = {}
+ELSEWHERE = ("emr", "tall", "tsv_c", "smile")  # composers, which `cfmerge.compose` registers
 KINDS: dict[Any, str] = {Transform: "transform", Composer: "composer"}
 
 
@@ -123,5 +124,10 @@ def entry(name: str) -> Entry:
         CfmergeError: there is none; with the nearest ones.
     """
     if name not in _REGISTRY:
+        if name in ELSEWHERE:
+            raise CfmergeError(
+                f"{name} makes a result that is not one checkpoint: use cfmerge compose {name} RECIPE -o OUT (in Python "
+                "cfmerge.compose.build)"
+            )
         raise CfmergeError(f"unknown method {name!r}{nearest(name, _REGISTRY)}")
     return _REGISTRY[name]

@@ -9,6 +9,7 @@ from cfmerge.formats.base import Sink as Sink
 from cfmerge.formats.base import Source as Source
 from cfmerge.formats.base import TensorInfo as TensorInfo
 from cfmerge.formats.base import Totals as Totals
+from cfmerge.formats.composed import is_composed
 from cfmerge.formats.download import snapshot_of
 from cfmerge.formats.huggingface import HuggingFaceSource
 from cfmerge.formats.outputs import FileSink as FileSink
@@ -43,6 +44,11 @@ def open_checkpoint(path: str | Path, *, download: bool = False, cache_dir: str 
         raise CfmergeError(f"{found}: is a link to {found.readlink()}, which is not there; fetch the model again")
     if not found.exists():
         raise CfmergeError(f"{found}: no such file or directory")
+    if is_composed(found):
+        raise CfmergeError(
+            f"{found}: is a composed result, not a model; `cfmerge materialise {found} --task NAME -o MODEL` makes the "
+            "model of a task, `cfmerge inspect` lists the tasks"
+        )
     return HuggingFaceSource(hub.newest(found), part)
 
 
