@@ -7,47 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from smile_parts import golden_layer, layer_of, numpy_added
 
 from cfmerge import CfmergeError
 from cfmerge.compose import smile
 
 SMILE = golden_cases.names("fb_smile_")
-
-
-def layer_of(deltas, rank, gate, biases=None, routed=None):
-    """The layer of a list of deltas."""
-    expert = jax.jit(smile.expert, static_argnums=(1, 2))
-    routed = routed or [None] * len(deltas)
-    made = [expert(jnp.asarray(delta), rank, gate, of) for delta, of in zip(deltas, routed, strict=True)]
-    up, down, router = (None if part[0] is None else jnp.stack(part) for part in zip(*made, strict=True))
-    return smile.Layer(up, down, router, None if biases is None else jnp.stack([jnp.asarray(b) for b in biases]))
-
-
-def golden_layer(case, dtype):
-    """`(x, W, b or None, Layer)` of a case."""
-    arrays = {k: v.astype(dtype) for k, v in golden_cases.load(case).items() if not k.startswith("expected")}
-    params, experts = case["params"], range(case["num_experts"])
-    weights = [arrays[f"expert_{t}.weight"] for t in experts]
-    base, bias = arrays["base.weight"], arrays.get("base.bias")
-    routed = None if params["routing_use_diff"] else [jnp.asarray(weight) for weight in weights]
-    biases = None if bias is None else [arrays[f"expert_{t}.bias"] - bias for t in experts]
-    deltas = [weight - base for weight in weights]
-    return jnp.asarray(arrays["x"]), base, bias, layer_of(deltas, params["k"], params["gate_k"], biases, routed)
-
-
-def numpy_added(x, deltas, rank, gate, top_k, biases=None):
-    """The paper's equations for one token after the other, by NumPy."""
-    u, s, vt = zip(*(np.linalg.svd(delta, full_matrices=False) for delta in deltas), strict=True)
-    x, out = np.asarray(x), []
-    for token in x.reshape(-1, x.shape[-1]):
-        r = np.array([np.linalg.norm(v[:gate] @ token) for v in vt])
-        p = np.exp(r) / np.exp(r).sum()
-        top = np.argsort(-p, kind="stable")[:top_k]
-        experts = [u[i][:, :rank] @ (s[i][:rank] * (vt[i][:rank] @ token)) for i in top]
-        if biases is not None:
-            experts = [expert + biases[i] for i, expert in zip(top, experts, strict=True)]
-        out.append(sum(p[i] / p[top].sum() * expert for i, expert in zip(top, experts, strict=True)))
-    return np.stack(out).reshape(*x.shape[:-1], -1)
 
 
 @pytest.fixture
