@@ -20,13 +20,10 @@ in `down` and in `router`. The norms are not relative to anything, so that for K
 depend on how large the activations are (`blend_warning`); for K = 1 the weight is 1.
 """
 
-import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -211,33 +208,6 @@ def flops(
     return Cost(2 * of_layer.base, 2 * of_layer.experts // experts * (computed or experts), 2 * of_layer.router)
 
 
-class Costs(NamedTuple):
-    """What a composed model holds, in parameters, and what it computes for one token, in floating-point operations."""
-
-    parameters: Cost
-    flops: Cost
-
-
-def cost(layers: Mapping[str, Layer], params: Any = None) -> Costs:
-    """What a model of these layers costs: `cost.parameters.total / cost.parameters.base` is how many times the base's.
-
-    Arrays are counted by their shapes; `jax.ShapeDtypeStruct` will do. The operations are those of the layers alone,
-    without attention and the like, and all experts are computed, as in `added`.
-
-    Args:
-        params: the base's parameters, a tree, so that all of them are counted; None: those of the layers alone.
-    """
-    base = experts = router = 0
-    for layer in layers.values():
-        m, n = layer.up.shape[-2], layer.router.shape[-1]
-        stacked = layer.up.size // math.prod(layer.up.shape[-3:])
-        base += stacked * (m * n + (layer.bias is not None) * m)
-        experts += sum(part.size for part in (layer.up, layer.down, layer.bias) if part is not None)
-        router += layer.router.size
-    whole = base if params is None else sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-    return Costs(Cost(whole, experts, router), Cost(2 * base, 2 * experts, 2 * router))
-
-
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -268,26 +238,3 @@ def blend_warning(top_k: int) -> str | None:
         "blend depends on the scale of each layer's activations: large ones choose one expert, small ones average; "
         "the paper's accuracies fall as top_k grows"
     )
-
-
-def check_layer(
-    name: str, layer: Layer, kernel: tuple[int, ...], m: int, n: int, stacked: tuple[int, ...] = ()
-) -> None:
-    """Raises an error unless the arrays of a layer fit a weight of `m` outputs and `n` inputs.
-
-    Args:
-        kernel: the weight's shape, to be told.
-        stacked: axes in front of the layer's own, where layers are stacked.
-    """
-    experts, g = layer.router.shape[-3:-1] if layer.router.ndim > 2 else (0, 0)
-    k = n if layer.down is None else layer.down.shape[-2]
-    expected = {
-        "up": (*stacked, experts, m, k), "down": (*stacked, experts, k, n),
-        "router": (*stacked, experts, g, n), "bias": (*stacked, experts, m),
-    }  # fmt: skip
-    for part, array in layer._asdict().items():
-        if array is not None and array.shape != expected[part]:
-            raise CfmergeError(
-                f"smile: {name!r}: the weight has shape {kernel}, so {part!r} must have shape {expected[part]}, "
-                f"found {array.shape}; was it built for another model?"
-            )

@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from cfmerge.compose import smile
 from cfmerge.compose.smile import Layer
+from cfmerge.compose.smile_layers import check_layer
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats.pytree import flatten
 
@@ -168,7 +169,7 @@ def _check(name: str, layer: Layer, linear: Any, kernel: tuple[int, ...], top_k:
     stacked = kernel[: -inputs - outputs]
     if stacked and isinstance(linear, linen.Module):
         raise CfmergeError(f"smile: {name!r} holds {stacked[0]} stacked layers, over which linen scans: not covered")
-    smile.check_layer(name, layer, kernel, math.prod(own[inputs:]), math.prod(own[:inputs]), stacked)
+    check_layer(name, layer, kernel, math.prod(own[inputs:]), math.prod(own[:inputs]), stacked)
     smile.check_top_k(top_k, layer.router.shape[-3])
 
 

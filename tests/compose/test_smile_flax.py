@@ -9,7 +9,7 @@ from flax import linen, nnx
 from smile_parts import layer_of, numpy_added
 
 from cfmerge import CfmergeError, merge_params
-from cfmerge.compose import smile, smile_flax
+from cfmerge.compose import smile, smile_flax, smile_layers
 
 RANK, GATE = 3, 2
 
@@ -226,9 +226,27 @@ def test_arrays_that_do_not_fit_are_refused(net, made, params, x):
 
 
 def test_the_cost_is_that_of_the_arrays(net, made):
-    found = smile.cost(made[1], nnx.state(net))
+    found = smile_layers.cost(made[1], nnx.state(net))
     arrays = sum(part.size for part in jax.tree.leaves(made[1]))
     assert found.parameters.base == 6 * 6 + 6 + 6 * 5 + 5 * 4 + 4
     assert found.parameters.total == found.parameters.base + arrays
     each = [smile.flops(6, 6, 3, RANK, GATE), smile.flops(5, 6, 3, RANK, GATE, bias=False)]
     assert found.flops == tuple(map(sum, zip(*each, strict=True)))
+
+
+def test_layers_are_made_of_the_parts_of_a_composed_result(made):
+    parts = {"norm/scale": {"mean": np.zeros(6)}}
+    for name, layer in made[1].items():
+        parts[name] = {key: value for key, value in layer._asdict().items() if value is not None and key != "bias"}
+    parts["again/bias"] = {"bias": made[1]["again/kernel"].bias.reshape(3, 2, 3)}  # of two axes of outputs
+    found = smile_layers.layers_of(parts)
+    assert found.keys() == made[1].keys()
+    jax.tree.map(np.testing.assert_array_equal, found, made[1])
+    stack = [jnp.stack([part] * 2) for part in made[1]["again/kernel"][:3]]  # two layers, biases (3, 2, 6)
+    bias = np.arange(36.0).reshape(3, 2, 6)
+    layer = smile_layers.layers_of(
+        {"h/kernel": dict(zip(("up", "down", "router"), stack, strict=True)), "h/bias": {"bias": bias}}
+    )
+    np.testing.assert_array_equal(layer["h/kernel"].bias, bias.swapaxes(0, 1))
+    with pytest.raises(CfmergeError, match="the bias 'x/bias' has experts, and the weight beside it has none"):
+        smile_layers.layers_of({"x/bias": {"bias": bias}})
