@@ -29,7 +29,6 @@ class SmileLinear(torch.nn.Module):
         self.register_buffer("router", router.to(base.weight.device, torch.float32))
 
     weight = property(lambda self: self.base.weight)
-    bias = property(lambda self: self.base.bias)
 
     def forward(self, x):
         norms = torch.einsum("...n,ign->...ig", x.to(self.router.dtype), self.router).norm(dim=-1)
