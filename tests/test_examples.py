@@ -129,3 +129,15 @@ def test_torch_checkpoints():
     errors = {name: numbers[0] for name, numbers in rows(run("torch_checkpoints.py")).items()}
     assert errors["average"] < 0.9 * errors["best checkpoint"] <= 0.9 * errors["last checkpoint"]
     assert errors["karcher"] < 0.9 * errors["best checkpoint"]
+
+
+def test_smile_torch():
+    """One expert with all of its rank is that model itself; three of a small rank are smaller than it."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    printed = run("smile_torch.py")
+    found = rows(printed)
+    assert found["one expert of all of its rank, off by"][0] < 1e-4 < 0.1 < found["the base, off by"][0]
+    counts = re.findall(r"8 layers have experts: ([\d,]+) parameters, (\d\.\d\d) times", printed)
+    assert len(counts) == 2
+    assert all(1 < float(times) < 3 for _, times in counts)

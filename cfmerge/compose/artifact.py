@@ -67,7 +67,7 @@ class About:
     def number(self, task: str) -> int:
         """The number of a task. Raises `CfmergeError` if there is none of that name."""
         if task not in self.tasks:
-            raise CfmergeError(f"unknown task {task!r}{nearest(task, self.tasks)}; there is: {', '.join(self.tasks)}")
+            raise CfmergeError(f"unknown task {task!r}{nearest(task, self.tasks)}")
         return self.tasks.index(task)
 
 

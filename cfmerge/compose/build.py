@@ -23,6 +23,8 @@ from cfmerge.formats import Folder, Totals
 from cfmerge.formats.base import Header
 from cfmerge.formats.composed import TABLE
 from cfmerge.methods import Method
+from cfmerge.models import Kind, is_buffer, is_float
+from cfmerge.models.patterns import tell
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Job, Progress
 from cfmerge.products.carry_out import Writes, exported_heads
@@ -69,7 +71,13 @@ class ComposedPlan(Plan):
 
     @classmethod
     def made(cls, asked: Mapping[str, Recipe], statistics: Any = None, **how: Any) -> "ComposedPlan":
-        return super().made(asked, statistics, composing=choice, **how)
+        plan = super().made(asked, statistics, composing=choice, **how)
+        left = [job.name for job in plan.jobs if job.assignment.action == "keep-base" and _is_left(job)]
+        if not left:
+            return plan
+        others = [job.name for job in plan.work.merged]
+        note = f"{tell(left, others)}: stay as in the base in every task: {plan.method.name} keeps linear layers alone"
+        return dataclasses.replace(plan, notes=(*plan.notes, f"{note} (others=mean: with the experts' mean)"))
 
     @functools.cached_property
     def entries(self) -> dict[str, Entry]:
@@ -169,6 +177,13 @@ def plan(recipe: Recipe) -> ComposedPlan:
     return ComposedPlan.made({"": recipe})
 
 
+def _is_left(job: Job) -> bool:
+    """Whether a tensor that experts may have changed is not kept, though no rule says so."""
+    parameter = job.parameter
+    buffer = not is_float(parameter.dtype) or is_buffer(parameter.name, parameter.shape)
+    return not buffer and job.assignment.rule is None and parameter.kind is not Kind.HEAD and bool(job.experts)
+
+
 def scales_of(account: Account) -> Any:
     """Each task's number, out of what the surveys found; None: the system has none."""
     found = [one.model for one in account.found.values() if one is not None]
@@ -225,8 +240,8 @@ def _card(plan: ComposedPlan, notes: Sequence[str]) -> str:
     )
     paragraphs = [
         head,
-        f"{made} `composition.json` tells what the tensors are, and `cfmerge materialise . --task TASK -o MODEL` makes the "
-        "model of a task.",
+        f"{made} It is no checkpoint: `{TABLE}` tells what the tensors are, and `cfmerge materialise . --task TASK -o "
+        "MODEL` makes the model of a task.",
         f"## Tasks\n\n{tasks}",
         *([f"## Notes\n\n{told}"] if told else []),
         f"## Recipe\n\n```yaml\n{plan.explicit_recipe.to_yaml().strip()}\n```",

@@ -20,8 +20,7 @@ in `down` and in `router`. The norms are not relative to anything, so that for K
 depend on how large the activations are (`blend_warning`); for K = 1 the weight is 1.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +28,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.compose.slots import in_slots, outside, resized
-from cfmerge.core.checks import check
-from cfmerge.core.joint import Joint
-from cfmerge.core.part import Composer, Needs
-from cfmerge.core.registry import register
 from cfmerge.errors import CfmergeError
 
 
@@ -99,7 +93,7 @@ def expert_of_factors(
     core = linalg.matmul(linalg.matmul(rows.T, left), linalg.matmul(right, columns))
     u, s, vt = _triplets(core, min(core.shape))
     up, down = linalg.matmul(rows, u * s), linalg.matmul(vt, columns.T)
-    return resized(up, 1, k or 0), resized(down, 0, k or 0), resized(down, 0, g)
+    return _resized(up, 1, k or 0), _resized(down, 0, k or 0), _resized(down, 0, g)
 
 
 def rank_for(values: Float[Array, " r"], energy: float) -> Array:
@@ -128,49 +122,11 @@ def _basis(columns: Float[Array, "m r"]) -> Array:
     return linalg.orthonormal(columns) if r <= m else jnp.eye(m, dtype=columns.dtype)
 
 
-# --- the composer --------------------------------------------------------------------------------------------------
-
-
-@register
-def smile(
-    rank: int | float | None = 32,
-    gate: int = 16,
-    top_k: int = 1,
-    router: Literal["delta", "expert"] = "delta",
-    others: Literal["base", "mean"] = "base",
-    experts: int = 1,
-) -> Composer:
-    """Low-rank experts and routers for every linear layer.
-
-    Args:
-        rank: of the experts; below 1 the share of each layer's squared singular values that is kept; none: dense.
-        gate: the dimensions of the router, below every layer's input width.
-        top_k: how many experts a token goes through.
-        router: whose leading right singular vectors route: those of the "delta" or of the "expert" itself.
-        others: all that is no linear layer: as in the "base", or the "mean" of the experts.
-        experts: the number of experts.
-
-    Source: Tang et al., SMILE, TPAMI 2026, arXiv 2408.10174.
-    """
-    check_top_k(top_k, max(experts, top_k))
-    check(not isinstance(rank, float) or 0 < rank < 1 or rank.is_integer(), f"smile: rank {rank} is no share below 1")
-
-    def composer(basis: Joint | None = None) -> Composer:
-        def keep(base: Array, delta: Float[Array, "m n"]) -> Mapping[str, Array]:
-            m, n = delta.shape if basis is None else basis.shape
-            check_gate(gate, n)
-            k, g = sizes(m, n, fixed, gate)
-            up, down, route = expert(delta, fixed, gate, base + delta if router == "expert" else None)
-            if k is None or down is None:
-                return {"up": up, "router": resized(route, 0, g)}
-            return {"up": resized(up, 1, k), "down": resized(down, 0, k), "router": resized(route, 0, g)}
-
-        adapters = composer if router == "delta" and not is_dense(fixed) else False
-        needs = Needs("matrix", weights="none", factors="used" if adapters else "")
-        return in_slots(keep, experts, needs, based=router == "expert", joint=adapters, out_of=outside)
-
-    fixed = None if rank is None else int(rank) if rank >= 1 or rank < 0 else 1  # by energy: settled by a look, before
-    return composer()
+def _resized(array: Array, axis: int, size: int) -> Array:
+    """The first entries along an axis, and zeros behind them."""
+    array = lax.slice_in_dim(array, 0, min(size, array.shape[axis]), axis=axis)
+    missing = [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
+    return jnp.pad(array, missing)
 
 
 # --- applying ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from typing import Any
 
 from cfmerge.compose.emr import emr
 from cfmerge.compose.slots import mean, whole
-from cfmerge.compose.smile import check_gate, smile
+from cfmerge.compose.smile import check_gate
+from cfmerge.compose.smile_composer import smile
 from cfmerge.compose.tall import tall
 from cfmerge.compose.tsv import tsv_c
 from cfmerge.core.call import Call, Options, call_of
@@ -22,7 +23,9 @@ from cfmerge.core.part import Composer, Method
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import registry
 from cfmerge.models import Kind, Parameter
+from cfmerge.models.patterns import escape
 from cfmerge.planning.assign import Choose
+from cfmerge.recipe import rule_option
 
 SYSTEMS = {"emr": emr, "tall": tall, "tsv_c": tsv_c, "smile": smile}
 WEIGHT = re.compile(r"(weight|kernel)$")
@@ -68,7 +71,10 @@ def _of_tsv(parameter: Parameter, parameters: Mapping[str, Parameter], method: C
 def _of_smile(parameter: Parameter, parameters: Mapping[str, Parameter], method: Composer) -> Composer | None:
     """Linear layers and their biases; all else stays, or is the mean."""
     if is_linear(parameter):
-        check_gate(method.parameters["gate"], parameter.canonical[2], parameter.name)
+        try:
+            check_gate(method.parameters["gate"], parameter.canonical[2], parameter.name)
+        except CfmergeError as error:
+            raise CfmergeError(f"{error}: {rule_option(escape(parameter.name), 'keep-base')}") from None
         return method
     if any(is_linear(one) and bias_of(one.name) == parameter.name for one in _beside(parameter.name, parameters)):
         return whole("bias")

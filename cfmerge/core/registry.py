@@ -126,8 +126,8 @@ def entry(name: str) -> Entry:
     if name not in _REGISTRY:
         if name in ELSEWHERE:
             raise CfmergeError(
-                f"{name} makes a result that is not one checkpoint: use cfmerge compose {name} RECIPE -o OUT (in Python "
-                "cfmerge.compose.build)"
+                f"{name} makes a result that is not one checkpoint: use cfmerge compose {name} RECIPE -o OUT (in "
+                "Python cfmerge.compose.build)"
             )
         raise CfmergeError(f"unknown method {name!r}{nearest(name, _REGISTRY)}")
     return _REGISTRY[name]

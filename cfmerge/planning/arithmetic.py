@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cfmerge import linalg
 from cfmerge.core.call import Call, call_of, of_expert
 from cfmerge.core.joint import cores_of, merged_factors
-from cfmerge.core.part import Context, Method, Needs, Seen
+from cfmerge.core.part import Composer, Context, Method, Needs, Seen
 from cfmerge.core.several import members
 from cfmerge.core.survey import Found, Order, Ordered, answered, looked, replayed
 from cfmerge.planning.tally import Tally, tally
@@ -107,7 +107,10 @@ class _Traced:
         return method.see(statistic, _delta(expert, base), weight, context), jnp.isfinite(expert).all()
 
     def finish(self, values: Any, found: Any, statistic: Any, base: Any) -> Any:
-        merged, report = self.informed(values, found).solve(statistic)
+        method = self.informed(values, found)
+        merged, report = method.solve(statistic)
+        if isinstance(method, Composer):
+            return merged, report, [jnp.isfinite(part).all() for part in merged.values()]
         result = (merged + base).astype(self.stored)
         return result, report, jnp.isfinite(result).all()
 
