@@ -13,6 +13,6 @@ from cfmerge.compose.artifact import Artifact as Artifact
 from cfmerge.compose.artifact import load as load
 from cfmerge.compose.build import build as build
 from cfmerge.compose.build import build_recipe as build_recipe
-from cfmerge.compose.build import plan as plan
+from cfmerge.compose.planned import plan as plan
 from cfmerge.compose.tasks import TaskSource as TaskSource
 from cfmerge.compose.tasks import materialise as materialise

@@ -3,14 +3,19 @@
 from collections.abc import Mapping
 from typing import Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cfmerge import linalg
 from cfmerge.compose.slots import in_slots, outside, resized
-from cfmerge.compose.smile import check_gate, check_top_k, expert, is_dense, sizes
+from cfmerge.compose.smile import check_gate, check_top_k, expert, is_dense, rank_for, sizes
 from cfmerge.core.checks import check
 from cfmerge.core.joint import Joint
 from cfmerge.core.part import Composer, Needs
 from cfmerge.core.registry import register
+from cfmerge.core.survey import Measure
+
+UNSETTLED = 1 << 30  # a rank by share, before the look that settles it: all of it
 
 
 @register
@@ -35,7 +40,9 @@ def smile(
     Source: Tang et al., SMILE, TPAMI 2026, arXiv 2408.10174.
     """
     check_top_k(top_k, max(experts, top_k))
-    check(not isinstance(rank, float) or 0 < rank < 1 or rank.is_integer(), f"smile: rank {rank} is no share below 1")
+    known = rank is None or is_share(rank) or (float(rank).is_integer() and rank != 0)
+    check(known, f"smile: rank must be a number of dimensions, a share below 1, or none; found {rank}")
+    fixed = None if rank is None else UNSETTLED if is_share(rank) else int(rank)
 
     def composer(basis: Joint | None = None) -> Composer:
         def keep(base: Array, delta: Float[Array, "m n"]) -> Mapping[str, Array]:
@@ -51,5 +58,19 @@ def smile(
         needs = Needs("matrix", weights="none", factors="used" if adapters else "")
         return in_slots(keep, experts, needs, based=router == "expert", joint=adapters, out_of=outside)
 
-    fixed = None if rank is None else int(rank) if rank >= 1 or rank < 0 else 1  # by energy: settled by a look, before
     return composer()
+
+
+def is_share(rank: float | None) -> bool:
+    """Whether a rank is a share of the squared singular values, which a look at the deltas settles."""
+    return rank is not None and 0 < rank < 1
+
+
+def energy_rank(share: float) -> Measure:
+    """The measure of a delta: the least rank that keeps that share of its squared singular values, at least 1."""
+
+    def of(delta: Float[Array, "m n"]) -> Array:
+        values, _ = linalg.symmetric_eigen(linalg.gram(delta if delta.shape[0] > delta.shape[1] else delta.T))
+        return jnp.maximum(rank_for(linalg.root(jnp.maximum(values[::-1], 0)), share), 1)
+
+    return Measure(of, by_tensor=True)

@@ -15,7 +15,7 @@ from typing import Any
 from cfmerge.compose.emr import emr
 from cfmerge.compose.slots import mean, whole
 from cfmerge.compose.smile import check_gate
-from cfmerge.compose.smile_composer import smile
+from cfmerge.compose.smile_composer import is_share, smile
 from cfmerge.compose.tall import tall
 from cfmerge.compose.tsv import tsv_c
 from cfmerge.core.call import Call, Options, call_of
@@ -79,6 +79,12 @@ def _of_smile(parameter: Parameter, parameters: Mapping[str, Parameter], method:
     if any(is_linear(one) and bias_of(one.name) == parameter.name for one in _beside(parameter.name, parameters)):
         return whole("bias")
     return mean("mean") if method.parameters["others"] == "mean" else None
+
+
+def share_of(method: Method) -> float | None:
+    """The rank that a look at the deltas settles, as a share of their squared singular values; None: it has no such."""
+    rank = method.parameters["rank"] if method.name == "smile" else None
+    return rank if is_share(rank) else None
 
 
 def is_linear(parameter: Parameter) -> bool:

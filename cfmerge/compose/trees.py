@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.compose.artifact import About, Artifact, digest_of
-from cfmerge.compose.build import entry_of, scales_of
 from cfmerge.compose.entries import PACKED, Entry
+from cfmerge.compose.kept import entry_of
+from cfmerge.compose.planned import scales_of
 from cfmerge.compose.systems import choice
 from cfmerge.core.part import Composer
 from cfmerge.engine import run

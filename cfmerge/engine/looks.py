@@ -58,7 +58,7 @@ def _survey(loop: Loop, place: int, method: Method, jobs: Sequence[Job]) -> Foun
                     totals = _ordered(loop, measures, jobs, key)
                     continue
                 fits = functools.partial(_fits, loop, jobs) if wanted.by_tensor else None
-                totals = remembered(loop.journal, key, functools.partial(_measured, loop, measures, jobs), fits)
+                totals = remembered(loop.journal, key, functools.partial(measured, loop, measures, jobs), fits)
             except StopIteration as done:
                 return done.value
             except TRACED:
@@ -73,7 +73,7 @@ def _fits(loop: Loop, jobs: Sequence[Job], totals: Any) -> bool:
     return set(totals) == {place for unit in loop.pieces(jobs) for place in unit.places}
 
 
-def _measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
+def measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
     """The totals of a measure over the jobs' tensors."""
     by_place: dict[Place, Any] = {}
     total: Any = None

@@ -1,6 +1,7 @@
 """All that is asked of the loop (`loop.py`):
 
 merge(work, sinks)        surveys first, then the pass that writes
+measure(work, wanted)     one look at every tensor
 accumulate(work, write)   the statistics of every tensor, unsolved
 """
 
@@ -11,11 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from cfmerge.core.survey import Measure
 from cfmerge.engine.account import Account, Told, told_of
 from cfmerge.engine.checks import kept_tensor
 from cfmerge.engine.journal import Forgetful, Journal, ranges_of, whole
-from cfmerge.engine.looks import surveys
+from cfmerge.engine.looks import measured, surveys
 from cfmerge.engine.loop import Loop
+from cfmerge.engine.passes import Measures
 from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Outcome, compute_dtype
 from cfmerge.engine.processes import dealt, joined
@@ -77,6 +80,14 @@ def merge(
         for _, told in joined(loop.processes, "account", units, reports):
             account.add(Told(*told), by_name)
     return account
+
+
+def measure(work: Work, wanted: Measure, *, memory: int | None = None, placement: Placement = ANYWHERE) -> Any:
+    """The totals of a measure over the tensors that are merged, as a look gets them."""
+    loop = Loop(work, memory, placement, silent, None, Forgetful())
+    compute = compute_dtype(work, work.merged)
+    with loop, loop.precision(compute):
+        return measured(loop, Measures(wanted, len(work.experts), compute), work.merged)
 
 
 def accumulate(

@@ -1,0 +1,164 @@
+"""A composed result resolved from headers, and its directory as the loop fills it."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+
+from cfmerge.compose.artifact import About, digest_of, headers_of, table_of
+from cfmerge.compose.entries import Entry
+from cfmerge.compose.kept import entry_of
+from cfmerge.compose.sink import PartsSink
+from cfmerge.compose.smile_composer import energy_rank
+from cfmerge.compose.systems import changed, choice, share_of
+from cfmerge.engine import run
+from cfmerge.engine.account import Account
+from cfmerge.engine.placement import Devices, Placement
+from cfmerge.formats import Folder, Totals
+from cfmerge.formats.base import Header
+from cfmerge.formats.composed import TABLE
+from cfmerge.models import Kind, is_buffer, is_float
+from cfmerge.models.patterns import tell
+from cfmerge.planning.resolved import Resolved
+from cfmerge.planning.work import Job
+from cfmerge.products.carry_out import Writes, exported_heads
+from cfmerge.products.plan import Plan, free_memory
+from cfmerge.products.processes import memory_of, together
+from cfmerge.recipe import Recipe
+
+HEAD_KEYS = ("architectures", "id2label", "label2id", "num_labels", "problem_type")  # of config.json, that heads need
+
+
+class Artifacts:
+    """What becomes of a plan whose result is not one checkpoint."""
+
+    def sink(
+        self,
+        plan: Resolved,
+        output: Path,
+        overwrite: bool,
+        inputs: Sequence[Path],
+        digest: str,
+        fresh: bool,
+        join: bool,
+    ) -> PartsSink:
+        assert isinstance(plan, ComposedPlan)
+        return PartsSink(
+            output, plan.entries, shard_bytes=plan.shard_bytes, overwrite=overwrite, inputs=inputs, digest=digest,
+            resume=not fresh, join=join,
+        )  # fmt: skip
+
+    def totals(
+        self, plan: Resolved, account: Account, digests: Mapping[Path, str], notes: Sequence[str], warned: Sequence[str]
+    ) -> Totals:
+        assert isinstance(plan, ComposedPlan)
+        about = plan.about({name: digest_of(plan.base.read(name)) for name in plan.base.tensors})
+        table = table_of(about, scales_of(account), plan.exported)
+        return Totals(_card(plan, notes), exported_heads(plan), {TABLE: table})
+
+
+class ComposedPlan(Plan):
+    """A result that is not one checkpoint, resolved from headers; `run` makes it, see `Plan`."""
+
+    writes: ClassVar[Writes] = Artifacts()
+
+    @classmethod
+    def made(cls, asked: Mapping[str, Recipe], statistics: Any = None, **how: Any) -> "ComposedPlan":
+        plan = super().made(asked, statistics, composing=choice, **how)
+        left = [job.name for job in plan.jobs if job.assignment.action == "keep-base" and _is_left(job)]
+        if not left:
+            return plan
+        others = [job.name for job in plan.work.merged]
+        note = f"{tell(left, others)}: stay as in the base in every task: {plan.method.name} keeps linear layers alone"
+        return dataclasses.replace(plan, notes=(*plan.notes, f"{note} (others=mean: with the experts' mean)"))
+
+    @functools.cached_property
+    def entries(self) -> dict[str, Entry]:
+        """`{tensor: what is kept of it}`."""
+        return {job.name: entry_of(job) for job in self.work.merged}
+
+    @property
+    def output(self) -> dict[str, Header]:
+        return headers_of(self.entries)
+
+    @property
+    def folders(self) -> tuple[Folder, ...]:
+        return (Folder(),)
+
+    def run(self, output: Any, *, memory: Any = None, devices: Devices = None, **how: Any) -> Any:
+        with together(output, devices) as where:
+            plan = self.settled(memory_of(where.processes, memory, free_memory()), where)
+            return Plan.run(plan, output, memory=memory, devices=where, **how)
+
+    def settled(self, memory: int, where: Placement) -> "ComposedPlan":
+        """The plan with the ranks that are shares settled: each is the largest that an expert of the tensor needs."""
+        jobs = {job.name: job for job in self.work.jobs}
+        asked = {job.name: rank for job in self.work.merged if (rank := share_of(job.method)) is not None}
+        for share in set(asked.values()):
+            own = tuple(dataclasses.replace(jobs[name], ranks=()) for name, rank in asked.items() if rank == share)
+            work = dataclasses.replace(self.work, jobs=own)
+            ranks: dict[str, int] = {}
+            found = run.measure(work, energy_rank(share), memory=memory, placement=where)
+            for (name, _), each in found.items():
+                ranks[name] = max(ranks.get(name, 0), *map(int, each))
+            for name, rank in ranks.items():
+                assignment = dataclasses.replace(jobs[name].assignment, method=changed(jobs[name].method, rank=rank))
+                jobs[name] = dataclasses.replace(jobs[name], assignment=assignment)
+        return (
+            dataclasses.replace(self, work=dataclasses.replace(self.work, jobs=tuple(jobs.values()))) if asked else self
+        )
+
+    def about(self, digests: Mapping[str, str]) -> About:
+        """All of the result but its arrays, given the base's digests."""
+        configs = {
+            spec.name: {key: expert.config[key] for key in HEAD_KEYS if key in expert.config}
+            for spec, expert in zip(self.expert_specs, self.experts, strict=True)
+            if spec.name in self.exported and expert.config
+        }
+        recipe = self.explicit_recipe
+        return About(
+            self.method.name, tuple(spec.name for spec in self.expert_specs), recipe.parameters, self.entries, digests,
+            recipe.base, sum(info.nbytes for info in self.base.tensors.values()), configs, recipe.to_yaml(),
+        )  # fmt: skip
+
+
+def plan(recipe: Recipe) -> ComposedPlan:
+    """The plan of a recipe whose method is a system, made from headers. Heads that are not shared are kept by task."""
+    if recipe.heads is None:
+        recipe = msgspec.structs.replace(recipe, heads="export")
+    return ComposedPlan.made({"": recipe})
+
+
+def _is_left(job: Job) -> bool:
+    """Whether a tensor that experts may have changed is not kept, though no rule says so."""
+    parameter = job.parameter
+    buffer = not is_float(parameter.dtype) or is_buffer(parameter.name, parameter.shape)
+    return not buffer and job.assignment.rule is None and parameter.kind is not Kind.HEAD and bool(job.experts)
+
+
+def scales_of(account: Account) -> Any:
+    """Each task's number, out of what the surveys found; None: the system has none."""
+    found = [one.model for one in account.found.values() if one is not None]
+    return found[0] if found else None
+
+
+def _card(plan: ComposedPlan, notes: Sequence[str]) -> str:
+    """The README.md of a composed result."""
+    tasks = "\n".join(f"- {spec.name}" for spec in plan.expert_specs)
+    told = "\n".join(f"- {note}" for note in (*plan.notes, *notes))
+    head = f"# {plan.method.name} of {len(plan.expert_specs)} tasks"
+    made = (
+        "Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training. It is no checkpoint:"
+    )
+    paragraphs = [
+        head,
+        f"{made} It is no checkpoint: `{TABLE}` tells what the tensors are, and `cfmerge materialise . --task TASK -o "
+        "MODEL` makes the model of a task.",
+        f"## Tasks\n\n{tasks}",
+        *([f"## Notes\n\n{told}"] if told else []),
+        f"## Recipe\n\n```yaml\n{plan.explicit_recipe.to_yaml().strip()}\n```",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
