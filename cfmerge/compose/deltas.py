@@ -33,6 +33,8 @@ def delta_of(
         task: the number of the task.
         scale: the task's number; None: 1.
     """
+    if not any(isinstance(array, jax.core.Tracer) for array in parts.values()):
+        parts = {part: np.asarray(array) for part, array in parts.items()}  # the same bits wherever it is computed
     shape = entry.shape if count is None else (count,)
     last = entry.size if count is None else first + count
     row = entry.tasks.index(task)
@@ -50,7 +52,7 @@ def delta_of(
 def _bits(packed: Any, first: int, last: int) -> Any:
     """The bits from one entry up to another."""
     begin = first // 8
-    xp = jnp if isinstance(packed, jax.Array) else np
+    xp = np if isinstance(packed, np.ndarray) else jnp
     return xp.unpackbits(packed[begin : -(-last // 8)])[first - 8 * begin : last - 8 * begin]
 
 
@@ -60,10 +62,10 @@ def _product(entry: Entry, parts: Mapping[str, Any], task: int, dtype: Any) -> A
     up = parts["up"][:, task] if stacked else parts["up"][task]
     if "down" in parts:
         down = parts["down"][:, task] if stacked else parts["down"][task]
-        if isinstance(up, jax.core.Tracer) or isinstance(down, jax.core.Tracer):
+        if isinstance(up, jax.core.Tracer):
             up = linalg.matmul(up.astype(dtype), down.astype(dtype))
         else:
-            up = np.matmul(np.asarray(up, np.float64), np.asarray(down, np.float64))
+            up = np.matmul(up.astype(np.float64), down.astype(np.float64))
     up = up.astype(dtype)
     if not entry.layout:
         return up.reshape(entry.shape)

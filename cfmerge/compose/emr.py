@@ -47,18 +47,19 @@ def emr(rescale: Rescale = "l1", scope: Literal["model", "tensor_mean"] = "model
         unified, masks = unify(deltas)
         return {"shared": unified, "masks": masks}, {}
 
-    def measure(seen: Seen) -> "Sums":
+    def measure(seen: Seen) -> dict[str, Any]:
         unified, masks = unify(seen.deltas)
         own, kept = (_rows(jnp.abs(x)) for x in (seen.deltas, jnp.where(masks, unified, 0)))
-        return Sums(jnp.sum(own, 1), jnp.sum(kept, 1), jnp.sum(own * kept, 1), jnp.sum(kept**2, 1), float(own.shape[1]))
+        sums = jnp.sum(own, 1), jnp.sum(kept, 1), jnp.sum(own * kept, 1), jnp.sum(kept**2, 1), float(own.shape[1])
+        return Sums(*sums)._asdict()
 
     def look(entries: int, own: Sequence[Any]) -> Look:
         if rescale == "none":
             return np.ones(len(own))
         if scope == "model":
-            return scales((yield Measure(measure, joint=True)), rescale)
-        pieces: dict[tuple[str, int], Sums] = yield Measure(measure, joint=True, by_tensor=True)
-        return scales(means(pieces), rescale)
+            return scales(Sums(**(yield Measure(measure, joint=True))), rescale)
+        pieces = yield Measure(measure, joint=True, by_tensor=True)
+        return scales(means({place: Sums(**own) for place, own in pieces.items()}), rescale)
 
     plain = composer(of_deltas(elected, Needs("entry", weights="none")))
     return dataclasses.replace(plain, survey=Survey(look, lambda found: plain, rows=scope == "model"))

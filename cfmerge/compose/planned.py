@@ -20,12 +20,13 @@ from cfmerge.engine.placement import Devices, Placement
 from cfmerge.formats import Folder, Totals
 from cfmerge.formats.base import Header
 from cfmerge.formats.composed import TABLE
+from cfmerge.methods import Method
 from cfmerge.models import Kind, is_buffer, is_float
 from cfmerge.models.patterns import tell
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Job
 from cfmerge.products.carry_out import Writes, exported_heads
-from cfmerge.products.plan import Plan, free_memory
+from cfmerge.products.plan import Experts, Plan, as_recipe, free_memory
 from cfmerge.products.processes import memory_of, together
 from cfmerge.recipe import Recipe
 
@@ -125,8 +126,31 @@ class ComposedPlan(Plan):
         )  # fmt: skip
 
 
-def plan(recipe: Recipe) -> ComposedPlan:
-    """The plan of a recipe whose method is a system, made from headers. Heads that are not shared are kept by task."""
+def plan(
+    base: str | Path | Recipe,
+    experts: Experts = (),
+    system: str | Method = "emr",
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> ComposedPlan:
+    """The plan of a result that is not one checkpoint, made from headers; its `run(output)` makes it.
+
+        >>> planned = compose.plan("base", ["math", "code"], "emr")
+        >>> planned.counts()["matrix", "emr"], planned.bytes_to_write
+        (1, 69)
+
+    Heads that the models do not share are kept by task, unless `heads` says otherwise.
+
+    Args:
+        base: as in `build`; or a `Recipe` whose method is a system, which says everything.
+        experts, system, parameters: as in `build`.
+        **options: the other fields of `Recipe`.
+
+    Raises:
+        CfmergeError: with every problem that the headers show, one a line.
+    """
+    recipe = base if isinstance(base, Recipe) else as_recipe(base, experts, system, parameters, options)
     if recipe.heads is None:
         recipe = msgspec.structs.replace(recipe, heads="export")
     return ComposedPlan.made({"": recipe})

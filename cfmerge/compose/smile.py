@@ -69,9 +69,15 @@ def expert(
         routed: the matrix whose right singular vectors route; None: the delta. (The fine-tuned weight:
             `routing_use_diff=False` of the paper's code.)
     """
-    m, n = delta.shape
-    check_gate(gate, n)
-    k, g = sizes(m, n, rank, gate)
+    check_gate(gate, delta.shape[1])
+    return leading_parts(delta, rank, gate, routed)
+
+
+def leading_parts(
+    delta: Float[Array, "m n"], rank: int | None, gate: int, routed: Float[Array, "m n"] | None = None
+) -> tuple[Float[Array, "m k"], Float[Array, "k n"] | None, Float[Array, "g n"]]:
+    """`expert`, of a core in a basis of its inputs too, which may be narrower than the gate."""
+    k, g = sizes(*delta.shape, rank, gate)
     shared = g if routed is None else 0
     u, s, vt = _triplets(delta, max(k or 0, shared))
     router = vt[:g] if routed is None else _triplets(routed, g)[2]

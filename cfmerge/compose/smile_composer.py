@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.compose.slots import in_slots, outside, resized
-from cfmerge.compose.smile import check_gate, check_top_k, expert, is_dense, rank_for, sizes
+from cfmerge.compose.smile import check_gate, check_top_k, is_dense, leading_parts, rank_for, sizes
 from cfmerge.core.checks import check
 from cfmerge.core.joint import Joint
 from cfmerge.core.part import Composer, Needs
@@ -49,7 +49,7 @@ def smile(
             m, n = delta.shape if basis is None else basis.shape
             check_gate(gate, n)
             k, g = sizes(m, n, fixed, gate)
-            up, down, route = expert(delta, fixed, gate, base + delta if router == "expert" else None)
+            up, down, route = leading_parts(delta, fixed, gate, base + delta if router == "expert" else None)
             if k is None or down is None:
                 return {"up": up, "router": resized(route, 0, g)}
             return {"up": resized(up, 1, k), "down": resized(down, 0, k), "router": resized(route, 0, g)}
@@ -61,12 +61,12 @@ def smile(
     return composer()
 
 
-def is_share(rank: float | None) -> bool:
+def is_share(rank: float | int | None) -> bool:
     """Whether a rank is a share of the squared singular values, which a look at the deltas settles."""
     return rank is not None and 0 < rank < 1
 
 
-def energy_rank(share: float) -> Measure:
+def energy_rank(share: float | int) -> Measure:
     """The measure of a delta: the least rank that keeps that share of its squared singular values, at least 1."""
 
     def of(delta: Float[Array, "m n"]) -> Array:

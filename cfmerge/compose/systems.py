@@ -58,7 +58,7 @@ def for_experts(method: Composer, experts: int) -> Composer:
     return changed(method, experts=experts) if "experts" in call_of(method).options else method
 
 
-def changed(method: Composer, **options: Any) -> Composer:
+def changed(method: Method, **options: Any) -> Composer:
     """The composer, some of its options others."""
     call: Call = call_of(method)
     return dataclasses.replace(call, options=Options(call.options | options)).part()  # type: ignore[no-any-return]
