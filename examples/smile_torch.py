@@ -28,7 +28,7 @@ class SmileLinear(torch.nn.Module):
             self.register_buffer(name, None if array is None else array.to(base.weight))
         self.register_buffer("router", router.to(base.weight.device, torch.float32))
 
-    weight = property(lambda self: self.base.weight)
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
 
     def forward(self, x):
         norms = torch.einsum("...n,ign->...ig", x.to(self.router.dtype), self.router).norm(dim=-1)
@@ -44,8 +44,7 @@ def read(directory):
     told = json.loads((directory / "composition.json").read_text())
     if [told.get(key) for key in ("format", "version", "system")] != ["cfmerge-composition", 1, "smile"]:
         raise SystemExit(f"{directory}: is not a SMILE composition, version 1, of cfmerge")
-    files = directory.glob("model*.safetensors")  # one, or shards
-    return told, {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return told, {key: value for file in directory.glob("model*.safetensors") for key, value in load_file(file).items()}
 
 
 def upscale(model, directory):

@@ -131,6 +131,15 @@ def test_torch_checkpoints():
     assert errors["karcher"] < 0.9 * errors["best checkpoint"]
 
 
+def test_smile_nnx():
+    """Signals choose the right expert where the average mixes all; one model is near each expert at its own task."""
+    errors = rows(run("smile_nnx.py"))
+    for task, own in enumerate(("expert A", "expert B", "expert C")):
+        assert errors[own][task] < 0.05 * errors["base"][task]
+        assert errors["SMILE"][task] < 0.6 * errors["average"][task] < 0.6 * errors["base"][task]
+    assert 1 < errors["SMILE, times the base's parameters"][0] < 1 + 3
+
+
 def test_smile_torch():
     """One expert with all of its rank is that model itself; three of a small rank are smaller than it."""
     pytest.importorskip("transformers")

@@ -69,6 +69,20 @@ def test_the_whole_rank_is_the_dense_expert_and_a_rank_above_it_is_cut(deltas, x
     assert np.max(np.abs(smile.added(x, layer_of(deltas, 2, 2)) - dense)) > 0.1
 
 
+def test_experts_are_made_under_vmap_and_differentiated(deltas):
+    """With the whole rank an expert's product is the delta, so its derivative is that of the delta."""
+    stacked = jax.vmap(lambda delta: smile.expert(delta, 3, 2))(jnp.asarray(deltas))
+    layer = layer_of(deltas, 3, 2)
+    np.testing.assert_allclose(stacked[0] @ stacked[1], layer.up @ layer.down, atol=1e-5)
+    along = jnp.asarray(deltas[1])
+
+    def inner(delta):
+        up, down, _ = smile.expert(delta, 6, 2)
+        return jnp.sum(up @ down * along)
+
+    np.testing.assert_allclose(jax.jit(jax.grad(inner))(jnp.asarray(deltas[0])), along, atol=1e-4)
+
+
 def test_signs_and_rotations_of_the_triplets_cancel(deltas, x):
     layer = layer_of(deltas, 3, 3)
     turn = np.linalg.qr(np.random.default_rng(3).standard_normal((3, 3)))[0].astype(np.float32)
