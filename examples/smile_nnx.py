@@ -14,12 +14,12 @@ import optax
 from flax import nnx
 
 import cfmerge
-from cfmerge.compose import smile, smile_flax, smile_layers
+from cfmerge import compose
+from cfmerge.compose import smile_flax, smile_layers
 
 FREQUENCIES, HIDDEN, OUTPUTS = 24, 64, 8
 BANDS = [jnp.arange(FREQUENCIES) // 8 == task for task in range(3)]
 STEPS, BATCH = 300, 64
-RANK, GATE = 8, 8
 
 
 class Network(nnx.Module):
@@ -61,23 +61,6 @@ def train(params: nnx.State, key: jax.Array, teacher: jax.Array, band: jax.Array
     return params
 
 
-@jax.jit
-def layers_of(base: nnx.State, experts: list[nnx.State]) -> dict[str, smile.Layer]:
-    """The experts of every linear layer, by the names of the kernels."""
-
-    def arrays(state: nnx.State) -> dict[str, jax.Array]:
-        return {"/".join(map(str, path)): param[...] for path, param in nnx.to_flat_state(state)}
-
-    before, layers = arrays(base), {}
-    deltas = [jax.tree.map(jnp.subtract, arrays(expert), before) for expert in experts]
-    for name in (name for name in before if name.endswith("kernel")):
-        made = [smile.expert(delta[name].T, RANK, GATE) for delta in deltas]
-        up, down, router = map(jnp.stack, zip(*made, strict=True))
-        bias = jnp.stack([delta[name.replace("kernel", "bias")] for delta in deltas])
-        layers[name] = smile.Layer(up, down, router, bias)
-    return layers
-
-
 def main() -> None:
     keys = jax.random.split(jax.random.key(0), 4)
     common, *changes = jax.random.normal(keys[0], (4, FREQUENCIES, OUTPUTS)) / 8**0.5
@@ -87,7 +70,8 @@ def main() -> None:
 
     model = nnx.merge(graph, base)
     models = {"base": model, "average": nnx.merge(graph, cfmerge.merge_params(base, experts, "average"))}
-    layers = layers_of(base, experts)
+    composed = compose.build(base, experts, "smile(rank=8, gate=8)")
+    layers = smile_layers.layers_of(composed.parts)
     cost = smile_layers.cost(layers, base).parameters
     models["SMILE"] = smile_flax.upscale(model, layers)
     models |= {f"expert {name}": nnx.merge(graph, expert) for name, expert in zip("ABC", experts, strict=True)}

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModel, GPT2Config, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
@@ -81,18 +81,15 @@ def report(model, directory):
     return model
 
 
-def make(directory, base, experts, rank, gate=2):
-    """A composition of some GPT-2s, written by hand; `cfmerge compose smile` makes it of files."""
-    arrays, tensors = {}, {}
-    for name, before in (item for item in base.state_dict().items() if "c_" in item[0] and "weight" in item[0]):
-        deltas = torch.stack([expert.state_dict()[name] - before for expert in experts])
-        u, s, vt = torch.linalg.svd(deltas.mT, full_matrices=False)  # a Conv1D's weight lies as (in, out)
-        parts = {"up": (u * s[:, None])[..., :rank], "down": vt[:, :rank], "router": vt[:, :gate]}
-        arrays |= {f"{part}/{name}": array.contiguous() for part, array in parts.items()}
-        tensors[name] = {"shape": list(before.shape), "parts": {part: {} for part in parts}}
-    told = {"format": "cfmerge-composition", "version": 1, "system": "smile", "parameters": {"top_k": 1}}
-    (directory / "composition.json").write_text(json.dumps(told | {"tensors": tensors}))
-    save_file(arrays, directory / "model.safetensors")
+def make(directory, base, experts, rank):
+    """A composition of some models, as `cfmerge compose smile` makes it of their directories."""
+    from cfmerge import compose
+
+    for name, model in {"base": base, **experts}.items():
+        model.save_pretrained(directory / name)
+    tasks = {name: directory / name for name in experts}
+    compose.build(directory / "base", tasks, f"smile(rank={rank}, gate=2)", output=directory / f"rank-{rank}")
+    return directory / f"rank-{rank}"
 
 
 def demonstrate(directory):
@@ -100,13 +97,13 @@ def demonstrate(directory):
     torch.manual_seed(0)
     small = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
     base = GPT2Model(GPT2Config(**small)).eval().requires_grad_(False)
-    experts = [copy.deepcopy(base) for _ in range(3)]
-    for weight in (p for expert in experts for name, p in expert.named_parameters() if "c_" in name and p.ndim == 2):
-        weight += 0.1 * torch.randn_like(weight)
-    for count, rank in ((3, 4), (1, 16)):
-        make(directory, base, experts[:count], rank)
-        model = report(copy.deepcopy(base), directory)
-    expected, before, found = (one(torch.arange(16)[None])[0] for one in (experts[0], base, model))
+    experts = {name: copy.deepcopy(base) for name in ("math", "code", "law")}
+    for expert in experts.values():
+        for parameter in (p for name, p in expert.named_parameters() if ".c_" in name):
+            parameter += 0.1 * torch.randn_like(parameter)
+    report(copy.deepcopy(base), make(directory, base, experts, rank=4))
+    model = report(copy.deepcopy(base), make(directory, base, {"math": experts["math"]}, rank=16))
+    expected, before, found = (one(torch.arange(16)[None])[0] for one in (experts["math"], base, model))
     print(f"the base, off by  {(before - expected).abs().max():.7f}")
     print(f"one expert of all of its rank, off by  {(found - expected).abs().max():.7f}")
 

@@ -4,7 +4,7 @@ C. Huang et al., EMR-Merging: Tuning-Free High-Performance Model Merging, NeurIP
 entry, with `D_t` the deltas:
 
     gamma = sgn(sum_t D_t)                                      elect: 0 stays 0, as in the paper
-    D_uni = gamma max{|D_t| : gamma D_t > 0}                    0 without any
+    D_uni = gamma max_t (gamma D_t)_+                           the largest magnitude of that sign; 0 without any
     M_t   = [gamma D_t > 0]                                     mask
     lambda_t = sum |D_t| / sum |M_t D_uni|                      rescale: over the whole model
     task t:  W_0 + lambda_t M_t D_uni
@@ -15,25 +15,34 @@ the sums, the sum over the tensors of each tensor's mean (`scope="tensor_mean"`)
 matrix.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from cfmerge.compose.slots import composer
-from cfmerge.core.deltas import of_deltas
-from cfmerge.core.part import Composer, Needs, Report, Seen
+from cfmerge import linalg
+from cfmerge.compose.slots import ENTRIES
+from cfmerge.core.part import Composer, Report
 from cfmerge.core.registry import register
-from cfmerge.core.survey import Look, Measure, Survey, xp_of
 
 Rescale = Literal["l1", "l2", "none"]
+Scope = Literal["model", "tensor_mean"]
+PLACES = ("above", "below")
+
+
+# For each kind of number the sums above and below the line, over the entries: of |D_t| and |M_t D_uni|.
+TERMS: Mapping[str, tuple[Callable[[Array, Array], Array], ...]] = {
+    "l1": (lambda own, kept: own, lambda own, kept: kept),
+    "l2": (lambda own, kept: own * kept, lambda own, kept: kept * kept),
+    "none": (),
+}
 
 
 @register
-def emr(rescale: Rescale = "l1", scope: Literal["model", "tensor_mean"] = "model") -> Composer:
+def emr(rescale: Rescale = "l1", scope: Scope = "model") -> Composer:
     """The elected vector of all tasks, with a mask and a number for each task.
 
     Args:
@@ -43,36 +52,32 @@ def emr(rescale: Rescale = "l1", scope: Literal["model", "tensor_mean"] = "model
     Source: Huang et al., EMR-Merging, NeurIPS 2024, arXiv 2405.17461.
     """
 
-    def elected(base: Array, deltas: Float[Array, "T ..."], weights: Array) -> tuple[Mapping[str, Array], Report]:
+    def update(deltas: tuple[Array, ...], delta: Array, weight: float | Array = 1.0) -> tuple[Array, ...]:
+        return (*deltas, delta)
+
+    def solve(deltas: tuple[Array, ...]) -> tuple[Mapping[str, Array], Report]:
         unified, masks = unify(deltas)
-        return {"shared": unified, "masks": masks}, {}
+        return {"shared": unified, "masks": jnp.stack(masks)}, _materialised(_sums, list(deltas), unified, masks)
 
-    def measure(seen: Seen) -> dict[str, Any]:
-        unified, masks = unify(seen.deltas)
-        own, kept = (_rows(jnp.abs(x)) for x in (seen.deltas, jnp.where(masks, unified, 0)))
-        sums = jnp.sum(own, 1), jnp.sum(kept, 1), jnp.sum(own * kept, 1), jnp.sum(kept**2, 1), float(own.shape[1])
-        return Sums(*sums)._asdict()
+    def _sums(deltas: Sequence[Array], unified: Array, masks: Sequence[Array]) -> dict[str, Array]:
+        size = jnp.abs(unified)
+        return {
+            f"{place}[{t}]": jnp.sum(term(jnp.abs(delta), jnp.where(mask, size, 0)))
+            for t, (delta, mask) in enumerate(zip(deltas, masks, strict=True))
+            for place, term in zip(PLACES, TERMS[rescale], strict=False)
+        }
 
-    def look(entries: int, own: Sequence[Any]) -> Look:
-        if rescale == "none":
-            return np.ones(len(own))
-        if scope == "model":
-            return scales(Sums(**(yield Measure(measure, joint=True))), rescale)
-        pieces = yield Measure(measure, joint=True, by_tensor=True)
-        return scales(means({place: Sums(**own) for place, own in pieces.items()}), rescale)
-
-    plain = composer(of_deltas(elected, Needs("entry", weights="none")))
-    return dataclasses.replace(plain, survey=Survey(look, lambda found: plain, rows=scope == "model"))
+    return Composer("emr", lambda base: (), update, solve, needs=ENTRIES, additive=False, sums=True)
 
 
-def unify(deltas: Float[Array, "T ..."]) -> tuple[Float[Array, "..."], Bool[Array, "T ..."]]:
+def unify(deltas: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], list[Bool[Array, "..."]]]:
     """`D_uni` and the masks `M_t`.
 
     The sum is compensated, so that its sign does not depend on the order of the experts.
 
     Example:
-        >>> unified, masks = unify(jnp.array([[1.0, 1.0], [1.0, -10.0]]))
-        >>> unified.tolist(), masks.tolist()
+        >>> unified, masks = unify([jnp.array([1.0, 1.0]), jnp.array([1.0, -10.0])])
+        >>> unified.tolist(), [mask.tolist() for mask in masks]
         ([1.0, -10.0], [[True, False], [True, True]])
     """
     total, lost = deltas[0], jnp.zeros_like(deltas[0])
@@ -82,47 +87,40 @@ def unify(deltas: Float[Array, "T ..."]) -> tuple[Float[Array, "..."], Bool[Arra
         lost = lost + ((total - (summed - part)) + (delta - part))  # the rounding error of the sum, exactly
         total = summed
     gamma = jnp.sign(total + lost)
-    masks = gamma * deltas > 0
-    return gamma * jnp.max(jnp.where(masks, jnp.abs(deltas), 0), axis=0), masks
+    along = [gamma * delta for delta in deltas]
+    largest = jnp.zeros_like(gamma)
+    for own in along:
+        largest = jnp.maximum(largest, own)
+    return gamma * largest, [own > 0 for own in along]
 
 
-class Sums(NamedTuple):
-    """Sums over entries, `(T,)` each: `|D_t|`, `|M_t D_uni|`, the product of both, the square of the second.
-
-    Attributes:
-        entries: over how many.
-    """
-
-    own: Any
-    kept: Any
-    both: Any
-    square: Any
-    entries: Any
+def _materialised(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, behind a loop of one step: XLA would compute the arguments anew for every sum."""
+    return jax.tree.map(lambda leaf: leaf[0], lax.scan(lambda held, _: (held, function(*held)), arguments, None, 1)[1])
 
 
-def scales(sums: Sums, rescale: Rescale) -> Any:
-    """`lambda_t` of every task, `(T,)`; 0 where nothing is kept.
+def scales(reports: Mapping[str, Report], entries: Mapping[str, int], tasks: int, scope: Scope) -> list[Any]:
+    """`lambda_t` of every task; 0 where nothing is kept, 1 where nothing was summed.
+
+    Args:
+        reports: `{tensor: {"above[t]": sum, "below[t]": sum}}`, as `emr` reports them.
+        entries: of each tensor.
 
     Example:
-        >>> sums = Sums(np.array([2.0, 11.0]), np.array([1.0, 11.0]), np.array([1.0, 101.0]), np.array([1.0, 101.0]), 2)
-        >>> scales(sums, "l1").tolist(), scales(sums, "l2").tolist()
-        ([2.0, 1.0], [1.0, 1.0])
+        >>> scales({"x": {"above[0]": 2.0, "below[0]": 1.0}}, {"x": 2}, 1, "model")
+        [2.0]
     """
-    above, below = (sums.own, sums.kept) if rescale == "l1" else (sums.both, sums.square)
-    xp = xp_of(above, below)
-    return xp.where(below > 0, above / xp.where(below > 0, below, 1), 0)
+
+    def total(key: str) -> Any:
+        own = ((name, report[key]) for name, report in reports.items() if key in report)
+        return sum(value / (entries[name] if scope == "tensor_mean" else 1) for name, value in own)
+
+    summed = any("above" in key for report in reports.values() for key in report)
+    return [ratio(total(f"above[{t}]"), total(f"below[{t}]")) if summed else 1.0 for t in range(tasks)]
 
 
-def means(pieces: Mapping[tuple[str, int], Sums]) -> Sums:
-    """The sum over tensors of their means, out of the sums over pieces `(tensor, first entry)` of them."""
-    tensors: dict[str, Sums] = {}
-    for (name, _), sums in pieces.items():
-        before = tensors.get(name)
-        tensors[name] = sums if before is None else Sums(*(a + b for a, b in zip(before, sums, strict=True)))
-    each = [[value / sums.entries for value in sums] for sums in tensors.values()]
-    return Sums(*(sum(column) for column in zip(*each, strict=True)))
-
-
-def _rows(stack: Array) -> Array:
-    """Every expert's entries in a row."""
-    return stack.reshape(stack.shape[0], -1)
+def ratio(above: Any, below: Any) -> Any:
+    """The ratio, 0 where the lower is zero; of numbers as a number."""
+    if isinstance(below, jax.Array):
+        return linalg.ratio(above, below)
+    return above / below if below else 0.0

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import msgspec
 
 from cfmerge.compose.artifact import About, digest_of, headers_of, table_of
+from cfmerge.compose.emr import PLACES, scales
 from cfmerge.compose.entries import Entry
 from cfmerge.compose.kept import entry_of
 from cfmerge.compose.sink import PartsSink
 from cfmerge.compose.smile_composer import energy_rank
 from cfmerge.compose.systems import changed, choice, share_of
+from cfmerge.core.part import Report
 from cfmerge.engine import run
 from cfmerge.engine.account import Account
 from cfmerge.engine.placement import Devices, Placement
@@ -57,7 +59,7 @@ class Artifacts:
     ) -> Totals:
         assert isinstance(plan, ComposedPlan)
         about = plan.about({name: digest_of(plan.base.read(name)) for name in plan.base.tensors})
-        table = table_of(about, scales_of(account), plan.exported)
+        table = table_of(about, scales_of(account, plan.method, plan.entries, len(about.tasks)), plan.exported)
         return Totals(_card(plan, notes), exported_heads(plan), {TABLE: table})
 
 
@@ -163,10 +165,25 @@ def _is_left(job: Job) -> bool:
     return not buffer and job.assignment.rule is None and parameter.kind is not Kind.HEAD and bool(job.experts)
 
 
-def scales_of(account: Account) -> Any:
-    """Each task's number, out of what the surveys found; None: the system has none."""
-    found = [one.model for one in account.found.values() if one is not None]
-    return found[0] if found else None
+def scales_of(account: Account, method: Method, entries: Mapping[str, Entry], tasks: int) -> Any:
+    """Each task's number, out of what was reported of the tensors; None: the system has none."""
+    if method.name != "emr":
+        return None
+    told = method.parameters
+    reports = _by_task(account.reports_of(0), entries)
+    sizes = {name: entry.size for name, entry in entries.items()}
+    return scales(reports, sizes, tasks, told["scope"])
+
+
+def _by_task(reports: Mapping[str, Report], entries: Mapping[str, Entry]) -> dict[str, dict[str, Any]]:
+    """The reports, whose values are numbered by the tasks that have the tensor, by the numbers of the tasks."""
+    return {
+        name: {
+            f"{key}[{task}]": report[f"{key}[{number}]"]
+            for number, task in enumerate(entries[name].tasks) for key in PLACES if f"{key}[{number}]" in report
+        }
+        for name, report in reports.items()
+    }  # fmt: skip
 
 
 def _card(plan: ComposedPlan, notes: Sequence[str]) -> str:

@@ -77,7 +77,7 @@ def leading_parts(
     delta: Float[Array, "m n"], rank: int | None, gate: int, routed: Float[Array, "m n"] | None = None
 ) -> tuple[Float[Array, "m k"], Float[Array, "k n"] | None, Float[Array, "g n"]]:
     """`expert`, of a core in a basis of its inputs too, which may be narrower than the gate."""
-    k, g = sizes(*delta.shape, rank, gate)
+    k, g = sizes(delta.shape[0], delta.shape[1], rank, gate)
     shared = g if routed is None else 0
     u, s, vt = _triplets(delta, max(k or 0, shared))
     router = vt[:g] if routed is None else _triplets(routed, g)[2]

@@ -41,10 +41,10 @@ def choice(experts: int, asked: Composer) -> Choose:
                 f"tensor {parameter.name!r}: {method.name} makes one checkpoint, and the result is not one: a rule may "
                 f"say keep-base or one of {known}"
             )
-        if method.name != asked.name or (method.survey and method.parameters != asked.parameters):
+        if method.name != asked.name or (asked.sums and method.parameters != asked.parameters):
             raise CfmergeError(
                 f"tensor {parameter.name!r}: the result is of {asked.name}; a rule may say keep-base"
-                + ("" if asked.survey else f", or {asked.name} with other parameters")
+                + ("" if asked.sums else f", or {asked.name} with other parameters")
             )
         of_all = for_experts(method, experts)
         of_one = OF_ONE.get(method.name)

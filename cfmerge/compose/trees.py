@@ -37,7 +37,7 @@ def build_trees(base: Any, experts: Any, system: Any, parameters: Mapping[str, A
         entries.update({job.name: entry_of(job) for job in work.merged})
         sink = KeptParts(entries)
         account = run.merge(work, [sink])
-        return sink.arrays(), scales_of(account)
+        return sink.arrays(), scales_of(account, method, entries, len(trees))
 
     arrays = Arrays.of(problem.assignments, problem.trees, None, [None] * len(trees))
     parts, scales = automatic(made, arrays, lambda result, mesh: jax.tree.map(lambda leaf: None, result))

@@ -222,8 +222,11 @@ class Composer(Method):
 
     Attributes:
         out_of: `out_of(parts, u, v)` are the parts of the deltas `U M_t V^T`, from those of the cores `M_t`.
+        sums: its report's values are sums over entries, which are added up over the pieces of a tensor.
     """
 
+    _: dataclasses.KW_ONLY
+    sums: bool = False
     out_of: Callable[..., Mapping[str, Array]] | None = None
 
 

@@ -1,11 +1,15 @@
 """The account of a run: notes of the methods with the tensors that they are about, and reports by tensor."""
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from cfmerge.core.part import Composer
 from cfmerge.engine.precision import Outcome
 from cfmerge.engine.units import Unit
 from cfmerge.errors import and_more
@@ -33,15 +37,27 @@ def told_of(unit: Unit, outcome: Outcome) -> Told:
     """All that is told of a unit with that outcome."""
     by_result = outcome.reports if isinstance(outcome.reports, tuple) else (outcome.reports,)
     reports: list[dict[str, Report]] = [{} for _ in by_result] if any(by_result) else []
+    of_span = _sum if adds(unit.job) else lambda values: float(np.max(values))
     for own, values in zip(reports, by_result, strict=False):
         for name, span in zip(unit.names, unit.spans, strict=True):
-            own[name] = _larger({key: float(np.max(value[span])) for key, value in values.items()}, own.get(name, {}))
+            report = {key: of_span(value[span]) for key, value in values.items()}
+            own[name] = _joined(unit.job, report, own.get(name, {}))
     return Told(reports, [unit.names[number] for number in outcome.float64])
 
 
-def _larger(report: Report, before: Report) -> dict[str, float]:
-    """The larger values of a tensor's report and of that on its other segments."""
-    return dict(report) | {key: max(value, report[key]) for key, value in before.items()}
+def adds(job: Job) -> bool:
+    """Whether the report's values are sums; of all other methods the largest is told."""
+    return isinstance(job.method, Composer) and job.method.sums
+
+
+def _sum(values: Any) -> Any:
+    return jnp.sum(values) if isinstance(values, jax.core.Tracer) else float(np.sum(values, dtype=np.float64))
+
+
+def _joined(job: Job, report: Report, before: Report) -> dict[str, float]:
+    """A tensor's report and that on its other segments as one: the larger values, or the sums."""
+    join = operator.add if adds(job) else max
+    return dict(report) | {key: join(value, report[key]) for key, value in before.items()}
 
 
 @dataclasses.dataclass
@@ -51,12 +67,10 @@ class Account:
     Attributes:
         reports: `{result: {tensor: {name: value}}}`.
         notes: `{(result, method, message): {tensor: value}}`; a message may hold `{value}`.
-        found: the findings of surveys of the model, by the kinds of their methods.
     """
 
     reports: dict[int, dict[str, Report]] = dataclasses.field(default_factory=dict)
     notes: dict[tuple[int, str, str], dict[str, float]] = dataclasses.field(default_factory=dict)
-    found: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
     _double: set[str] = dataclasses.field(default_factory=set)
     _past: set[tuple[int, str]] = dataclasses.field(default_factory=set)  # (result, tensor) past the bound of growth
 
@@ -66,7 +80,7 @@ class Account:
         for result, reports in enumerate(told.reports):
             own = self.reports.setdefault(result, {})
             for name, report in reports.items():
-                own[name] = merged = _larger(report, own.get(name, {}))
+                own[name] = merged = _joined(jobs[name], report, own.get(name, {}))
                 method = methods_of(jobs[name])[result]
                 for key, (condition, message) in method.notes.items():
                     if key in merged and condition(merged[key]):

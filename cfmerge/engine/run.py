@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from cfmerge.core.survey import Measure
-from cfmerge.engine.account import Account, Told, told_of
+from cfmerge.engine.account import Account, Told, adds, told_of
 from cfmerge.engine.checks import kept_tensor
 from cfmerge.engine.journal import Forgetful, Journal, ranges_of, whole
 from cfmerge.engine.looks import measured, surveys
@@ -54,7 +54,7 @@ def merge(
         account.add(Told(*earlier), by_name)
 
     def take(unit: Unit, outcome: Outcome) -> None:
-        told = Told() if work.traced else told_of(unit, outcome)
+        told = Told() if work.traced and not adds(unit.job) else told_of(unit, outcome)
         reports.append((unit, tuple(told)))
         tensors = jax.tree.map(np.asarray, outcome.tensors) if work.from_files else outcome.tensors
         several = len(sinks) > 1
@@ -73,7 +73,7 @@ def merge(
                         written(sink, job, 0, kept)
                     journal.mark(whole(job), Told())
                 loop.tell(job.name, job.bytes_read * (1 + len(job.sources)))
-        account.found = found = surveys(loop, work.merged)
+        found = surveys(loop, work.merged)
         units = list(filter(loop.to_do, loop.units(work.merged)))
         loop.over(units, lambda unit: loop.merged(unit, found.get(kind_of(unit.job.method))), take)
         loop.writer.finish()
