@@ -26,9 +26,9 @@ from typing import Any
 import jax
 import numpy as np
 from measuring import table
-from tangents_zoo import STEPS, Part, Split, Zoo, network, ordinary, parts, tangent, zoo
+from tangents_zoo import STEPS, Part, Split, Zoo, network, of, ordinary, parts, tangent, zoo
 
-from cfmerge.compose.tangents import Tangents
+from cfmerge.compose.tangents import Tangents, linearised
 
 SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 STREAMS = ("task", "class: digits", "class: animals", "shards: animals")
@@ -44,16 +44,25 @@ def plain_outputs(head: str, params: Any, images: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="head")
-def composed_outputs(head: str, tangents: Tangents, images: jax.Array) -> jax.Array:
-    return tangents.apply(network(head), images)
+def linearised_outputs(head: str, base: Any, total: Any, images: jax.Array) -> jax.Array:
+    return linearised(network(head), base, total, images)
 
 
 def plain(params: Any) -> Logits:
-    return lambda head, images: np.asarray(plain_outputs(head, params, images))
+    return lambda head, images: in_chunks(lambda chunk: plain_outputs(head, params, chunk), images)
 
 
 def composed(tangents: Tangents) -> Logits:
-    return lambda head, images: np.asarray(composed_outputs(head, tangents, images))
+    """The outputs of `tangents.apply`: the sum first, so that one program serves any number of components."""
+    total = tangents.total()
+    return lambda head, images: in_chunks(lambda chunk: linearised_outputs(head, tangents.base, total, chunk), images)
+
+
+def in_chunks(outputs: Callable[[np.ndarray], Any], images: np.ndarray, size: int = 500) -> np.ndarray:
+    """The outputs of any number of images, by programs for `size` of them."""
+    padded = np.pad(images, ((0, -len(images) % size), (0, 0), (0, 0)))
+    chunks = [np.asarray(outputs(padded[first : first + size])) for first in range(0, len(padded), size)]
+    return np.concatenate(chunks)[: len(images)]
 
 
 def ensemble(models: Sequence[Any], how: str) -> Logits:
@@ -74,7 +83,7 @@ def accuracies(logits: Logits, stream: Sequence[Part], split: str = "test") -> l
     """One accuracy for each part."""
     found = []
     for part in stream:
-        images, labels = getattr(part, split)
+        images, labels = of(getattr(part, split))
         found.append(float(np.mean(logits(part.head, images).argmax(axis=-1) == labels)))
     return found
 
@@ -117,10 +126,11 @@ def study(zoo: Zoo, stream: str) -> list[dict[str, Any]]:
     seeds = [(seed, 3, index) for index in range(len(found))]
     tangents = Tangents(base)
     for part, own in zip(found, seeds, strict=True):
-        tangents = tangents.add(part.name.replace(" ", "-"), tangent(base, part, own))
-    entropy = [ordinary(base, part, own) for part, own in zip(found, seeds, strict=True)]
-    squares = [ordinary(base, part, own, False) for part, own in zip(found, seeds, strict=True)]
-    onwards, back = sequence(base, found, seeds), sequence(base, found[::-1], seeds[::-1])
+        tangents = tangents.add(part.name.replace(" ", "-"), tangent(base, part, own, zoo.steps))
+    entropy = [ordinary(base, part, own, zoo.steps) for part, own in zip(found, seeds, strict=True)]
+    squares = [ordinary(base, part, own, zoo.steps, entropy=False) for part, own in zip(found, seeds, strict=True)]
+    onwards = sequence(base, found, seeds, zoo.steps)
+    back = sequence(base, found[::-1], seeds[::-1], zoo.steps)
 
     def row(method: str, judged: Logits | float, **told: Any) -> dict[str, Any]:
         accuracy = judged if isinstance(judged, float) else mean(judged, found)
@@ -139,14 +149,14 @@ def study(zoo: Zoo, stream: str) -> list[dict[str, Any]]:
             order=changed(plain(onwards[-1]), plain(back[-1]), found), reversed=mean(plain(back[-1]), found)),
         *arithmetic_rows(row, base, entropy, tangents, found),
     ]  # fmt: skip
-    return rows + (joint_rows(row, base, found) if stream != "task" else [])
+    return rows + (joint_rows(row, base, found, 2 * zoo.steps) if stream != "task" else [])
 
 
-def sequence(base: Any, stream: Sequence[Part], seeds: Sequence[Sequence[int]]) -> list[Any]:
+def sequence(base: Any, stream: Sequence[Part], seeds: Sequence[Sequence[int]], steps: int) -> list[Any]:
     """Parameters after each part, every part going on from the one before."""
     found, params = [], base
     for part, own in zip(stream, seeds, strict=True):
-        params = ordinary(params, part, own)
+        params = ordinary(params, part, own, steps)
         found.append(params)
     return found
 
@@ -213,14 +223,15 @@ def arithmetic_rows(
     ]
 
 
-def joint_rows(row: Callable[..., dict[str, Any]], base: Any, stream: Sequence[Part]) -> list[Any]:
+def joint_rows(row: Callable[..., dict[str, Any]], base: Any, stream: Sequence[Part], steps: int) -> list[Any]:
     """One training on the images of all parts, twice as long: what no stream can have."""
-    images, labels = (np.concatenate([part.train[i] for part in stream]) for i in (0, 1))
+    splits = [part.train for part in stream]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*map(of, splits), strict=True))
     whole = stream[0]._replace(train=Split(images, labels))
-    trained = Tangents(base).add("all", tangent(base, whole, (0, 4), 2 * STEPS))
+    trained = Tangents(base).add("all", tangent(base, whole, (0, 4), steps))
     return [
         row("all parts at once, linearised", composed(trained)),
-        row("all parts at once, ordinary", plain(ordinary(base, whole, (0, 4), steps=2 * STEPS))),
+        row("all parts at once, ordinary", plain(ordinary(base, whole, (0, 4), steps))),
     ]
 
 
@@ -256,13 +267,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("rows", type=Path, help="a file of JSON lines, gone on with where it exists")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help="of one training")
     parser.add_argument("--streams", nargs="+", default=list(STREAMS), choices=STREAMS)
     parser.add_argument("--table", action="store_true", help="print the tables of the rows that are there")
     args = parser.parse_args()
     for seed in [] if args.table else args.seeds:
         done = {row["stream"] for row in read(args.rows) if row["seed"] == seed}
         missing = [stream for stream in args.streams if stream not in done]
-        made = zoo(seed) if missing else None
+        made = zoo(seed, args.steps) if missing else None
         for stream in missing:
             rows = study(made, stream)
             with args.rows.open("a") as file:

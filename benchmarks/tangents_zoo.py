@@ -30,6 +30,7 @@ class Zoo(NamedTuple):
     base: Any  # {"trunk": ..., "heads": {task: (classes, dim)}}
     tasks: Mapping[str, Task]
     seed: int
+    steps: int  # of one training
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def network(head: str) -> Callable[[Any, jax.Array], jax.Array]:
     return outputs
 
 
-def zoo(seed: int) -> Zoo:
+def zoo(seed: int, steps: int = STEPS) -> Zoo:
     """The demo's tasks and base."""
     tasks = data.load_tasks(archives.cache_directory(), seed)
     split, letters = data.pretraining_split(tasks, np.random.default_rng((seed, 1)))
@@ -51,7 +52,7 @@ def zoo(seed: int) -> Zoo:
     heads = [model.init_head(jax.random.fold_in(drawn, i), size, TRUNK.dim) for i, size in enumerate(sizes)]
     trunk = train.fit(TRUNK, train.Schedule(600, 256, 2e-3), model.init_trunk(TRUNK, start), order, split, heads)
     named = {task.name: jnp.asarray(head) for task, head in zip(tasks, heads[:-1], strict=True)}
-    return Zoo({"trunk": trunk, "heads": named}, {task.name: task for task in tasks}, seed)
+    return Zoo({"trunk": trunk, "heads": named}, {task.name: task for task in tasks}, seed, steps)
 
 
 def parts(zoo: Zoo, stream: str) -> list[Part]:
@@ -71,6 +72,11 @@ def parts(zoo: Zoo, stream: str) -> list[Part]:
     return [Part(f"shard {i}", name, shard, task.validation, task.test) for i, shard in enumerate(shards)]
 
 
+def of(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels."""
+    return split.images, split.labels
+
+
 def among(split: Split, classes: Sequence[int]) -> Split:
     rows = np.isin(split.labels, classes)
     return Split(split.images[rows], split.labels[rows])
@@ -79,11 +85,9 @@ def among(split: Split, classes: Sequence[int]) -> Split:
 # --- training -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def optimiser(steps: int) -> optax.GradientTransformation:
     return optax.adamw(optax.cosine_decay_schedule(RATE, steps), b2=0.98, weight_decay=1e-4)
-
-
-OPTIMISERS = {steps: optimiser(steps) for steps in (STEPS, 2 * STEPS)}
 
 
 def batches(split: Split, classes: int, steps: int, seed: Sequence[int]) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -103,18 +107,19 @@ def ordinary_step(
         return optax.softmax_cross_entropy(z, targets).mean() if entropy else squares
 
     gradient = jax.grad(loss)(params["trunk"])
-    updates, moments = OPTIMISERS[steps].update(gradient, moments, params["trunk"])
+    updates, moments = optimiser(steps).update(gradient, moments, params["trunk"])
     return {**params, "trunk": optax.apply_updates(params["trunk"], updates)}, moments
 
 
-def ordinary(start: Any, part: Part, seed: Sequence[int], entropy: bool = True, steps: int = STEPS) -> Any:
+def ordinary(start: Any, part: Part, seed: Sequence[int], steps: int, entropy: bool = True) -> Any:
     """Parameters fine-tuned from `start` in the ordinary way."""
-    params, moments = start, OPTIMISERS[steps].init(start["trunk"])
+    params, moments = start, optimiser(steps).init(start["trunk"])
     for images, targets in batches(part.train, len(start["heads"][part.head]), steps, seed):
         params, moments = ordinary_step(part.head, steps, entropy, params, moments, images, targets)
     return params
 
 
-def tangent(base: Any, part: Part, seed: Sequence[int], steps: int = STEPS) -> Any:
+def tangent(base: Any, part: Part, seed: Sequence[int], steps: int) -> Any:
+    """A component for the part: its tangent by name of leaf."""
     drawn = batches(part.train, len(base["heads"][part.head]), steps, seed)
-    return fit(network(part.head), base, drawn, OPTIMISERS[steps], trains="trunk/*", kappa=KAPPA)
+    return fit(network(part.head), base, drawn, optimiser(steps), trains="trunk/*", kappa=KAPPA)
