@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from golden_cases import CASES, load, states
 from tangent_parts import X, base, component, head_alone, network, three
 
@@ -199,6 +200,20 @@ def test_a_base_in_bfloat16_keeps_its_dtype_and_sums_are_made_in_float32():
     np.testing.assert_allclose(tangents.total()["hidden/bias"], np.full(5, 1.125), rtol=1e-6)
     assert tangents.apply(network, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     assert tangents.to_task_vector()["hidden"]["bias"].dtype == jnp.bfloat16
+
+
+def test_a_module_of_nnx_is_a_base_by_its_state_and_gelu_has_its_tangent_at_zero():
+    """The authors' code divides by the input there."""
+    layer = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    tangents = Tangents(state).add("a", jax.tree.map(jnp.ones_like, state))
+
+    def gelu(state, x):
+        return jax.nn.gelu(nnx.merge(graph, state)(x) - nnx.merge(graph, jax.lax.stop_gradient(state))(x))
+
+    found = tangents.apply(gelu, X)
+    np.testing.assert_allclose(found, 0.5 * jnp.broadcast_to(X.sum(axis=1, keepdims=True), (4, 2)), rtol=1e-5)
+    assert isinstance(tangents.to_task_vector(), nnx.State)
 
 
 def test_the_task_vector_is_the_sum_as_a_tree_and_differs_at_second_order():
