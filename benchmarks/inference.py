@@ -91,12 +91,21 @@ def tmc_summed(zoo: Zoo) -> tuple[Any, Answer]:
     return held, lambda held, images: linearised(zoo.network, held[0], held[1], images)
 
 
+def weights(held: Tangents, images: jax.Array) -> jax.Array:
+    return jnp.full((len(images), len(held.names)), 1 / len(held.names))
+
+
 def tmc_each(zoo: Zoo) -> tuple[Any, Answer]:
-    """Coefficients of its own for every example."""
+    """Coefficients of its own for every example: each component's change of the output, weighted."""
+    return tangents(zoo), lambda held, x: held.apply_each(zoo.network, x, coefficients=weights(held, x))
+
+
+def tmc_mapped(zoo: Zoo) -> tuple[Any, Answer]:
+    """The same by `vmap`: a sum of the components for every example."""
 
     def answer(held: Any, images: jax.Array) -> Any:
-        weights = jnp.full((len(images), len(held.names)), 1 / len(held.names))
-        return held.apply_each(zoo.network, images, coefficients=weights)
+        own = jax.vmap(lambda image, c: held.apply(zoo.network, image[None], coefficients=c)[0])
+        return own(images, weights(held, images))
 
     return tangents(zoo), answer
 
@@ -106,9 +115,10 @@ def systems() -> dict[str, Callable[[Zoo], tuple[Any, Answer]]]:
     return {
         "one model": one_model,
         "ensemble": ensemble,
-        "TMC, coefficients by request": tmc,
+        "TMC, by request": tmc,
         "TMC, summed": tmc_summed,
-        "TMC, coefficients by example": tmc_each,
+        "TMC, by example": tmc_each,
+        "TMC, by example, vmap": tmc_mapped,
     }
 
 

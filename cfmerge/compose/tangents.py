@@ -4,9 +4,10 @@
     composed     =  f(x; W_0) + J(x) sum_t c_t V_t          coefficients c_t: any numbers, of a request, of an example
 
 `V_t` is a component: a tree like `W_0`, or of some of its leaves; the leaves that no component has are frozen. The sum
-comes first and one `jax.jvp` follows, so that an answer costs about two forward passes whatever the number of
-components. `c_t = 1/T` is exactly the mean of the T components' outputs, an ensemble; a component is forgotten by
-leaving it out of the sum. The network at `W_0 + sum_t c_t V_t`, ordinary task arithmetic, differs at second order.
+comes first and one `jax.jvp` follows, so an answer costs two to three forward passes whatever the number of components:
+layers before the first leaf that moves cost one, a frozen layer behind it two, one that moves three (`W x`, `W dx`,
+`V x`). `c_t = 1/T` is exactly the mean of the T components' outputs, an ensemble; a component is forgotten by leaving
+it out of the sum. The network at `W_0 + sum_t c_t V_t`, ordinary task arithmetic, differs at second order.
 """
 
 import dataclasses
@@ -123,7 +124,7 @@ class Tangents:
         return self.scaled([1 / len(self.names)] * len(self.names))
 
     def apply(self, function: Function, *inputs: Any, coefficients: Coefficients | None = None) -> Any:
-        """`f(x; W_0) + J(x) sum_t c_t V_t`: about two forward passes, and a sum over the components' leaves.
+        """`f(x; W_0) + J(x) sum_t c_t V_t`: two to three forward passes, and a sum over the components.
 
         Args:
             function: `f(parameters, *inputs)`, a tree of arrays; parameters are a tree like the base.
@@ -134,8 +135,9 @@ class Tangents:
     def apply_each(self, function: Function, *inputs: Any, coefficients: Any) -> Any:
         """The same with coefficients of its own for every example: `(examples, components)`.
 
-        It costs about `1 + T` forward passes, not 2: `J(x) V_t` of every component, weighted afterwards. (One tangent
-        for each example, as `vmap` over `apply` makes it, costs as much and holds a model for every example.)
+        It costs `1 + T` to `1 + 2 T` forward passes, not 2 to 3: `J(x) V_t` of every component, weighted afterwards.
+        `vmap` over `apply` instead sums the components for every example: 2 to 3 passes and `T / n` more, where a
+        weight meets `n` tokens of an example, but it holds a model for every example of the batch.
 
         Args:
             function: its outputs have the examples as first axis, and an output depends on its own example alone.

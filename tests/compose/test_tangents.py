@@ -1,14 +1,19 @@
 """Tangent components compose by one jvp, and add, scale, subtract and are forgotten as vectors are."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from golden_cases import CASES, load, states
 from tangent_parts import X, base, component, head_alone, network, three
 
 import cfmerge
+from cfmerge.compose import tangent_files, tangent_training
+from cfmerge.compose import tangents as tangents_module
 from cfmerge.compose.tangents import Tangents, linearised
 
 apply = jax.jit(lambda tangents, x: tangents.apply(network, x))
@@ -247,6 +252,15 @@ def test_an_error_tells_what_was_expected_and_what_was_found(call, words):
         call(three())
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("module", [tangents_module, tangent_files, tangent_training])
+def test_the_examples_in_docstrings_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = {"jax": jax, "jnp": jnp, "optax": optax}
+    done = doctest.testmod(module, extraglobs=known, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert done.attempted >= 3
+    assert not done.failed
 
 
 def test_the_representation_is_short():
