@@ -34,7 +34,7 @@ def described(base: Any) -> dict[str, dict[str, Any]]:
 def _hash(leaf: Any) -> str:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
-    return hashlib.sha256(np.ascontiguousarray(leaf).view(np.uint8) if np.size(leaf) else b"").hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def digest(base: Described) -> str:
