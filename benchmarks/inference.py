@@ -73,10 +73,11 @@ def ensemble(zoo: Zoo) -> tuple[Any, Answer]:
     return models, answer
 
 
-def tangents(zoo: Zoo) -> Tangents:
+def tangents(zoo: Zoo, part: str = "") -> Tangents:
+    """The deltas as components: all leaves, or one part of the tree alone."""
     made = Tangents(zoo.base)
     for number, delta in enumerate(zoo.deltas):
-        made = made.add(f"t{number}", delta, 1 / len(zoo.deltas))
+        made = made.add(f"t{number}", {part: delta[part]} if part else delta, 1 / len(zoo.deltas))
     return made
 
 
@@ -89,6 +90,12 @@ def tmc_summed(zoo: Zoo) -> tuple[Any, Answer]:
     """Coefficients that stay: the sum is held, and the components may lie in their files."""
     held = (zoo.base, tangents(zoo).total())
     return held, lambda held, images: linearised(zoo.network, held[0], held[1], images)
+
+
+def tmc_last(zoo: Zoo) -> tuple[Any, Answer]:
+    """Coefficients by request, components of the last block alone."""
+    part = f"block_{zoo.model.depth - 1}" if zoo.model.depth else "norm"
+    return tangents(zoo, part), lambda held, images: held.apply(zoo.network, images)
 
 
 def weights(held: Tangents, images: jax.Array) -> jax.Array:
@@ -117,6 +124,7 @@ def systems() -> dict[str, Callable[[Zoo], tuple[Any, Answer]]]:
         "ensemble": ensemble,
         "TMC, by request": tmc,
         "TMC, summed": tmc_summed,
+        "TMC of the last block, by request": tmc_last,
         "TMC, by example": tmc_each,
         "TMC, by example, vmap": tmc_mapped,
     }

@@ -201,7 +201,7 @@ def test_a_base_in_bfloat16_keeps_its_dtype_and_sums_are_made_in_float32():
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, base())
     tangents = Tangents(low)
     for number in range(64):
-        tangents = tangents.add(f"t{number}", {"hidden/bias": jnp.full(5, 1 / 64 + 2**-9, jnp.float32)})
+        tangents = tangents.add(f"t{number}", {"hidden/bias": jnp.full(5, 1 / 64 + 2**-9, jnp.bfloat16)})
     np.testing.assert_allclose(tangents.total()["hidden/bias"], np.full(5, 1.125), rtol=1e-6)
     assert tangents.apply(network, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     assert tangents.to_task_vector()["hidden"]["bias"].dtype == jnp.bfloat16
