@@ -63,11 +63,11 @@ def check_base(place: Path, expected: Described, base: Any) -> None:
     found = described(base)
     way_out = "components belong to the very base that they were trained from: load that one"
     for told, names, among in (
-        ("lacks", [name for name in expected if name not in found], expected),
-        ("has besides", [name for name in found if name not in expected], found),
+        ("lacks leaves that they know", [name for name in expected if name not in found], expected),
+        ("has leaves that they do not know", [name for name in found if name not in expected], found),
     ):
         if names:
-            raise CfmergeError(f"{place}: the base {told} {len(names)} leaves: {tell(names, among)}; {way_out}")
+            raise CfmergeError(f"{place}: the base {told}: {tell(names, among)}; {way_out}")
     for key in ("shape", "dtype", "sha256"):
         other = [name for name in expected if expected[name][key] != found[name][key]]
         if other:
@@ -93,7 +93,7 @@ def component_of(place: Path, entry: Mapping[str, Any], leaves: Mapping[str, Any
         raise CfmergeError(f"{file}: belongs to another base than {MANIFEST} tells; {again}")
     for told, names, among in (
         ("holds tensors that are no leaves of the base", [n for n in stored.tensors if n not in leaves], leaves),
-        ("lacks leaves", [n for n in listed if n not in stored.tensors], listed),
+        ("lacks leaves", [n for n in listed if n not in stored.tensors], ()),
         (f"holds leaves that {MANIFEST} has not", [n for n in stored.tensors if n not in listed], listed),
     ):
         if names:

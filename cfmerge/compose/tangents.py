@@ -121,7 +121,7 @@ class Tangents:
 
     def mean(self) -> "Tangents":
         """The same components with coefficients 1/T: the ensemble of the T components' outputs."""
-        return self.scaled([1 / len(self.names)] * len(self.names))
+        return self.scaled([1 / len(self.names) for _ in self.names])
 
     def apply(self, function: Function, *inputs: Any, coefficients: Coefficients | None = None) -> Any:
         """`f(x; W_0) + J(x) sum_t c_t V_t`: two to three forward passes, and a sum over the components.

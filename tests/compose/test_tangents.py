@@ -97,6 +97,7 @@ def test_the_composition_is_linear_in_the_coefficients():
 
 def test_no_component_is_the_base_and_one_is_its_own_linearised_model():
     assert same_bits(jax.jit(lambda x: Tangents(base()).apply(network, x))(X), jax.jit(network)(base(), X))
+    assert Tangents(base()).mean().coefficients == ()
     one = Tangents(base()).add("a", component(1))
     assert same_bits(one.apply(network, X), linearised(network, base(), component(1), X))
 
