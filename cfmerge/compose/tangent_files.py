@@ -10,10 +10,10 @@ that separate processes have trained come together by `append`. All appears whol
 
 import contextlib
 import fcntl
-import json
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import numpy as np
 
 from cfmerge.compose.tangent_reading import (
     BASE,
-    FORMAT,
     MANIFEST,
-    VERSION,
-    Described,
+    Component,
+    Leaf,
+    Manifest,
     check_base,
     component_of,
     described,
@@ -57,7 +57,7 @@ def save(tangents: Tangents, directory: str | Path, *, overwrite: bool = False) 
                 sink.write(f"{name}/{leaf}", array)
         sink.finish(Totals())
         with disk_errors(target):
-            (sink.path / MANIFEST).write_text(_text(base, _entries(tangents)))
+            (sink.path / MANIFEST).write_text(Manifest(_entries(tangents), base).text())
         sink.commit()
     return target
 
@@ -75,18 +75,18 @@ def load(directory: str | Path, base: Any) -> Tangents:
     """
     place = Path(directory).expanduser()
     manifest = manifest_of(place)
-    check_base(place, manifest["base"], base)
+    check_base(place, manifest.base, base)
     leaves, _ = flatten(base)
-    entries = manifest["components"]
-    files = {entry["file"] for entry in entries}
+    entries = manifest.components
+    files = {entry.file for entry in entries}
     strays = sorted(file.name for file in place.glob("*.safetensors") if file.name not in files)
     if strays:
         warnings.warn(f"{place}: {', '.join(strays)}: not in {MANIFEST}, so no component; not loaded", stacklevel=2)
     return Tangents(
         base,
-        tuple(entry["name"] for entry in entries),
-        tuple(component_of(place, entry, leaves, digest(manifest["base"])) for entry in entries),
-        tuple(entry["coefficient"] for entry in entries),
+        tuple(entry.name for entry in entries),
+        tuple(component_of(place, entry, leaves, digest(manifest.base)) for entry in entries),
+        tuple(entry.coefficient for entry in entries),
     )
 
 
@@ -101,23 +101,24 @@ def append(directory: str | Path, tangents: Tangents) -> Path:
     place = Path(directory).expanduser()
     with _alone(place):
         manifest = manifest_of(place)
-        check_base(place, manifest["base"], tangents.base)
-        taken = [entry["name"] for entry in manifest["components"]]
+        check_base(place, manifest.base, tangents.base)
+        taken = [entry.name for entry in manifest.components]
         twice = [name for name in tangents.names if name in taken]
         if twice:
             raise CfmergeError(
                 f"{place}: there is a component {twice[0]!r} already; name yours otherwise, or erase it first: "
                 f"tangent_files.erase({str(place)!r}, {twice[0]!r})"
             )
+        entries = _entries(tangents)
         for name, arrays in zip(tangents.names, _components(tangents), strict=True):
-            file = FileSink(_file(place, name), [_folder(name, manifest["base"], "")], metadata={}, overwrite=True)
+            file = FileSink(_file(place, name), [_folder(name, manifest.base, "")], metadata={}, overwrite=True)
             with file as sink:
                 sink.declare({leaf: (array.shape, array.dtype) for leaf, array in arrays.items()})
                 for leaf, array in arrays.items():
                     sink.write(leaf, array)
                 sink.finish(Totals())
                 sink.commit()
-        _rewrite(place, _text(manifest["base"], [*manifest["components"], *_entries(tangents)]))
+        _rewrite(place, Manifest([*manifest.components, *entries], manifest.base))
     return place
 
 
@@ -130,10 +131,10 @@ def erase(directory: str | Path, name: str) -> Path:
     place = Path(directory).expanduser()
     with _alone(place):
         manifest = manifest_of(place)
-        names = [entry["name"] for entry in manifest["components"]]
+        names = [entry.name for entry in manifest.components]
         if name not in names:
             raise CfmergeError(f"{place}: there is no component {name!r}{nearest(name, names)}")
-        _rewrite(place, _text(manifest["base"], [e for e in manifest["components"] if e["name"] != name]))
+        _rewrite(place, Manifest([entry for entry in manifest.components if entry.name != name], manifest.base))
         _file(place, name).unlink(missing_ok=True)
     return place
 
@@ -145,16 +146,18 @@ def _file(place: Path, name: str) -> Path:
     return place / f"{name}.safetensors"
 
 
-def _folder(name: str, base: Described, prefix: str | None = None) -> Folder:
+def _folder(name: str, base: Mapping[str, Leaf], prefix: str | None = None) -> Folder:
     """One component's file among the others of the directory."""
     return Folder(f"{name}/" if prefix is None else prefix, stem=name, sharded=False, metadata={BASE: digest(base)})
 
 
-def _entries(tangents: Tangents) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "file": _file(Path(), name).name, "coefficient": float(c), "leaves": list(component)}
-        for name, component, c in zip(tangents.names, tangents.components, tangents.coefficients, strict=True)
-    ]
+def _entries(tangents: Tangents) -> list[Component]:
+    parts = zip(tangents.names, map(float, tangents.coefficients), tangents.components, strict=True)
+    entries = [Component(name, _file(Path(), name).name, c, list(component)) for name, c, component in parts]
+    for entry in entries:
+        if not math.isfinite(entry.coefficient):
+            raise CfmergeError(f"component {entry.name!r}: its coefficient is {entry.coefficient}; give it a number")
+    return entries
 
 
 def _components(tangents: Tangents) -> list[dict[str, np.ndarray]]:
@@ -167,14 +170,9 @@ def _components(tangents: Tangents) -> list[dict[str, np.ndarray]]:
     return found
 
 
-def _text(base: Described, components: list[dict[str, Any]]) -> str:
-    content = {"format": FORMAT, "version": VERSION, "components": components, "base": base}
-    return json.dumps(content, indent=1) + "\n"
-
-
-def _rewrite(place: Path, text: str) -> None:
+def _rewrite(place: Path, manifest: Manifest) -> None:
     with disk_errors(place), StagedFile(place / MANIFEST, overwrite=True) as staged:
-        (staged.path / MANIFEST).write_text(text)
+        (staged.path / MANIFEST).write_text(manifest.text())
         staged.commit()
 
 

@@ -4,10 +4,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from cfmerge.compose.tangents import Tangent
@@ -17,18 +18,42 @@ from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.models.patterns import tell
 from cfmerge.products.loading import load as load_tensors
 
-MANIFEST, FORMAT, VERSION = "tangents.json", "cfmerge.tangents", 1
+MANIFEST = "tangents.json"
 BASE = "cfmerge.tangents.base"  # in a component's metadata: which base it belongs to
 
-Described = Mapping[str, Mapping[str, Any]]  # {leaf of the base: {"shape", "dtype", "sha256"}}
+
+class Leaf(msgspec.Struct):
+    """A leaf of the base, as the components know it."""
+
+    shape: list[int]
+    dtype: str
+    sha256: str
 
 
-def described(base: Any) -> dict[str, dict[str, Any]]:
+class Component(msgspec.Struct):
+    """A component, and the names of its leaves in its file."""
+
+    name: str
+    file: str
+    coefficient: float
+    leaves: list[str]
+
+
+class Manifest(msgspec.Struct):
+    """The content of `tangents.json`: components in their order, and the base that they belong to."""
+
+    components: list[Component]
+    base: dict[str, Leaf]
+    format: Literal["cfmerge.tangents"] = "cfmerge.tangents"
+    version: Literal[1] = 1
+
+    def text(self) -> str:
+        return json.dumps(msgspec.to_builtins(self), indent=1) + "\n"
+
+
+def described(base: Any) -> dict[str, Leaf]:
     """Shape, dtype and SHA-256 of every leaf of a base, by name."""
-    return {
-        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": _hash(leaf)}
-        for name, leaf in flatten(base)[0].items()
-    }
+    return {name: Leaf(list(leaf.shape), str(leaf.dtype), _hash(leaf)) for name, leaf in flatten(base)[0].items()}
 
 
 def _hash(leaf: Any) -> str:
@@ -37,28 +62,32 @@ def _hash(leaf: Any) -> str:
     return hashlib.sha256(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def digest(base: Described) -> str:
+def digest(base: Mapping[str, Leaf]) -> str:
     """One hash for a whole base."""
-    return hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(msgspec.to_builtins(base), sort_keys=True).encode()).hexdigest()
 
 
-def manifest_of(place: Path) -> dict[str, Any]:
+def manifest_of(place: Path) -> Manifest:
+    """What `tangents.json` tells.
+
+    Raises:
+        CfmergeError: it is not there, or is something else.
+    """
     file = place / MANIFEST
     try:
         content = json.loads(file.read_text())
-        if content["format"] == FORMAT and content["version"] == VERSION:
-            names = [entry["name"] + entry["file"] for entry in content["components"]]
-            if len(set(names)) == len(names) and {"shape", "dtype", "sha256"} >= set().union(*content["base"].values()):
-                return dict(content)
-        found = f"format {content['format']!r}, version {content['version']!r}"
+        told = {key: content[key] for key in ("format", "version")}
+        return msgspec.convert({**content, **told}, Manifest)
     except OSError as error:
         raise CfmergeError(f"{file}: cannot be read: {error.strerror}; a directory that `save` wrote has it") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        found = repr(error)
-    raise CfmergeError(f"{file}: expected {FORMAT!r}, version {VERSION}, found {found}; copy the file again")
+    except (ValueError, KeyError, TypeError) as error:
+        known = Manifest([], {})
+        raise CfmergeError(
+            f"{file}: expected {known.format!r}, version {known.version}, found {error!r}; copy the file again"
+        ) from None
 
 
-def check_base(place: Path, expected: Described, base: Any) -> None:
+def check_base(place: Path, expected: Mapping[str, Leaf], base: Any) -> None:
     """Raises `CfmergeError` unless the base is, leaf by leaf, that of the components."""
     found = described(base)
     way_out = "components belong to the very base that they were trained from: load that one"
@@ -69,19 +98,19 @@ def check_base(place: Path, expected: Described, base: Any) -> None:
         if names:
             raise CfmergeError(f"{place}: the base {told}: {tell(names, among)}; {way_out}")
     for key in ("shape", "dtype", "sha256"):
-        other = [name for name in expected if expected[name][key] != found[name][key]]
+        other = [name for name in expected if getattr(expected[name], key) != getattr(found[name], key)]
         if other:
-            first, count = other[0], f"{len(other)} of {len(expected)} leaves"
+            what = "other values" if key == "sha256" else f"another {key}"
+            known, own = (getattr(leaves[other[0]], key) for leaves in (expected, found))
             raise CfmergeError(
-                f"{place}: the base has {'other values' if key == 'sha256' else f'another {key}'} in {count}: "
-                f"{tell(other, expected)}; {key} of {first!r}: expected {expected[first][key]}, "
-                f"found {found[first][key]}; {way_out}"
+                f"{place}: the base has {what} in {len(other)} of {len(expected)} leaves: {tell(other, expected)}; "
+                f"{key} of {other[0]!r}: expected {known}, found {own}; {way_out}"
             )
 
 
-def component_of(place: Path, entry: Mapping[str, Any], leaves: Mapping[str, Any], expected: str) -> Tangent:
+def component_of(place: Path, entry: Component, leaves: Mapping[str, Any], expected: str) -> Tangent:
     """A component's arrays from its file."""
-    file, name, listed = place / entry["file"], entry["name"], entry["leaves"]
+    file, name, listed = place / entry.file, entry.name, entry.leaves
     if not file.is_file():
         raise CfmergeError(
             f"{file}: component {name!r} is in {MANIFEST}, and its file is not there; put it back, or forget it: "

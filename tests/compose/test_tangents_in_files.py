@@ -212,10 +212,30 @@ def test_a_component_of_another_base_is_told(saved, tmp_path):
     refused([saved / "a.safetensors", "another base"], lambda: tangent_files.load(saved, base()))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "cfmerge.tangents"}', '{"format": 1, "version": 1}'])
-def test_a_broken_json_is_told(saved, text):
+def without(key, **content):
+    return json.dumps({name: value for name, value in content.items() if name != key})
+
+
+WHOLE = {"format": "cfmerge.tangents", "version": 1, "components": [], "base": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "JSONDecodeError"),
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        *((without(key, **WHOLE), key) for key in WHOLE),
+        (json.dumps({**WHOLE, "format": "model"}), "'model'"),
+        (json.dumps({**WHOLE, "version": 2}), "2"),
+        (json.dumps({**WHOLE, "base": {"w": {"shape": [1]}}}), "dtype"),
+        (json.dumps({**WHOLE, "components": [{"name": "a"}]}), "file"),
+    ],
+)
+def test_a_broken_json_is_told(saved, text, found):
     (saved / "tangents.json").write_text(text)
-    refused([saved / "tangents.json", "expected 'cfmerge.tangents', version 1"], lambda: tangent_files.load(saved, 0.0))
+    words = [saved / "tangents.json", "expected 'cfmerge.tangents', version 1", found]
+    refused(words, lambda: tangent_files.load(saved, base()))
 
 
 def test_what_is_no_directory_of_components_is_told(tmp_path):
@@ -243,6 +263,12 @@ def test_a_component_with_a_nan_is_not_saved(tmp_path):
         ["component 'a'", "'head/kernel'", "NaN"],
         lambda: tangent_files.save(Tangents(base()).add("a", broken), tmp_path / "out"),
     )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_coefficient_that_json_cannot_hold_is_told(tmp_path):
+    broken = three().scaled({"b": float("nan")})
+    refused(["component 'b'", "coefficient is nan"], lambda: tangent_files.save(broken, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
