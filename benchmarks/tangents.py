@@ -30,7 +30,7 @@ from tangents_zoo import STEPS, Part, Split, Zoo, network, of, ordinary, parts, 
 
 from cfmerge.compose.tangents import Tangents, linearised
 
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+SCALES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 STREAMS = ("task", "class: digits", "class: animals", "shards: animals")
 Logits = Callable[[str, np.ndarray], np.ndarray]  # (head, images) -> outputs
 

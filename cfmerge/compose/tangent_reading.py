@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +78,11 @@ def manifest_of(place: Path) -> Manifest:
     try:
         content = json.loads(file.read_text())
         told = {key: content[key] for key in ("format", "version")}
-        return msgspec.convert({**content, **told}, Manifest)
+        manifest = msgspec.convert({**content, **told}, Manifest)
+        twice = [name for name, count in Counter(entry.name for entry in manifest.components).items() if count > 1]
+        if twice:
+            raise ValueError(f"component {twice[0]!r} twice")
+        return manifest
     except OSError as error:
         raise CfmergeError(f"{file}: cannot be read: {error.strerror}; a directory that `save` wrote has it") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -217,6 +217,7 @@ def without(key, **content):
 
 
 WHOLE = {"format": "cfmerge.tangents", "version": 1, "components": [], "base": {}}
+ONE = {"name": "a", "file": "a.safetensors", "coefficient": 1.0, "leaves": ["w"]}
 
 
 @pytest.mark.parametrize(
@@ -230,6 +231,7 @@ WHOLE = {"format": "cfmerge.tangents", "version": 1, "components": [], "base": {
         (json.dumps({**WHOLE, "version": 2}), "2"),
         (json.dumps({**WHOLE, "base": {"w": {"shape": [1]}}}), "dtype"),
         (json.dumps({**WHOLE, "components": [{"name": "a"}]}), "file"),
+        (json.dumps({**WHOLE, "components": [ONE, ONE]}), "component 'a' twice"),
     ],
 )
 def test_a_broken_json_is_told(saved, text, found):
