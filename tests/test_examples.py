@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +79,19 @@ def test_sharded_trees():
     assert found["under jit, off by"][0] < 2e-5
     same, every = re.search(r"as the base's  (\d+)  of (\d+)", printed).groups()
     assert same == every
+
+
+def test_tangent_components():
+    """Each component is good at its own task alone, all together at every task, and a forgotten one leaves nothing."""
+    printed = run("tangent_components.py")
+    found = rows(printed)
+    for task, name in enumerate(("left", "high", "far")):
+        assert found[f"{name} alone"][task] > 0.9
+        assert max(found["base"][task], *np.delete(found[f"{name} alone"], task)) < 0.75
+        assert found["composed"][task] > 0.85
+    assert found["without high"][1] < 0.6
+    assert "forgotten as never seen   True" in printed
+    assert "far.safetensors, high.safetensors, left.safetensors, tangents.json" in printed
 
 
 def check_huggingface(printed: str) -> None:

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import measuring
+import numpy as np
 import pytest
+import tangents
+from inference import systems
 from make_llama import SIZES, shapes, write_models
 from scaling import QUICK
 
@@ -18,7 +21,7 @@ BENCHMARKS = Path(measuring.__file__).parent
 def script(name, *words, output):
     """Runs a script and gives what it has written: JSON, Markdown, and what it printed."""
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, words), "-o", str(output)]
-    variables = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS.parent), str(BENCHMARKS / "accuracy")])}
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -100,6 +103,44 @@ def test_peers_runs_both_sides_in_turn_and_tells_ratios_and_failures(models, tmp
     assert "ace" in told["left_out"]
     assert "| `average` | mergekit linear |" in text
     assert "Left out: ace" in text
+
+
+def test_inference_tells_time_and_memory_of_every_system(tmp_path):
+    words = ("--components", 2, "--rounds", 1, "--repeats", 1, "--batch", 3, "--dim", 16, "--depth", 0)
+    told, text, _ = script("inference", *words, output=tmp_path)
+    rows = {row["system"]: row for row in told["rows"]}
+    assert rows.keys() == systems().keys()
+    one = rows["one model"]
+    assert (one["forward passes"], rows["ensemble"]["ensemble / system"]) == (1, 1)
+    held = {name: round(row["held, MiB"] / one["held, MiB"]) for name, row in rows.items()}
+    assert (held["ensemble"], held["TMC, by request"], held["TMC, summed"]) == (2, 3, 2)
+    assert "| 2 | TMC, by request |" in text
+
+
+def test_a_study_that_was_stopped_goes_on_and_its_rows_are_a_table(tmp_path, monkeypatch, capsys):
+    def study(zoo, stream):
+        told = {"seed": zoo, "stream": stream, "accuracy": 0.5 + 0.1 * zoo}
+        extra = {"forgetting": 0.25, "bitwise": True} if stream == "task" else {}
+        return [{**told, "method": "base"}, {**told, "method": "TMC, mean", **extra}]
+
+    asked = []
+    monkeypatch.setattr(tangents, "study", lambda zoo, stream: asked.append((zoo, stream)) or study(zoo, stream))
+    monkeypatch.setattr(tangents, "zoo", lambda seed, steps: seed)
+    rows = tmp_path / "rows.jsonl"
+    for words in (["--seeds", "0", "--streams", "task"], ["--seeds", "0", "1", "--streams", "task", "class: digits"]):
+        monkeypatch.setattr(sys, "argv", ["tangents.py", str(rows), *words])
+        tangents.main()
+    assert asked == [(0, "task"), (0, "class: digits"), (1, "task"), (1, "class: digits")]
+    printed = capsys.readouterr().out
+    assert "| TMC, mean | 55 | 55 |" in printed
+    assert "| TMC, mean | forgetting | 25 |" in printed
+    assert "seeds [0, 1]; removed is bit for bit never seen: True" in printed
+
+
+def test_outputs_in_chunks_are_those_of_all_images_at_once():
+    images = np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2)
+    found = tangents.in_chunks(lambda chunk: chunk.sum(axis=(1, 2)), images, size=3)
+    np.testing.assert_array_equal(found, images.sum(axis=(1, 2)))
 
 
 def test_models_have_the_parameters_that_their_names_say():

@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
+from cfmerge.compose import tangent_files
+from cfmerge.compose.tangents import Tangents
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
 from cfmerge.formats.orbax import OrbaxCheckpoint
@@ -122,3 +124,19 @@ def test_numbers_that_jax_narrows_are_told(tmp_path):
     with warnings.catch_warnings(), jax.enable_x64(True):
         warnings.simplefilter("error")
         assert load(tmp_path)["w"].dtype == np.float64
+
+
+def test_tangent_components_lie_as_their_base_does_and_answer_there(tmp_path, mesh):
+    columns, entries = NamedSharding(mesh, P(None, "model")), NamedSharding(mesh, P("model"))
+    base = {"up": {"kernel": jax.device_put(KERNEL, columns), "bias": jax.device_put(jnp.ones(8), entries)}}
+    made = Tangents(base).add("a", {"up/kernel": 0.1 * KERNEL}).add("b", {"up/bias": jnp.full(8, 0.5)}, -2.0)
+    loaded = tangent_files.load(tangent_files.save(made, tmp_path / "components"), base)
+    assert (loaded.components[0]["up/kernel"].sharding, loaded.components[1]["up/bias"].sharding) == (columns, entries)
+
+    def network(params, x):
+        return jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"])
+
+    x = jnp.linspace(-0.01, 0.01, 32).reshape(2, 16)
+    found = jax.jit(lambda tangents, x: tangents.apply(network, x))(loaded, x)
+    near = Tangents(jax.device_get(base)).add("a", {"up/kernel": 0.1 * KERNEL}).add("b", {"up/bias": jnp.full(8, -1.0)})
+    np.testing.assert_allclose(found, near.apply(network, x), rtol=1e-5)
