@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cfmerge import compose as compose
     from cfmerge import covariance as covariance
     from cfmerge import least_squares as least_squares
     from cfmerge import linalg as linalg
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from cfmerge.statistics import Statistics as Statistics
 
 _PUBLIC = {
+    "compose": "cfmerge.compose",
     "covariance": "cfmerge.covariance",
     "least_squares": "cfmerge.least_squares",
     "linalg": "cfmerge.linalg",

@@ -11,7 +11,7 @@ class CfmergeError(ValueError):
         ...     cfmerge.merge("base", ["math", "code"], "tsv", output="merged")
         ... except cfmerge.CfmergeError as error:
         ...     print(error)
-        unknown method 'tsv'; did you mean 'tsv_m' or 'svc' or 'ties'?
+        unknown method 'tsv'; did you mean 'tsv_m' or 'tsv_c' or 'svc'?
 
     It is a `ValueError`. Nothing has been written when it is raised, but by a `StoppedError` that says so.
     """

@@ -10,65 +10,22 @@ The base is not in it. See docs/compose.md.
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from cfmerge.compose.deltas import delta_of
-from cfmerge.compose.entries import Entry
+from cfmerge.compose.entries import About, headers_of
+from cfmerge.compose.table import read_table, table_of
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import DirectorySink, Totals
-from cfmerge.formats.base import Header
 from cfmerge.formats.composed import TABLE
 from cfmerge.formats.huggingface import HuggingFaceSource
-from cfmerge.formats.layout import read_json
 from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.formats.sinks import HEADS
-
-KIND, VERSION = "cfmerge-composition", 1
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class About:
-    """All of a composed result but its arrays.
-
-    Attributes:
-        system: `emr`, `tall`, `tsv_c` or `smile`.
-        tasks: the experts' names, in order.
-        parameters: the system's.
-        entries: `{tensor: what is kept of it}`.
-        digests: `{tensor of the base: SHA-256}`; empty of trees that were traced.
-        base: the path of the base, as it was given.
-        base_bytes: the size of its tensors.
-        configs: `{task: {key of config.json: value}}`, where a task's head needs another.
-        recipe: the recipe as YAML; empty of trees.
-    """
-
-    system: str
-    tasks: tuple[str, ...]
-    parameters: Mapping[str, Any]
-    entries: Mapping[str, Entry]
-    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    base: str = ""
-    base_bytes: int = 0
-    configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    recipe: str = ""
-
-    @functools.cached_property
-    def names(self) -> Mapping[str, str]:
-        """`{name in the base: name of its entry}`: tensors that are tied have one."""
-        return {own: name for name, entry in self.entries.items() for own in (name, *entry.also)}
-
-    def number(self, task: str) -> int:
-        """The number of a task. Raises `CfmergeError` if there is none of that name."""
-        if task not in self.tasks:
-            raise CfmergeError(f"unknown task {task!r}{nearest(task, self.tasks)}")
-        return self.tasks.index(task)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts", "scales", "heads"], meta_fields=["about"])
@@ -209,39 +166,6 @@ def check_digest(who: str, name: str, array: np.ndarray, expected: str) -> None:
 # --- the directory -----------------------------------------------------------------------------------------------
 
 
-def table_of(about: About, scales: Any, heads: Mapping[str, Sequence[str]]) -> str:
-    """The content of `composition.json`."""
-    content = {
-        "format": KIND,
-        "version": VERSION,
-        "system": about.system,
-        "tasks": list(about.tasks),
-        "parameters": dict(about.parameters),
-        **({} if scales is None else {"scales": dict(zip(about.tasks, map(float, scales), strict=True))}),
-        "base": about.base,
-        "base_bytes": about.base_bytes,
-        "tensors": {name: _told(entry, len(about.tasks)) for name, entry in about.entries.items()},
-        "base_sha256": dict(about.digests),
-        "heads": {task: list(names) for task, names in heads.items()},
-        "configs": dict(about.configs),
-        "recipe": about.recipe,
-    }
-    return json.dumps(content, indent=1) + "\n"
-
-
-def _told(entry: Entry, tasks: int) -> dict[str, Any]:
-    parts = {
-        part: {"shape": list(shape), "dtype": np.dtype(dtype).name} for part, (shape, dtype) in entry.parts.items()
-    }
-    told: dict[str, Any] = {"shape": list(entry.shape), "dtype": entry.dtype, "layout": entry.layout, "parts": parts}
-    told["by_entry"] = entry.by_entry
-    if entry.also:
-        told["also"] = list(entry.also)
-    if len(entry.tasks) < tasks:
-        told["tasks"] = list(entry.tasks)
-    return told
-
-
 def load(path: str | Path) -> Artifact:
     """The composed result in a directory; its arrays are views of the mapped files.
 
@@ -254,18 +178,8 @@ def load(path: str | Path) -> Artifact:
         CfmergeError: there is no such result, its table is none, or its files are not whole.
     """
     place = Path(path).expanduser()
-    table = place / TABLE
-    if not table.is_file():
-        raise CfmergeError(f"{place}: holds no composed result: there is no {TABLE}")
-    content = read_json(table)
-    if content.get("format") != KIND or content.get("version") != VERSION:
-        found = f"{content.get('format')!r}, version {content.get('version')!r}"
-        raise CfmergeError(f"{table}: should be {KIND!r}, version {VERSION}; found {found}")
-    try:
-        about, scales = _about(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CfmergeError(f"{table}: is not whole, or was changed: {type(error).__name__}: {error}") from None
-    source = HuggingFaceSource(place)
+    about, scales, heads = read_table(place)
+    source, table = HuggingFaceSource(place), place / TABLE
     parts: dict[str, dict[str, Any]] = {}
     for name, entry in about.entries.items():
         for part, (shape, dtype) in entry.parts.items():
@@ -274,37 +188,7 @@ def load(path: str | Path) -> Artifact:
     more = [name for name in source.tensors if name.partition("/")[2] not in about.entries]
     if more:
         raise CfmergeError(f"{source.tensors[more[0]].file}: tensor {more[0]!r} is not in {table.name}")
-    heads = {task: _heads(place, task, names) for task, names in content.get("heads", {}).items()}
-    return Artifact(about, parts, scales, heads)
-
-
-def _about(content: Mapping[str, Any]) -> tuple[About, np.ndarray | None]:
-    tasks = tuple(content["tasks"])
-
-    def entry(told: Mapping[str, Any]) -> Entry:
-        parts = {part: (tuple(one["shape"]), dtype_of(one["dtype"])) for part, one in told["parts"].items()}
-        own = tuple(told.get("tasks", range(len(tasks))))
-        return Entry(
-            tuple(told["shape"]),
-            told["dtype"],
-            told["layout"],
-            parts,
-            told["by_entry"],
-            own,
-            tuple(told.get("also", ())),
-        )
-
-    entries = {name: entry(told) for name, told in content["tensors"].items()}
-    scales = np.array([content["scales"][task] for task in tasks], np.float64) if "scales" in content else None
-    about = About(
-        content["system"], tasks, content["parameters"], entries, content["base_sha256"], content["base"],
-        content["base_bytes"], content["configs"], content["recipe"],
-    )  # fmt: skip
-    return about, scales
-
-
-def dtype_of(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name))
+    return Artifact(about, parts, scales, {task: _heads(place, task, names) for task, names in heads.items()})
 
 
 def _check_part(source: HuggingFaceSource, table: Path, name: str, shape: tuple[int, ...], dtype: Any) -> None:
@@ -326,8 +210,3 @@ def _heads(place: Path, task: str, names: Sequence[str]) -> dict[str, np.ndarray
     if set(source.tensors) != set(names):
         raise CfmergeError(f"{file}: has {', '.join(source.tensors)}, expected {', '.join(names)}, as {TABLE} tells")
     return {name: source.read(name) for name in names}
-
-
-def headers_of(entries: Mapping[str, Entry]) -> dict[str, Header]:
-    """`{PART/NAME: header}` of all that is kept."""
-    return {f"{part}/{name}": header for name, entry in entries.items() for part, header in entry.parts.items()}

@@ -73,7 +73,19 @@ def build_recipe(
     progress: Progress | None = None,
     fresh: bool = False,
 ) -> MergeResult:
-    """The result of a recipe whose method is a system, written; see `build`."""
+    """The result of a recipe whose method is a system, written; see `build`.
+
+        >>> recipe = cfmerge.Recipe(base="base", experts=["math", "code"], method="tall")
+        >>> compose.build_recipe(recipe, "composed").output.name
+        'composed'
+
+    Args:
+        recipe: base, experts, system and options.
+        output, overwrite, memory, devices, progress, fresh: as in `build`.
+
+    Raises:
+        CfmergeError: bad input; nothing is written then.
+    """
     with together(output, devices) as where:
         made = plan(recipe)
         return made.run(output, overwrite=overwrite, memory=memory, devices=where, progress=progress, fresh=fresh)  # type: ignore[no-any-return]

@@ -5,12 +5,14 @@ packed, eight entries a byte, the first in the highest bit: `(T, ceil(entries / 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats.base import Header
 
 PACKED = np.dtype(np.uint8)
@@ -70,3 +72,46 @@ class Entry:
         count = rows.shape[1]
         rows = np.packbits(rows, axis=1) if dtype == PACKED else rows
         yield from ((start, own) for (start, _), own in zip(self.ranges(part, first, count), rows, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class About:
+    """All of a composed result but its arrays.
+
+    Attributes:
+        system: `emr`, `tall`, `tsv_c` or `smile`.
+        tasks: the experts' names, in order.
+        parameters: the system's.
+        entries: `{tensor: what is kept of it}`.
+        digests: `{tensor of the base: SHA-256}`; empty of trees that were traced.
+        base: the path of the base, as it was given.
+        base_bytes: the size of its tensors.
+        configs: `{task: {key of config.json: value}}`, where a task's head needs another.
+        recipe: the recipe as YAML; empty of trees.
+    """
+
+    system: str
+    tasks: tuple[str, ...]
+    parameters: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    base: str = ""
+    base_bytes: int = 0
+    configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    recipe: str = ""
+
+    @functools.cached_property
+    def names(self) -> Mapping[str, str]:
+        """`{name in the base: name of its entry}`: tensors that are tied have one."""
+        return {own: name for name, entry in self.entries.items() for own in (name, *entry.also)}
+
+    def number(self, task: str) -> int:
+        """The number of a task. Raises `CfmergeError` if there is none of that name."""
+        if task not in self.tasks:
+            raise CfmergeError(f"unknown task {task!r}{nearest(task, self.tasks)}")
+        return self.tasks.index(task)
+
+
+def headers_of(entries: Mapping[str, Entry]) -> dict[str, Header]:
+    """`{PART/NAME: header}` of all that is kept."""
+    return {f"{part}/{name}": header for name, entry in entries.items() for part, header in entry.parts.items()}

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from cfmerge.compose.artifact import About, digest_of, headers_of, table_of
+from cfmerge.compose.artifact import digest_of
 from cfmerge.compose.emr import PLACES, scales
-from cfmerge.compose.entries import Entry
+from cfmerge.compose.entries import About, Entry, headers_of
 from cfmerge.compose.kept import entry_of
 from cfmerge.compose.sink import PartsSink
 from cfmerge.compose.smile_composer import energy_rank
 from cfmerge.compose.systems import changed, choice, share_of
+from cfmerge.compose.table import table_of
 from cfmerge.core.part import Report
 from cfmerge.engine import run
 from cfmerge.engine.account import Account

@@ -20,6 +20,11 @@ Progress = Callable[[str, int], None]
 class TaskSource(Wrapped):
     """The base plus one task's delta, in the base's dtypes; the task's own heads where it has such.
 
+        >>> made = compose.build("base", ["math", "code"], "tsv_c", output="composed")
+        >>> model = compose.TaskSource(cfmerge.open_checkpoint("base"), made, "math")
+        >>> model.read("layer.weight").shape
+        (4, 3)
+
     Every tensor of the base is compared with the SHA-256 that the result tells, when it is first read.
 
     Raises:

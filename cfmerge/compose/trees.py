@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.compose.artifact import About, Artifact, digest_of
-from cfmerge.compose.entries import PACKED, Entry
+from cfmerge.compose.artifact import Artifact, digest_of
+from cfmerge.compose.entries import PACKED, About, Entry
 from cfmerge.compose.kept import entry_of
 from cfmerge.compose.planned import scales_of
 from cfmerge.compose.systems import choice

@@ -129,5 +129,5 @@ def entry(name: str) -> Entry:
                 f"{name} makes a result that is not one checkpoint: use cfmerge compose {name} RECIPE -o OUT (in "
                 "Python cfmerge.compose.build)"
             )
-        raise CfmergeError(f"unknown method {name!r}{nearest(name, _REGISTRY)}")
+        raise CfmergeError(f"unknown method {name!r}{nearest(name, [*registry(), *ELSEWHERE])}")
     return _REGISTRY[name]
