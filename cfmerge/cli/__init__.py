@@ -254,10 +254,10 @@ def methods(
     from cfmerge.planning.plugins import load_plugins
 
     load_plugins(plugin or [])
-    registry = cfmerge.methods.registry("method", "transform", "composer")
-    if name is not None and name not in registry:
-        raise CfmergeError(f"unknown method {name!r}{nearest(name, registry)}")
-    tables.methods([entry for entry in registry.values() if name in {None, entry.name}], json, full=name is not None)
+    known = cfmerge.methods.registry() if name is None else cfmerge.methods.registry("method", "transform", "composer")
+    if name is not None and name not in known:
+        raise CfmergeError(f"unknown method {name!r}{nearest(name, known)}")
+    tables.methods([entry for entry in known.values() if name in {None, entry.name}], json, full=name is not None)
 
 
 @app.command(cls=o.Command)

@@ -141,7 +141,7 @@ def plan(
 
         >>> planned = compose.plan("base", ["math", "code"], "emr")
         >>> planned.counts()["matrix", "emr"], planned.bytes_to_write
-        (1, 69)
+        (1, 70)
 
     Heads that the models do not share are kept by task, unless `heads` says otherwise.
 

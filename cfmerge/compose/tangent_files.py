@@ -66,7 +66,7 @@ def load(directory: str | Path, base: Any) -> Tangents:
     """The components that `save` and `append` wrote, over their base; arrays lie as the base's leaves do.
 
         >>> base = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
-        >>> birds = Tangents(base).add("birds", {"dense": {"kernel": 0.1 * jnp.ones((2, 3))}})
+        >>> birds = compose.Tangents(base).add("birds", {"dense": {"kernel": 0.1 * jnp.ones((2, 3))}})
         >>> load(save(birds, "components"), base)
         <Tangents: 1 component, 1 of 2 leaves: birds 1.0>
 

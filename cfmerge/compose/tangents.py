@@ -34,7 +34,7 @@ def linearised(function: Function, base: Any, tangent: Tangent, *inputs: Any) ->
     """`f(x; W_0) + J(x) V` by one `jax.jvp`, for leaves `V` by name; only these are differentiated.
 
     >>> base = {"w": jnp.array([1.0, 2.0])}
-    >>> linearised(lambda p, x: (p["w"] @ x) ** 2, base, {"w": jnp.array([0.1, 0.0])}, jnp.ones(2))
+    >>> compose.linearised(lambda p, x: (p["w"] @ x) ** 2, base, {"w": jnp.array([0.1, 0.0])}, jnp.ones(2))
     Array(9.6, dtype=float32)
     """
     network, leaves = _restricted(function, base, tangent, inputs)
@@ -61,7 +61,7 @@ class Tangents:
 
         >>> base = {"w": jnp.array([1.0, 2.0]), "b": jnp.zeros(())}
         >>> network = lambda p, x: jnp.tanh(p["w"] @ x + p["b"])
-        >>> both = Tangents(base).add("birds", {"w": jnp.ones(2)}).add("fish", {"b": jnp.array(0.5)})
+        >>> both = compose.Tangents(base).add("birds", {"w": jnp.ones(2)}).add("fish", {"b": jnp.array(0.5)})
         >>> x = jnp.array([0.5, 0.25])
         >>> mean = both.apply(network, x, coefficients=[0.5, 0.5])
         >>> both.remove("fish")

@@ -258,7 +258,7 @@ def test_an_error_tells_what_was_expected_and_what_was_found(call, words):
 @pytest.mark.parametrize("module", [tangents_module, tangent_files, tangent_training])
 def test_the_examples_in_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    known = {"jax": jax, "jnp": jnp, "optax": optax}
+    known = {"jax": jax, "jnp": jnp, "optax": optax, "compose": cfmerge.compose}
     done = doctest.testmod(module, extraglobs=known, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert done.attempted >= 3
     assert not done.failed
