@@ -81,6 +81,17 @@ def test_sharded_trees():
     assert same == every
 
 
+def test_composed_tasks():
+    printed = run("composed_tasks.py")
+    sizes = {line.split()[0]: float(line.split()[2]) for line in printed.splitlines() if " size " in line}
+    assert sizes["average"] == 1.0
+    assert 1.5 < sizes["emr"] < 2.5
+    errors = [float(one.split()[1]) for line in printed.splitlines() if line.startswith(("average", "tsv_c"))
+              for one in line.partition("errors ")[2].split(", ")]  # fmt: skip
+    assert max(errors[3:]) < min(errors[:3])  # the tasks' own models are nearer than the average
+    assert "fish.npz ['dense_0/bias'" in printed
+
+
 def test_tangent_components():
     """Each component is good at its own task alone, all together at every task, and a forgotten one leaves nothing."""
     printed = run("tangent_components.py")
