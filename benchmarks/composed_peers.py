@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+FULL = True  # their default: U and V with all columns
 LINEAR = re.compile(r"_proj\.weight$")
 States = list[dict[str, torch.Tensor]]
 
@@ -47,7 +48,7 @@ def smile(base: dict[str, torch.Tensor], experts: States) -> None:
         for name in filter(LINEAR.search, base):
             SmileMoELinear(
                 linear(base[name]), [linear(expert[name]) for expert in experts], gate_k=16, k=32, top_k=1,
-                routing_use_diff=True, full_matrices=False, upscaling_accelerator=None,
+                routing_use_diff=True, full_matrices=FULL, upscaling_accelerator=None,
             )  # fmt: skip
 
 

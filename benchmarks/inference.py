@@ -23,6 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from measuring import figure, machine, table, write_report
 
+from cfmerge import compose
+from cfmerge.compose import smile_flax
+from cfmerge.compose.smile_layers import layers_of
 from cfmerge.compose.tangents import Tangents, linearised
 from cfmerge.formats.pytree import flatten
 from cfmerge_accuracy.vision.model import Vit, init
@@ -117,6 +120,26 @@ def tmc_mapped(zoo: Zoo) -> tuple[Any, Answer]:
     return tangents(zoo), answer
 
 
+def experts(zoo: Zoo) -> dict[str, Any]:
+    return {f"t{n}": jax.tree.map(jnp.add, zoo.base, delta) for n, delta in enumerate(zoo.deltas)}
+
+
+def emr(zoo: Zoo) -> tuple[Any, Answer]:
+    """The model of one task, made anew from vector, mask and number in every answer."""
+    held = (zoo.base, compose.build(zoo.base, experts(zoo), "emr"))
+    return held, lambda held, images: held[1].apply(zoo.network, held[0], "t0", images)
+
+
+def smile(zoo: Zoo) -> tuple[Any, Answer]:
+    """Every token chooses among all experts, of rank 16 by a gate of 16 dimensions."""
+    held = (zoo.base, layers_of(compose.build(zoo.base, experts(zoo), "smile(rank=16, gate=16)").parts))
+
+    def answer(held: Any, images: jax.Array) -> Any:
+        return smile_flax.apply(zoo.model, {"params": held[0]}, held[1], images)
+
+    return held, answer
+
+
 def systems() -> dict[str, Callable[[Zoo], tuple[Any, Answer]]]:
     """The systems that are compared, by name; the first is what times are multiples of."""
     return {
@@ -127,6 +150,8 @@ def systems() -> dict[str, Callable[[Zoo], tuple[Any, Answer]]]:
         "TMC of the last block, by request": tmc_last,
         "TMC, by example": tmc_each,
         "TMC, by example, vmap": tmc_mapped,
+        "EMR, one task": emr,
+        "SMILE": smile,
     }
 
 

@@ -92,7 +92,8 @@ def test_the_order_of_experts_changes_nothing():
 def test_the_sign_of_a_sum_that_cancels_does_not_depend_on_the_order():
     values = jnp.array([1e8, 3.0, -1e8, -2.5, 1e-3], jnp.float32)
     unified = [
-        unify(list(values[jnp.array(order)][:, None]))[0] for order in ([0, 1, 2, 3, 4], [4, 3, 1, 2, 0], [2, 0, 3, 1, 4])
+        unify(list(values[jnp.array(order)][:, None]))[0]
+        for order in ([0, 1, 2, 3, 4], [4, 3, 1, 2, 0], [2, 0, 3, 1, 4])
     ]
     assert [float(one[0]) for one in unified] == [1e8] * 3
 
