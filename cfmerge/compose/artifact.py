@@ -126,8 +126,12 @@ class Artifact:
         """Raises `CfmergeError` unless the base's leaves are those that the result was made of; if traced by shape."""
         self.check_shapes({name: tuple(leaf.shape) for name, leaf in leaves.items()}, "base")
         for name, digest in self.about.digests.items():
-            if name in leaves and not isinstance(leaves[name], jax.core.Tracer):
-                check_digest("base", name, np.asarray(leaves[name]), digest)
+            leaf = leaves.get(name)
+            if leaf is None or isinstance(leaf, jax.core.Tracer) or self.about.checked.get(name) is leaf:
+                continue
+            check_digest("base", name, np.asarray(leaf), digest)
+            if not isinstance(leaf, np.ndarray):  # nobody can write into it
+                self.about.checked[name] = leaf
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], who: str) -> None:
         """Raises `CfmergeError` unless the base has the tensors that the result was made of, in their shapes."""

@@ -88,6 +88,7 @@ class About:
         base_bytes: the size of its tensors.
         configs: `{task: {key of config.json: value}}`, where a task's head needs another.
         recipe: the recipe as YAML; empty of trees.
+        checked: `{tensor: array of JAX}` of a base, that were compared with the digests.
     """
 
     system: str
@@ -99,6 +100,7 @@ class About:
     base_bytes: int = 0
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     recipe: str = ""
+    checked: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def names(self) -> Mapping[str, str]:

@@ -58,7 +58,9 @@ def read_table(place: Path) -> tuple[About, np.ndarray | None, Heads]:
     """
     table = place / TABLE
     if not table.is_file():
-        raise CfmergeError(f"{place}: holds no composed result: there is no {TABLE}")
+        tangents = f"; it holds tangent components: compose.tangent_files.load({str(place)!r}, base)"
+        more = tangents if (place / "tangents.json").is_file() else ""
+        raise CfmergeError(f"{place}: holds no composed result: there is no {TABLE}{more}")
     content = read_json(table)
     if content.get("format") != KIND or content.get("version") != VERSION:
         found = f"{content.get('format')!r}, version {content.get('version')!r}"
