@@ -41,7 +41,9 @@ def tall(threshold: PerExpert = 0.4) -> Composer:
 
     def solve(seen: Seen) -> tuple[Mapping[str, Array], Report]:
         summed = functools.reduce(operator.add, seen.deltas)
-        return {"shared": summed, "masks": jnp.stack(tall_masks(seen.deltas, summed, seen.thresholds))}, {}
+        pairs = zip(seen.deltas, seen.thresholds, strict=True)
+        masks = [tall_masks([delta], summed, threshold)[0] for delta, threshold in pairs]
+        return {"shared": summed, "masks": jnp.stack(masks)}, {}
 
     return Composer("tall", lambda base: Seen(), update, solve, needs=Needs("entry", weights="none"), additive=False)
 

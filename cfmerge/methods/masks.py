@@ -73,16 +73,15 @@ def consensus(threshold: Number = 0.4, agree: int = 2, scale: Number = 0.3) -> M
     def agreed(base: Array, deltas: Float[Array, "T ..."], weights: Float[Array, " T"]) -> Float[Array, "..."]:
         items = weighted(deltas, weights)
         summed = total(items)
-        votes = _counts(tall_masks(items, summed, [threshold] * len(items)))
+        votes = _counts(tall_masks(items, summed, threshold))
         return jnp.asarray(scale, summed.dtype) * jnp.where(votes >= min(agree, len(items)), summed, 0)
 
     return of_deltas(agreed, Needs("entry"))
 
 
-def tall_masks(deltas: Sequence[Array], summed: Array, thresholds: Sequence[Any]) -> list[Array]:
-    """In which entries each delta matters: `|D_t| > threshold_t |N - D_t|`."""
-    pairs = zip(deltas, thresholds, strict=True)
-    return [jnp.abs(delta) > threshold * jnp.abs(summed - delta) for delta, threshold in pairs]
+def tall_masks(deltas: list[Array], summed: Array, threshold: Any) -> list[Array]:
+    """In which entries each delta matters: `|D_t| > threshold |N - D_t|`."""
+    return [jnp.abs(delta) > threshold * jnp.abs(summed - delta) for delta in deltas]
 
 
 @register
