@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.compose.deltas import delta_of
 from cfmerge.compose.entries import About, headers_of
-from cfmerge.compose.table import read_table, table_of
-from cfmerge.errors import CfmergeError, nearest
+from cfmerge.compose.table import check_parts, read_table, table_of
+from cfmerge.errors import CfmergeError, NonFiniteError, nearest
 from cfmerge.formats import DirectorySink, Totals
 from cfmerge.formats.composed import TABLE
 from cfmerge.formats.huggingface import HuggingFaceSource
@@ -120,7 +121,7 @@ class Artifact:
 
     def _materialised(self, task: str, name: str, leaf: Any) -> Any:
         delta = self.delta(task, name, dtype=computing(leaf.dtype))
-        return leaf if delta is None else (leaf.astype(delta.dtype) + delta).astype(leaf.dtype)
+        return leaf if delta is None else added("base", name, leaf, delta)
 
     def check(self, leaves: Mapping[str, Any]) -> None:
         """Raises `CfmergeError` unless the base's leaves are those that the result was made of; if traced by shape."""
@@ -148,6 +149,22 @@ class Artifact:
 def computing(dtype: Any) -> Any:
     """The dtype in which a tensor's delta is computed and added."""
     return np.float64 if dtype == np.float64 else np.float32
+
+
+def added(who: str, name: str, base: Any, delta: Any) -> Any:
+    """Base plus delta, in the base's dtype.
+
+    Raises:
+        NonFiniteError: a NaN or infinity in it, unless it is traced.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        made = (base.astype(delta.dtype) + delta).astype(base.dtype)
+    if not isinstance(made, jax.core.Tracer) and not bool(jnp.isfinite(made).all()):
+        wrong = "the result holds NaN or infinity" if not jnp.isfinite(delta).all() else f"it does not fit {made.dtype}"
+        raise NonFiniteError(
+            f"{who}: tensor {name!r} of the task's model holds NaN or infinity: {wrong}", source="", tensor=name
+        )
+    return made
 
 
 def digest_of(array: np.ndarray) -> str:
@@ -189,7 +206,9 @@ def load(path: str | Path) -> Artifact:
         for part, (shape, dtype) in entry.parts.items():
             _check_part(source, table, f"{part}/{name}", shape, dtype)
             parts.setdefault(name, {})[part] = source.read(f"{part}/{name}")
-    more = [name for name in source.tensors if name.partition("/")[2] not in about.entries]
+    known = headers_of(about.entries)
+    more = [name for name in source.tensors if name not in known]
+    check_parts(table, about)
     if more:
         raise CfmergeError(f"{source.tensors[more[0]].file}: tensor {more[0]!r} is not in {table.name}")
     return Artifact(about, parts, scales, {task: _heads(place, task, names) for task, names in heads.items()})

@@ -26,7 +26,8 @@ def delta_of(
 
         shared, masks    scale masks[t] shared
         up, down         up[t] down[t], or up[t] where there is no down
-        delta, bias      their row of the task
+        delta            the row of the task among those that have it
+        bias             the row of the task
         mean             the same for all
 
     Args:
@@ -45,7 +46,7 @@ def delta_of(
     if "up" in parts:
         whole = _product(entry, parts, task, dtype)
         return whole if count is None else whole.reshape(-1)[first:last]
-    values = parts["mean"] if "mean" in parts else next(iter(parts.values()))[row]
+    values = parts["mean"] if "mean" in parts else parts["bias"][task] if "bias" in parts else parts["delta"][row]
     return values.reshape(-1)[first:last].astype(dtype).reshape(shape)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,11 @@ class About:
         parameters: the system's.
         entries: `{tensor: what is kept of it}`.
         digests: `{tensor of the base: SHA-256}`; empty of trees that were traced.
-        base: the path of the base, as it was given.
+        base: the path of the base, in full, or its name on the hub.
         base_bytes: the size of its tensors.
         configs: `{task: {key of config.json: value}}`, where a task's head needs another.
         recipe: the recipe as YAML; empty of trees.
+        place: the directory that it was loaded from.
         checked: `{tensor: array of JAX}` of a base, that were compared with the digests.
     """
 
@@ -100,6 +102,7 @@ class About:
     base_bytes: int = 0
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     recipe: str = ""
+    place: Path | None = None
     checked: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property

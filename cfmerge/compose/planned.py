@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from cfmerge import hub
 from cfmerge.compose.artifact import digest_of
+from cfmerge.compose.asked import check_asked, check_jobs
 from cfmerge.compose.emr import PLACES, scales
 from cfmerge.compose.entries import About, Entry, headers_of
 from cfmerge.compose.kept import entry_of
 from cfmerge.compose.sink import PartsSink
 from cfmerge.compose.smile_composer import energy_rank
-from cfmerge.compose.systems import changed, choice, share_of
+from cfmerge.compose.systems import changed, check_biases, choice, share_of
 from cfmerge.compose.table import table_of
 from cfmerge.core.part import Report
 from cfmerge.engine import run
@@ -72,6 +74,8 @@ class ComposedPlan(Plan):
     @classmethod
     def made(cls, asked: Mapping[str, Recipe], statistics: Any = None, **how: Any) -> "ComposedPlan":
         plan = super().made(asked, statistics, composing=choice, **how)
+        check_jobs(plan.jobs)
+        check_biases({job.name: job.assignment for job in plan.jobs})
         left = [job.name for job in plan.jobs if job.assignment.action == "keep-base" and _is_left(job)]
         if not left:
             return plan
@@ -122,10 +126,10 @@ class ComposedPlan(Plan):
             for spec, expert in zip(self.expert_specs, self.experts, strict=True)
             if spec.name in self.exported and expert.config
         }
-        recipe = self.explicit_recipe
+        recipe, size = self.explicit_recipe, sum(info.nbytes for info in self.base.tensors.values())
         return About(
             self.method.name, tuple(spec.name for spec in self.expert_specs), recipe.parameters, self.entries, digests,
-            recipe.base, sum(info.nbytes for info in self.base.tensors.values()), configs, recipe.to_yaml(),
+            _whereabouts(recipe.base), size, configs, recipe.to_yaml(),
         )  # fmt: skip
 
 
@@ -154,9 +158,15 @@ def plan(
         CfmergeError: with every problem that the headers show, one a line.
     """
     recipe = base if isinstance(base, Recipe) else as_recipe(base, experts, system, parameters, options)
+    check_asked(recipe)
     if recipe.heads is None:
         recipe = msgspec.structs.replace(recipe, heads="export")
     return ComposedPlan.made({"": recipe})
+
+
+def _whereabouts(base: str) -> str:
+    """The base so that it is found from any directory: a path in full, a name on the hub as it is."""
+    return base if hub.asked(base) else str(Path(base).expanduser().absolute())
 
 
 def _is_left(job: Job) -> bool:

@@ -72,6 +72,13 @@ def whole(part: str) -> Composer:
 
 
 @functools.cache
+def whole_of_all(part: str, experts: int) -> Composer:
+    """`whole`, with zeros for the experts that lack the tensor, so that its rows are numbered as all experts are."""
+    made = in_slots(lambda base, delta: {part: delta}, experts, ENTRIES)
+    return dataclasses.replace(made, name=part)
+
+
+@functools.cache
 def mean(part: str) -> Composer:
     """The composer that keeps the mean of the deltas under that name."""
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from cfmerge import linalg
 from cfmerge.compose.slots import in_slots, outside, resized
-from cfmerge.compose.smile import check_gate, check_top_k, is_dense, leading_parts, rank_for, sizes
+from cfmerge.compose.smile import check_gate, is_dense, leading_parts, rank_for, sizes
 from cfmerge.core.checks import check
 from cfmerge.core.joint import Joint
 from cfmerge.core.part import Composer, Needs
@@ -39,7 +39,7 @@ def smile(
 
     Source: Tang et al., SMILE, TPAMI 2026, arXiv 2408.10174.
     """
-    check_top_k(top_k, max(experts, top_k))
+    check(top_k >= 1, f"smile: top_k must be at least 1, not {top_k}")
     known = rank is None or is_share(rank) or (float(rank).is_integer() and rank != 0)
     check(known, f"smile: rank must be a number of dimensions, a share below 1, or none; found {rank}")
     fixed = None if rank is None else UNSETTLED if is_share(rank) else int(rank)

@@ -13,22 +13,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cfmerge.compose.emr import emr
-from cfmerge.compose.slots import mean, whole
-from cfmerge.compose.smile import check_gate
+from cfmerge.compose.slots import mean, whole, whole_of_all
+from cfmerge.compose.smile import check_gate, check_top_k
 from cfmerge.compose.smile_composer import is_share, smile
 from cfmerge.compose.tall import tall
 from cfmerge.compose.tsv import tsv_c
 from cfmerge.core.call import Call, Options, call_of
 from cfmerge.core.part import Composer, Method
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, and_more
 from cfmerge.methods import registry
 from cfmerge.models import Kind, Parameter
 from cfmerge.models.patterns import escape
-from cfmerge.planning.assign import Choose
+from cfmerge.planning.assign import Assignment, Choose
 from cfmerge.recipe import rule_option
 
 SYSTEMS = {"emr": emr, "tall": tall, "tsv_c": tsv_c, "smile": smile}
 WEIGHT = re.compile(r"(weight|kernel)$")
+OF_LAYER = re.compile(r"(weight|kernel|bias)$")
 
 
 def choice(experts: int, asked: Composer) -> Choose:
@@ -46,6 +47,11 @@ def choice(experts: int, asked: Composer) -> Choose:
                 f"tensor {parameter.name!r}: the result is of {asked.name}; a rule may say keep-base"
                 + ("" if asked.sums else f", or {asked.name} with other parameters")
             )
+        if method.name == "smile" and method.parameters["top_k"] != asked.parameters["top_k"]:
+            raise CfmergeError(
+                f"tensor {parameter.name!r}: a rule says top_k={method.parameters['top_k']}, and top_k is one for the "
+                f"whole model, {asked.parameters['top_k']}"
+            )
         of_all = for_experts(method, experts)
         of_one = OF_ONE.get(method.name)
         return of_one(parameter, parameters, of_all) if of_one else of_all
@@ -56,6 +62,11 @@ def choice(experts: int, asked: Composer) -> Choose:
 def for_experts(method: Composer, experts: int) -> Composer:
     """The composer for so many experts."""
     return changed(method, experts=experts) if "experts" in call_of(method).options else method
+
+
+def experts_of(method: Method) -> int:
+    """The number of experts that a composer is for."""
+    return int(call_of(method).options["experts"])
 
 
 def changed(method: Method, **options: Any) -> Composer:
@@ -70,14 +81,17 @@ def _of_tsv(parameter: Parameter, parameters: Mapping[str, Parameter], method: C
 
 def _of_smile(parameter: Parameter, parameters: Mapping[str, Parameter], method: Composer) -> Composer | None:
     """Linear layers and their biases; all else stays, or is the mean."""
+    check_top_k(method.parameters["top_k"], experts_of(method))
     if is_linear(parameter):
+        gate, n = method.parameters["gate"], parameter.canonical[2]
         try:
-            check_gate(method.parameters["gate"], parameter.canonical[2], parameter.name)
+            check_gate(gate, n, parameter.name)
         except CfmergeError as error:
-            raise CfmergeError(f"{error}: {rule_option(escape(parameter.name), 'keep-base')}") from None
+            way_out = f": {rule_option(_layer(parameter.name), 'keep-base')}" if gate >= n else ""
+            raise CfmergeError(f"{error}{way_out}") from None
         return method
     if any(is_linear(one) and bias_of(one.name) == parameter.name for one in _beside(parameter.name, parameters)):
-        return whole("bias")
+        return whole_of_all("bias", experts_of(method))
     return mean("mean") if method.parameters["others"] == "mean" else None
 
 
@@ -85,6 +99,18 @@ def share_of(method: Method) -> float | None:
     """The rank that a look at the deltas settles, as a share of their squared singular values; None: it has no such."""
     rank = method.parameters["rank"] if method.name == "smile" else None
     return rank if is_share(rank) else None
+
+
+def check_biases(assignments: Mapping[str, Assignment]) -> None:
+    """Raises `CfmergeError` if a bias has experts and the weight of its layer, which would route them, has none."""
+    own = {name: one.method.name for name, one in assignments.items() if one.action == "merge"}
+    routed = {bias_of(name) for name, method in own.items() if method == "smile"}
+    alone = [name for name, method in own.items() if method == "bias" and name not in routed]
+    if alone:
+        raise CfmergeError(
+            f"smile: bias {and_more(alone)}: the layer's weight stays as in the base, and without it nothing routes "
+            f"the bias; keep the whole layer: {rule_option(_layer(alone[0]), 'keep-base')}"
+        )
 
 
 def is_linear(parameter: Parameter) -> bool:
@@ -95,6 +121,12 @@ def is_linear(parameter: Parameter) -> bool:
 def bias_of(name: str) -> str:
     """The name that the bias of the layer with this weight has."""
     return WEIGHT.sub("bias", name)
+
+
+def _layer(name: str) -> str:
+    """The pattern of a layer's weight and bias."""
+    stem = OF_LAYER.sub("", name)
+    return f"{escape(stem)}*" if stem[-1:] in {".", "/"} else escape(name)
 
 
 def _beside(name: str, parameters: Mapping[str, Parameter]) -> list[Parameter]:

@@ -1,18 +1,24 @@
 """A task of a composed result as a model: a source over its base, and the checkpoint that is written of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from cfmerge.compose.artifact import Artifact, check_digest, computing, load
+from cfmerge.compose.artifact import Artifact, added, check_digest, computing, load
+from cfmerge.compose.entries import About
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, TensorInfo, open_checkpoint
+from cfmerge.formats.composed import TABLE
+from cfmerge.formats.dequantised import KEYS, dequantised
+from cfmerge.formats.layout import read_json
 from cfmerge.formats.naming import format_by_name, in_format
 from cfmerge.formats.wrapped import Wrapped
 from cfmerge.models.names import unchanged
 from cfmerge.products.convert import Converted, copied
+from cfmerge.recipe import Recipe, parse
 
 Progress = Callable[[str, int], None]
 
@@ -50,7 +56,7 @@ class TaskSource(Wrapped):
         self._check(name)
         base, compute = self.inner.read(name, first, count), computing(self.inner.tensors[name].dtype)
         delta = self._delta(name, first, count, compute)
-        return base if delta is None else (base.astype(compute) + delta).astype(base.dtype)
+        return base if delta is None else added(f"base {self.inner.path}", name, base, delta)
 
     def _delta(self, name: str, first: int, count: int | None, compute: Any) -> Any:
         about = self.artifact.about
@@ -108,24 +114,42 @@ def materialise(
     wanted = format_by_name(Path(output), format) or format
     folders = [in_format(folder, wanted) for folder in source.folders]
     headers = {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
-    config = artifact.about.configs.get(task, {})
-    edits = {"config.json": config} if config and "config.json" in source.side_files else {}
+    edits = _edits(source, artifact.about.configs.get(task, {}), asked_of(artifact.about).dequantize)
+    place = artifact.about.place
+    how: Any = {"shard_size": shard_size, "overwrite": overwrite, "progress": progress}
     return copied(
         source, Path(output), unchanged(headers), folders, wanted, source.side_files, edits=edits,
-        card=_card(artifact, task, source), shard_size=shard_size, overwrite=overwrite, progress=progress,
+        card=_card(artifact, task, source), inputs=[place] if place else [], **how,
     )  # fmt: skip
 
 
 def _base(artifact: Artifact, base: str | Path | Source | None) -> Source:
-    if base is not None:
-        return open_checkpoint(base) if isinstance(base, str | Path) else base
-    told = artifact.about.base
-    if not told:
+    """The base, opened as it was when the result was made."""
+    if base is not None and not isinstance(base, str | Path):
+        return base
+    told, asked = artifact.about.base, asked_of(artifact.about)
+    if base is None and not told:
         raise CfmergeError("materialise: the result was made of a tree in memory; name its base")
     try:
-        return open_checkpoint(told)
+        opened = open_checkpoint(told if base is None else base, download=asked.download, cache_dir=asked.cache_dir)
     except CfmergeError as error:
+        if base is not None:
+            raise
         raise CfmergeError(f"{error}; the result was made over the base {told}: say with --base where it is") from None
+    return dequantised("base", opened) if asked.dequantize else opened
+
+
+def asked_of(about: About) -> Recipe:
+    """The recipe of a result; an empty one of trees."""
+    return parse(yaml.safe_load(about.recipe), TABLE) if about.recipe else Recipe("", [])
+
+
+def _edits(source: Source, config: Mapping[str, Any], dequantised: bool) -> dict[str, Mapping[str, Any]]:
+    """`{config.json: {key: value}}`: what the model's head needs, and no quantisation where there is none any more."""
+    gone = [key for key in KEYS if dequantised and "config.json" in source.side_files]
+    told = read_json(source.side_files["config.json"]) if gone else {}
+    edits = {**dict.fromkeys(key for key in gone if key in told), **config}
+    return {"config.json": edits} if edits and "config.json" in source.side_files else {}
 
 
 def _card(artifact: Artifact, task: str, source: Source) -> str:

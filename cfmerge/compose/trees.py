@@ -11,7 +11,7 @@ from cfmerge.compose.artifact import Artifact, digest_of
 from cfmerge.compose.entries import PACKED, About, Entry
 from cfmerge.compose.kept import entry_of
 from cfmerge.compose.planned import scales_of
-from cfmerge.compose.systems import choice
+from cfmerge.compose.systems import check_biases, choice
 from cfmerge.core.part import Composer
 from cfmerge.engine import run
 from cfmerge.errors import CfmergeError
@@ -30,6 +30,8 @@ def build_trees(base: Any, experts: Any, system: Any, parameters: Mapping[str, A
     if not trees:
         raise CfmergeError(NO_EXPERTS)
     problem = Problem.of(base, experts, [method], rules, choice(len(trees), method))
+    for own in problem.assignments:
+        check_biases(own)
     entries: dict[str, Entry] = {}
 
     def made(arrays: Arrays) -> tuple[Any, Any]:

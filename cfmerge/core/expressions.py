@@ -84,6 +84,8 @@ def _built(node: ast.expr, text: str) -> Any:
 
 
 def _literal(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Name) and node.id in {"none", "null"}:
+        return None
     try:
         return ast.literal_eval(node)
     except ValueError:

@@ -106,6 +106,7 @@ def copied(
     *,
     edits: Mapping[str, Mapping[str, Any]] | None = None,
     card: str = "",
+    inputs: Sequence[Path] = (),
     shard_size: str = "5GB",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -117,11 +118,12 @@ def copied(
         folders: how its files lie.
         side_files, edits: see `DirectorySink`.
         card: the text of README.md.
+        inputs: what is read beside the source, and so not written into.
     """
     started = time.monotonic()
     with open_sink(
         output, folders, shard_bytes=parse_size(shard_size), side_files=side_files, edits=edits or {}, format=format,
-        overwrite=overwrite, inputs=[*source.files, source.path],
+        overwrite=overwrite, inputs=[*source.files, source.path, *inputs],
     ) as sink:  # fmt: skip
         sink.declare(made.headers)
         _copy(source, made, sink, progress or (lambda name, count: None))
