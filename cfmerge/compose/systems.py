@@ -3,6 +3,7 @@
 system    of a matrix             of anything else          a task's delta
 emr       shared, masks           the same                  scale masks[t] shared
 tall      shared, masks           the same                  masks[t] shared
+both      of running statistics   delta                     delta[t]: a variance stays one
 tsv_c     up, down                delta                     up[t] down[t];  delta[t]
 smile     up, down, router        bias of a linear layer    up[t] down[t];  bias[t]
 """
@@ -75,6 +76,10 @@ def changed(method: Method, **options: Any) -> Composer:
     return dataclasses.replace(call, options=Options(call.options | options)).part()  # type: ignore[no-any-return]
 
 
+def _of_masks(parameter: Parameter, parameters: Mapping[str, Parameter], method: Composer) -> Composer:
+    return whole("delta") if parameter.kind is Kind.OTHER else method
+
+
 def _of_tsv(parameter: Parameter, parameters: Mapping[str, Parameter], method: Composer) -> Composer:
     return method if parameter.layout or len(parameter.shape) == 2 else whole("delta")
 
@@ -135,5 +140,5 @@ def _beside(name: str, parameters: Mapping[str, Parameter]) -> list[Parameter]:
 
 
 OF_ONE: Mapping[str, Callable[[Parameter, Mapping[str, Parameter], Composer], Composer | None]] = {
-    "tsv_c": _of_tsv, "smile": _of_smile,
+    "emr": _of_masks, "tall": _of_masks, "tsv_c": _of_tsv, "smile": _of_smile,
 }  # fmt: skip

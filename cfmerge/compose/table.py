@@ -16,7 +16,7 @@ from cfmerge.formats.layout import read_json
 
 KIND, VERSION = "cfmerge-composition", 1
 Heads = Mapping[str, Sequence[str]]  # {task: names of its heads}
-MASKED = [{"shared", "masks"}]
+MASKED = [{"shared", "masks"}, {"delta"}]
 PARTS = {  # that a system keeps of a tensor
     "emr": MASKED, "tall": MASKED, "tsv_c": [{"up", "down"}, {"delta"}],
     "smile": [{"up", "down", "router"}, {"up", "router"}, {"bias"}, {"mean"}],

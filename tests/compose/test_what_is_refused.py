@@ -138,6 +138,17 @@ def test_a_model_that_does_not_fit_its_dtype_is_told(tmp_path, make_model):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("system", ["emr", "tall"])
+def test_running_statistics_are_each_tasks_own_so_that_no_variance_is_negative(system):
+    base = {"bn.running_var": np.full(4, 0.5, np.float32), "bn.weight": np.ones(4, np.float32)}
+    rng = np.random.default_rng(0)
+    experts = [{name: (rng.random(4) + 0.01).astype(np.float32) for name in base} for _ in range(4)]
+    made = compose.build(base, experts, system)
+    for task, own in zip(made.tasks, experts, strict=True):
+        np.testing.assert_allclose(made.materialise(task, base)["bn.running_var"], own["bn.running_var"], rtol=1e-5)
+    assert set(made.parts["bn.weight"]) == {"shared", "masks"}
+
+
 def test_a_base_in_fp8_is_read_again_as_it_was_when_the_result_was_made(tmp_path, make_model):
     rng = np.random.default_rng(0)
     wide = [{"layers.0.q_proj.weight": rng.standard_normal((8, 8)).astype(np.float32)} for _ in range(3)]
