@@ -89,7 +89,7 @@ def materialise(
     from cfmerge import compose as composing
 
     artifact = composing.load(composed)
-    with show.progress(artifact.nbytes, json=json, quiet=quiet, what="writing") as told:
+    with show.progress(artifact.about.base_bytes, json=json, quiet=quiet, what="writing") as told:
         done = composing.materialise(
             artifact, task, output, base=base, format=format, shard_size=shard_size, overwrite=overwrite, progress=told
         )

@@ -101,6 +101,12 @@ class ComposedPlan(Plan):
             plan = self.settled(memory_of(where.processes, memory, free_memory()), where)
             return Plan.run(plan, output, memory=memory, devices=where, **how)
 
+    def attempted(self, memory: Any, do: Any) -> Any:
+        """As `Plan.attempted`: a plan without an expert that is not finite has its ranks settled anew."""
+        return super().attempted(memory, lambda plan, limit, left_out: do(
+            plan.settled(limit, Placement()) if left_out else plan, limit, left_out
+        ))  # fmt: skip
+
     def settled(self, memory: int, where: Placement) -> "ComposedPlan":
         """The plan with the ranks that are shares settled: each is the largest that an expert of the tensor needs."""
         jobs = {job.name: job for job in self.work.jobs}

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from adapter_parts import SHAPES, Adapter, tensors
-from composed_parts import SYSTEMS, truncated
+from composed_parts import SYSTEMS, models, truncated
 from resuming import left
 
 from cfmerge import compose
@@ -46,6 +46,20 @@ def test_a_result_that_was_stopped_goes_on_to_the_same_bytes(family, tmp_path, c
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
     assert left(tmp_path) == []
     assert whole.tasks == NAMES
+
+
+def test_a_rank_by_share_is_settled_again_without_an_expert_that_is_not_finite(tmp_path, make_model):
+    tensors = models(3)
+    tensors[3]["model.norm.weight"][0] = np.nan
+    for name, own in zip(("base", *NAMES), tensors, strict=True):
+        make_model(tmp_path / name, own, None)
+    system = "smile(rank=0.7, gate=2, others='mean')"
+    paths = {name: tmp_path / name for name in NAMES}
+    left_out = compose.build(tmp_path / "base", paths, system, output=tmp_path / "x", on_nonfinite="skip-expert")
+    del paths["m3"]
+    alone = compose.build(tmp_path / "base", paths, system, output=tmp_path / "y")
+    assert left_out.tasks == alone.tasks == NAMES[:2]
+    assert left_out.about.entries == alone.about.entries
 
 
 def composed(system, adapters):
