@@ -31,8 +31,8 @@ from cfmerge.models.patterns import tell
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Job
 from cfmerge.products.carry_out import Writes, exported_heads
-from cfmerge.products.plan import Experts, Plan, as_recipe, free_memory
-from cfmerge.products.processes import memory_of, together
+from cfmerge.products.plan import Experts, Plan, as_recipe
+from cfmerge.products.processes import together
 from cfmerge.recipe import Recipe
 
 HEAD_KEYS = ("architectures", "id2label", "label2id", "num_labels", "problem_type")  # of config.json, that heads need
@@ -66,9 +66,15 @@ class Artifacts:
         return Totals(_card(plan, notes), exported_heads(plan), {TABLE: table})
 
 
+@dataclasses.dataclass(frozen=True)
 class ComposedPlan(Plan):
-    """A result that is not one checkpoint, resolved from headers; `run` makes it, see `Plan`."""
+    """A result that is not one checkpoint, resolved from headers; `run` makes it, see `Plan`.
 
+    Attributes:
+        where: on which devices and by which processes it is made.
+    """
+
+    where: Placement = run.ANYWHERE
     writes: ClassVar[Writes] = Artifacts()
 
     @classmethod
@@ -96,16 +102,12 @@ class ComposedPlan(Plan):
     def folders(self) -> tuple[Folder, ...]:
         return (Folder(),)
 
-    def run(self, output: Any, *, memory: Any = None, devices: Devices = None, **how: Any) -> Any:
+    def run(self, output: Any, *, devices: Devices = None, **how: Any) -> Any:
         with together(output, devices) as where:
-            plan = self.settled(memory_of(where.processes, memory, free_memory()), where)
-            return Plan.run(plan, output, memory=memory, devices=where, **how)
+            return Plan.run(dataclasses.replace(self, where=where), output, devices=where, **how)
 
-    def attempted(self, memory: Any, do: Any) -> Any:
-        """As `Plan.attempted`: a plan without an expert that is not finite has its ranks settled anew."""
-        return super().attempted(memory, lambda plan, limit, left_out: do(
-            plan.settled(limit, Placement()) if left_out else plan, limit, left_out
-        ))  # fmt: skip
+    def ready(self, memory: int) -> "ComposedPlan":
+        return self.settled(memory, self.where)
 
     def settled(self, memory: int, where: Placement) -> "ComposedPlan":
         """The plan with the ranks that are shares settled: each is the largest that an expert of the tensor needs."""

@@ -128,12 +128,21 @@ class Plan(Resolved):
         left_out: list[LeftOut] = []
         plan = self
         while True:
-            for job in plan.jobs:
-                check_memory(plan.work.by_entry(job), limit)
             try:
-                return do(plan, limit, left_out)
+                ready = plan.ready(limit)
+                for job in ready.jobs:
+                    check_memory(ready.work.by_entry(job), limit)
+                return do(ready, limit, left_out)
             except NonFiniteError as error:
                 plan = plan._without(error, left_out)
+
+    def ready(self, memory: int) -> "Plan":
+        """The plan with all settled that takes a look at the tensors, within so many bytes; a merge has no such thing.
+
+        Raises:
+            NonFiniteError: an expert that the look was at holds NaN or infinity.
+        """
+        return self
 
     def _without(self, error: NonFiniteError, left_out: list[LeftOut]) -> "Plan":
         """The plan without the expert that is not finite, if it may be left out; otherwise raises the error."""

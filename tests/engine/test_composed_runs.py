@@ -48,14 +48,16 @@ def test_a_result_that_was_stopped_goes_on_to_the_same_bytes(family, tmp_path, c
     assert whole.tasks == NAMES
 
 
-def test_a_rank_by_share_is_settled_again_without_an_expert_that_is_not_finite(tmp_path, make_model):
+@pytest.mark.parametrize("wrong", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_rank_by_share_is_settled_again_without_an_expert_that_is_not_finite(tmp_path, make_model, wrong):
     tensors = models(3)
-    tensors[3]["model.norm.weight"][0] = np.nan
+    tensors[3][wrong].reshape(-1)[0] = np.nan
     for name, own in zip(("base", *NAMES), tensors, strict=True):
         make_model(tmp_path / name, own, None)
     system = "smile(rank=0.7, gate=2, others='mean')"
     paths = {name: tmp_path / name for name in NAMES}
     left_out = compose.build(tmp_path / "base", paths, system, output=tmp_path / "x", on_nonfinite="skip-expert")
+    assert "m3" in (tmp_path / "x" / "README.md").read_text()
     del paths["m3"]
     alone = compose.build(tmp_path / "base", paths, system, output=tmp_path / "y")
     assert left_out.tasks == alone.tasks == NAMES[:2]
