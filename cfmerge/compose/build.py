@@ -54,6 +54,10 @@ def build(
     if not isinstance(base, str | Path):
         if output is not None:
             raise CfmergeError("build of pytrees: the result is returned; its `save(directory)` writes it")
+        given = {"overwrite": overwrite, "memory": memory, "devices": devices, "progress": progress, "fresh": fresh}
+        of_files = [key for key, value in (given | options).items() if value not in (None, False) or key in options]
+        if of_files:
+            raise CfmergeError(f"build of pytrees: {', '.join(of_files)}: of checkpoints; leave it out")
         return build_trees(base, experts, system, parameters, rules)
     if output is None:
         raise CfmergeError("build of checkpoints: name a directory for the result with output=")

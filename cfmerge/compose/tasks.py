@@ -9,9 +9,10 @@ import yaml
 
 from cfmerge.compose.artifact import Artifact, added, check_digest, computing, load
 from cfmerge.compose.entries import About
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import Source, TensorInfo, open_checkpoint
 from cfmerge.formats.composed import TABLE
+from cfmerge.formats.containers import FORMATS
 from cfmerge.formats.dequantised import KEYS, dequantised
 from cfmerge.formats.layout import read_json
 from cfmerge.formats.naming import format_by_name, in_format
@@ -109,6 +110,8 @@ def materialise(
     Raises:
         CfmergeError: an unknown task, no base or another one, a result that is not whole; nothing is written then.
     """
+    if format not in {None, *FORMATS}:
+        raise CfmergeError(f"unknown format {format!r}{nearest(str(format), FORMATS)}")
     artifact = composed if isinstance(composed, Artifact) else load(composed)
     source = TaskSource(_base(artifact, base), artifact, task)
     wanted = format_by_name(Path(output), format) or format

@@ -95,6 +95,18 @@ def test_a_result_is_no_place_for_a_model_of_it(family, tmp_path):
     assert compose.load(tmp_path / "out").tasks == ("a", "b")
 
 
+@pytest.mark.parametrize("option", [{"memory": "1GB"}, {"seed": 0}, {"overwrite": True}])
+def test_options_of_checkpoints_are_refused_for_trees(option):
+    tensors = models(2)
+    with pytest.raises(CfmergeError, match=rf"build of pytrees: {next(iter(option))}: of checkpoints"):
+        compose.build(tensors[0], tensors[1:], "emr", **option)
+
+
+def test_a_format_that_is_none_is_told(family, tmp_path):
+    with pytest.raises(CfmergeError, match=r"unknown format 'touch'; did you mean 'torch'"):
+        compose.materialise(family / "out", "a", tmp_path / "model", format="touch")
+
+
 def test_a_relative_base_is_found_from_another_directory(family, tmp_path, monkeypatch):
     monkeypatch.chdir(family)
     compose.build("base", {"a": "a", "b": "b"}, "emr", output=tmp_path / "out")
