@@ -21,12 +21,13 @@ import numpy as np
 from cfmerge.compose.deltas import delta_of
 from cfmerge.compose.entries import About, headers_of
 from cfmerge.compose.table import check_parts, read_table, table_of
-from cfmerge.errors import CfmergeError, NonFiniteError, nearest
+from cfmerge.errors import CfmergeError, NonFiniteError, and_more, nearest
 from cfmerge.formats import DirectorySink, Totals
 from cfmerge.formats.composed import TABLE
 from cfmerge.formats.huggingface import HuggingFaceSource
 from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.formats.sinks import HEADS
+from cfmerge.models import is_buffer
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts", "scales", "heads"], meta_fields=["about"])
@@ -136,6 +137,12 @@ class Artifact:
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], who: str) -> None:
         """Raises `CfmergeError` unless the base has the tensors that the result was made of, in their shapes."""
+        lost = [name for name in self.about.digests if name not in shapes and not is_buffer(name, ())]
+        if lost:
+            raise CfmergeError(
+                f"{who}: has no {and_more(list(map(repr, lost)))}, which the base had that the result was made of"
+                f"{nearest(lost[0], shapes)}"
+            )
         for name, entry in ((own, self.about.entries[of]) for own, of in self.about.names.items()):
             if name not in shapes:
                 raise CfmergeError(f"{who}: has no {name!r}, which the result was made of{nearest(name, shapes)}")

@@ -42,7 +42,9 @@ class TaskSource(Wrapped):
         super().__init__(base)
         self.artifact, self.task = artifact, task
         artifact.about.number(task)
-        artifact.check_shapes({name: info.shape for name, info in base.tensors.items()}, f"base {base.path}")
+        shapes = {name: info.shape for name, info in base.tensors.items()}
+        tied = {alias: shapes[name] for alias, name in base.ties.items() if name in shapes}  # one is stored
+        artifact.check_shapes(tied | shapes, f"base {base.path}")
         self.heads = artifact.heads.get(task, {})
         own = {name: TensorInfo(head.shape, head.dtype, base.path) for name, head in self.heads.items()}
         self.tensors = {**base.tensors, **own}
@@ -144,7 +146,10 @@ def _base(artifact: Artifact, base: str | Path | Source | None) -> Source:
 
 def asked_of(about: About) -> Recipe:
     """The recipe of a result; an empty one of trees."""
-    return parse(yaml.safe_load(about.recipe), TABLE) if about.recipe else Recipe("", [])
+    try:
+        return parse(yaml.safe_load(about.recipe), TABLE) if about.recipe else Recipe("", [])
+    except yaml.YAMLError:
+        raise CfmergeError(f"{TABLE}: its recipe was changed, and is no YAML any more") from None
 
 
 def _edits(source: Source, config: Mapping[str, Any], dequantised: bool) -> dict[str, Mapping[str, Any]]:

@@ -102,6 +102,37 @@ def test_options_of_checkpoints_are_refused_for_trees(option):
         compose.build(tensors[0], tensors[1:], "emr", **option)
 
 
+def test_a_base_that_lacks_a_tensor_is_told_though_the_result_keeps_nothing_of_it(family, tmp_path, make_model):
+    base = models(2)[0]
+    made = compose.build(family / "base", experts(family), SMILE, output=tmp_path / "out")
+    lost = {name: value for name, value in base.items() if name != "model.norm.weight"}
+    make_model(tmp_path / "base", lost, None)
+    with pytest.raises(CfmergeError, match=r"base: has no 'model.norm.weight', which the base had"):
+        compose.materialise(made, "a", tmp_path / "model", base=tmp_path / "base")
+    with pytest.raises(CfmergeError, match=r"base: has no 'model.norm.weight'"):
+        made.materialise("a", lost)
+
+
+def test_a_base_with_one_of_two_tied_tensors_is_the_same_base(tmp_path, make_model):
+    embedding, config = "model.embed_tokens.weight", {"model_type": "llama", "tie_word_embeddings": True}
+    for name, own in zip(("base", "a", "b"), models(2), strict=True):
+        make_model(tmp_path / name, {**own, "lm_head.weight": own[embedding]}, config)
+    make_model(tmp_path / "again", models(2)[0], config)
+    compose.build(tmp_path / "base", experts(tmp_path), "emr", output=tmp_path / "out")
+    done = compose.materialise(tmp_path / "out", "a", tmp_path / "model", base=tmp_path / "again")
+    whole = compose.materialise(tmp_path / "out", "a", tmp_path / "whole")
+    found, expected = (load_file(one.output / "model.safetensors") for one in (done, whole))
+    assert all(np.array_equal(found[name], expected[name]) for name in models(2)[0])
+
+
+def test_a_recipe_in_the_table_that_was_changed_is_told(family, tmp_path):
+    shutil.copytree(family / "out", tmp_path / "out")
+    table = json.loads((tmp_path / "out" / "composition.json").read_text())
+    (tmp_path / "out" / "composition.json").write_text(json.dumps(table | {"recipe": "a: {"}))
+    with pytest.raises(CfmergeError, match=r"composition.json: its recipe was changed"):
+        compose.materialise(tmp_path / "out", "a", tmp_path / "model")
+
+
 def test_a_format_that_is_none_is_told(family, tmp_path):
     with pytest.raises(CfmergeError, match=r"unknown format 'touch'; did you mean 'torch'"):
         compose.materialise(family / "out", "a", tmp_path / "model", format="touch")
