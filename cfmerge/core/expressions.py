@@ -15,6 +15,8 @@ from cfmerge.core.part import Method, Part
 from cfmerge.core.registry import Entry, entry
 from cfmerge.errors import CfmergeError, nearest
 
+NONE = {"none", "null"}  # as texts have it
+
 
 def expression(part: Part) -> str:
     """The part as text that `make` reads: `trim(density=0.2) >> disjoint_mean()`, with what differs from defaults."""
@@ -84,7 +86,7 @@ def _built(node: ast.expr, text: str) -> Any:
 
 
 def _literal(node: ast.expr, text: str) -> Any:
-    if isinstance(node, ast.Name) and node.id in {"none", "null"}:
+    if isinstance(node, ast.Name) and node.id.lower() in NONE:
         return None
     try:
         return ast.literal_eval(node)
@@ -115,6 +117,8 @@ def _converted(method: str, key: str, value: Any, hint: Any) -> Any:
     try:
         return msgspec.convert(value, hint, strict=False)
     except msgspec.ValidationError as error:
+        if str(value).lower() in NONE and type(None) in typing.get_args(hint):
+            return None
         raise CfmergeError(f"method {method!r}, parameter {key!r}: {error}, got {value!r}") from None
 
 
@@ -126,7 +130,7 @@ def _numeric(method: str, key: str, value: Any) -> Any:
         except (ValueError, SyntaxError):
             raise CfmergeError(f"method {method!r}, parameter {key!r}: {value!r} cannot be read") from None
     if isinstance(value, str):
-        if value.lower() in {"none", "null", ""}:
+        if value.lower() in {*NONE, ""}:
             return None
         try:
             return float(value)

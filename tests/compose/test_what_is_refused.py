@@ -72,6 +72,8 @@ def test_smile_refuses_more_experts_a_token_than_there_are_and_a_top_k_for_one_l
 def test_none_in_a_text_is_the_dense_rank(family):
     for text in ("smile(rank=none, gate=2)", "smile(rank=null, gate=2)", "smile(rank=None, gate=2)"):
         assert compose.plan(family / "base", experts(family), text).method.parameters["rank"] is None
+    planned = compose.plan(family / "base", experts(family), "smile", parameters={"rank": "none", "gate": 2})
+    assert planned.method.parameters["rank"] is None
 
 
 def test_the_rule_that_a_wide_gate_prints_keeps_the_whole_layer(family):
