@@ -12,22 +12,18 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cfmerge.compose.emr import emr
 from cfmerge.compose.slots import mean, whole
 from cfmerge.compose.smile import check_gate
-from cfmerge.compose.smile_composer import is_share, smile
-from cfmerge.compose.tall import tall
-from cfmerge.compose.tsv import tsv_c
+from cfmerge.compose.smile_composer import is_share
 from cfmerge.core.call import Call, Options, call_of
 from cfmerge.core.part import Composer, Method
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import registry
 from cfmerge.models import Kind, Parameter
 from cfmerge.models.patterns import escape
-from cfmerge.planning.assign import Choose
+from cfmerge.planning.assign import Assignment, Choose
 from cfmerge.recipe import rule_option
 
-SYSTEMS = {"emr": emr, "tall": tall, "tsv_c": tsv_c, "smile": smile}
 WEIGHT = re.compile(r"(weight|kernel)$")
 
 
@@ -79,6 +75,17 @@ def _of_smile(parameter: Parameter, parameters: Mapping[str, Parameter], method:
     if any(is_linear(one) and bias_of(one.name) == parameter.name for one in _beside(parameter.name, parameters)):
         return whole("bias")
     return mean("mean") if method.parameters["others"] == "mean" else None
+
+
+def without_lone_biases(assignments: Mapping[str, Assignment]) -> dict[str, Assignment]:
+    """The assignments; a bias of a linear layer whose weight stays as it is, by a rule say, stays too."""
+    weights = {bias_of(name) for name, one in assignments.items() if one.action == "merge" and is_linear(one.parameter)}
+
+    def kept(name: str, one: Assignment) -> Assignment:
+        lone = one.label == "bias" and name not in weights
+        return dataclasses.replace(one, action="keep-base") if lone else one
+
+    return {name: kept(name, one) for name, one in assignments.items()}
 
 
 def share_of(method: Method) -> float | None:
