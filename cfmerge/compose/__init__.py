@@ -14,6 +14,9 @@
 See docs/compose.md, docs/smile.md, docs/tangents.md.
 """
 
+from cfmerge.compose import emr as emr
+from cfmerge.compose import tall as tall
+from cfmerge.compose import tsv as tsv
 from cfmerge.compose.artifact import Artifact as Artifact
 from cfmerge.compose.artifact import load as load
 from cfmerge.compose.build import build as build

@@ -16,7 +16,7 @@ from cfmerge.compose.entries import About, Entry, headers_of
 from cfmerge.compose.kept import entry_of
 from cfmerge.compose.sink import PartsSink
 from cfmerge.compose.smile_composer import energy_rank
-from cfmerge.compose.systems import changed, check_biases, choice, share_of
+from cfmerge.compose.systems import changed, choice, share_of, without_lone_biases
 from cfmerge.compose.table import table_of
 from cfmerge.core.part import Report
 from cfmerge.engine import run
@@ -79,9 +79,8 @@ class ComposedPlan(Plan):
 
     @classmethod
     def made(cls, asked: Mapping[str, Recipe], statistics: Any = None, **how: Any) -> "ComposedPlan":
-        plan = super().made(asked, statistics, composing=choice, **how)
+        plan = _without_lone_biases(super().made(asked, statistics, composing=choice, **how))
         check_jobs(plan.jobs)
-        check_biases({job.name: job.assignment for job in plan.jobs})
         left = [job.name for job in plan.jobs if job.assignment.action == "keep-base" and _is_left(job)]
         if not left:
             return plan
@@ -123,9 +122,8 @@ class ComposedPlan(Plan):
             for name, rank in ranks.items():
                 assignment = dataclasses.replace(jobs[name].assignment, method=changed(jobs[name].method, rank=rank))
                 jobs[name] = dataclasses.replace(jobs[name], assignment=assignment)
-        return (
-            dataclasses.replace(self, work=dataclasses.replace(self.work, jobs=tuple(jobs.values()))) if asked else self
-        )
+        work = dataclasses.replace(self.work, jobs=tuple(jobs.values()))
+        return dataclasses.replace(self, work=work) if asked else self
 
     def about(self, digests: Mapping[str, str]) -> About:
         """All of the result but its arrays, given the base's digests."""
@@ -177,6 +175,13 @@ def _whereabouts(base: str) -> str:
     return base if hub.asked(base) else str(Path(base).expanduser().absolute())
 
 
+def _without_lone_biases(plan: ComposedPlan) -> ComposedPlan:
+    """The plan without the biases of linear layers whose weights stay as they are, by a rule say."""
+    kept = without_lone_biases({job.name: job.assignment for job in plan.work.jobs})
+    jobs = tuple(dataclasses.replace(job, assignment=kept[job.name]) for job in plan.work.jobs)
+    return dataclasses.replace(plan, work=dataclasses.replace(plan.work, jobs=jobs))
+
+
 def _is_left(job: Job) -> bool:
     """Whether a tensor that experts may have changed is not kept, though no rule says so."""
     parameter = job.parameter
@@ -210,9 +215,7 @@ def _card(plan: ComposedPlan, notes: Sequence[str]) -> str:
     tasks = "\n".join(f"- {spec.name}" for spec in plan.expert_specs)
     told = "\n".join(f"- {note}" for note in (*plan.notes, *notes))
     head = f"# {plan.method.name} of {len(plan.expert_specs)} tasks"
-    made = (
-        "Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training. It is no checkpoint:"
-    )
+    made = "Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training."
     paragraphs = [
         head,
         f"{made} It is no checkpoint: `{TABLE}` tells what the tensors are, and `cfmerge materialise . --task TASK -o "

@@ -13,24 +13,19 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cfmerge.compose.emr import emr
 from cfmerge.compose.slots import mean, whole, whole_of_all
 from cfmerge.compose.smile import check_gate, check_top_k
-from cfmerge.compose.smile_composer import is_share, smile
-from cfmerge.compose.tall import tall
-from cfmerge.compose.tsv import tsv_c
+from cfmerge.compose.smile_composer import is_share
 from cfmerge.core.call import Call, Options, call_of
 from cfmerge.core.part import Composer, Method
-from cfmerge.errors import CfmergeError, and_more
+from cfmerge.errors import CfmergeError
 from cfmerge.methods import registry
 from cfmerge.models import Kind, Parameter
 from cfmerge.models.patterns import escape
 from cfmerge.planning.assign import Assignment, Choose
 from cfmerge.recipe import rule_option
 
-SYSTEMS = {"emr": emr, "tall": tall, "tsv_c": tsv_c, "smile": smile}
 WEIGHT = re.compile(r"(weight|kernel)$")
-OF_LAYER = re.compile(r"(weight|kernel|bias)$")
 
 
 def choice(experts: int, asked: Composer) -> Choose:
@@ -92,7 +87,7 @@ def _of_smile(parameter: Parameter, parameters: Mapping[str, Parameter], method:
         try:
             check_gate(gate, n, parameter.name)
         except CfmergeError as error:
-            way_out = f": {rule_option(_layer(parameter.name), 'keep-base')}" if gate >= n else ""
+            way_out = f": {rule_option(escape(parameter.name), 'keep-base')}" if gate >= n else ""
             raise CfmergeError(f"{error}{way_out}") from None
         return method
     if any(is_linear(one) and bias_of(one.name) == parameter.name for one in _beside(parameter.name, parameters)):
@@ -100,22 +95,21 @@ def _of_smile(parameter: Parameter, parameters: Mapping[str, Parameter], method:
     return mean("mean") if method.parameters["others"] == "mean" else None
 
 
+def without_lone_biases(assignments: Mapping[str, Assignment]) -> dict[str, Assignment]:
+    """The assignments; a bias of a linear layer whose weight stays as it is, by a rule say, stays too."""
+    weights = {bias_of(name) for name, one in assignments.items() if one.action == "merge" and is_linear(one.parameter)}
+
+    def kept(name: str, one: Assignment) -> Assignment:
+        lone = one.label == "bias" and name not in weights
+        return dataclasses.replace(one, action="keep-base") if lone else one
+
+    return {name: kept(name, one) for name, one in assignments.items()}
+
+
 def share_of(method: Method) -> float | None:
     """The rank that a look at the deltas settles, as a share of their squared singular values; None: it has no such."""
     rank = method.parameters["rank"] if method.name == "smile" else None
     return rank if is_share(rank) else None
-
-
-def check_biases(assignments: Mapping[str, Assignment]) -> None:
-    """Raises `CfmergeError` if a bias has experts and the weight of its layer, which would route them, has none."""
-    own = {name: one.method.name for name, one in assignments.items() if one.action == "merge"}
-    routed = {bias_of(name) for name, method in own.items() if method == "smile"}
-    alone = [name for name, method in own.items() if method == "bias" and name not in routed]
-    if alone:
-        raise CfmergeError(
-            f"smile: bias {and_more(alone)}: the layer's weight stays as in the base, and without it nothing routes "
-            f"the bias; keep the whole layer: {rule_option(_layer(alone[0]), 'keep-base')}"
-        )
 
 
 def is_linear(parameter: Parameter) -> bool:
@@ -126,12 +120,6 @@ def is_linear(parameter: Parameter) -> bool:
 def bias_of(name: str) -> str:
     """The name that the bias of the layer with this weight has."""
     return WEIGHT.sub("bias", name)
-
-
-def _layer(name: str) -> str:
-    """The pattern of a layer's weight and bias."""
-    stem = OF_LAYER.sub("", name)
-    return f"{escape(stem)}*" if stem[-1:] in {".", "/"} else escape(name)
 
 
 def _beside(name: str, parameters: Mapping[str, Parameter]) -> list[Parameter]:

@@ -11,7 +11,7 @@ from cfmerge.compose.artifact import Artifact, digest_of
 from cfmerge.compose.entries import PACKED, About, Entry
 from cfmerge.compose.kept import entry_of
 from cfmerge.compose.planned import scales_of
-from cfmerge.compose.systems import check_biases, choice
+from cfmerge.compose.systems import choice, without_lone_biases
 from cfmerge.core.part import Composer
 from cfmerge.engine import run
 from cfmerge.errors import CfmergeError
@@ -30,18 +30,17 @@ def build_trees(base: Any, experts: Any, system: Any, parameters: Mapping[str, A
     if not trees:
         raise CfmergeError(NO_EXPERTS)
     problem = Problem.of(base, experts, [method], rules, choice(len(trees), method))
-    for own in problem.assignments:
-        check_biases(own)
+    assignments = [without_lone_biases(each) for each in problem.assignments]
     entries: dict[str, Entry] = {}
 
     def made(arrays: Arrays) -> tuple[Any, Any]:
-        work = arrays.work(problem.assignments, problem.names, 0)
+        work = arrays.work(assignments, problem.names, 0)
         entries.update({job.name: entry_of(job) for job in work.merged})
         sink = KeptParts(entries)
         account = run.merge(work, [sink])
         return sink.arrays(), scales_of(account, method, entries, len(trees))
 
-    arrays = Arrays.of(problem.assignments, problem.trees, None, [None] * len(trees))
+    arrays = Arrays.of(assignments, problem.trees, None, [None] * len(trees))
     parts, scales = automatic(made, arrays, lambda result, mesh: jax.tree.map(lambda leaf: None, result))
     told = {name: _plain(value) for name, value in method.parameters.items()}
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in problem.trees[0].values())

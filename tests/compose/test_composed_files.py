@@ -143,6 +143,15 @@ def test_smile_says_what_it_leaves_at_the_base_and_can_keep_the_mean(family, tmp
     np.testing.assert_allclose(found, np.mean([one["model.norm.weight"] for one in tensors[1:]], 0), atol=1e-6)
 
 
+def test_a_bias_stays_where_its_weight_does(family, tmp_path):
+    folder, tensors = family
+    rules = [{"match": "*q_proj.weight", "method": "keep-base"}]
+    files = built(folder, tmp_path / "out", "smile(rank=3, gate=2)", rules=rules)
+    trees = compose.build(tensors[0], tensors[1:], "smile(rank=3, gate=2)", rules=rules)
+    for made in (files, trees):
+        assert list(made.parts) == ["model.layers.0.mlp.up_proj.weight"]
+
+
 def recipe(folder, system, parameters=None):
     return cfmerge.Recipe(str(folder / "base"), [str(folder / task) for task in TASKS], system, parameters or {})
 
