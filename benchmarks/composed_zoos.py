@@ -12,7 +12,7 @@ the frozen embeddings of the text zoo do not either. The head of a task is known
     told      EMR, TALL, TSV-Compress; and SMILE's experts without its routers: the task's delta in all layers
 
 Ranks and gates are those of the article at the zoo's width: for ViT-B/32, 768 wide, it has gate 16 and ranks 4 to 128.
-A row is written into `composed.jsonl` when it is done, and what is there is not done again. `told to its expert` is the
+A row is written into `composed.jsonl` when it is done, and what is there is not done again. `sent to its expert` is the
 share of tokens, over all layers, that a router sends to the expert of their task. Accuracies are on test examples; the
 thresholds of `tall, chosen` are those that are best on validation examples, one for each task.
 """
@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from composed_pictures import draw
+from composed_told import SENT, System, draw, lines, tables
 from flax.traverse_util import flatten_dict, unflatten_dict
-from measuring import table
-from zoo_models import ZOOS, Opened, by_zoo, keep, kept, normalised, opened, write_tables
+from zoo_models import ZOOS, Opened, by_zoo, keep, kept, opened, write_tables
 
 import cfmerge
 from cfmerge import compose
@@ -51,16 +50,9 @@ class Scale(NamedTuple):
 
 SCALES = {
     "vision": Scale((2, 5, 8, 16, 32, None), (1, 3, 8, 32), (3, 5)),
-    "text-full": Scale((2, 4, 8, 16, 32, 64, None), (1, 8, 64), (8, 16)),
+    "text-full": Scale((4, 16, 64, None), (8, 64), (8, 16)),
     "bars": Scale((2, None), (4,), (4, 2)),
 }
-
-
-class System(NamedTuple):
-    """One row to be made: `kind` as above, or "reference"; `text` as for `compose.build` or `cfmerge.merge_params`."""
-
-    kind: str
-    text: str
 
 
 def systems(scale: Scale) -> list[System]:
@@ -89,7 +81,7 @@ def of_zoo(name: str) -> list[System]:
     if name != "bars":
         return found
     left_out = (*MERGES[1:], *(f"tsv_c(ratio={ratio})" for ratio in RATIOS[:-1]))
-    return [s for s in found if s.text not in left_out and "emr" not in s.text or "l1', scope='model" in s.text]
+    return [s for s in found if (s.text not in left_out and "emr" not in s.text) or "l1', scope='model" in s.text]
 
 
 def smile(gate: int, rank: int | None, more: str = "") -> str:
@@ -139,7 +131,7 @@ def routed(zoo: Opened, size: float, made: compose.Artifact) -> dict[str, Any]:
         accuracies[task], found = zoo.routed(params, layers, task, top_k)
         weights.append({name: float(each[number]) for name, each in found.items()})
     own = {name: round(float(np.mean([each[name] for each in weights])), 4) for name in layers}
-    return {"size": size, "accuracies": accuracies, "told to its expert": own}
+    return {"size": size, "accuracies": accuracies, SENT: own}
 
 
 def with_means(base: Any, parts: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -176,83 +168,6 @@ def run(name: str, seed: int, file: Path) -> None:
 
 
 # --- telling ------------------------------------------------------------------------------------------------------
-
-
-class Line(NamedTuple):
-    """One line of the tables, the mean over seeds: accuracy, and accuracy in per cent of the experts'."""
-
-    kind: str
-    system: str
-    size: float
-    accuracy: float
-    normalised: float
-    own: float | None  # the share of tokens that reach their task's expert, in per cent
-
-
-def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """Of one zoo."""
-    experts = {row["seed"]: row["accuracies"] for row in rows if row["system"] == "experts"}
-    made = []
-    for system in dict.fromkeys(System(row["kind"], row["system"]) for row in rows):
-        of = [row for row in rows if (row["kind"], row["system"]) == system and row["seed"] in experts]
-        own = [np.mean([*row["told to its expert"].values()]) for row in of if "told to its expert" in row]
-        mean: Callable[[Iterable[Any]], float] = lambda values: float(np.mean([*values]))  # noqa: E731
-        made.append(
-            Line(
-                *system,
-                size=mean(row["size"] for row in of),
-                accuracy=100 * mean(mean(row["accuracies"].values()) for row in of),
-                normalised=mean(normalised(row["accuracies"], experts[row["seed"]]) for row in of),
-                own=100 * mean(own) if own else None,
-            )
-        )
-    return made
-
-
-def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Of every zoo the means over seeds, by kind, and accuracies by task."""
-    parts = []
-    for name, of in by_zoo(rows):
-        seeds = sorted({row["seed"] for row in of})
-        found = lines(of)
-        parts.append(f"## {name}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}\n")
-        for kind in ("reference", "merge", "told", "smile"):
-            parts.append(f"### {TITLES[kind]}\n\n{table([told(line) for line in found if line.kind == kind])}")
-        parts.append(f"<details><summary>Accuracy by task</summary>\n\n{by_task(of)}\n</details>\n")
-        parts.append(f"![accuracy against size](composed-{name.partition('-')[0]}.png)\n")
-    return "\n".join(parts)
-
-
-TITLES = {
-    "reference": "References",
-    "merge": "Merged models: nothing is told",
-    "told": "The task is told: a checkpoint for each",
-    "smile": "SMILE: nothing is told",
-}
-
-
-def told(line: Line) -> dict[str, Any]:
-    """A row of a table."""
-    found = {
-        "system": line.system, "size": round(line.size, 2), "accuracy": f"{line.accuracy:.1f}",
-        "of the experts, %": f"{line.normalised:.1f}",
-    }  # fmt: skip
-    return found if line.own is None else found | {"told to its expert, %": f"{line.own:.0f}"}
-
-
-def by_task(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracies by task, the means over seeds."""
-    found: dict[System, list[Mapping[str, float]]] = {}
-    for row in rows:
-        found.setdefault(System(row["kind"], row["system"]), []).append(row["accuracies"])
-    return table(
-        [
-            {"system": f"{system.text}, task told" if system == ("told", system.text) and "smile" in system.text
-             else system.text}
-            | {task: f"{100 * np.mean([one[task] for one in own]):.1f}" for task in own[0]}
-            for system, own in found.items()
-        ]
-    )  # fmt: skip
 
 
 def write(folder: Path, file: Path) -> None:
