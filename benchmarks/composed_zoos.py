@@ -150,13 +150,14 @@ def thresholds(rows: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> list[
     return [max(order, key=lambda threshold: found[threshold][task]) for task in tasks]
 
 
-def run(name: str, seed: int, file: Path) -> None:
-    """Makes the rows of a zoo and seed that are not there yet."""
+def run(name: str, seed: int, file: Path, only: Sequence[str] = ("",)) -> None:
+    """Makes the rows of a zoo and seed that are not there yet, of systems that begin with one of these words."""
 
     def of_this() -> dict[System, dict[str, Any]]:
         return {System(r["kind"], r["system"]): r for r in kept(file) if (r["zoo"], r["seed"]) == (name, seed)}
 
-    missing = [system for system in of_zoo(name) if system not in of_this()]
+    asked = [system for system in of_zoo(name) if system.text.startswith(tuple(only))]
+    missing = [system for system in asked if system not in of_this()]
     zoo = opened(name, seed) if missing else None
     for number, system in enumerate(missing):
         row = study(zoo, system, [*of_this().values()])
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--zoos", nargs="+", default=["vision"], choices=ZOOS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="systems that begin so")
     parser.add_argument("--quick", action="store_true", help="a toy zoo, seconds")
     parser.add_argument("--table", action="store_true", help="no new rows")
     args = parser.parse_args()
@@ -190,7 +192,7 @@ def main() -> None:
     file = args.output / "composed.jsonl"
     for name in [] if args.table else ["bars"] if args.quick else args.zoos:
         for seed in args.seeds:
-            run(name, seed, file)
+            run(name, seed, file, args.only)
     write(args.output, file)
 
 
