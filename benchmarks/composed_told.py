@@ -1,6 +1,7 @@
 """The tables and the pictures of `composed_zoos.py`."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,12 +51,17 @@ def by_system(rows: Sequence[Mapping[str, Any]]) -> dict[System, list[Mapping[st
     return found
 
 
+def complete(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of one zoo whose seeds have as many as the one that has most: means are of the same seeds."""
+    count = Counter(row["seed"] for row in rows)
+    return [row for row in rows if count[row["seed"]] == max(count.values())]
+
+
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     """Of one zoo."""
     experts = {row["seed"]: row["accuracies"] for row in rows if row["system"] == "experts"}
     made = []
-    for system, all_of in by_system(rows).items():
-        of = [row for row in all_of if row["seed"] in experts]
+    for system, of in by_system(rows).items():
         own = [mean(row[SENT].values()) for row in of if SENT in row]
         made.append(
             Line(
@@ -72,7 +78,8 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """Of every zoo the means over seeds, by kind, and accuracies by task."""
     parts = []
-    for name, of in by_zoo(rows):
+    for name, each in by_zoo(rows):
+        of = complete(each)
         seeds = sorted({row["seed"] for row in of})
         found = lines(of)
         parts.append(f"## {name}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}\n")
@@ -108,8 +115,8 @@ def by_task(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(file: Path, zoo: str, lines: Sequence[Line], gates: Sequence[int]) -> None:
     """Writes the picture of a zoo's lines."""
-    made, (axes,) = figure(1, width=9.5)
-    made.set_size_inches(9.5, 6.2)
+    made, (axes,) = figure(1)
+    made.set_size_inches(11, 6.2)
     by = {(line.kind, line.system): line for line in lines}
     for gate, colour in zip(gates, COLOURS, strict=False):
         own = [(line, m[1]) for line in lines if line.kind == "smile" and (m := PLAIN.fullmatch(line.system))
@@ -133,7 +140,7 @@ def draw(file: Path, zoo: str, lines: Sequence[Line], gates: Sequence[int]) -> N
     axes.axhline(100, color="#8c510a", linewidth=0.8)
     frame(axes, max(line.size for line in lines))
     axes.set_title(f"{zoo}: accuracy against size; numbers are ranks", fontsize=11, loc="left")
-    axes.legend(fontsize=8.5, loc="lower right", frameon=False)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.4), frameon=False)
     made.savefig(file)
 
 
@@ -156,7 +163,7 @@ def frame(axes: Any, most: float) -> None:
     ticks = [tick for tick in (1, 1.25, 1.5, 2, 3, 4, 6, 8, 10, 16) if tick < 1.25 * most]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(0.7, 1.25 * most)
+    axes.set_xlim(0.66, 1.15 * most)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("size of base and result, in sizes of the base")

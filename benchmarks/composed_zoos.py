@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from composed_told import SENT, System, draw, lines, tables
+from composed_told import SENT, System, complete, draw, lines, tables
 from flax.traverse_util import flatten_dict, unflatten_dict
 from zoo_models import ZOOS, Opened, by_zoo, keep, kept, opened, write_tables
 
@@ -176,7 +176,7 @@ def write(folder: Path, file: Path) -> None:
     rows = kept(file)
     write_tables(folder / "composed.md", "Composed results on the zoos: accuracy against size", tables(rows))
     for name, of in by_zoo(rows):
-        draw(folder / f"composed-{name.partition('-')[0]}.png", name, lines(of), SCALES[name].gates)
+        draw(folder / f"composed-{name.partition('-')[0]}.png", name, lines(complete(of)), SCALES[name].gates)
 
 
 def main() -> None:
