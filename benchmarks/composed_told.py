@@ -16,7 +16,7 @@ TITLES = {
     "told": "The task is told: a checkpoint for each",
     "smile": "SMILE: the task is not told",
 }
-SENT = "sent to its expert"
+SENT, MOST = "sent to its expert", "taken by one"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 PLAIN = re.compile(r"smile\(rank=(\w+), gate=(\d+)\)")
 
@@ -36,7 +36,7 @@ class Line(NamedTuple):
     size: float
     accuracy: float
     normalised: float
-    own: float | None  # the share of tokens that reach their task's expert, in per cent
+    shares: dict[str, float]  # of SENT and MOST: means over layers, in per cent
 
 
 def mean(values: Iterable[float]) -> float:
@@ -62,14 +62,16 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     experts = {row["seed"]: row["accuracies"] for row in rows if row["system"] == "experts"}
     made = []
     for system, of in by_system(rows).items():
-        own = [mean(row[SENT].values()) for row in of if SENT in row]
+        shares = {
+            key: 100 * mean(mean(r[key].values()) for r in of) for key in (SENT, MOST) if all(key in r for r in of)
+        }
         made.append(
             Line(
                 *system,
                 size=mean(row["size"] for row in of),
                 accuracy=100 * mean(mean(row["accuracies"].values()) for row in of),
                 normalised=mean(normalised(row["accuracies"], experts[row["seed"]]) for row in of),
-                own=100 * mean(own) if own else None,
+                shares=shares,
             )
         )
     return made
@@ -96,7 +98,7 @@ def told(line: Line) -> dict[str, Any]:
         "system": line.system, "size": round(line.size, 2), "accuracy": f"{line.accuracy:.1f}",
         "of the experts, %": f"{line.normalised:.1f}",
     }  # fmt: skip
-    return found if line.own is None else found | {f"{SENT}, %": f"{line.own:.0f}"}
+    return found | {f"{key}, %": f"{share:.0f}" for key, share in line.shares.items()}
 
 
 def by_task(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -13,8 +13,9 @@ the frozen embeddings of the text zoo do not either. The head of a task is known
 
 Ranks and gates are those of the article at the zoo's width: for ViT-B/32, 768 wide, it has gate 16 and ranks 4 to 128.
 A row is written into `composed.jsonl` when it is done, and what is there is not done again. `sent to its expert` is the
-share of tokens, over all layers, that a router sends to the expert of their task. Accuracies are on test examples; the
-thresholds of `tall, chosen` are those that are best on validation examples, one for each task.
+share of tokens, over all layers, that a router sends to the expert of their task; `taken by one` the largest share of
+the tokens of all tasks that one expert of a layer takes. Accuracies are on test examples; the thresholds of
+`tall, chosen` are those that are best on validation examples, one for each task.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from composed_told import SENT, System, complete, draw, lines, tables
+from composed_told import MOST, SENT, System, complete, draw, lines, tables
 from flax.traverse_util import flatten_dict, unflatten_dict
 from zoo_models import ZOOS, Opened, by_zoo, keep, kept, opened, write_tables
 
@@ -122,16 +123,18 @@ def judged(zoo: Opened, size: float, model: Callable[[str], Any], validation: bo
 
 
 def routed(zoo: Opened, size: float, made: compose.Artifact) -> dict[str, Any]:
-    """Size and accuracies of SMILE, and the share of tokens that reach their task's expert, by layer."""
+    """Size and accuracies of SMILE; by layer the share of tokens that reach their task's expert, and the largest share
+    that one expert has of the tokens of all tasks."""
     top_k = int(made.about.parameters["top_k"])
     layers = smile_layers.layers_of(made.parts)
     params = with_means(zoo.zoo.base, made.parts)
     accuracies, weights = {}, []
-    for number, task in enumerate(zoo.zoo.tasks):
+    for task in zoo.zoo.tasks:
         accuracies[task], found = zoo.routed(params, layers, task, top_k)
-        weights.append({name: float(each[number]) for name, each in found.items()})
-    own = {name: round(float(np.mean([each[name] for each in weights])), 4) for name in layers}
-    return {"size": size, "accuracies": accuracies, SENT: own}
+        weights.append(found)
+    own = {name: float(np.mean([found[name][n] for n, found in enumerate(weights)])) for name in layers}
+    most = {name: float(np.mean([found[name] for found in weights], axis=0).max()) for name in layers}
+    return {"size": size, "accuracies": accuracies, SENT: own, MOST: most}
 
 
 def with_means(base: Any, parts: Mapping[str, Mapping[str, Any]]) -> Any:

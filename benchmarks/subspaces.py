@@ -132,7 +132,7 @@ def of_layer(own: Columns, deltas: Sequence[Float[np.ndarray, "m n"]]) -> dict[s
     }
     right = [np.linalg.svd(delta, full_matrices=False)[2].T for delta in deltas]
     overlaps = np.mean([overlap(*pair) for pair in itertools.combinations(right, 2)], axis=0)
-    gates = sorted({min(2**power, len(overlaps)) for power in range(12)})
+    gates = [2**power for power in range(12) if 2**power <= len(overlaps)]
     return {
         "shape": [len(own.u), len(own.v)], "k": own.k, "rank": own.r, "energy": energy,
         "chance": {how: chance(own, how) for how in energy},

@@ -95,7 +95,7 @@ def bars(axes: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     article = [(x, 100 * ARTICLE[how] / ARTICLE["all"]) for x, how in enumerate(SHOWN) if how in ARTICLE]
     axes.plot(*zip(*article, strict=True), "D", color="white", markeredgecolor="black", label="article, ViT-B/32")
     for x, value in enumerate(values):
-        axes.annotate(f"{value:.0f}", (x, value), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+        axes.annotate(f"{value:.0f}", (x, 2), ha="center", fontsize=9.5, color="white", weight="bold")
     axes.set_xticks(range(len(SHOWN)), SHOWN)
     axes.set_ylim(0, 119)
     axes.set_title(f"{name}: accuracy by projection of the delta,\nper cent of the experts'", fontsize=10, loc="left")
