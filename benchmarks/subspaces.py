@@ -22,7 +22,8 @@ what these do alone. Accuracy is each expert's on its own task. Energy is `||pro
 experts and layers; `by chance` is that of a delta without direction, `k^2 / (m n)` for I.
 
 The overlap of two experts is that of the leading g right singular vectors of their deltas, `||V_i^T V_j||^2 / g`: 1 for
-the same span, `g / n` by chance. These are what SMILE's routers look at.
+the same span, `g / n` by chance. These are what SMILE's routers look at. `held` is the energy of a delta's leading
+triplets, which SMILE's experts keep.
 """
 
 import argparse
@@ -126,17 +127,19 @@ def judged(
 
 
 def of_layer(own: Columns, deltas: Sequence[Float[np.ndarray, "m n"]]) -> dict[str, Any]:
-    """Sizes, energies (the mean over experts), and the overlap of the experts' inputs by gate (the mean over pairs)."""
+    """Sizes; energies by projection and by rank, means over experts; overlaps of inputs by gate, means over pairs."""
     energy = {
         how: float(np.mean([np.sum(projected(own, d, how) ** 2) / np.sum(d**2) for d in deltas])) for how in PROPER
     }
-    right = [np.linalg.svd(delta, full_matrices=False)[2].T for delta in deltas]
-    overlaps = np.mean([overlap(*pair) for pair in itertools.combinations(right, 2)], axis=0)
+    triplets = [np.linalg.svd(delta, full_matrices=False) for delta in deltas]
+    overlaps = np.mean([overlap(*pair) for pair in itertools.combinations([vt.T for *_, vt in triplets], 2)], axis=0)
+    held = np.mean([np.cumsum(s**2) / np.sum(s**2) for _, s, _ in triplets], axis=0)
     gates = [2**power for power in range(12) if 2**power <= len(overlaps)]
     return {
         "shape": [len(own.u), len(own.v)], "k": own.k, "rank": own.r, "energy": energy,
         "chance": {how: chance(own, how) for how in energy},
         "overlap": {str(gate): float(overlaps[gate - 1]) for gate in gates},
+        "held": {str(rank): float(held[rank - 1]) for rank in gates},
     }  # fmt: skip
 
 

@@ -29,11 +29,11 @@ def mean_of(rows: Sequence[Mapping[str, Any]], key: str, how: str) -> float:
     return 100 * float(np.mean([layer[key][how] for row in rows for layer in row["layers"].values()]))
 
 
-def overlaps(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[int, float]]:
-    """By input width and gate the mean over layers and seeds."""
+def by_width(rows: Sequence[Mapping[str, Any]], key: str) -> dict[int, dict[int, float]]:
+    """Overlaps by gate or energies by rank, for each input width; means over layers and seeds."""
     found: dict[int, dict[int, list[float]]] = {}
     for layer in (layer for row in rows for layer in row["layers"].values()):
-        for gate, value in layer["overlap"].items():
+        for gate, value in layer[key].items():
             found.setdefault(layer["shape"][1], {}).setdefault(int(gate), []).append(value)
     return {n: {g: float(np.mean(v)) for g, v in sorted(by.items())} for n, by in sorted(found.items())}
 
@@ -54,9 +54,13 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
             }
             for how in SHOWN
         ]
-        by_width = [
-            {"input width": n, **{f"gate {g}": f"{v:.2f} ({g / n:.2f})" for g, v in by.items()}}
-            for n, by in overlaps(of).items()
+        overlaps = [
+            {"input width": n, **{f"gate {g}": f"{value:.2f} ({g / n:.2f})" for g, value in by.items()}}
+            for n, by in by_width(of, "overlap").items()
+        ]
+        held = [
+            {"input width": n, **{f"rank {k}": f"{100 * value:.0f}" for k, value in by.items()}}
+            for n, by in by_width(of, "held").items()
         ]
         by_layer = [
             {"layer": layer, "out x in": "x".join(map(str, own["shape"])), "k": own["k"], "rank": own["rank"]}
@@ -67,7 +71,8 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
         parts += [
             f"## {name}, seeds {seeds}\n",
             table(by_projection),
-            f"Overlap of two experts' leading input directions, and by chance:\n\n{table(by_width)}",
+            f"Overlap of two experts' leading input directions, and by chance:\n\n{table(overlaps)}",
+            f"Energy of a delta's leading triplets, per cent:\n\n{table(held)}",
             f"<details><summary>Energy by layer, per cent, seed {of[0]['seed']}</summary>\n",
             f"{table(by_layer)}\n</details>\n",
         ]
@@ -116,7 +121,7 @@ def energies(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def curves(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    for (n, by), colour in zip(overlaps(rows).items(), COLOURS, strict=False):
+    for (n, by), colour in zip(by_width(rows, "overlap").items(), COLOURS, strict=False):
         axes.plot([*by], [*by.values()], "o-", color=colour, markersize=4, label=f"input width {n}")
         axes.plot([*by], [gate / n for gate in by], ":", color=colour)
     axes.set_xscale("log", base=2)
