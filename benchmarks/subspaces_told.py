@@ -42,7 +42,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     """Of every zoo: accuracies and energies by projection, overlaps by width, leading directions by layer."""
     parts = []
     for name, of in by_zoo(rows):
-        seeds = ", ".join(str(row["seed"]) for row in of)
+        seeds = ("seeds " if len(of) > 1 else "seed ") + ", ".join(str(row["seed"]) for row in of)
         by_projection = [
             {
                 "delta": how,
@@ -69,7 +69,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
             for layer, own in of[0]["layers"].items()
         ]
         parts += [
-            f"## {name}, seeds {seeds}\n",
+            f"## {name}, {seeds}\n",
             table(by_projection),
             f"Overlap of two experts' leading input directions, and by chance:\n\n{table(overlaps)}",
             f"Energy of a delta's leading triplets, per cent:\n\n{table(held)}",
