@@ -137,7 +137,12 @@ def draw(file: Path, zoo: str, lines: Sequence[Line], gates: Sequence[int]) -> N
         if line := by.get(("reference", name)):
             axes.scatter(line.size, line.normalised, marker="D", s=45, color="#8c510a", zorder=4)
             axes.annotate(
-                name, (line.size, line.normalised), (7, -3), textcoords="offset points", fontsize=9, color="#8c510a"
+                name,
+                (line.size, line.normalised),
+                (7, -4 if name != "experts" else -13),
+                textcoords="offset points",
+                fontsize=9,
+                color="#8c510a",
             )
     axes.axhline(100, color="#8c510a", linewidth=0.8)
     frame(axes, max(line.size for line in lines))
@@ -173,10 +178,10 @@ def frame(axes: Any, most: float) -> None:
 
 
 def curve(axes: Any, own: Sequence[tuple[Line, str]], names: bool = False, **style: Any) -> None:
-    """Lines by size; with `names` each point has its rank above."""
+    """Lines by size; with `names` each point has its rank below."""
     own = sorted(own, key=lambda pair: pair[0].size)
     axes.plot([line.size for line, _ in own], [line.normalised for line, _ in own], markersize=4.5, **style)
     for line, rank in own if names else ():
         word = "dense" if rank == "None" else rank
-        axes.annotate(word, (line.size, line.normalised), (0, 6), textcoords="offset points", fontsize=8,
+        axes.annotate(word, (line.size, line.normalised), (0, -13), textcoords="offset points", fontsize=8,
                       ha="center", color="#555555")  # fmt: skip
