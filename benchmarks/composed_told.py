@@ -136,13 +136,9 @@ def draw(file: Path, zoo: str, lines: Sequence[Line], gates: Sequence[int]) -> N
     for name in ("base", "experts", "multitask"):
         if line := by.get(("reference", name)):
             axes.scatter(line.size, line.normalised, marker="D", s=45, color="#8c510a", zorder=4)
+            place = {"xytext": (0, 8), "ha": "center"} if name == "experts" else {"xytext": (7, 5)}
             axes.annotate(
-                name,
-                (line.size, line.normalised),
-                (7, -4 if name != "experts" else -13),
-                textcoords="offset points",
-                fontsize=9,
-                color="#8c510a",
+                name, (line.size, line.normalised), textcoords="offset points", fontsize=9, color="#8c510a", **place
             )
     axes.axhline(100, color="#8c510a", linewidth=0.8)
     frame(axes, max(line.size for line in lines))

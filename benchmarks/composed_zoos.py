@@ -176,7 +176,9 @@ def run(name: str, seed: int, file: Path, only: Sequence[str] = ("",)) -> None:
 
 def write(folder: Path, file: Path) -> None:
     """The page and the pictures of the rows that are there."""
-    rows = kept(file)
+    place = {(name, *system): place for name in SCALES for place, system in enumerate(of_zoo(name))}
+    rows = sorted(kept(file), key=lambda row: (row["seed"], place[row["zoo"], row["kind"], row["system"]]))
+    rows.sort(key=lambda row: ZOOS.index(row["zoo"]))
     write_tables(folder / "composed.md", "Composed results on the zoos: accuracy against size", tables(rows))
     for name, of in by_zoo(rows):
         draw(folder / f"composed-{name.partition('-')[0]}.png", name, lines(complete(of)), SCALES[name].gates)
