@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import composed_told
+import composed_zoos
 import measuring
 import numpy as np
 import pytest
+import subspaces
 import tangents
+import zoo_models
 from inference import systems
 from make_llama import SIZES, shapes, write_models
 from scaling import QUICK
@@ -141,6 +145,82 @@ def test_outputs_in_chunks_are_those_of_all_images_at_once():
     images = np.arange(7 * 4, dtype=np.uint8).reshape(7, 2, 2)
     found = tangents.in_chunks(lambda chunk: chunk.sum(axis=(1, 2)), images, size=3)
     np.testing.assert_array_equal(found, images.sum(axis=(1, 2)))
+
+
+@pytest.fixture
+def in_this_process(tmp_path_factory, monkeypatch):
+    """Runs the main of a script of zoos, with a cache of its own; gives the rows and the page that it has written."""
+    monkeypatch.setenv("CFMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+    def run(module, output, *words):
+        monkeypatch.setattr(module, "keep_compiled", lambda: None)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", "-o", str(output), *words])
+        module.main()
+        name = module.__name__.removesuffix("_zoos")
+        return zoo_models.kept(output / f"{name}.jsonl"), (output / f"{name}.md").read_text()
+
+    return run
+
+
+def test_composed_zoos_tells_size_and_accuracy_and_goes_on_where_it_was_stopped(tmp_path, in_this_process, monkeypatch):
+    rows, page = in_this_process(composed_zoos, tmp_path, "--quick")
+    by = {(row["kind"], row["system"]): row for row in rows}
+    assert [*by] == composed_zoos.of_zoo("bars")
+    size = {system: row["size"] for (_, system), row in by.items()}
+    assert (size["base"], size["average"], size["experts"]) == (1, 1, 3)
+    assert size["smile(rank=None, gate=4)"] > size["experts"] > size["tall, chosen"] > 2
+    assert pytest.approx(size["tall, chosen"], abs=0.01) == 2 + 3 / 32
+    experts, base = (by["reference", name]["accuracies"] for name in ("experts", "base"))
+    dense = by["told", "smile(rank=None, gate=4)"]["accuracies"]
+    assert all(experts[task] >= dense[task] - 0.05 for task in experts)
+    assert np.mean([*dense.values()]) >= np.mean([*base.values()])
+    sent = by["smile", "smile(rank=2, gate=4)"][composed_told.SENT]
+    assert len(sent) == 6  # the patches' embedding is no linear layer
+    assert all(0 < share < 1 for share in sent.values())
+    assert "| tall, chosen | 2.09 |" in page
+    assert (tmp_path / "composed-bars.png").read_bytes().startswith(b"\x89PNG")
+
+    file = tmp_path / "composed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows if row["system"] != "average"))
+    (tmp_path / "composed.md").write_text(page.replace(zoo_models.START, f"Words.\n\n{zoo_models.START}"))
+    asked, study = [], composed_zoos.study
+    monkeypatch.setattr(composed_zoos, "study", lambda *given: asked.append(given[1].text) or study(*given))
+    again, page = in_this_process(composed_zoos, tmp_path, "--quick")
+    assert asked == ["average"]
+    assert again[-1] == by["merge", "average"]
+    assert "Words." in page
+    assert page.count("| average | 1 |") == 1
+
+
+def test_subspaces_tells_accuracy_energy_and_overlap(tmp_path, in_this_process):
+    (row,), page = in_this_process(subspaces, tmp_path, "--quick")
+    accuracies = row["accuracies"]
+    assert [*accuracies] == [*subspaces.PROJECTIONS, "base"]
+    for layer in row["layers"].values():
+        assert layer["energy"]["I"] + layer["energy"]["but I"] == pytest.approx(1)
+        assert layer["energy"]["II"] <= layer["energy"]["II + III"] <= layer["energy"]["but I"]
+        assert 0 < layer["k"] < layer["rank"] <= min(layer["shape"])
+        if min(layer["shape"]) == max(layer["shape"]):
+            assert layer["overlap"][str(max(layer["shape"]))] == pytest.approx(1)
+    assert "| II + III |" in page
+    assert (tmp_path / "subspaces.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_projections_are_those_on_the_singular_vectors_of_the_base():
+    generator = np.random.default_rng(0)
+    weight, delta = generator.standard_normal((2, 4, 6))
+    own = subspaces.columns(weight)
+    u, s, vt = np.linalg.svd(weight)
+    assert own.k == next(k for k in range(1, 5) if s[:k].sum() >= s.sum() / 2)
+    core = u.T @ delta @ vt.T
+    for how, outputs, inputs in (("I", slice(own.k), slice(own.k)), ("II", slice(own.k, 4), slice(own.k, 4)),
+                                 ("II + III", slice(own.k, 4), slice(own.k, 6))):  # fmt: skip
+        kept = np.zeros_like(core)
+        kept[outputs, inputs] = core[outputs, inputs]
+        np.testing.assert_allclose(subspaces.projected(own, delta, how), u @ kept @ vt, atol=1e-12)
+        assert subspaces.chance(own, how) == np.count_nonzero(kept) / kept.size
+    found = subspaces.overlap(vt.T[:, :3], vt.T[:, [1, 0, 3]])
+    np.testing.assert_allclose(found, [0, 1, 2 / 3], atol=1e-12)
 
 
 def test_models_have_the_parameters_that_their_names_say():
