@@ -46,8 +46,8 @@ def left(folder: Path) -> list[Path]:
 
 
 def marked(folder: Path) -> int:
-    """How many units are in a journal, if there is one."""
-    return max((len(trusted(staging / JOURNAL)) - 1 for staging in left(folder)), default=0)
+    """How many units are in a journal, behind its header, if there is one and its header is whole."""
+    return max((max(len(trusted(staging / JOURNAL)) - 1, 0) for staging in left(folder)), default=0)
 
 
 def wait_for(units: int, folder: Path, process: subprocess.Popen) -> None:
