@@ -56,7 +56,7 @@ def compose(
         show.notes((*result.resumed, *result.notes))
         show.line(f"{result.output}  {size(result.bytes_written)} in {result.seconds:.1f} s")
         show.line(
-            f"cfmerge materialise {result.output} --task {planned.expert_specs[0].name} -o MODEL makes a model of it"
+            f"cfmerge materialise {result.output} --task {planned.expert_specs[0].name} -o MODEL makes the model of a task"
         )
 
 
