@@ -55,9 +55,8 @@ def compose(
         out().print(show.counts(planned, "what is kept"))
         show.notes((*result.resumed, *result.notes))
         show.line(f"{result.output}  {size(result.bytes_written)} in {result.seconds:.1f} s")
-        show.line(
-            f"cfmerge materialise {result.output} --task {planned.expert_specs[0].name} -o MODEL makes the model of a task"
-        )
+        task = planned.expert_specs[0].name
+        show.line(f"cfmerge materialise {result.output} --task {task} -o MODEL makes the model of a task")
 
 
 def planned(recipe: Recipe) -> "Plan":
