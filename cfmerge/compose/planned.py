@@ -41,21 +41,9 @@ HEAD_KEYS = ("architectures", "id2label", "label2id", "num_labels", "problem_typ
 class Artifacts:
     """What becomes of a plan whose result is not one checkpoint."""
 
-    def sink(
-        self,
-        plan: Resolved,
-        output: Path,
-        overwrite: bool,
-        inputs: Sequence[Path],
-        digest: str,
-        fresh: bool,
-        join: bool,
-    ) -> PartsSink:
+    def sink(self, plan: Resolved, output: Path, **how: Any) -> PartsSink:
         assert isinstance(plan, ComposedPlan)
-        return PartsSink(
-            output, plan.entries, shard_bytes=plan.shard_bytes, overwrite=overwrite, inputs=inputs, digest=digest,
-            resume=not fresh, join=join,
-        )  # fmt: skip
+        return PartsSink(output, plan.entries, shard_bytes=plan.shard_bytes, **how)
 
     def totals(
         self, plan: Resolved, account: Account, digests: Mapping[Path, str], notes: Sequence[str], warned: Sequence[str]

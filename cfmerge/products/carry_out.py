@@ -42,17 +42,8 @@ def directory_name(label: str) -> str:
 class Writes(Protocol):
     """What becomes of a plan's result on disk."""
 
-    def sink(
-        self,
-        plan: Resolved,
-        output: Path,
-        overwrite: bool,
-        inputs: Sequence[Path],
-        digest: str,
-        fresh: bool,
-        join: bool,
-    ) -> DirectorySink:
-        """The sink of a plan with one result."""
+    def sink(self, plan: Resolved, output: Path, **how: Any) -> DirectorySink:
+        """The sink of a plan with one result; `how`: overwrite, inputs, digest, resume and join of `DirectorySink`."""
         ...
 
     def totals(
@@ -65,17 +56,13 @@ class Writes(Protocol):
 class Models:
     """A model, or an adapter, with its card."""
 
-    def sink(
-        self,
-        plan: Resolved,
-        output: Path,
-        overwrite: bool,
-        inputs: Sequence[Path],
-        digest: str,
-        fresh: bool,
-        join: bool,
-    ) -> DirectorySink:
-        return _sink(plan, output, overwrite, inputs, digest, fresh, join)
+    def sink(self, plan: Resolved, output: Path, **how: Any) -> DirectorySink:
+        if plan.recipe.adapter_out is not None:
+            return _adapter_sink(plan, output, plan.recipe.adapter_out, **how)
+        return open_sink(
+            output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_edits(plan),
+            format=plan.recipe.format, heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), **how,
+        )  # fmt: skip
 
     def totals(
         self, plan: Resolved, account: Account, digests: Mapping[Path, str], notes: Sequence[str], warned: Sequence[str]
@@ -91,8 +78,8 @@ def carried_out(
     placement: Placement,
     progress: Progress,
     left_out: Sequence[LeftOut],
-    fresh: bool = False,
-    writes: Writes = Models(),  # noqa: B008
+    fresh: bool,
+    writes: Writes,
 ) -> dict[str, MergeResult]:
     """The results by label, written into directories or handed to sinks."""
     plans = {label: plan.of(label) for label in plan.results}
@@ -124,8 +111,15 @@ def carried_out(
             check_same_plan(processes, plan.digest)
             if first and not fresh:
                 recall_left_out(plan, outputs)
+            how = {
+                "overwrite": overwrite,
+                "inputs": places,
+                "digest": plan.digest,
+                "resume": not fresh,
+                "join": not first,
+            }
             sinks = {
-                label: stack.enter_context(writes.sink(own, target, overwrite, places, plan.digest, fresh, not first))
+                label: stack.enter_context(writes.sink(own, target, **how))
                 for (label, own), target in zip(plans.items(), outputs, strict=True)
             }
         outs = list(sinks.values())
@@ -173,29 +167,6 @@ def carried_out(
         with contextlib.suppress(*[StoppedError] if first else []):  # the output is there, whoever is gone now
             processes.gathered("committed", None)
         return results
-
-
-def _sink(
-    plan: Resolved, output: Path, overwrite: bool, inputs: Sequence[Path], digest: str, fresh: bool, join: bool
-) -> DirectorySink:
-    """The sink of a plan with one result."""
-    if plan.recipe.adapter_out is not None:
-        return _adapter_sink(
-            plan,
-            output,
-            plan.recipe.adapter_out,
-            overwrite=overwrite,
-            inputs=inputs,
-            digest=digest,
-            resume=not fresh,
-            join=join,
-        )
-    return open_sink(
-        output, plan.folders, shard_bytes=plan.shard_bytes, side_files=plan.side_files, edits=_edits(plan),
-        format=plan.recipe.format,
-        heads=bool(plan.exported), recipe=plan.explicit_recipe.to_yaml(), overwrite=overwrite, inputs=inputs,
-        digest=digest, resume=not fresh, join=join,
-    )  # fmt: skip
 
 
 def _adapter_sink(plan: Resolved, output: Path, rank: Rank, **how: Any) -> DirectorySink:
