@@ -21,7 +21,7 @@ from cfmerge.compose.table import table_of
 from cfmerge.core.part import Report
 from cfmerge.engine import run
 from cfmerge.engine.account import Account
-from cfmerge.engine.placement import Devices, Placement
+from cfmerge.engine.placement import Placement
 from cfmerge.formats import Folder, Totals
 from cfmerge.formats.base import Header
 from cfmerge.formats.composed import TABLE
@@ -32,7 +32,6 @@ from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Job
 from cfmerge.products.carry_out import Writes, exported_heads
 from cfmerge.products.plan import Experts, Plan, as_recipe
-from cfmerge.products.processes import together
 from cfmerge.recipe import Recipe
 
 HEAD_KEYS = ("architectures", "id2label", "label2id", "num_labels", "problem_type")  # of config.json, that heads need
@@ -54,15 +53,9 @@ class Artifacts:
         return Totals(_card(plan, notes), exported_heads(plan), {TABLE: table})
 
 
-@dataclasses.dataclass(frozen=True)
 class ComposedPlan(Plan):
-    """A result that is not one checkpoint, resolved from headers; `run` makes it, see `Plan`.
+    """A result that is not one checkpoint, resolved from headers; `run` makes it, see `Plan`."""
 
-    Attributes:
-        where: on which devices and by which processes it is made.
-    """
-
-    where: Placement = run.ANYWHERE
     writes: ClassVar[Writes] = Artifacts()
 
     @classmethod
@@ -89,14 +82,7 @@ class ComposedPlan(Plan):
     def folders(self) -> tuple[Folder, ...]:
         return (Folder(),)
 
-    def run(self, output: Any, *, devices: Devices = None, **how: Any) -> Any:
-        with together(output, devices) as where:
-            return Plan.run(dataclasses.replace(self, where=where), output, devices=where, **how)
-
-    def ready(self, memory: int) -> "ComposedPlan":
-        return self.settled(memory, self.where)
-
-    def settled(self, memory: int, where: Placement) -> "ComposedPlan":
+    def ready(self, memory: int, placement: Placement) -> "ComposedPlan":
         """The plan with the ranks that are shares settled: each is the largest that an expert of the tensor needs."""
         jobs = {job.name: job for job in self.work.jobs}
         asked = {job.name: rank for job in self.work.merged if (rank := share_of(job.method)) is not None}
@@ -104,7 +90,7 @@ class ComposedPlan(Plan):
             own = tuple(dataclasses.replace(jobs[name], ranks=()) for name, rank in asked.items() if rank == share)
             work = dataclasses.replace(self.work, jobs=own)
             ranks: dict[str, int] = {}
-            found = run.measure(work, energy_rank(share), memory=memory, placement=where)
+            found = run.measure(work, energy_rank(share), memory=memory, placement=placement)
             for (name, _), each in found.items():
                 ranks[name] = max(ranks.get(name, 0), *map(int, each))
             for name, rank in ranks.items():

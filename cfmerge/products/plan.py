@@ -12,7 +12,8 @@ import msgspec
 from cfmerge import recipe as recipes
 from cfmerge.core.expressions import expression
 from cfmerge.engine.cutting import check_memory
-from cfmerge.engine.placement import Devices
+from cfmerge.engine.placement import Devices, Placement
+from cfmerge.engine.run import ANYWHERE
 from cfmerge.errors import CfmergeError, NonFiniteError
 from cfmerge.methods import Method
 from cfmerge.planning.prediction import Prediction
@@ -84,7 +85,7 @@ class Plan(Resolved):
             tell = progress if progress and where.processes.number == 0 else silent
             done = self.attempted(limit, lambda plan, limit, left_out: carried_out(
                 plan, output, overwrite, limit, where, tell, left_out, fresh, self.writes
-            ))  # fmt: skip
+            ), where)  # fmt: skip
         seconds = time.monotonic() - started
         results = {label: dataclasses.replace(result, seconds=seconds) for label, result in done.items()}
         return results.get("", results)
@@ -122,22 +123,24 @@ class Plan(Resolved):
         free = free_memory()
         return forecast(self, _bound(memory, free), free, devices, device_memory, calibrate)
 
-    def attempted(self, memory: str | int | None, do: "Callable[[Plan, int, list[LeftOut]], T]") -> T:
+    def attempted(
+        self, memory: str | int | None, do: "Callable[[Plan, int, list[LeftOut]], T]", placement: Placement = ANYWHERE
+    ) -> T:
         """`do(plan, bound of memory, experts left out)`; again without one that is not finite, if that is allowed."""
         limit = _bound(memory, free_memory())
         left_out: list[LeftOut] = []
         plan = self
         while True:
             try:
-                ready = plan.ready(limit)
+                ready = plan.ready(limit, placement)
                 for job in ready.jobs:
                     check_memory(ready.work.by_entry(job), limit)
                 return do(ready, limit, left_out)
             except NonFiniteError as error:
                 plan = plan._without(error, left_out)
 
-    def ready(self, memory: int) -> "Plan":
-        """The plan with all settled that takes a look at the tensors, within so many bytes; a merge has no such thing.
+    def ready(self, memory: int, placement: Placement) -> "Plan":
+        """The plan with all settled that takes a look at the tensors; a merge has no such thing.
 
         Raises:
             NonFiniteError: an expert that the look was at holds NaN or infinity.
