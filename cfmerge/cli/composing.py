@@ -92,11 +92,7 @@ def materialise(
         done = composing.materialise(
             artifact, task, output, base=base, format=format, shard_size=shard_size, overwrite=overwrite, progress=told
         )
-    if json:
-        show.event("done", output=str(done.output), tensors=len(done.tensors), bytes=done.bytes, notes=list(done.notes))
-    elif not quiet:
-        show.notes(done.notes)
-        show.line(f"{done.output}  {len(done.tensors)} tensors, {size(done.bytes)} in {done.seconds:.1f} s")
+    show.converted(done, json, quiet)
 
 
 def inspected(artifact: "Artifact", path: Path, json: bool) -> None:

@@ -46,11 +46,7 @@ def convert(
             opened, output, format=format, names=names, config=config, shard_size=shard_size, overwrite=overwrite,
             progress=told,
         )  # fmt: skip
-    if json:
-        show.event("done", output=str(done.output), tensors=len(done.tensors), bytes=done.bytes, notes=list(done.notes))
-    elif not quiet:
-        show.notes(done.notes)
-        show.line(f"{done.output}  {len(done.tensors)} tensors, {tables.size(done.bytes)} in {done.seconds:.1f} s")
+    show.converted(done, json, quiet)
 
 
 def inspect(

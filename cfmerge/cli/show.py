@@ -16,6 +16,7 @@ from cfmerge.cli.tables import counts, size
 if TYPE_CHECKING:
     from cfmerge.engine.placement import Placement
     from cfmerge.mergekit import Stage
+    from cfmerge.products.convert import Converted
     from cfmerge.products.plan import Plan
     from cfmerge.report.result import MergeResult
 
@@ -132,6 +133,15 @@ def warnings(result: "MergeResult") -> None:
     """Prints the warnings about the merged model, above all notes."""
     for warning in result.warnings:
         tell(out(), "warning", warning, "bold yellow")
+
+
+def converted(done: "Converted", json: bool, quiet: bool) -> None:
+    """A model that was written tensor by tensor, with the notes on it."""
+    if json:
+        event("done", output=str(done.output), tensors=len(done.tensors), bytes=done.bytes, notes=list(done.notes))
+    elif not quiet:
+        notes(done.notes)
+        line(f"{done.output}  {len(done.tensors)} tensors, {size(done.bytes)} in {done.seconds:.1f} s")
 
 
 def notes(texts: Sequence[str]) -> None:

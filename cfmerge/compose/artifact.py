@@ -166,12 +166,17 @@ def added(who: str, name: str, base: Any, delta: Any) -> Any:
     """
     with np.errstate(over="ignore", invalid="ignore"):  # told below
         made = (base.astype(delta.dtype) + delta).astype(base.dtype)
-    if not isinstance(made, jax.core.Tracer) and not bool(jnp.isfinite(made).all()):
-        wrong = "the result holds NaN or infinity" if not jnp.isfinite(delta).all() else f"it does not fit {made.dtype}"
+    if not isinstance(made, jax.core.Tracer) and not finite(made):
+        wrong = f"it does not fit {made.dtype}" if finite(delta) else "the result holds NaN or infinity"
         raise NonFiniteError(
             f"{who}: tensor {name!r} of the task's model holds NaN or infinity: {wrong}", source="", tensor=name
         )
     return made
+
+
+def finite(array: Any) -> bool:
+    """Whether an array holds neither NaN nor infinity: looked at where it lies."""
+    return bool((np if isinstance(array, np.ndarray) else jnp).isfinite(array).all())
 
 
 def digest_of(array: np.ndarray) -> str:

@@ -75,4 +75,4 @@ def _product(entry: Entry, parts: Mapping[str, Any], task: int, dtype: Any) -> A
 
 
 def _as(scale: Any, dtype: Any) -> Any:
-    return scale.astype(dtype) if isinstance(scale, jax.Array) else np.asarray(scale, dtype)
+    return scale.astype(dtype) if isinstance(scale, jax.core.Tracer) else np.asarray(scale, dtype)

@@ -1,7 +1,6 @@
 """What a composer keeps of a tensor, found out by tracing it: the entry of the tensor in the result."""
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +22,7 @@ def entry_of(job: Job) -> Entry:
     layout = "" if by_entry else parameter.layout
     values, structure = jax.tree.flatten(call_of(of_expert(job.method, 0)))
     kept = _kept(structure, len(values), shape, len(job.experts))
-    stacked = tuple(size for size, at in zip(parameter.shape, layout, strict=False) if at == "b")
-    lead = (math.prod(stacked),) if stacked else ()
+    lead = parameter.canonical[:1] if "b" in layout else ()
 
     def header(leaf: Any) -> Header:
         if leaf.dtype == bool:

@@ -28,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
+from cfmerge.compose.slots import resized
 from cfmerge.errors import CfmergeError
 
 
@@ -99,7 +100,7 @@ def expert_of_factors(
     core = linalg.matmul(linalg.matmul(rows.T, left), linalg.matmul(right, columns))
     u, s, vt = _triplets(core, min(core.shape))
     up, down = linalg.matmul(rows, u * s), linalg.matmul(vt, columns.T)
-    return _resized(up, 1, k or 0), _resized(down, 0, k or 0), _resized(down, 0, g)
+    return resized(up, 1, k or 0), resized(down, 0, k or 0), resized(down, 0, g)
 
 
 def rank_for(values: Float[Array, " r"], energy: float) -> Array:
@@ -126,13 +127,6 @@ def _basis(columns: Float[Array, "m r"]) -> Array:
     """Orthonormal columns that span the given ones, no more of them than rows."""
     m, r = columns.shape
     return linalg.orthonormal(columns) if r <= m else jnp.eye(m, dtype=columns.dtype)
-
-
-def _resized(array: Array, axis: int, size: int) -> Array:
-    """The first entries along an axis, and zeros behind them."""
-    array = lax.slice_in_dim(array, 0, min(size, array.shape[axis]), axis=axis)
-    missing = [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
-    return jnp.pad(array, missing)
 
 
 # --- applying ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def layers_of(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Layer]:
         CfmergeError: a bias whose weight has no experts.
     """
     layers = {name: Layer(own["up"], own.get("down"), own["router"]) for name, own in parts.items() if "up" in own}
-    weights = {WEIGHT.sub("bias", name): name for name in layers}
+    weights = {bias_of(name): name for name in layers}
     for name in (name for name, own in parts.items() if "bias" in own):
         if name not in weights:
             raise CfmergeError(f"smile: the bias {name!r} has experts, and the weight beside it has none")
@@ -35,6 +35,11 @@ def layers_of(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Layer]:
             bias = bias.reshape(up.shape[1], up.shape[0], up.shape[2]).swapaxes(0, 1)
         layers[weights[name]] = layers[weights[name]]._replace(bias=bias)
     return layers
+
+
+def bias_of(name: str) -> str:
+    """The name that the bias of the layer with this weight has."""
+    return WEIGHT.sub("bias", name)
 
 
 class Costs(NamedTuple):

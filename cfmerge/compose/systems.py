@@ -9,13 +9,13 @@ smile     up, down, router        bias of a linear layer    up[t] down[t];  bias
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from cfmerge.compose.slots import mean, whole, whole_of_all
 from cfmerge.compose.smile import check_gate, check_top_k
 from cfmerge.compose.smile_composer import is_share
+from cfmerge.compose.smile_layers import bias_of
 from cfmerge.core.call import Call, Options, call_of
 from cfmerge.core.part import Composer, Method
 from cfmerge.errors import CfmergeError
@@ -24,8 +24,6 @@ from cfmerge.models import Kind, Parameter
 from cfmerge.models.patterns import escape
 from cfmerge.planning.assign import Assignment, Choose
 from cfmerge.recipe import rule_option
-
-WEIGHT = re.compile(r"(weight|kernel)$")
 
 
 def choice(experts: int, asked: Composer) -> Choose:
@@ -115,11 +113,6 @@ def share_of(method: Method) -> float | None:
 def is_linear(parameter: Parameter) -> bool:
     """Whether the tensor is the weight of a linear layer."""
     return parameter.kind is Kind.MATRIX and bool(parameter.layout)
-
-
-def bias_of(name: str) -> str:
-    """The name that the bias of the layer with this weight has."""
-    return WEIGHT.sub("bias", name)
 
 
 def _beside(name: str, parameters: Mapping[str, Parameter]) -> list[Parameter]:

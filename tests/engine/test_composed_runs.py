@@ -125,7 +125,9 @@ for system, output in asked["systems"]:
 """
 
 
-@pytest.mark.parametrize("systems", [SYSTEMS[:1], pytest.param(SYSTEMS[1:], marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "systems", [SYSTEMS[:1], pytest.param([*SYSTEMS[1:], "smile(rank=0.6, gate=2)"], marks=pytest.mark.long)]
+)
 @pytest.mark.usefixtures("small_units")
 def test_two_processes_write_the_bytes_of_one(family, tmp_path, contents, systems):
     from test_several_processes import free_port
