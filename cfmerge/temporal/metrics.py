@@ -1,10 +1,10 @@
 """Metrics of merging over time, out of scores by task and step: `{step: {task: score}}`, step 0 the base.
 
-    KA_t  = mean over all adaptation tasks of score_t        knowledge accumulation; tasks not trained yet count too
-    ZS_t  = mean over the held-out tasks of score_t          zero-shot retention; no step trains these tasks
-    GM_t  = sqrt(KA_t ZS_t)                                  the headline number
-    BWT_t = mean over j of (score_t[j] - score_{s_j}[j])     backward transfer; s_j the last step up to t that trained j,
-                                                             over the tasks with s_j < t
+    KA_t  = mean over all adaptation tasks of score_t      knowledge accumulation; tasks not trained yet count too
+    ZS_t  = mean over the held-out tasks of score_t        zero-shot retention; no step trains these tasks
+    GM_t  = sqrt(KA_t ZS_t)                                the headline number
+    BWT_t = mean over j of (score_t[j] - score_{s_j}[j])   backward transfer; s_j: the last step up to t that trained j;
+                                                           over the tasks with s_j < t
 
 KA, ZS and GM are those of Dziadzio et al., "How to Merge Your Multimodal Models Over Time?" (arXiv 2412.06712). That
 article has no backward transfer: it is ours, in the usual definition (Lopez-Paz and Ranzato, arXiv 1706.08840), and
@@ -227,7 +227,9 @@ def check_tasks(
     for expert in order:
         for task in trained_by(expert, trained):
             if task in set(held_out):
-                raise CfmergeError(f"expert {expert!r} was trained on {task!r}, which is held out: no step may train it")
+                raise CfmergeError(
+                    f"expert {expert!r} was trained on {task!r}, which is held out: no step may train it"
+                )
             if trained is not None and expert in trained and task not in tasks:
                 raise CfmergeError(f"expert {expert!r} was trained on an unknown task {task!r}{nearest(task, tasks)}")
 

@@ -1,4 +1,4 @@
-"""Metrics by step: means over all tasks, those not trained yet among them, and what a missing score leaves undefined."""
+"""Metrics by step: means over all tasks, untrained ones too; a missing score leaves a number undefined."""
 
 import math
 
@@ -43,7 +43,8 @@ def test_backward_transfer_compares_with_the_step_that_trained_the_task():
     assert backward_transfer(HISTORY, TASKS) == pytest.approx(((0.5 - 0.7) + (0.8 - 0.9)) / 2)
     assert backward_transfer(HISTORY, TASKS, step=2) == pytest.approx(0.6 - 0.7)
     rows = table(HISTORY, TASKS, HELD_OUT, TASKS)
-    assert rows[0].backward_transfer is None and rows[1].backward_transfer is None
+    assert rows[0].backward_transfer is None
+    assert rows[1].backward_transfer is None
     assert "before step 1" in rows[1].undefined["backward_transfer"]
     assert rows[3].backward_transfer == pytest.approx(-0.15)
 
@@ -89,7 +90,8 @@ def test_no_task_has_no_mean():
     with pytest.raises(CfmergeError, match="no held-out tasks"):
         zero_shot_retention({"birds": 1}, [])
     row = table({0: {"birds": 1}}, ["birds"], [], [])[0]
-    assert row.knowledge_accumulation == 1 and row.undefined["zero_shot_retention"] == "there are no held-out tasks"
+    assert row.knowledge_accumulation == 1
+    assert row.undefined["zero_shot_retention"] == "there are no held-out tasks"
 
 
 def test_a_score_of_an_unknown_task_names_the_nearest():
@@ -107,15 +109,17 @@ def test_a_score_is_a_finite_number(score):
 
 def test_scores_of_numpy_become_numbers_of_python():
     found = checked({"birds": np.float32(0.5), "cars": np.int64(3)}, TASKS, HELD_OUT)
-    assert found == {"birds": 0.5, "cars": 3.0} and {type(score) for score in found.values()} == {float}
+    assert found == {"birds": 0.5, "cars": 3.0}
+    assert {type(score) for score in found.values()} == {float}
 
 
 def test_percentages_and_negative_scores_are_allowed_but_have_no_geometric_mean():
     assert knowledge_accumulation({"birds": 90, "cars": -10}, ["birds", "cars"]) == 40
-    with pytest.raises(CfmergeError, match="zero-shot retention is -0.5"):
+    with pytest.raises(CfmergeError, match=r"zero-shot retention is -0\.5"):
         geometric_mean(0.5, -0.5)
     row = table({0: {"birds": 0.5, "faces": -0.5}}, ["birds"], ["faces"], [])[0]
-    assert row.zero_shot_retention == -0.5 and row.geometric_mean is None
+    assert row.zero_shot_retention == -0.5
+    assert row.geometric_mean is None
     assert "not negative" in row.undefined["geometric_mean"]
 
 
