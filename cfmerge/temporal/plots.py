@@ -98,19 +98,17 @@ def draw_matrix(axes: Any, report: Report, size: float) -> Any:
     every = [score for scores in report.history.values() for score in scores.values()]
     low, high = (min(every), max(every)) if every else (0.0, 1.0)
     high = high if high > low else low + 1
-    groups = {"adaptation tasks": report.sorted_tasks(), "held out": report.held_out}
+    groups = {"adaptation": report.sorted_tasks(), "held out": report.held_out}
     start, ticks, mesh = 0.0, dict[str, float](), None
     for called, tasks in groups.items():
         if not tasks:
             continue
         mesh = _draw_rows(axes, report, tasks, start, (low, high), size)
         ticks |= {task: start + row for row, task in enumerate(tasks)}
-        if len(called) * 0.07 < len(tasks) * 0.3 or len(tasks) > 2:
-            place = {"xycoords": ("axes fraction", "data"), "xytext": (-(_margin(report)), 0), "va": "center"}
-            axes.annotate(
-                called, (0, start + (len(tasks) - 1) / 2), textcoords="offset points", rotation=90, ha="center",
-                fontsize=9, color=GREY, **place,
-            )  # fmt: skip
+        axes.annotate(
+            called, (0, start + (len(tasks) - 1) / 2), (-_margin(report), 0), ("axes fraction", "data"),
+            "offset points", rotation=90, ha="center", va="center", fontsize=9, color=GREY,
+        )  # fmt: skip
         start += len(tasks) + GAP
     axes.set_xlim(-0.5, len(report.order) + 0.5)
     axes.set_ylim(start - GAP - 0.5, -0.5)
