@@ -16,8 +16,10 @@ METRICS = {  # label, colour (Okabe and Ito), marker, width
     "knowledge_accumulation": ("knowledge accumulation", "#0072b2", "o", 1.6),
     "zero_shot_retention": ("zero-shot retention", "#d55e00", "s", 1.6),
 }
+SUBTITLE = ("setting", "init", "deploy", "technique")  # of what a report is about
 GREY, TRAINED = "#555555", "#d55e00"
 DPI = 150
+CROWDED = 4  # more steps than this that train one task are marked by corners in place of outlines
 GAP = 0.7  # between adaptation and held-out tasks, in rows
 LETTER = 0.078  # inches, of a letter of 9 points on average
 CURVES, RIGHT, TOP, LEGEND = 2.3, 2.25, 0.8, 0.6  # inches
@@ -50,7 +52,7 @@ def picture(report: Report) -> Any:
     if report.scored:
         tall = min(rows - 0.2, 2.6)
         _colour_bar(figure, panel(width - RIGHT + 0.3, below + rows - tall - 0.2, 0.14, tall), mesh)
-    _legend(figure, left / width, 0.14 / height)
+    _legend(figure, left / width, 0.14 / height, TRAINED if crowded(report) else "none")
     figure.text(0.2 / width, 1 - 0.34 / height, "Merging over time", fontsize=13, weight="bold")
     subtitle = textwrap.shorten(_subtitle(report), int(width / LETTER), placeholder=" …")
     figure.text(0.2 / width, 1 - 0.58 / height, subtitle, fontsize=9.5, color=GREY)
@@ -132,6 +134,7 @@ def _draw_rows(
     style = {"cmap": colours, "vmin": bounds[0], "vmax": bounds[1], "edgecolors": "white", "linewidth": 0.8}
     mesh = axes.pcolormesh(*edges, np.ma.masked_invalid(scores), **style)
     fills = mesh.to_rgba(np.ma.masked_invalid(scores))
+    mark = _corner if crowded(report) else _outline
     for (row, step), score in np.ndenumerate(scores):
         fill = fills[row, step]
         ink = "black" if _lightness(fill) > 0.45 else "white"
@@ -140,12 +143,30 @@ def _draw_rows(
                 axes, step, start + row, 0, hatch="////", edgecolor=("white" if ink == "white" else GREY, 0.35), lw=0
             )
         if report.trains(step, tasks[row]):
-            _frame(axes, step, start + row, 0.05, edgecolor="white", lw=3.2)
-            _frame(axes, step, start + row, 0.05, edgecolor=TRAINED, lw=1.8)
+            mark(axes, step, start + row)
         text = NO_NUMBER if math.isnan(score) else f"{score:.{2 if report.is_fraction else 1}f}"
         label = axes.text(step, start + row, text, ha="center", va="center", fontsize=size, color=ink)
         label.set_path_effects([withStroke(linewidth=2, foreground=fill)])
     return mesh
+
+
+def crowded(report: Report) -> bool:
+    """Whether some task is trained by so many steps that outlines would fill the picture."""
+    steps = range(len(report.order) + 1)
+    return any(sum(report.trains(step, task) for step in steps) > CROWDED for task in report.tasks)
+
+
+def _outline(axes: Any, column: float, row: float) -> None:
+    _frame(axes, column, row, 0.05, edgecolor="white", lw=3.2)
+    _frame(axes, column, row, 0.05, edgecolor=TRAINED, lw=1.8)
+
+
+def _corner(axes: Any, column: float, row: float) -> None:
+    from matplotlib.patches import Polygon
+
+    left, top = column - 0.5, row - 0.5
+    corner = [(left, top), (left + 0.2, top), (left, top + 0.4)]
+    axes.add_patch(Polygon(corner, facecolor=TRAINED, edgecolor="white", lw=0.6))
 
 
 def _frame(axes: Any, column: float, row: float, within: float, **style: Any) -> None:
@@ -161,11 +182,11 @@ def _colour_bar(figure: Any, axes: Any, mesh: Any) -> None:
     axes.tick_params(length=0, labelsize=8.5, labelcolor=GREY)
 
 
-def _legend(figure: Any, left: float, bottom: float) -> None:
+def _legend(figure: Any, left: float, bottom: float, fill: str) -> None:
     from matplotlib.patches import Patch
 
     handles = [
-        Patch(facecolor="none", edgecolor=TRAINED, linewidth=1.8, label="the step that trained the task"),
+        Patch(facecolor=fill, edgecolor=TRAINED, linewidth=1.8, label="a step that trained the task"),
         Patch(facecolor="#dddddd", edgecolor="#888888", hatch="////", linewidth=0, label="not trained yet"),
     ]
     figure.legend(
@@ -175,7 +196,7 @@ def _legend(figure: Any, left: float, bottom: float) -> None:
 
 
 def _subtitle(report: Report) -> str:
-    told = {name: value for name, value in report.about.items() if name in ("init", "deploy", "technique")}
+    told = {name: value for name, value in report.about.items() if name in SUBTITLE}
     return ", ".join(f"{name} {value}" for name, value in told.items())
 
 
