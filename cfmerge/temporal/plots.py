@@ -1,0 +1,199 @@
+"""The picture of a report: the metrics over the steps, and under it the scores of each task at each step."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cfmerge.temporal.report import NO_NUMBER, Report
+
+METRICS = {  # label, colour (Okabe and Ito), marker, width
+    "geometric_mean": ("geometric mean", "#000000", "D", 2.4),
+    "knowledge_accumulation": ("knowledge accumulation", "#0072b2", "o", 1.6),
+    "zero_shot_retention": ("zero-shot retention", "#d55e00", "s", 1.6),
+}
+GREY, TRAINED = "#555555", "#d55e00"
+DPI = 150
+GAP = 0.7  # between adaptation and held-out tasks, in rows
+LETTER = 0.078  # inches, of a letter of 9 points on average
+CURVES, RIGHT, TOP, LEGEND = 2.3, 2.25, 0.8, 0.6  # inches
+
+
+def picture(report: Report) -> Any:
+    """The figure of a report: metrics above, scores by task and step under them, on one axis of steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = len(report.order) + 1
+    names = [_short(name, 18) for name in ("base", *report.order)]
+    step = min(max(0.72, 5.2 / columns), 1.2) if columns <= 14 else 0.46  # inches, as all that follows
+    row = 0.32 if len(report.tasks) + len(report.held_out) <= 16 else 0.23
+    rows = row * (len(report.tasks) + len(report.held_out) + (GAP if report.held_out else 0))
+    tilted = max(map(len, names)) * LETTER > step - 0.05
+    left = 0.75 + LETTER * max(len(_short(task)) for task in (*report.tasks, *report.held_out, "." * 10))
+    below = LEGEND + (LETTER * max(map(len, names)) if tilted else 0.25)
+    width, height = left + columns * step + RIGHT, TOP + CURVES + 0.55 + rows + below
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    FigureCanvasAgg(figure)
+
+    def panel(start: float, bottom: float, wide: float, tall: float) -> Any:
+        return figure.add_axes((start / width, bottom / height, wide / width, tall / height))
+
+    draw_curves(panel(left, height - TOP - CURVES, columns * step, CURVES), report)
+    matrix = panel(left, below, columns * step, rows)
+    mesh = draw_matrix(matrix, report, size=8.5 if step > 0.6 else 7)
+    matrix.set_xticks(range(columns), names, fontsize=9, rotation=90 if tilted else 0)
+    if report.scored:
+        tall = min(rows - 0.2, 2.6)
+        _colour_bar(figure, panel(width - RIGHT + 0.3, below + rows - tall - 0.2, 0.14, tall), mesh)
+    _legend(figure, left / width, 0.14 / height)
+    figure.text(0.2 / width, 1 - 0.34 / height, "Merging over time", fontsize=13, weight="bold")
+    subtitle = textwrap.shorten(_subtitle(report), int(width / LETTER), placeholder=" …")
+    figure.text(0.2 / width, 1 - 0.58 / height, subtitle, fontsize=9.5, color=GREY)
+    return figure
+
+
+def draw_curves(axes: Any, report: Report) -> None:
+    """Draws knowledge accumulation, zero-shot retention and their geometric mean over the steps."""
+    steps = np.arange(len(report.rows))
+    ends: list[tuple[float, str, str]] = []
+    for metric, (label, colour, marker, width) in METRICS.items():
+        values = np.array([_nan(getattr(row, metric)) for row in report.rows])
+        told = values[np.isfinite(values)]
+        if told.size:
+            style = {"color": colour, "marker": marker, "markersize": 5, "markeredgecolor": "white"}
+            axes.plot(steps, values, linewidth=width, zorder=3 if width > 2 else 2, **style)  # with gaps
+            ends.append((told[-1], f"{label} {report.shown(told[-1])}", colour))
+    axes.set_xlim(-0.5, len(steps) - 0.5)
+    axes.set_xticks(steps, [str(step) for step in steps], fontsize=9)
+    axes.set_xlabel("step", fontsize=9, color=GREY, labelpad=1)
+    axes.tick_params(length=0, labelsize=9)
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.margins(y=0.12)
+    if not ends:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no step has all scores", transform=axes.transAxes, ha="center", color=GREY)
+    _label_ends(axes, ends)
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names the curves at their right ends, at least a line of text apart."""
+    low, high = axes.get_ylim()
+    apart, above = (high - low) * 0.105, -math.inf
+    for value, label, colour in sorted(ends):
+        above = max(value, above + apart)
+        place = (axes.get_xlim()[1], above)
+        weight = "bold" if colour == "#000000" else "normal"
+        axes.text(*place, f" {label}", color=colour, fontsize=9, va="center", weight=weight, clip_on=False)
+
+
+def draw_matrix(axes: Any, report: Report, size: float) -> Any:
+    """Draws the scores, a row for each task, held-out tasks below; returns what a colour bar is made from."""
+    every = [score for scores in report.history.values() for score in scores.values()]
+    low, high = (min(every), max(every)) if every else (0.0, 1.0)
+    high = high if high > low else low + 1
+    groups = {"adaptation tasks": report.sorted_tasks(), "held out": report.held_out}
+    start, ticks, mesh = 0.0, dict[str, float](), None
+    for called, tasks in groups.items():
+        if not tasks:
+            continue
+        mesh = _draw_rows(axes, report, tasks, start, (low, high), size)
+        ticks |= {task: start + row for row, task in enumerate(tasks)}
+        if len(called) * 0.07 < len(tasks) * 0.3 or len(tasks) > 2:
+            place = {"xycoords": ("axes fraction", "data"), "xytext": (-(_margin(report)), 0), "va": "center"}
+            axes.annotate(
+                called, (0, start + (len(tasks) - 1) / 2), textcoords="offset points", rotation=90, ha="center",
+                fontsize=9, color=GREY, **place,
+            )  # fmt: skip
+        start += len(tasks) + GAP
+    axes.set_xlim(-0.5, len(report.order) + 0.5)
+    axes.set_ylim(start - GAP - 0.5, -0.5)
+    axes.set_yticks(list(ticks.values()), [_short(task) for task in ticks], fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return mesh
+
+
+def _draw_rows(
+    axes: Any, report: Report, tasks: Sequence[str], start: float, bounds: tuple[float, float], size: float
+) -> Any:
+    """Draws some tasks' rows from `start` on: coloured cells, their numbers, and what a step has to do with a task."""
+    from matplotlib import colormaps
+    from matplotlib.patheffects import withStroke
+
+    steps = range(len(report.order) + 1)
+    scores = np.array([[_nan(report.history.get(step, {}).get(task)) for step in steps] for task in tasks])
+    edges = np.arange(len(steps) + 1) - 0.5, start + np.arange(len(tasks) + 1) - 0.5
+    colours = colormaps["cividis"].with_extremes(bad="#f0f0f0")
+    style = {"cmap": colours, "vmin": bounds[0], "vmax": bounds[1], "edgecolors": "white", "linewidth": 0.8}
+    mesh = axes.pcolormesh(*edges, np.ma.masked_invalid(scores), **style)
+    fills = mesh.to_rgba(np.ma.masked_invalid(scores))
+    for (row, step), score in np.ndenumerate(scores):
+        fill = fills[row, step]
+        ink = "black" if _lightness(fill) > 0.45 else "white"
+        if not report.has_seen(step, tasks[row]):
+            _frame(
+                axes, step, start + row, 0, hatch="////", edgecolor=("white" if ink == "white" else GREY, 0.35), lw=0
+            )
+        if report.trains(step, tasks[row]):
+            _frame(axes, step, start + row, 0.05, edgecolor="white", lw=3.2)
+            _frame(axes, step, start + row, 0.05, edgecolor=TRAINED, lw=1.8)
+        text = NO_NUMBER if math.isnan(score) else f"{score:.{2 if report.is_fraction else 1}f}"
+        label = axes.text(step, start + row, text, ha="center", va="center", fontsize=size, color=ink)
+        label.set_path_effects([withStroke(linewidth=2, foreground=fill)])
+    return mesh
+
+
+def _frame(axes: Any, column: float, row: float, within: float, **style: Any) -> None:
+    from matplotlib.patches import Rectangle
+
+    corner, side = (column - 0.5 + within, row - 0.5 + within), 1 - 2 * within
+    axes.add_patch(Rectangle(corner, side, side, fill=False, **style))
+
+
+def _colour_bar(figure: Any, axes: Any, mesh: Any) -> None:
+    figure.colorbar(mesh, cax=axes).outline.set_visible(False)
+    axes.set_title("score", fontsize=9, color=GREY, loc="left")
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=GREY)
+
+
+def _legend(figure: Any, left: float, bottom: float) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor="none", edgecolor=TRAINED, linewidth=1.8, label="the step that trained the task"),
+        Patch(facecolor="#dddddd", edgecolor="#888888", hatch="////", linewidth=0, label="not trained yet"),
+    ]
+    figure.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(left, bottom), ncols=2, frameon=False, fontsize=9,
+        borderpad=0, borderaxespad=0, columnspacing=1.6, handlelength=1.4,
+    )  # fmt: skip
+
+
+def _subtitle(report: Report) -> str:
+    told = {name: value for name, value in report.about.items() if name in ("init", "deploy", "technique")}
+    return ", ".join(f"{name} {value}" for name, value in told.items())
+
+
+def _margin(report: Report) -> float:
+    """How far left of the cells the names of the groups stand, in points."""
+    return 72 * (0.38 + LETTER * max(len(_short(task)) for task in (*report.tasks, *report.held_out, "." * 10)))
+
+
+def _lightness(colour: Sequence[float]) -> float:
+    red, green, blue = (float(part) for part in colour[:3])
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def _nan(number: float | None) -> float:
+    return math.nan if number is None else float(number)
+
+
+def _short(name: str, most: int = 26) -> str:
+    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"
