@@ -7,6 +7,7 @@ store all the same, and tells how they should have been trained.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.temporal.metrics import checked
 from cfmerge.temporal.protocol import Time
-from cfmerge.temporal.report import Report, report_of
+from cfmerge.temporal.report import Report
 from cfmerge.temporal.rules import Rule
 from cfmerge.temporal.settings import Setting, published
 
@@ -42,21 +43,14 @@ class Run:
     @property
     def unscored(self) -> list[int]:
         """The steps that lack the score of some data set."""
-        known, every = self.time.history, {*self.setting.adaptation, *self.setting.held_out}
+        known, every = self.time.report().history, {*self.setting.adaptation, *self.setting.held_out}
         return [step for step in range(self.time.step + 1) if every - set(known.get(step, {}))]
 
     def report(self) -> Report:
-        """The report of the scores so far, with the data sets that each step trained."""
-        setting, (init, deploy) = self.setting, self.time.rules
-        about = {
-            "setting": f"{setting.name}, stream {setting.stream}",
-            "init": init.text,
-            "deploy": deploy.text,
-            "store": str(self.time.path),
-        }
-        order = setting.tasks[: self.time.step]
-        trained = {task: setting.trained[task] for task in order}
-        return report_of(self.time.history, order, setting.adaptation, setting.held_out, about, trained=trained)
+        """The report of the scores so far; it has `markdown()`, `to_json()` and `save(directory)`."""
+        made = self.time.report()
+        setting = {"setting": f"{self.setting.name}, stream {self.setting.stream}"}
+        return dataclasses.replace(made, about={**setting, **made.about})
 
 
 def run_setting(
@@ -77,14 +71,14 @@ def run_setting(
 ) -> Run:
     """Stores the experts of a setting in its order, and deploys a model after each; goes on after a stop.
 
-        >>> setting = temporal.published("setting.yaml")
-        >>> run = temporal.run_setting(setting, "store", base="base", experts=".", served="served")
+        >>> tasks = {"math": {"sums": 10}, "code": {"tests": 2}}
+        >>> setting = temporal.Setting("mine", ("sums", "tests"), ("chat",), streams={"one": tasks}, stream="one")
+        >>> rules = {"init": "base", "deploy": "ema(weight=0.5)"}
+        >>> run = temporal.run_setting(setting, "store", "base", experts=".", served="served", **rules)
         >>> [path.name for path in run.served.values()], run.waiting
         (['base', '01-math', '02-code'], ())
-        >>> run = temporal.run_setting(
-        ...     setting, "store", base="base", experts=".", served="served",
-        ...     scores={0: {"sums": 0.2, "tests": 0.1, "chat": 0.9}, 2: {"sums": 0.7, "tests": 0.5, "chat": 0.8}},
-        ... )
+        >>> scores = {0: {"sums": 0.2, "tests": 0.1, "chat": 0.9}, 2: {"sums": 0.7, "tests": 0.5, "chat": 0.8}}
+        >>> run = temporal.run_setting(setting, "store", "base", ".", "served", scores=scores, **rules)
         >>> run.unscored, run.report().rows[2].knowledge_accumulation
         ([1], 0.6)
 
@@ -114,7 +108,8 @@ def run_setting(
         checked(known, chosen.adaptation, chosen.held_out)
         if step not in range(len(found) + 1):
             raise CfmergeError(f"scores of step {step!r}: there are steps 0 (the base) to {len(found)}")
-    time = Time(store, base, tasks=chosen.adaptation, held_out=chosen.held_out, **rules, **(options or {}))
+    known = {"tasks": chosen.adaptation, "held_out": chosen.held_out, "trained": chosen.trained}
+    time = Time(store, base, **known, **rules, **(options or {}))
     if time.done != list(chosen.tasks[: len(time.done)]):
         raise CfmergeError(
             f"store {time.path}: holds the experts {', '.join(time.done)}, in this order; stream {chosen.stream!r} "

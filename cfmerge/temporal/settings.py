@@ -81,6 +81,19 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unconfirmed: tuple[str, ...] = ()
     check: dict[str, Any] = {}
 
+    def __post_init__(self) -> None:
+        for stream in (self.stream, *(tried.stream for tried in self.protocols.values())):
+            if stream not in self.streams:
+                raise CfmergeError(f"setting {self.name}: unknown stream {stream!r}{nearest(stream, self.streams)}")
+        for tasks in self.streams.values():
+            trained = {task: tuple(data_sets) for task, data_sets in tasks.items()}
+            check_tasks(self.adaptation, self.held_out, tuple(tasks), trained)
+        for data_set in self.other_metrics:
+            self.metric(data_set)
+        for tried in self.protocols.values():
+            for text in (tried.init, tried.deploy):
+                rule(text).check()
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks of the stream that is meant, in order."""
@@ -104,8 +117,6 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         >>> temporal.published("fomo-in-flux").on("data-set-incremental-1").trained["task-03"]
         ('zappos50k',)
         """
-        if stream not in self.streams:
-            raise CfmergeError(f"setting {self.name}: unknown stream {stream!r}{nearest(stream, self.streams)}")
         return msgspec.structs.replace(self, stream=stream)
 
     def tried(self, protocol: str) -> Tried:
@@ -133,29 +144,11 @@ def published(name: str | Path) -> Setting:
     else:
         raise CfmergeError(f"unknown setting {str(name)!r}{nearest(str(name), files)}, or name a YAML file")
     try:
-        setting = msgspec.convert(yaml.safe_load(text), Setting)
+        return msgspec.convert(yaml.safe_load(text), Setting)
     except (yaml.YAMLError, msgspec.ValidationError) as error:
         raise CfmergeError(f"setting {place}: {error}") from None
-    _check(setting, place)
-    return setting
 
 
 def _shipped() -> Sequence[Any]:
     folder = resources.files("cfmerge.temporal") / "published"
     return [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
-
-
-def _check(setting: Setting, place: str) -> None:
-    """Raises `CfmergeError` where the parts of a setting disagree."""
-    try:
-        for stream in (setting.stream, *setting.streams):
-            chosen = setting.on(stream)
-            check_tasks(chosen.adaptation, chosen.held_out, chosen.tasks, chosen.trained)
-        for data_set in setting.other_metrics:
-            setting.metric(data_set)
-        for tried in setting.protocols.values():
-            setting.on(tried.stream)
-            for text in (tried.init, tried.deploy):
-                rule(text).check()
-    except CfmergeError as error:
-        raise CfmergeError(f"setting {place}: {error}") from None
