@@ -115,14 +115,16 @@ def backward_transfer(
         trained: the tasks that an expert's data belong to; none: the task of its own name.
 
     Raises:
-        CfmergeError: no task was trained before `step`, or a score of one is missing.
+        CfmergeError: no task was last trained before `step`, or a score of one is missing.
     """
     step = len(order) if step is None else step
     if not 0 <= step <= len(order):
         raise CfmergeError(f"step {step}: there are {len(order)} steps: {', '.join(order)}")
     since = {task: at for task, at in learned(order, trained, step).items() if at < step}
     if not since:
-        raise CfmergeError(f"no task was trained before step {step}: backward transfer compares with earlier steps")
+        raise CfmergeError(
+            f"no task was last trained before step {step}: backward transfer compares with earlier steps"
+        )
     pairs = [(at, task) for task, at in since.items()] + [(step, task) for task in since]
     lacking = [f"{task!r} at step {at}" for at, task in pairs if task not in history.get(at, {})]
     if lacking:
@@ -185,10 +187,10 @@ def table(
         ...     2: {"birds": 72, "cars": 56, "digits": 64},
         ... }
         >>> rows = temporal.table(history, tasks=["birds", "cars"], held_out=["digits"], order=["birds", "cars"])
-        >>> [(row.step, row.expert, row.knowledge_accumulation, row.geometric_mean) for row in rows][1:]
-        [(1, 'birds', 52.0, 64.899922958351822), (2, 'cars', 64.0, 64.0)]
-        >>> rows[2].backward_transfer
-        -8.0
+        >>> [(row.step, row.expert, row.knowledge_accumulation, row.zero_shot_retention) for row in rows]
+        [(0, None, 30.0, 90.0), (1, 'birds', 52.0, 81.0), (2, 'cars', 64.0, 64.0)]
+        >>> rows[2].geometric_mean, rows[2].backward_transfer
+        (64.0, -8.0)
 
     A number for which scores are missing is None, and the row's `undefined` says which.
 
