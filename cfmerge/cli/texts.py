@@ -40,7 +40,7 @@ def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
 
 
 def _changed(content: dict[str, Any], given: Mapping[str, Any], source: str) -> Recipe:
-    given = {key: READ.get(key, _as_it_is)(value) for key, value in given.items() if value not in (None, [])}
+    given = {key: read_as(key, value) for key, value in given.items() if value not in (None, [])}
     if given.get("method", content.get("method")) != content.get("method"):
         content["parameters"] = {}
     for key, joined in JOINED.items():
@@ -58,8 +58,9 @@ def _changed(content: dict[str, Any], given: Mapping[str, Any], source: str) -> 
     return parse(content, source)
 
 
-def _as_it_is(value: Any) -> Any:
-    return value
+def read_as(key: str, value: Any) -> Any:
+    """An option's value as that of a recipe's key."""
+    return READ[key](value) if key in READ else value
 
 
 def expert(text: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Merges of a store's models: ordinary recipes over its base, with the options that the store was made with."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from cfmerge.formats import located
 from cfmerge.formats.adapters import is_adapter
 from cfmerge.models import is_float
 from cfmerge.models.deltas import Dense
+from cfmerge.planning.work import Progress
 from cfmerge.products.convert import convert
 from cfmerge.products.plan import Plan, as_recipe, make_plan
 from cfmerge.recipe import Expert, Recipe
@@ -93,6 +95,23 @@ def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: 
         convert(path, output, overwrite=how.get("overwrite", False), progress=how.get("progress"), **options)
     else:
         convert(path, output, overwrite=how.get("overwrite", False), progress=how.get("progress"))
+
+
+def take_in(path: str, place: Path, progress: Progress | None) -> None:
+    """Copies a model or an adapter, whole or not at all."""
+    where = located(path, False, None)
+    if not is_adapter(where):
+        convert(path, place, overwrite=True, progress=progress)
+        return
+    part = place.with_name(f".{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    if where.is_dir():
+        shutil.copytree(where, part)
+    else:
+        part.mkdir(parents=True)
+        shutil.copy2(where, part / where.name)
+    shutil.rmtree(place, ignore_errors=True)
+    part.rename(place)
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from cfmerge.engine.placement import Devices
-from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats import located, open_checkpoint
-from cfmerge.formats.adapters import is_adapter
+from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
 from cfmerge.planning.work import Progress
-from cfmerge.products.convert import convert
 from cfmerge.products.files import save
 from cfmerge.products.loading import load
 from cfmerge.temporal.making import write_model
-from cfmerge.temporal.merging import base_name, checked, checked_options
-from cfmerge.temporal.rules import Rule, protocol, rule
+from cfmerge.temporal.merging import base_name, checked, checked_options, take_in
+from cfmerge.temporal.metrics import check_tasks
+from cfmerge.temporal.metrics import checked as checked_scores
+from cfmerge.temporal.opening import check_same, completed, made, rules_of
+from cfmerge.temporal.prints import print_of
+from cfmerge.temporal.report import Report, report_of
+from cfmerge.temporal.rules import Rule, rule
 from cfmerge.temporal.states import check_forgettable, follow
-from cfmerge.temporal.store import BOOK, Book, Expert, Store, linked_print
-from cfmerge.temporal.telling import Told, check_keep, told
+from cfmerge.temporal.store import BOOK, Expert, Store
+from cfmerge.temporal.telling import Told, told
 
 
 class Time:
@@ -58,6 +61,7 @@ class Time:
         keep: so many of the newest experts keep their tensors in the store; None: all. Running models need no more.
         tasks: the adaptation tasks, in the order in which they come; their mean score is the knowledge accumulation.
         held_out: tasks that are never trained, whose mean score is the zero-shot retention.
+        trained: `{expert: adaptation tasks that its data belong to}`, where experts have names of their own.
         **options: of every merge, as in a recipe: rules, heads, rename, allow, precision, seed, plugins; and of the
             models that go out: dtype, format, shard_size, side_files.
 
@@ -79,23 +83,25 @@ class Time:
         keep: int | None = None,
         tasks: Sequence[str] | None = None,
         held_out: Sequence[str] | None = None,
+        trained: Mapping[str, Sequence[str]] | None = None,
         **options: Any,
     ) -> None:
         path = Path(store).expanduser().absolute()
-        rules = _rules(init, deploy, protocol, technique, weight)
+        rules = rules_of(init, deploy, protocol, technique, weight)
         asked = {
             "window": window,
             "keep": keep,
             "tasks": None if tasks is None else list(tasks),
             "held_out": None if held_out is None else list(held_out),
+            "trained": None if trained is None else {name: list(tasks) for name, tasks in trained.items()},
             "options": checked_options(options) or None,
         }
         if (path / BOOK).is_file():
             self._store = Store.opened(path)
-            _check_same(self._store, rules, asked)
+            check_same(self._store, rules, asked)
             self._move_base(base)
         else:
-            self._store = _made(path, base, rules, asked)
+            self._store = made(path, base, rules, asked)
 
     @property
     def path(self) -> Path:
@@ -155,17 +161,22 @@ class Time:
         Args:
             rule: another rule than the store's, this once.
         """
-        chosen = self.rules[1] if rule is None else _completed(rule)
+        chosen = self.rules[1] if rule is None else completed(rule)
         return self._written(chosen, output, "deploy", like, overwrite, how)
 
     def _written(
         self, rule: Rule, output: str | Path | None, name: str, like: Any, overwrite: bool, how: Mapping[str, Any]
     ) -> Any:
-        target = self.path / name if output is None else Path(output).expanduser()
         with self._store.changing():
-            if target.is_dir() and output is None:
-                shutil.rmtree(target)
-            write_model(self._store, rule, target, {"overwrite": overwrite, **how})
+            if output is not None:
+                target = Path(output).expanduser()
+                write_model(self._store, rule, target, {"overwrite": overwrite, **how})
+            else:
+                target, new = self.path / name, self.path / f".{name}.new"
+                shutil.rmtree(new, ignore_errors=True)
+                write_model(self._store, rule, new, how)
+                shutil.rmtree(target, ignore_errors=True)
+                new.rename(target)
         return target if like is None else load(target, like)
 
     def store(
@@ -209,11 +220,11 @@ class Time:
                 checked(store, base_name(expert), task)
             if link:
                 one.path = base_name(expert)
-                one.linked = linked_print(open_checkpoint(one.path))
+                one.linked = print_of(open_checkpoint(one.path))
             else:
                 one.path = str(place.relative_to(store.path))
                 if not tree:
-                    _copy(base_name(expert), place, progress)
+                    take_in(base_name(expert), place, progress)
             book.experts.append(one)
             book.order.append(task)
             store.write()
@@ -256,6 +267,8 @@ class Time:
                 self._followed_without(expert, seen, how)
             book.states = [state for state in book.states if expert.number not in state.through]
             store.write()
+            for made in ("init", "deploy"):  # models that it is in
+                shutil.rmtree(store.path / made, ignore_errors=True)
 
     def _followed_without(self, expert: Expert, rules: Sequence[Rule], how: Mapping[str, Any]) -> None:
         """Running models without an expert, whose tensors are still there while they are made."""
@@ -275,6 +288,8 @@ class Time:
             )
         if not task.strip():
             raise CfmergeError("an expert needs the name of its task")
+        book = self._store.book
+        check_tasks(book.tasks or [task], book.held_out, [task], book.trained or None)
 
     def plan(self) -> tuple[Told, Told]:
         """How the next models of both axes (init, deploy) are made, and what that needs, from headers alone.
@@ -299,17 +314,19 @@ class Time:
             at = self.step if step is None else step
             if not 0 <= at <= self.step:
                 raise CfmergeError(f"store {self.path}: step {at} has not come; the newest is {self.step}")
-            known = [*(book.tasks or book.order), *book.held_out]
-            unknown = [name for name in scores if name not in known]
-            if unknown:
-                raise CfmergeError(f"store {self.path}: {unknown[0]!r} is no task of it{nearest(unknown[0], known)}")
-            wrong = [name for name, value in scores.items() if not _finite(value)]
-            if wrong:
-                raise CfmergeError(
-                    f"store {self.path}: the score of {wrong[0]!r} is {scores[wrong[0]]!r}, not a number"
-                )
-            book.scores[at] = {**book.scores.get(at, {}), **{name: float(value) for name, value in scores.items()}}
+            numbers = checked_scores(scores, book.tasks or book.order, book.held_out)
+            book.scores[at] = {**book.scores.get(at, {}), **numbers}
             self._store.write()
+
+    def report(self) -> Report:
+        """The metrics of each step, and the scores by task; it has `markdown()`, `to_json()` and `save(directory)`."""
+        book = self._store.book
+        about = {"store": self.path.name, "base": book.base, "init": book.init, "deploy": book.deploy}
+        about |= {key: getattr(book, key) for key in ("window", "keep") if getattr(book, key) is not None}
+        forgotten = [task for task in book.order if task not in self.done]
+        about |= {"forgotten": ", ".join(forgotten)} if forgotten else {}
+        tasks = book.tasks or list(dict.fromkeys(book.order))
+        return report_of(book.scores, book.order, tasks, book.held_out, about, trained=book.trained or None)
 
     def _move_base(self, base: Any) -> None:
         if base is None or not isinstance(base, str | Path):
@@ -320,89 +337,3 @@ class Time:
                 self._store.check_base(open_checkpoint(name))
                 self._store.book.base = name
                 self._store.write()
-
-
-def _finite(value: Any) -> bool:
-    try:
-        return abs(float(value)) < float("inf")
-    except (TypeError, ValueError):
-        return False
-
-
-def _completed(given: str | Rule, technique: str | None = None, weight: float | None = None) -> Rule:
-    made: Rule = rule(given).completed(technique, weight)
-    made.check()
-    return made
-
-
-def _rules(
-    init: str | Rule | None, deploy: str | Rule | None, name: str | None, technique: str | None, weight: float | None
-) -> tuple[Rule, Rule] | None:
-    """The rules that are asked for; None: none are."""
-    if name is not None:
-        if init is not None or deploy is not None:
-            raise CfmergeError(f"time: protocol={name!r} says both rules; leave init and deploy out")
-        init, deploy = protocol(name)
-    if init is None and deploy is None:
-        left = [key for key, value in (("technique", technique), ("weight", weight)) if value is not None]
-        if left:
-            raise CfmergeError(f"time: {left[0]}= is a part of a rule; name init= and deploy=, or protocol=")
-        return None
-    if init is None or deploy is None:
-        raise CfmergeError("time: name both rules, init= and deploy=, or both by protocol=")
-    return _completed(init, technique, weight), _completed(deploy, technique, weight)
-
-
-def _made(path: Path, base: Any, rules: tuple[Rule, Rule] | None, asked: Mapping[str, Any]) -> Store:
-    if base is None:
-        return Store.opened(path)  # which says that there is none
-    if rules is None:
-        raise CfmergeError("time: name the rules of a new store: init= and deploy=, or protocol= such as best-in-time")
-    for key in ("window", "keep"):
-        if asked[key] is not None and asked[key] < 1:
-            raise CfmergeError(f"time: {key} counts experts, at least 1; found {asked[key]}")
-    both = [name for name in asked["tasks"] or () if name in (asked["held_out"] or ())]
-    if both:
-        raise CfmergeError(f"time: {both[0]!r} is an adaptation task and held out; a task is one of these")
-    tree = not isinstance(base, str | Path)
-    if tree:
-        save(base, path / "base", overwrite=True)
-    given = {key: value for key, value in asked.items() if value is not None}
-    book = Book("base" if tree else base_name(base), rules[0].text, rules[1].text, **given)
-    for one in rules:
-        check_keep(Store(path, book), one)
-    return Store.made(path, book)
-
-
-def _check_same(store: Store, rules: tuple[Rule, Rule] | None, asked: Mapping[str, Any]) -> None:
-    """Raises `CfmergeError` where a store that is there was made with something else than is asked for."""
-    book = store.book
-    found: dict[str, Any] = {key: getattr(book, key) for key in asked}
-    expected = {key: value for key, value in asked.items() if value is not None}
-    if rules is not None:
-        found |= {"init": book.init, "deploy": book.deploy}
-        expected |= {"init": rules[0].text, "deploy": rules[1].text}
-    other = [key for key, value in expected.items() if found[key] != value]
-    if other:
-        key = other[0]
-        raise CfmergeError(
-            f"store {store.path}: was made with {key}={found[key]!r}, found {key}={expected[key]!r}; leave it out, or "
-            "make another store"
-        )
-
-
-def _copy(path: str, place: Path, progress: Progress | None) -> None:
-    """Copies a model or an adapter, whole or not at all."""
-    where = located(path, False, None)
-    if not is_adapter(where):
-        convert(path, place, overwrite=True, progress=progress)
-        return
-    part = place.with_name(f".{place.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    if where.is_dir():
-        shutil.copytree(where, part)
-    else:
-        part.mkdir(parents=True)
-        shutil.copy2(where, part / where.name)
-    shutil.rmtree(place, ignore_errors=True)
-    part.rename(place)

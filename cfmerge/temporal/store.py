@@ -13,24 +13,22 @@ forgotten it. So a stop at any moment leaves the store as it was before the chan
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import Source, open_checkpoint
 from cfmerge.formats.staged import STAGING
+from cfmerge.temporal.prints import print_of, prints
 
 BOOK, BASE = "time.json", "base.json"
 VERSION = 1
-SAMPLE = 1024  # entries of a tensor that its hash is made of, first and last
 
 
 class Expert(msgspec.Struct):
@@ -85,6 +83,7 @@ class Book(msgspec.Struct):
     keep: int | None = None
     tasks: list[str] = []
     held_out: list[str] = []
+    trained: dict[str, list[str]] = {}
     options: dict[str, Any] = {}
     experts: list[Expert] = []
     states: list[State] = []
@@ -255,7 +254,7 @@ class Store:
                     f"expert {expert.task!r}: {path} is not there any more; it was stored as a link. Put it back, or "
                     "forget the task"
                 )
-            if _whole_print(prints(open_checkpoint(path))) != expert.linked:
+            if print_of(open_checkpoint(path)) != expert.linked:
                 raise CfmergeError(
                     f"expert {expert.task!r}: {path} has changed since it was stored as a link; forget the task and "
                     "store it again, without a link where the file is written over"
@@ -285,29 +284,3 @@ def _replace(file: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def prints(source: Source) -> dict[str, str]:
-    """`{tensor: hash of its header and of its first and last entries}`."""
-    return {name: _print(source, name) for name in sorted(source.tensors)}
-
-
-def linked_print(source: Source) -> str:
-    """The hash by which a model that lies elsewhere is known again."""
-    return _whole_print(prints(source))
-
-
-def _whole_print(parts: Mapping[str, str]) -> str:
-    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:32]
-
-
-def _print(source: Source, name: str) -> str:
-    info = source.tensors[name]
-    digest = hashlib.sha256(f"{info.shape}".encode())
-    size = int(np.prod(info.shape, dtype=np.int64))
-    grain = source.grain(name)
-    count = min(size, -(-SAMPLE // grain) * grain)
-    for first in sorted({0, max(0, (size - count) // grain * grain)}) if size else ():
-        values = source.read(name, first, min(count, size - first))
-        digest.update(np.asarray(values).astype(np.float64).tobytes())
-    return digest.hexdigest()[:16]

@@ -103,7 +103,8 @@ def _follows(rule: Rule, count: int, window: int | None) -> bool:
     numbers = list(range(1, count + 2))
     before, after = numbers[:-1][-(window or count) :], numbers[-(window or count + 1) :]
     kept, wanted = coefficients(rule, before), coefficients(rule, after)
-    assert kept is not None and wanted is not None
+    assert kept is not None
+    assert wanted is not None
     changed = {count + 1, *before} - {*after} | {count + 1} | ({after[0]} if window else set())
     taken = step(kept, wanted, changed)
     return taken.running is not None and set(taken.experts) <= changed
