@@ -151,7 +151,7 @@ def sweep(
         "cfmerge merge --base BASE --statistics ALL -o OUT",
     ),
 )
-@o.takes_recipe("dtype", "format", "shard_size", "side_files", "adapter_out")
+@o.takes_recipe("dtype", "format", "shard_size", "side_files", "adapter_out", "unmerged")
 def accumulate(
     asked: Recipe,
     *,

@@ -95,6 +95,10 @@ RECIPE: dict[str, Any] = {
         str | None,
         option("--vocabulary", metavar="CHOICE", panel=HOW, help="Tokens: base, union, an expert's."),
     ],
+    "unmerged": Annotated[
+        str | None,
+        option("--unmerged", metavar="NAME", panel=HOW, help="Model of integers, buffers: NAME, PATH."),
+    ],
     "allow": Annotated[
         list[str] | None,
         option("--allow", metavar="CASE", panel=HOW, help="one-expert, duplicate-experts, ..."),
