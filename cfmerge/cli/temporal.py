@@ -297,7 +297,7 @@ def run(
     from cfmerge.temporal.running import read_scores
 
     table = read_scores(scores) if scores is not None else None
-    rules = {"protocol": protocol, "init": init_rule, "deploy": deploy_rule}
+    rules: dict[str, Any] = {"protocol": protocol, "init": init_rule, "deploy": deploy_rule}
     with _progress(json, quiet) as progress:
         done = run_setting(
             setting, store, base, experts, output, stream=stream, scores=table, link=not copy, memory=memory,
