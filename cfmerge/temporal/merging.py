@@ -1,6 +1,7 @@
 """Merges of a store's models: ordinary recipes over its base, with the options that the store was made with."""
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,16 +11,21 @@ import msgspec
 import numpy as np
 
 from cfmerge import hub
+from cfmerge.engine.checks import check_agreement
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import located
+from cfmerge.formats import Source, located, open_checkpoint
 from cfmerge.formats.adapters import is_adapter
+from cfmerge.formats.naming import format_by_name, in_format
 from cfmerge.models import is_float
 from cfmerge.models.deltas import Dense
+from cfmerge.models.names import unchanged
 from cfmerge.planning.work import Progress
 from cfmerge.products.convert import convert
+from cfmerge.products.convert import copied as copied_files
 from cfmerge.products.plan import Plan, as_recipe, make_plan
 from cfmerge.recipe import Expert, Recipe
 from cfmerge.report.result import MergeResult
+from cfmerge.temporal.rules import rule
 from cfmerge.temporal.store import Store
 
 # what a store's merges may be told; `of_output` alone are for the model that goes out, not for running models
@@ -68,10 +74,14 @@ def checked(store: Store, path: str, task: str) -> Plan:
     """The plan of a merge of one model, which fits the store's base and holds finite numbers alone.
 
     Raises:
-        CfmergeError: it does not.
+        CfmergeError: it does not; or its integers differ from the base's, where a rule merges and no exception to the
+            method says that the base's are kept.
     """
-    plan = make_plan(recipe_of(store, [Part(task, path)], "average", running=True))
+    name = re.sub(r"[/\\\0[\]]+", "_", task).strip(".") or "expert"  # as experts may be called in a recipe
+    plan = make_plan(recipe_of(store, [Part(name, path)], "average", running=True))
     expert = plan.experts[0]
+    if any(rule(text).name not in {"base", "last"} for text in (store.book.init, store.book.deploy)):
+        _check_agreement(plan)
     for job in plan.work.merged:
         source = job.sources[0]
         for first in range(0, job.parameter.size, PIECE) if source else ():
@@ -85,16 +95,44 @@ def checked(store: Store, path: str, task: str) -> Plan:
     return plan
 
 
-def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: str) -> None:
-    """Writes one model as it is; an adapter, or a model whose form the options change, as the model that it makes."""
-    of_output = [key for key in OF_OUTPUT if key in store.book.options]
-    if path != store.base_path and (of_output or is_adapter(located(path, False, None))):
+def _check_agreement(plan: Plan) -> None:
+    """Raises `CfmergeError` where a tensor that is not merged differs from the base's."""
+    for job in plan.work.jobs:
+        if job.assignment.agree:
+            try:
+                check_agreement(plan.work, job, plan.work.base.tensors.read(job.name))
+            except CfmergeError as error:
+                raise CfmergeError(f"{error}; a store takes its rules when it is made") from None
+
+
+def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: str, *, by_rules: bool = False) -> None:
+    """Writes one model as it is, in files that lie as the base's do.
+
+    An adapter, or a model of other names, shapes or dtypes than the output's, is added to the base.
+
+    Args:
+        by_rules: exceptions to the method, which may keep the base's tensors, are for it too.
+    """
+    changing = [*OF_OUTPUT, *(("rules", "heads") if by_rules else ())]
+    if any(key in store.book.options for key in changing) or is_adapter(located(path, False, None)):
         merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, note=note)
-    elif of_output:
-        options = {key: store.book.options[key] for key in of_output if key in {"format", "shard_size"}}
-        convert(path, output, overwrite=how.get("overwrite", False), progress=how.get("progress"), **options)
-    else:
-        convert(path, output, overwrite=how.get("overwrite", False), progress=how.get("progress"))
+        return
+    options: dict[str, Any] = {key: how[key] for key in ("overwrite", "progress") if how.get(key) is not None}
+    if path == store.base_path:
+        convert(path, output, **options)
+        return
+    source, base = open_checkpoint(path), store.base
+    headers = _headers(source)
+    if headers != _headers(base):
+        merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, note=note)
+        return
+    format, files = format_by_name(output, None), source.side_files or base.side_files
+    folders = [in_format(folder, format) for folder in base.folders]
+    copied_files(source, output, unchanged(headers), folders, format, files, **options)
+
+
+def _headers(source: Source) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
 
 
 def take_in(path: str, place: Path, progress: Progress | None) -> None:
