@@ -6,10 +6,11 @@ from typing import Any
 
 from cfmerge.core.expressions import expression
 from cfmerge.products.accumulate import solve
+from cfmerge.temporal.book import State
 from cfmerge.temporal.merging import OF_OUTPUT, Part, copied, merged
 from cfmerge.temporal.rules import All, Base, Last, Paint, Rule
 from cfmerge.temporal.states import SUM, expert_of, follow, kind_of, scale_of
-from cfmerge.temporal.store import State, Store
+from cfmerge.temporal.store import Store
 
 
 def write_model(store: Store, rule: Rule, output: Path, how: Mapping[str, Any]) -> None:
@@ -49,8 +50,8 @@ def write_model(store: Store, rule: Rule, output: Path, how: Mapping[str, Any]) 
 def _of_state(store: Store, rule: Rule, state: State, output: Path, how: Mapping[str, Any], note: str) -> None:
     if not state.path:
         number = expert_of(state)
-        path = store.base_path if number is None else store.readable(store.expert(number))
-        return copied(store, path, output, how, note, by_rules=True)
+        whole = store.base_path if number is None else store.readable(store.expert(number))
+        return copied(store, whole, output, how, note, by_rules=True)
     path = store.where(state.path)
     if kind_of(store, rule) == "statistics":
         assert isinstance(rule, All)

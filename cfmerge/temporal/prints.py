@@ -20,7 +20,7 @@ def prints(source: Source) -> dict[str, str]:
 
 def prints_of_tree(tree: Any, saved: Mapping[str, str]) -> dict[str, str]:
     """The same of a tree of parameters, without the names that files hold once, as `saved` has them."""
-    source = ArraysSource(named_arrays(tree, "base", trees=True), "base", "(a tree)", {})
+    source: Any = ArraysSource(named_arrays(tree, "base", trees=True), "base", "(a tree)", {})
     return {name: value for name, value in prints(source).items() if name in saved or name not in source.ties}
 
 

@@ -20,6 +20,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.planning.work import Progress
 from cfmerge.products.files import save
 from cfmerge.products.loading import load
+from cfmerge.temporal.book import BOOK, Expert
 from cfmerge.temporal.making import write_model
 from cfmerge.temporal.merging import base_name, checked, checked_options, take_in
 from cfmerge.temporal.metrics import check_tasks
@@ -29,7 +30,7 @@ from cfmerge.temporal.prints import print_of, prints, prints_of_tree
 from cfmerge.temporal.report import Report, report_of
 from cfmerge.temporal.rules import Rule, rule
 from cfmerge.temporal.states import check_forgettable, follow
-from cfmerge.temporal.store import BOOK, Expert, Store
+from cfmerge.temporal.store import Store
 from cfmerge.temporal.telling import Told, told
 
 

@@ -24,10 +24,11 @@ from cfmerge.core.numbers import is_number
 from cfmerge.errors import CfmergeError
 from cfmerge.products.accumulate import accumulate_recipe
 from cfmerge.statistics import Statistics
+from cfmerge.temporal.book import Expert, State
 from cfmerge.temporal.coefficients import coefficients, step
 from cfmerge.temporal.merging import Part, merged, recipe_of
 from cfmerge.temporal.rules import All, Base, Ema, Last, Paint, Rule
-from cfmerge.temporal.store import Expert, State, Store
+from cfmerge.temporal.store import Store
 
 DRIFT = 100.0  # roundings that may add up in a running model before it is made anew, where the experts are there
 SUM = "task_arithmetic(scale=1.0)"

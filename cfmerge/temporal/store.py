@@ -14,82 +14,17 @@ forgotten it. So a stop at any moment leaves the store as it was before the chan
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import Source, located, open_checkpoint
 from cfmerge.formats.staged import STAGING
+from cfmerge.temporal.book import BASE, BOOK, Book, Expert, read_book, replace, telling
 from cfmerge.temporal.prints import print_of, prints
-
-BOOK, BASE = "time.json", "base.json"
-VERSION = 1
-
-
-class Expert(msgspec.Struct):
-    """An expert: its task, its number (from 1, never given twice), and where it lies."""
-
-    task: str
-    number: int
-    path: str  # in the store, or absolute for one that is linked
-    linked: str = ""  # the hash of one that lies elsewhere
-    gone: bool = False  # its tensors are no longer kept
-
-    @property
-    def key(self) -> str:
-        safe = re.sub(r"[^\w=-]+", "_", self.task)
-        return f"{self.number:04d}-{safe.encode()[:80].decode(errors='ignore')}"
-
-
-class State(msgspec.Struct):
-    """A running model or statistics: what they hold, and of which experts.
-
-    Attributes:
-        rule: the text of the rule that it is for.
-        kind: see `states.py`.
-        path: in the store; "" where it is one expert as it is.
-        through: the experts that are in it, in their order.
-        coefficients: theirs, where it is a weighted sum.
-        numbers: what else the next step needs.
-        drift: how often rounding may have added up, in units of one rounding.
-    """
-
-    rule: str
-    kind: str
-    path: str
-    through: list[int]
-    coefficients: dict[int, float] = {}
-    numbers: dict[str, list[float]] = {}
-    drift: float = 1.0
-
-
-class Book(msgspec.Struct):
-    """All that a store knows, as `time.json` has it.
-
-    Attributes:
-        scores: `{number of the newest expert: {name: score}}` of the model that was deployed then; 0 is the base.
-        options: of every merge, as a recipe has them.
-    """
-
-    base: str
-    init: str
-    deploy: str
-    window: int | None = None
-    keep: int | None = None
-    tasks: list[str] = []
-    held_out: list[str] = []
-    trained: dict[str, list[str]] = {}
-    options: dict[str, Any] = {}
-    experts: list[Expert] = []
-    states: list[State] = []
-    scores: dict[int, dict[str, float]] = {}
-    order: list[str] = []  # tasks by the experts' numbers, those that are forgotten too
-    version: int = VERSION
 
 
 class Store:
@@ -115,9 +50,9 @@ class Store:
         cls.check_new(path)
         store = cls(path, book)
         source = store.source(store.base_path)
-        with _told(path):
+        with telling(path):
             path.mkdir(parents=True, exist_ok=True)
-            _replace(path / BASE, msgspec.json.encode(prints(source)))
+            replace(path / BASE, msgspec.json.encode(prints(source)))
             store.write()
         return store
 
@@ -134,22 +69,11 @@ class Store:
         Raises:
             CfmergeError: there is none, or its book cannot be read.
         """
-        file = path / BOOK
-        if not file.is_file():
-            there = "is no store" if path.exists() else "there is no such store"
-            raise CfmergeError(f"store {path}: {there} ({BOOK} is missing); make one with its base: cfmerge time init")
-        try:
-            book = msgspec.json.decode(file.read_bytes(), type=Book)
-        except (msgspec.DecodeError, OSError) as error:
-            raise CfmergeError(f"{file}: cannot be read as a store's book: {error}; restore it from a copy") from None
-        if book.version > VERSION:
-            raise CfmergeError(f"{file}: was written by a later version of cfmerge ({book.version}, not {VERSION})")
-        _check(file, book)
-        return cls(path, book)
+        return cls(path, read_book(path))
 
     def write(self) -> None:
         """Makes the book's state last: the file is the old one or the new one at any moment."""
-        _replace(self.path / BOOK, msgspec.json.format(msgspec.json.encode(self.book), indent=1))
+        replace(self.path / BOOK, msgspec.json.format(msgspec.json.encode(self.book), indent=1))
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -158,7 +82,7 @@ class Store:
         Raises:
             CfmergeError: another process changes it now, or it cannot be written.
         """
-        with _told(self.path), (self.path / ".lock").open("w") as lock:
+        with telling(self.path), (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -314,50 +238,3 @@ class Store:
 
 def _plain(path: Path) -> str:
     return "" if path.name.startswith(".") else path.name
-
-
-@contextlib.contextmanager
-def _told(store: Path) -> Iterator[None]:
-    """Errors of the file system as `CfmergeError`."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"{error.strerror or error} ({error.filename or store})"
-        raise CfmergeError(f"store {store}: cannot be written: {reason}; what it held before is kept") from None
-
-
-def _check(file: Path, book: Book) -> None:
-    """Raises `CfmergeError` where a book that somebody has edited contradicts itself."""
-    numbers, tasks = [one.number for one in book.experts], [one.task for one in book.experts]
-    wrong = [
-        f"{key} counts experts, at least 1; found {value}"
-        for key, value in (("window", book.window), ("keep", book.keep))
-        if value is not None and value < 1
-    ]
-    if numbers != sorted(set(numbers)) or any(not 1 <= number <= len(book.order) for number in numbers):
-        wrong.append(
-            f"the experts' numbers should rise, from 1 to {len(book.order)}, which `order` has; found {numbers}"
-        )
-    elif len(set(tasks)) < len(tasks) or [book.order[number - 1] for number in numbers] != tasks:
-        wrong.append(f"the experts' tasks should be those of `order` by their numbers, each once; found {tasks}")
-    if wrong:
-        raise CfmergeError(f"{file}: {wrong[0]}; restore it from a copy")
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Replaces a file whole."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, file)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
