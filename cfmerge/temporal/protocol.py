@@ -316,7 +316,7 @@ class Time:
         Raises:
             CfmergeError: a name that is no task of the store (with the nearest), or a step that has not come.
         """
-        with self._store.changing():
+        with self._store.changing(writes=False):
             book = self._store.book
             at = self.step if step is None else step
             if not 0 <= at <= self.step:
@@ -344,7 +344,7 @@ class Time:
             return
         name = base_name(base)
         if name != self._store.book.base:
-            with self._store.changing():
+            with self._store.changing(writes=False):
                 self._store.check_base(name, prints(self._store.source(name)))
                 self._store.book.base = name
                 self._store.write()

@@ -67,10 +67,9 @@ def follow(store: Store, rule: Rule, how: Mapping[str, Any]) -> State | None:
             return old
         new = NEXT[kind](store, rule, old, wanted, how)
         store.book.states = [one for one in store.book.states if one.rule != rule.text] + [new]
-        if store.leaving is not None:
-            continue  # forgetting writes the book once, at its end
-        store.write()
-        if old is not None and old.path:
+        if store.leaving is None:  # else the book is written once, at the end
+            store.write()
+        if old is not None and old.path not in {"", *(one.path for one in store.written.states)}:
             shutil.rmtree(store.where(old.path), ignore_errors=True)
 
 

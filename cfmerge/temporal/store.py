@@ -76,8 +76,11 @@ class Store:
         replace(self.path / BOOK, msgspec.json.format(msgspec.json.encode(self.book), indent=1))
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
+    def changing(self, *, writes: bool = True) -> Iterator[None]:
         """A lock while the store changes; before and after, the book is read and what it does not tell of is removed.
+
+        Args:
+            writes: running models are brought up to date, so that none that was stopped is gone on with later.
 
         Raises:
             CfmergeError: another process changes it now, or it cannot be written.
@@ -87,20 +90,31 @@ class Store:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CfmergeError(f"store {self.path}: another process changes it now; wait for it") from None
-            self.book = self.opened(self.path).book
+            self.book = self.written
             self._tidy()
             try:
                 yield
+                self.book = self.written
+                self._tidy(done=writes)
             finally:
-                self.book = self.opened(self.path).book
+                self.book = self.written
                 self._tidy()
 
-    def _tidy(self) -> None:
-        """Removes experts and states that the book does not know; a merge that can go on stays."""
+    @property
+    def written(self) -> Book:
+        """The book as it lies in the store."""
+        return read_book(self.path)
+
+    def _tidy(self, done: bool = False) -> None:
+        """Removes experts and states that the book does not know.
+
+        Args:
+            done: merges that were stopped too, since none of them will be gone on with.
+        """
         known = {one.path for one in self.book.experts if not one.gone} | {one.path for one in self.book.states}
         for folder in (self.path / "experts", self.path / "states"):
             for path in folder.iterdir() if folder.is_dir() else ():
-                if str(path.relative_to(self.path)) not in known and not STAGING.fullmatch(path.name):
+                if str(path.relative_to(self.path)) not in known and (done or not STAGING.fullmatch(path.name)):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def check_output(self, output: Path) -> None:

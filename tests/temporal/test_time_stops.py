@@ -10,6 +10,8 @@ import pytest
 
 import cfmerge
 from cfmerge import temporal
+from cfmerge.temporal import states
+from cfmerge.temporal.merging import merged
 
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 BASE, *TREES = [
@@ -104,3 +106,37 @@ def test_a_call_that_is_killed_is_made_again(rule, how, call, tmp_path):
         for name in BASE:
             np.testing.assert_array_equal(got[name], expected[name])
         assert listed(time.path) == files
+
+
+@pytest.mark.parametrize("place", ["states/.ema-0001-0a1b2c3d", "experts/.0002-t9", "..deploy.new", "..init.new"])
+def test_a_merge_that_was_killed_and_is_not_gone_on_with_leaves_nothing(place, tmp_path):
+    """Another expert has come in between, so that the same merge never comes again."""
+    time = temporal.Time(tmp_path / "store", BASE, init="ema(weight=0.5)", deploy="ema(weight=0.5)")
+    time.store(TREES[0], "t1")
+    left = time.path / f"{place}.cfmerge-12345678"
+    left.mkdir(parents=True)
+    (left / ".cfmerge-journal").write_text("{}\n{}\n{}\n")
+    temporal.Time(time.path).evaluate({"t1": 0.5})
+    assert left.exists()  # a merge may go on there
+    time.store(TREES[1], "t2")
+    time.deploy()
+    time.init()
+    assert not left.exists()
+
+
+def test_forgetting_does_not_pile_up_running_models(tmp_path, monkeypatch):
+    """One that is made again of all experts is made in steps, and each step needs the one before alone."""
+    time = temporal.Time(tmp_path / "store", BASE, init="base", deploy="ema(technique='magmax(scale=1.0)')")
+    for number, tree in enumerate(TREES):
+        time.store(tree, f"t{number}")
+    time.deploy()
+    there = []
+
+    def counted(*arguments, **how):
+        result = merged(*arguments, **how)
+        there.append(len(list((time.path / "states").iterdir())))
+        return result
+
+    monkeypatch.setattr(states, "merged", counted)
+    time.forget("t0")
+    assert (len(there), max(there)) == (4, 3)  # with the one that the book tells of until the end
