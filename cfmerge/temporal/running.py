@@ -108,8 +108,15 @@ def run_setting(
         checked(known, chosen.adaptation, chosen.held_out)
         if step not in range(len(found) + 1):
             raise CfmergeError(f"scores of step {step!r}: there are steps 0 (the base) to {len(found)}")
-    known = {"tasks": chosen.adaptation, "held_out": chosen.held_out, "trained": chosen.trained}
-    time = Time(store, base, **known, **rules, **(options or {}))
+    time = Time(
+        store,
+        base,
+        tasks=chosen.adaptation,
+        held_out=chosen.held_out,
+        trained=chosen.trained,
+        **rules,
+        **(options or {}),
+    )
     if time.done != list(chosen.tasks[: len(time.done)]):
         raise CfmergeError(
             f"store {time.path}: holds the experts {', '.join(time.done)}, in this order; stream {chosen.stream!r} "
