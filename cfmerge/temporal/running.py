@@ -95,7 +95,7 @@ def run_setting(
         scores: by step, those that are known; or a function that evaluates a model: it gets the step and the path, and
             is called where a step lacks scores.
         link: refer to the experts where they lie in place of copying them into the store.
-        options: of every merge, see `Time`.
+        options: what else a new store is made with, see `Time`: window, keep, options of every merge.
         **how: memory, devices and progress, as for `cfmerge.merge`.
 
     Raises:
@@ -132,9 +132,12 @@ def run_setting(
         if model.exists():
             models[step] = model
     run = Run(chosen, time, models, waiting)
-    for step in run.unscored if callable(scores) else table:
-        if step in models:
-            time.evaluate(scores(step, models[step]) if callable(scores) else table[step], step)
+    for step, given in table.items():
+        time.evaluate(given, step)
+    if callable(scores):
+        for step in run.unscored:
+            if step in models:
+                time.evaluate(scores(step, models[step]), step)
     return run
 
 
