@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,26 +92,28 @@ class Report:
         """Whether there is any score."""
         return any(self.history.values())
 
-    @property
+    @functools.cached_property
     def is_fraction(self) -> bool:
         """Whether all scores lie between -1 and 1."""
         return all(abs(score) <= 1 for scores in self.history.values() for score in scores.values())
 
+    @functools.cached_property
+    def steps_of(self) -> dict[str, list[int]]:
+        """By task, the steps that trained it; none for a held-out task."""
+        steps: dict[str, list[int]] = {task: [] for task in (*self.tasks, *self.held_out)}
+        for step, name in enumerate(self.order, 1):
+            for task in trained_by(name, self.trained):
+                if task in steps:
+                    steps[task].append(step)
+        return steps
+
+    def first_step(self, task: str) -> int:
+        """The first step that trained a task; one past the last where none did."""
+        return min(self.steps_of[task], default=len(self.order) + 1)
+
     def sorted_tasks(self) -> list[str]:
         """The adaptation tasks in the order in which steps trained them, those that no step trained last."""
-        first: dict[str, int] = {}
-        for step, name in enumerate(self.order):
-            for task in trained_by(name, self.trained):
-                first.setdefault(task, step)
-        return sorted(self.tasks, key=lambda task: first.get(task, len(self.order)))
-
-    def trains(self, step: int, task: str) -> bool:
-        """Whether the expert that `step` stored was trained on `task`."""
-        return step > 0 and task in trained_by(self.order[step - 1], self.trained)
-
-    def has_seen(self, step: int, task: str) -> bool:
-        """Whether a step up to `step` trained the task; held-out tasks are not asked about: True."""
-        return task in self.held_out or any(self.trains(before, task) for before in range(step + 1))
+        return sorted(self.tasks, key=self.first_step)
 
     def _headline(self) -> str:
         """The last step that has a geometric mean, beside the base."""
@@ -155,11 +158,9 @@ class Report:
 
     def _cell(self, step: int, task: str) -> str:
         text = self.shown(self.history.get(step, {}).get(task))
-        if task in self.held_out:
-            return text
-        if self.trains(step, task):
+        if step in self.steps_of[task]:
             return f"**{text}**"
-        return text if self.has_seen(step, task) else f"*{text}*"
+        return text if task in self.held_out or step > self.first_step(task) else f"*{text}*"
 
 
 DEFINITIONS = """\
