@@ -122,8 +122,8 @@ def draw_matrix(axes: Any, report: Report, size: float) -> Any:
         start += len(tasks) + GAP
     axes.set_xlim(-0.5, len(report.order) + 0.5)
     axes.set_ylim(start - GAP - 0.5, -0.5)
-    every = math.ceil(len(ticks) / (TALLEST / 0.15))
-    axes.set_yticks([*ticks.values()][::every], [_short(task) for task in ticks][::every], fontsize=9)
+    shown = math.ceil(len(ticks) / (TALLEST / 0.15))
+    axes.set_yticks([*ticks.values()][::shown], [_short(task) for task in ticks][::shown], fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return mesh
