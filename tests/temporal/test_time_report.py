@@ -137,6 +137,11 @@ def test_more_than_a_hundred_steps_have_a_picture_of_bounded_size():
         assert 20 < len(axis) < 250
 
 
+def test_a_report_without_any_task_is_written_too(tmp_path):
+    report_of({}, [], [], []).save(tmp_path / "report")
+    assert (tmp_path / "report" / "scores.png").is_file()
+
+
 def test_a_report_without_scores_is_written_too(tmp_path):
     report = report_of({}, ["birds"], TASKS, HELD_OUT)
     assert "No step has a geometric mean yet." in report.markdown()
