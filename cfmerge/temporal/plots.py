@@ -34,7 +34,7 @@ def picture(report: Report) -> Any:
 
     columns = len(report.order) + 1
     names = [_short(name, 18) for name in ("base", *report.order)]
-    count = len(report.tasks) + len(report.held_out)
+    count = max(len(report.tasks) + len(report.held_out), 1)
     step = min(max(0.72, 5.2 / columns), 1.2) if columns <= 14 else min(0.46, WIDEST / columns)  # inches, as all below
     row = 0.32 if count <= 16 else min(0.23, TALLEST / count)
     rows = row * (count + (GAP if report.held_out else 0))
@@ -122,8 +122,8 @@ def draw_matrix(axes: Any, report: Report, size: float) -> Any:
         start += len(tasks) + GAP
     axes.set_xlim(-0.5, len(report.order) + 0.5)
     axes.set_ylim(start - GAP - 0.5, -0.5)
-    every = math.ceil(len(ticks) / (TALLEST / 0.15))
-    axes.set_yticks([*ticks.values()][::every], [_short(task) for task in ticks][::every], fontsize=9)
+    shown = math.ceil(max(len(ticks), 1) / (TALLEST / 0.15))
+    axes.set_yticks([*ticks.values()][::shown], [_short(task) for task in ticks][::shown], fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return mesh

@@ -23,6 +23,10 @@ NO_NUMBER = "-"
 class Report:
     """All that is told of a store's scores; made by `report_of`.
 
+        >>> report = temporal.report_of({0: {"birds": 0.25, "cars": 0.5}}, [], ["birds", "cars"], [])
+        >>> report.shown(report.rows[0].knowledge_accumulation), report.rows[0].geometric_mean
+        ('0.375', None)
+
     Attributes:
         history: scores by step and task.
         order: the experts' names, in the order in which they were stored.
@@ -144,7 +148,7 @@ class Report:
             for metric, reason in row.undefined.items():
                 reasons.setdefault(reason, []).append(NAMES[metric])
             lines += [
-                f"- step {row.step}, {' and '.join(metrics)}: {reason}"
+                f"- {reason}" if len(metrics) == len(NAMES) else f"- step {row.step}, {' and '.join(metrics)}: {reason}"
                 for reason, metrics in reasons.items()
                 if not reason.endswith("is not defined") and "last trained before" not in reason
             ]
@@ -157,7 +161,10 @@ class Report:
         return _table(["task", *(f"{step} {name}" for step, name in enumerate(["base", *self.order]))], rows)
 
     def _cell(self, step: int, task: str) -> str:
-        text = self.shown(self.history.get(step, {}).get(task))
+        score = self.history.get(step, {}).get(task)
+        text = self.shown(score)
+        if score is None:
+            return text
         if step in self.steps_of[task]:
             return f"**{text}**"
         return text if task in self.held_out or step > self.first_step(task) else f"*{text}*"
