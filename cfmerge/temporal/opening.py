@@ -9,7 +9,7 @@ from cfmerge.products.files import save
 from cfmerge.temporal.merging import base_name
 from cfmerge.temporal.metrics import check_tasks
 from cfmerge.temporal.rules import Rule, protocol, rule
-from cfmerge.temporal.store import Book, Store
+from cfmerge.temporal.store import IN_STORE, Book, Store
 from cfmerge.temporal.telling import check_keep
 
 
@@ -48,11 +48,11 @@ def made(path: Path, base: Any, rules: tuple[Rule, Rule] | None, asked: Mapping[
     check_tasks(asked["tasks"] or [], asked["held_out"] or [])
     tree = not isinstance(base, str | Path)
     given = {key: value for key, value in asked.items() if value is not None}
-    book = Book("base" if tree else base_name(base), rules[0].text, rules[1].text, **given)
+    book = Book(IN_STORE if tree else base_name(base), rules[0].text, rules[1].text, **given)
     for one in rules:
         check_keep(Store(path, book), one)
     if tree:
-        save(base, path / "base", overwrite=True)
+        save(base, path / IN_STORE, overwrite=True)
     return Store.made(path, book)
 
 

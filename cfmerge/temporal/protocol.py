@@ -111,22 +111,24 @@ class Time:
     @property
     def rules(self) -> tuple[Rule, Rule]:
         """The rules (init, deploy)."""
-        return rule(self._store.book.init), rule(self._store.book.deploy)
+        book = self._store.book  # never changes
+        return rule(book.init), rule(book.deploy)
 
     @property
     def done(self) -> list[str]:
         """The tasks whose experts are in the store, oldest first."""
-        return [one.task for one in self._store.book.experts]
+        return [one.task for one in self._store.again().book.experts]
 
     @property
     def left(self) -> list[str]:
         """The adaptation tasks that have not come yet."""
-        return [task for task in self._store.book.tasks if task not in self._store.book.order]
+        book = self._store.again().book
+        return [task for task in book.tasks if task not in book.order]
 
     @property
     def step(self) -> int:
         """The number of the newest expert; 0 before the first."""
-        return self._store.next_number - 1
+        return self._store.again().next_number - 1
 
     @property
     def replay_file(self) -> Path:
@@ -281,14 +283,14 @@ class Time:
             store.leaving = None
 
     def _check_task(self, task: str) -> None:
-        if task in self.done:
+        book = self._store.book
+        if any(one.task == task for one in book.experts):
             raise CfmergeError(
                 f"store {self.path}: there is an expert of {task!r} already (step {self._store.named(task).number}); "
                 "give this one another name, or forget that one first"
             )
         if not task.strip():
             raise CfmergeError("an expert needs the name of its task")
-        book = self._store.book
         check_tasks(book.tasks or [task], book.held_out, [task], book.trained or None)
 
     def plan(self) -> tuple[Told, Told]:
@@ -297,6 +299,7 @@ class Time:
         It says where a step reads all experts, so that its cost grows with the number of tasks.
         """
         init, deploy = self.rules
+        self._store.again()
         return told(self._store, "init", init), told(self._store, "deploy", deploy)
 
     def evaluate(self, scores: Mapping[str, float], step: int | None = None) -> None:
@@ -310,20 +313,21 @@ class Time:
             CfmergeError: a name that is no task of the store (with the nearest), or a step that has not come.
         """
         with self._store.changing():
-            book = self._store.book
-            at = self.step if step is None else step
-            if not 0 <= at <= self.step:
-                raise CfmergeError(f"store {self.path}: step {at} has not come; the newest is {self.step}")
+            book, newest = self._store.book, self._store.next_number - 1
+            at = newest if step is None else step
+            if not 0 <= at <= newest:
+                raise CfmergeError(f"store {self.path}: step {at} has not come; the newest is {newest}")
             numbers = checked_scores(scores, book.tasks or book.order, book.held_out)
             book.scores[at] = {**book.scores.get(at, {}), **numbers}
             self._store.write()
 
     def report(self) -> Report:
         """The metrics of each step, and the scores by task; it has `markdown()`, `to_json()` and `save(directory)`."""
-        book = self._store.book
+        book = self._store.again().book
         about = {"store": self.path.name, "base": book.base, "init": book.init, "deploy": book.deploy}
         about |= {key: getattr(book, key) for key in ("window", "keep") if getattr(book, key) is not None}
-        forgotten = [task for task in book.order if task not in self.done]
+        there = {one.task for one in book.experts}
+        forgotten = [task for task in book.order if task not in there]
         about |= {"forgotten": ", ".join(forgotten)} if forgotten else {}
         tasks = book.tasks or list(dict.fromkeys(book.order))
         return report_of(book.scores, book.order, tasks, book.held_out, about, trained=book.trained or None)

@@ -28,6 +28,7 @@ from cfmerge.formats.staged import STAGING
 from cfmerge.temporal.prints import print_of, prints
 
 BOOK, BASE = "time.json", "base.json"
+IN_STORE = "base"  # a base that came as a tree
 VERSION = 1
 
 
@@ -114,7 +115,7 @@ class Store:
         """
         if path.exists() and (not path.is_dir() or set(map(_plain, path.iterdir())) - {"base", ""}):
             raise CfmergeError(f"store {path}: exists, and is no store (it has no {BOOK}); name another directory")
-        source = open_checkpoint(_where(path, book.base))
+        source = open_checkpoint(_base_of(path, book.base))
         path.mkdir(parents=True, exist_ok=True)
         store = cls(path, book)
         _replace(path / BASE, msgspec.json.encode(prints(source)))
@@ -140,6 +141,11 @@ class Store:
             raise CfmergeError(f"{file}: was written by a later version of cfmerge ({book.version}, not {VERSION})")
         return cls(path, book)
 
+    def again(self) -> "Store":
+        """The store, its book read again: another process may have changed it."""
+        self.book = self.opened(self.path).book
+        return self
+
     def write(self) -> None:
         """Makes the book's state last: the file is the old one or the new one at any moment."""
         _replace(self.path / BOOK, msgspec.json.format(msgspec.json.encode(self.book), indent=1))
@@ -156,13 +162,11 @@ class Store:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise CfmergeError(f"store {self.path}: another process changes it now; wait for it") from None
-            self.book = self.opened(self.path).book
-            self._tidy()
+            self.again()._tidy()
             try:
                 yield
             finally:
-                self.book = self.opened(self.path).book
-                self._tidy()
+                self.again()._tidy()
 
     def _tidy(self) -> None:
         """Removes experts and states that the book does not know; a merge that can go on stays."""
@@ -176,7 +180,7 @@ class Store:
 
     @property
     def base_path(self) -> str:
-        return str(_where(self.path, self.book.base))
+        return _base_of(self.path, self.book.base)
 
     @property
     def base(self) -> Source:
@@ -233,8 +237,8 @@ class Store:
         return len(self.book.order) + 1
 
     def where(self, path: str) -> Path:
-        """The place of a path of the book."""
-        return _where(self.path, path)
+        """The place of a path of the book: in the store, unless it is absolute."""
+        return self.path / path
 
     def readable(self, expert: Expert) -> str:
         """The path of an expert.
@@ -266,9 +270,9 @@ def _plain(path: Path) -> str:
     return "" if path.name.startswith(".") else path.name
 
 
-def _where(store: Path, path: str) -> Path:
-    """A path of the book: one that is not absolute lies in the store, or, of a base, is as the user wrote it."""
-    return store / path if (store / path).exists() else Path(path)
+def _base_of(store: Path, base: str) -> str:
+    """The path of a base: one that came as a tree lies in the store; others are absolute, or names of the hub."""
+    return str(store / base) if base == IN_STORE else base
 
 
 def _replace(file: Path, content: bytes) -> None:

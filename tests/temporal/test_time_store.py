@@ -258,6 +258,17 @@ def test_two_processes_do_not_change_a_store_at_once(tmp_path):
         other.store(TREES[1], "t2")
 
 
+def test_a_store_that_another_process_has_changed_is_seen_as_it_is_now(tmp_path):
+    time = made(tmp_path / "store", "all", count=1, tasks=NAMES[:2])
+    other = temporal.Time(tmp_path / "store")
+    other.deploy()
+    other.store(TREES[1], "t2")
+    other.evaluate({"t1": 0.5, "t2": 0.5})
+    assert (time.done, time.left, time.step) == (["t1", "t2"], [], 2)
+    assert time.plan()[1].reads == ("t2",)
+    assert time.report().rows[2].knowledge_accumulation == 0.5
+
+
 def test_what_a_stop_has_left_is_removed_and_the_call_made_again(tmp_path, monkeypatch):
     time = made(tmp_path / "store", "ema(weight=0.3)", count=1)
     (time.path / "experts" / "0002-t2").mkdir()  # written, but the book does not tell of it
