@@ -294,7 +294,7 @@ def run(
 ) -> None:
     """Run a published setting on checkpoints that are there: store, deploy, tell what to evaluate."""
     from cfmerge.temporal import run_setting
-    from cfmerge.temporal.running import read_scores
+    from cfmerge.temporal.setting_runs import read_scores
 
     table = read_scores(scores) if scores is not None else None
     rules: dict[str, Any] = {"protocol": protocol, "init": init_rule, "deploy": deploy_rule}
