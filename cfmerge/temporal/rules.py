@@ -17,6 +17,7 @@ S. Dziadzio et al., How to Merge Your Multimodal Models Over Time?, CVPR 2025, a
 
 import ast
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
@@ -236,6 +237,17 @@ def protocol(name: str) -> tuple[Rule, Rule]:
         raise CfmergeError(f"unknown protocol {name!r}{nearest(name, PROTOCOLS)}")
     init, deploy = PROTOCOLS[key]
     return rule(init), rule(deploy)
+
+
+def name_of(number: int, task: str) -> str:
+    """An expert's name in merges, of which random techniques make their keys."""
+    safe = re.sub(r"[^\w.=-]+", "_", task)
+    return f"{number:04d}-{safe[:80]}"
+
+
+def name_through(number: int) -> str:
+    """The name of a running model in merges; 0 is the base that it begins with."""
+    return f"through-{number:04d}"
 
 
 def interpolates(method: Method) -> bool:

@@ -26,7 +26,7 @@ from cfmerge.products.accumulate import accumulate_recipe
 from cfmerge.statistics import Statistics
 from cfmerge.temporal.coefficients import coefficients, step
 from cfmerge.temporal.merging import Part, merged, recipe_of
-from cfmerge.temporal.rules import All, Base, Ema, Last, Paint, Rule
+from cfmerge.temporal.rules import All, Base, Ema, Last, Paint, Rule, name_through
 from cfmerge.temporal.store import Expert, State, Store
 
 DRIFT = 100.0  # roundings that may add up in a running model before it is made anew, where the experts are there
@@ -124,7 +124,7 @@ def _pairs(store: Store, rule: Ema, old: State | None, wanted: list[int], how: M
         return State(rule.text, "pairs", "", left[:1])
     through = [*(old.through if old else []), left[0]]
     weights = dict(zip(("running", left[0]), rule.weights, strict=True))
-    first = Part("before 1", store.base_path) if old is None else _before(store, old)
+    first = Part(name_through(0), store.base_path) if old is None else _before(store, old)
     parts = [first._replace(weight=weights["running"]), *_parts(store, left[:1], {left[0]: weights[left[0]]})]
     output = _place(store, rule, through)
     merged(store, parts, expression(rule.method), output, how)
@@ -214,7 +214,7 @@ def _after(old: State | None, wanted: list[int]) -> tuple[State | None, list[int
 
 def _before(store: Store, old: State, weight: float = 1.0) -> Part:
     path = str(store.where(old.path)) if old.path else store.readable(store.expert(old.through[-1]))
-    return Part(f"through {old.through[-1]:04d}", path, weight)
+    return Part(name_through(old.through[-1]), path, weight)
 
 
 def _parts(store: Store, numbers: Any, weights: Mapping[int, float] | None = None) -> list[Part]:

@@ -14,7 +14,6 @@ forgotten it. So a stop at any moment leaves the store as it was before the chan
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import Source, open_checkpoint
 from cfmerge.formats.staged import STAGING
 from cfmerge.temporal.prints import print_of, prints
+from cfmerge.temporal.rules import name_of
 
 BOOK, BASE = "time.json", "base.json"
 IN_STORE = "base"  # a base that came as a tree
@@ -43,8 +43,7 @@ class Expert(msgspec.Struct):
 
     @property
     def key(self) -> str:
-        safe = re.sub(r"[^\w.=-]+", "_", self.task)
-        return f"{self.number:04d}-{safe[:80]}"
+        return name_of(self.number, self.task)
 
 
 class State(msgspec.Struct):
