@@ -17,7 +17,7 @@ from cfmerge.models import is_float
 from cfmerge.models.deltas import Dense
 from cfmerge.planning.work import Progress
 from cfmerge.products.convert import convert
-from cfmerge.products.plan import Plan, as_recipe, make_plan
+from cfmerge.products.plan import as_recipe, make_plan
 from cfmerge.recipe import Expert, Recipe
 from cfmerge.report.result import MergeResult
 from cfmerge.temporal.store import Store
@@ -45,12 +45,17 @@ def recipe_of(store: Store, parts: Sequence[Part], method: str, *, running: bool
     """
     told = store.book.options
     options = {key: told[key] for key in OPTIONS if key in told}
-    options |= {} if running else {key: told[key] for key in OF_OUTPUT if key in told}
+    options |= {} if running else of_output(store)
     if running and any(is_float(i.dtype.name) and i.dtype.itemsize < 4 for i in store.base.tensors.values()):
         options["dtype"] = "float32"
     options["allow"] = sorted({*told.get("allow", ()), *ALLOWED})
     experts = [Expert(path=part.path, name=part.name, weight=part.weight) for part in parts]
     return as_recipe(store.base_path, experts, method, {}, options)
+
+
+def of_output(store: Store) -> dict[str, Any]:
+    """The options of the models that go out."""
+    return {key: store.book.options[key] for key in OF_OUTPUT if key in store.book.options}
 
 
 def merged(
@@ -64,12 +69,8 @@ def merged(
     return result
 
 
-def checked(store: Store, path: str, task: str) -> Plan:
-    """The plan of a merge of one model, which fits the store's base and holds finite numbers alone.
-
-    Raises:
-        CfmergeError: it does not.
-    """
+def check_expert(store: Store, path: str, task: str) -> None:
+    """Raises `CfmergeError` unless a model fits the store's base and holds finite numbers alone."""
     plan = make_plan(recipe_of(store, [Part(task, path)], "average", running=True))
     expert = plan.experts[0]
     for job in plan.work.merged:
@@ -82,19 +83,15 @@ def checked(store: Store, path: str, task: str) -> Plan:
                     f"expert {task!r} ({path}): tensor {source!r} holds NaN or infinity; it is not stored. Train it "
                     "again, or leave the task out"
                 )
-    return plan
 
 
 def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: str) -> None:
     """Writes one model as it is; an adapter, or a model whose form the options change, as the model that it makes."""
-    of_output = [key for key in OF_OUTPUT if key in store.book.options]
-    if path != store.base_path and (of_output or is_adapter(located(path, False, None))):
+    options = of_output(store)
+    if {"dtype", "side_files"} & {*options} or is_adapter(located(path, False, None)):
         merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, note=note)
-    elif of_output:
-        options = {key: store.book.options[key] for key in of_output if key in {"format", "shard_size"}}
-        convert(path, output, overwrite=how.get("overwrite", False), progress=how.get("progress"), **options)
     else:
-        convert(path, output, overwrite=how.get("overwrite", False), progress=how.get("progress"))
+        convert(path, output, overwrite=how.get("overwrite", False), progress=how.get("progress"), **options)
 
 
 def take_in(path: str, place: Path, progress: Progress | None) -> None:

@@ -21,7 +21,7 @@ from cfmerge.planning.work import Progress
 from cfmerge.products.files import save
 from cfmerge.products.loading import load
 from cfmerge.temporal.making import write_model
-from cfmerge.temporal.merging import base_name, checked, checked_options, take_in
+from cfmerge.temporal.merging import base_name, check_expert, checked_options, take_in
 from cfmerge.temporal.metrics import check_tasks
 from cfmerge.temporal.metrics import checked as checked_scores
 from cfmerge.temporal.opening import check_same, completed, made, rules_of
@@ -204,35 +204,26 @@ class Time:
         """
         with self._store.changing():
             store, book = self._store, self._store.book
-            number = store.next_number
-            one = Expert(task, number, "")
             self._check_task(task)
-            tree = not isinstance(expert, str | Path)
-            if tree and link:
-                raise CfmergeError(f"expert {task!r}: a tree of parameters cannot be linked; leave link out")
-            place = store.path / "experts" / one.key
-            if tree:
-                save(expert, place)
-                try:
-                    checked(store, str(place), task)
-                except CfmergeError:
-                    shutil.rmtree(place)
-                    raise
+            one = Expert(task, store.next_number, "")
+            one.path = f"experts/{one.key}"
+            if not isinstance(expert, str | Path):
+                if link:
+                    raise CfmergeError(f"expert {task!r}: a tree of parameters cannot be linked; leave link out")
+                save(expert, store.where(one.path))  # which is removed where it is refused: no book tells of it
+                check_expert(store, str(store.where(one.path)), task)
             else:
-                checked(store, base_name(expert), task)
-            if link:
-                one.path = base_name(expert)
-                one.linked = print_of(open_checkpoint(one.path))
-            else:
-                one.path = str(place.relative_to(store.path))
-                if not tree:
-                    take_in(base_name(expert), place, progress)
+                check_expert(store, base_name(expert), task)
+                if link:
+                    one.path = base_name(expert)
+                    one.linked = print_of(open_checkpoint(one.path))
+                else:
+                    take_in(base_name(expert), store.where(one.path), progress)
             book.experts.append(one)
             book.order.append(task)
             store.write()
             if book.keep is not None:
-                how = {"memory": memory, "devices": devices, "progress": progress, "overwrite": True}
-                self._let_go(how)
+                self._let_go({"memory": memory, "devices": devices, "progress": progress, "overwrite": True})
 
     def _let_go(self, how: Mapping[str, Any]) -> None:
         """Brings the running models up, then lets go of the tensors of older experts than are kept."""
