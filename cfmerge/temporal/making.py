@@ -6,7 +6,7 @@ from typing import Any
 
 from cfmerge.core.expressions import expression
 from cfmerge.products.accumulate import solve
-from cfmerge.temporal.merging import Part, copied, merged, of_output
+from cfmerge.temporal.merging import Part, copied, merged, of_output, unmerged
 from cfmerge.temporal.rules import All, Base, Last, Paint, Rule
 from cfmerge.temporal.states import SUM, follow, kind_of, scale_of
 from cfmerge.temporal.store import State, Store
@@ -51,7 +51,9 @@ def _of_state(store: Store, rule: Rule, state: State, output: Path, how: Mapping
     path = store.where(state.path)
     if kind_of(store, rule) == "statistics":
         assert isinstance(rule, All)
-        solve(path, store.base_path, expression(rule.method), output=output, **of_output(store), **how)
+        solve(
+            path, store.base_path, expression(rule.method), output=output, **of_output(store), **unmerged(store), **how
+        )
         return None
     scale = scale_of(rule, state) if isinstance(rule, All) and state.kind == "running" else 1.0
     method = SUM if scale == 1 else f"task_arithmetic(scale={scale!r})"

@@ -11,10 +11,11 @@ import numpy as np
 
 from cfmerge import hub
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import located
+from cfmerge.formats import Source, located
 from cfmerge.formats.adapters import is_adapter
 from cfmerge.models import is_float
 from cfmerge.models.deltas import Dense
+from cfmerge.planning.unmerged import BASE
 from cfmerge.planning.work import Progress
 from cfmerge.products.convert import convert
 from cfmerge.products.plan import as_recipe, make_plan
@@ -23,9 +24,22 @@ from cfmerge.report.result import MergeResult
 from cfmerge.temporal.store import Store
 
 # what a store's merges may be told; `of_output` alone are for the model that goes out, not for running models
-OPTIONS = ("rules", "rename", "heads", "allow", "precision", "dequantize", "seed", "plugins", "download", "cache_dir")
+OPTIONS = (
+    "unmerged",
+    "rules",
+    "rename",
+    "heads",
+    "allow",
+    "precision",
+    "dequantize",
+    "seed",
+    "plugins",
+    "download",
+    "cache_dir",
+)
 OF_OUTPUT = ("dtype", "format", "shard_size", "side_files")
 ALLOWED = ("one-expert", "duplicate-experts", "base-as-expert")  # a running model may be any of these
+UNMERGED, NEWEST = "unmerged", "newest"
 PIECE = 1 << 24  # entries that are looked at at once
 
 
@@ -44,13 +58,22 @@ def recipe_of(store: Store, parts: Sequence[Part], method: str, *, running: bool
         running: the result is a running model: its floating-point tensors are float32 where the base's are narrower.
     """
     told = store.book.options
-    options = {key: told[key] for key in OPTIONS if key in told}
+    options = {key: told[key] for key in OPTIONS if key in told} | ({UNMERGED: BASE} if UNMERGED in told else {})
     options |= {} if running else of_output(store)
     if running and any(is_float(i.dtype.name) and i.dtype.itemsize < 4 for i in store.base.tensors.values()):
         options["dtype"] = "float32"
     options["allow"] = sorted({*told.get("allow", ()), *ALLOWED})
+    options |= {} if running or UNMERGED not in told else unmerged(store)
     experts = [Expert(path=part.path, name=part.name, weight=part.weight) for part in parts]
     return as_recipe(store.base_path, experts, method, {}, options)
+
+
+def unmerged(store: Store) -> dict[str, Any]:
+    """The option that says whose integers, buffers and objects a model has that goes out: the newest expert's."""
+    if store.book.options.get(UNMERGED) != NEWEST or not store.experts:
+        return {}
+    path = store.readable(store.experts[-1])
+    return {} if is_adapter(located(path, False, None)) else {UNMERGED: path}
 
 
 def of_output(store: Store) -> dict[str, Any]:
@@ -70,19 +93,33 @@ def merged(
 
 
 def check_expert(store: Store, path: str, task: str) -> None:
-    """Raises `CfmergeError` unless a model fits the store's base and holds finite numbers alone."""
+    """Raises `CfmergeError` unless a model fits the store's base: headers, integers, finite numbers alone."""
     plan = make_plan(recipe_of(store, [Part(task, path)], "average", running=True))
     expert = plan.experts[0]
-    for job in plan.work.merged:
+    for job in plan.jobs:
         source = job.sources[0]
-        for first in range(0, job.parameter.size, PIECE) if source else ():
-            delta = expert.delta(str(source), first, min(PIECE, job.parameter.size - first))
-            arrays = [delta.tensor] if isinstance(delta, Dense) else [delta.left, delta.right]
-            if not all(np.isfinite(np.asarray(array, np.float32)).all() for array in arrays):
-                raise CfmergeError(
-                    f"expert {task!r} ({path}): tensor {source!r} holds NaN or infinity; it is not stored. Train it "
-                    "again, or leave the task out"
-                )
+        if source is None:
+            continue
+        if job.assignment.agree and not np.array_equal(expert.read(source), store.base.read(job.name)):
+            raise CfmergeError(
+                f"expert {task!r} ({path}): integers {source!r} differ from the base's, and integers are not merged; "
+                f"make the store with {UNMERGED}='{NEWEST}' (--{UNMERGED} {NEWEST}), so that a model has those of the "
+                f"newest expert, or with '{BASE}'"
+            )
+        if job.assignment.action == "merge" and not _is_finite(expert, source, job.parameter.size):
+            raise CfmergeError(
+                f"expert {task!r} ({path}): tensor {source!r} holds NaN or infinity; it is not stored. Train it again, "
+                "or leave the task out"
+            )
+
+
+def _is_finite(expert: Source, name: str, size: int) -> bool:
+    for first in range(0, size, PIECE):
+        delta = expert.delta(name, first, min(PIECE, size - first))
+        arrays = [delta.tensor] if isinstance(delta, Dense) else [delta.left, delta.right]
+        if not all(np.isfinite(np.asarray(array, np.float32)).all() for array in arrays):
+            return False
+    return True
 
 
 def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: str) -> None:
@@ -122,6 +159,8 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
         raise CfmergeError(
             f"time: {unknown[0]!r} is no option of a store; there is: {', '.join((*OPTIONS, *OF_OUTPUT))}"
         )
+    if options.get(UNMERGED) not in {None, BASE, NEWEST}:
+        raise CfmergeError(f"time: {UNMERGED}={options[UNMERGED]!r}: write {BASE}, or {NEWEST} for the newest expert's")
     whole = as_recipe("base", [], "average", {}, dict(options))
     plain = msgspec.to_builtins(whole)
     return {key: plain[key] for key in options if plain[key] not in (None, [], False)}

@@ -63,7 +63,8 @@ class Time:
         held_out: tasks that are never trained, whose mean score is the zero-shot retention.
         trained: `{expert: adaptation tasks that its data belong to}`, where experts have names of their own.
         **options: of every merge, as in a recipe: rules, heads, rename, allow, precision, seed, plugins; and of the
-            models that go out: dtype, format, shard_size, side_files.
+            models that go out: dtype, format, shard_size, side_files; `unmerged="newest"`: integers, buffers and
+            objects are the newest expert's, not the base's, and experts may differ in them.
 
     Raises:
         CfmergeError: a store of another base or of other rules, rules that disagree, or no store and no base.
