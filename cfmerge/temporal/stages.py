@@ -180,7 +180,15 @@ class Time:
                 write_model(self._store, rule, new, how)
                 shutil.rmtree(target, ignore_errors=True)
                 new.rename(target)
+            self._keep_own_states()
         return target if like is None else load(target, like)
+
+    def _keep_own_states(self) -> None:
+        """Lets go of the running model of a rule that was used once."""
+        book, own = self._store.book, {one.text for one in self.rules}
+        if any(state.rule not in own for state in book.states):
+            book.states = [state for state in book.states if state.rule in own]
+            self._store.write()
 
     def store(
         self,

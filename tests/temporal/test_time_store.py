@@ -113,6 +113,14 @@ def test_both_axes_share_a_running_model(tmp_path):
     assert len(time._store.book.states) == len(list((time.path / "states").iterdir())) == 1
 
 
+def test_a_rule_that_is_used_once_leaves_no_running_model(tmp_path):
+    time = made(tmp_path / "store", "all", count=3)
+    close(time.deploy(like=BASE, rule="ema(weight=0.3)"), temporal.combined("ema(weight=0.3)", BASE, TREES[:3]))
+    assert not list((time.path / "states").iterdir())
+    time.deploy()
+    assert [state.rule for state in time._store.book.states] == ["all"]
+
+
 def test_a_step_reads_the_base_the_running_model_and_the_newest(tmp_path):
     time = made(tmp_path / "store", "ema(weight=0.3)", count=3)
     time.deploy()
