@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cfmerge import least_squares as least_squares
     from cfmerge import linalg as linalg
     from cfmerge import methods as methods
+    from cfmerge import temporal as temporal
     from cfmerge.errors import CfmergeError as CfmergeError
     from cfmerge.formats import open_checkpoint as open_checkpoint
     from cfmerge.products.accumulate import accumulate as accumulate
@@ -54,6 +55,7 @@ _PUBLIC = {
     "least_squares": "cfmerge.least_squares",
     "linalg": "cfmerge.linalg",
     "methods": "cfmerge.methods",
+    "temporal": "cfmerge.temporal",
     "open_checkpoint": "cfmerge.formats",
     "open": "cfmerge.products.files",
     "save": "cfmerge.products.files",

@@ -41,7 +41,7 @@ from jaxtyping import install_import_hook
 # each time its `def` is run, and methods are made of closures. The engine takes shapes that do not fit, and says so.
 # (So cfmerge is imported after this.)
 _package = Path(importlib.util.find_spec("cfmerge").submodule_search_locations[0])
-_rooms = ("*.py", "linalg/*.py", "methods/*.py", "compose/*.py")
+_rooms = ("*.py", "linalg/*.py", "methods/*.py", "compose/*.py", "temporal/*.py")
 _files = [file for room in _rooms for file in _package.glob(room) if '[Array, "' in file.read_text()]
 _modules = [".".join(("cfmerge", *file.relative_to(_package).with_suffix("").parts)) for file in _files]
 install_import_hook(_modules, "beartype.beartype")

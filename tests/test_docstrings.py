@@ -13,7 +13,13 @@ import pytest
 import cfmerge
 from cfmerge.core import registry
 
-ROOMS = ("linalg", "covariance", "least_squares", "compose")  # modules all of whose functions and classes are public
+ROOMS = (
+    "linalg",
+    "covariance",
+    "least_squares",
+    "compose",
+    "temporal",
+)  # modules all of whose functions and classes are public
 OF_ROOMS = [
     f"{room}.{name}"
     for room in ROOMS

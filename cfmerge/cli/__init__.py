@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 import cfmerge
-from cfmerge.cli import bench, composing, files, show, tables
+from cfmerge.cli import bench, composing, files, show, tables, temporal
 from cfmerge.cli import options as o
 from cfmerge.cli.allocator import keep_freed_memory
 from cfmerge.cli.ending import ended
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(temporal.app, name="time")
 app.add_typer(bench.app, name="bench")
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from cfmerge.cli.messages import tell
 from cfmerge.cli.runs import stages_of_run
-from cfmerge.cli.texts import make_stages
+from cfmerge.cli.texts import make_stages, values_of
 from cfmerge.errors import CfmergeError
 from cfmerge.recipe import Format, Recipe
 
@@ -244,13 +244,35 @@ def takes_recipe(
             for key in OF_RUN if runs
         ]  # fmt: skip
         named = inspect.Parameter("system", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=System)
-        parameters = [*([named] if system else []), file, *sorted([*own, *shared], key=_panel)]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
-        del run.__wrapped__
-        return run
+        return _taking(run, [*([named] if system else []), file, *sorted([*own, *shared], key=_panel)])
 
     return decorate
+
+
+def takes_options(*keys: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command's first argument is a mapping of some keys of a recipe, which get their options."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command).parameters.values())[1:]
+
+        @functools.wraps(command)
+        def run(*arguments: Any, **given: Any) -> None:
+            command(values_of({key: given.pop(key) for key in keys}), *arguments, **given)
+
+        shared = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RECIPE[key]) for key in keys
+        ]
+        return _taking(run, sorted([*own, *shared], key=_panel))
+
+    return decorate
+
+
+def _taking(run: Any, parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """The command with these parameters, for typer."""
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    del run.__wrapped__
+    return run  # type: ignore[no-any-return]
 
 
 def _panel(parameter: inspect.Parameter) -> int:

@@ -23,7 +23,7 @@ from cfmerge.products.trees import Arrays, Problem
 
 def build_trees(base: Any, experts: Any, system: Any, parameters: Mapping[str, Any] | None, rules: Any) -> Artifact:
     """The composed result of trees; see `build`."""
-    method = as_method(system, parameters)
+    method = as_method(system, parameters, composing=True)
     if not isinstance(method, Composer):
         raise CfmergeError(f"{method.name} makes one tree of parameters: use cfmerge.merge_params")
     trees = list(experts.values()) if isinstance(experts, Mapping) else list(experts)

@@ -9,6 +9,7 @@ import numpy as np
 
 from cfmerge import methods as registered
 from cfmerge.core.call import settle
+from cfmerge.core.part import Composer
 from cfmerge.core.several import members, several
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Method
@@ -180,14 +181,15 @@ def _check_moment(needed: str, parameter: Parameter, found: Any, method: str, wh
         raise CfmergeError(f"{who}: {kind} of {parameter.name!r} has shape {tuple(found.shape)}, expected {shape}")
 
 
-def as_method(method: str | Method, parameters: Mapping[str, Any] | None = None) -> Method:
+def as_method(method: str | Method, parameters: Mapping[str, Any] | None = None, *, composing: bool = False) -> Method:
     """The method: itself, or of the text that names it or a chain (`"trim(density=0.2) >> disjoint_mean"`).
 
     Raises:
-        CfmergeError: unknown, or a transform alone, or parameters of a method that has its own.
+        CfmergeError: unknown, or a transform alone, or parameters of a method that has its own; or a composer, unless
+            `composing`.
     """
     if isinstance(method, str):
-        return registered.make(method, parameters)
+        method, parameters = registered.make(method, parameters), None
     if not isinstance(method, Method):
         raise CfmergeError(
             f"method: expected a name such as 'ace', a chain as text, or a method such as cfmerge.methods.ace(); "
@@ -195,7 +197,21 @@ def as_method(method: str | Method, parameters: Mapping[str, Any] | None = None)
         )
     if parameters:
         raise CfmergeError(f"parameters {dict(parameters)}: method {method.name!r} has its own already")
+    if not composing:
+        check_result(method, composing=False)
     return method
+
+
+def check_result(method: Method, composing: bool) -> None:
+    """Raises `CfmergeError` where a method makes one checkpoint, and another result is asked for, or the other way."""
+    if isinstance(method, Composer) and not composing:
+        raise CfmergeError(
+            f"{method.name} makes a result that is not one checkpoint: use cfmerge compose {method.name} RECIPE -o OUT "
+            "(in Python cfmerge.compose.build)"
+        )
+    if composing and not isinstance(method, Composer):
+        known = ", ".join(registered.registry("composer"))
+        raise CfmergeError(f"{method.name} makes one checkpoint: use cfmerge merge; there is to compose: {known}")
 
 
 def methods_of(job: Job) -> tuple[Method, ...]:

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 
 from cfmerge import methods
-from cfmerge.core.part import Composer
 from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, open_checkpoint
@@ -16,7 +15,7 @@ from cfmerge.models import Parameter, classify, is_buffer, is_float
 from cfmerge.planning.assign import Choose, assign, treated_apart
 from cfmerge.planning.beside import beside_of
 from cfmerge.planning.experts import leave_untouched
-from cfmerge.planning.jobs import check_count, check_moments, settled_jobs, with_ranks
+from cfmerge.planning.jobs import check_count, check_moments, check_result, settled_jobs, with_ranks
 from cfmerge.planning.match import match_experts
 from cfmerge.planning.opening import open_models
 from cfmerge.planning.pair import Paired, pair_experts
@@ -62,7 +61,7 @@ def resolve(
     load_plugins(recipe.plugins)
     made = [methods.make(one.method, one.parameters) for one in asked.values()]
     for method in made:
-        _check_result(method, composing is not None)
+        check_result(method, composing is not None)
     if statistics is None and recipe.statistics is not None:
         statistics = Statistics.load(recipe.statistics)
     sums = sums or statistics is not None
@@ -145,18 +144,6 @@ def resolve(
         (*notes, *beside.notes, *numbers_told, *matched[0].notes, *averaged), parse_size(recipe.shard_size),
         beside.files, sums, models.opened, beside.edits,
     )  # fmt: skip
-
-
-def _check_result(method: methods.Method, composing: bool) -> None:
-    """Raises `CfmergeError` where a method makes one checkpoint, and another result is asked for, or the other way."""
-    if isinstance(method, Composer) and not composing:
-        raise CfmergeError(
-            f"{method.name} makes a result that is not one checkpoint: use cfmerge compose {method.name} RECIPE -o OUT "
-            "(in Python cfmerge.compose.build)"
-        )
-    if composing and not isinstance(method, Composer):
-        known = ", ".join(methods.registry("composer"))
-        raise CfmergeError(f"{method.name} makes one checkpoint: use cfmerge merge; there is to compose: {known}")
 
 
 def _check_new(specs: Sequence[Expert], earlier: Sequence[str]) -> None:
