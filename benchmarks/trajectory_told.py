@@ -9,6 +9,7 @@ from measuring import figure, table
 
 Row = dict[str, Any]
 MARK = "<!-- tables -->"  # what stands in front of it is written by hand
+SEVERAL = 6  # checkpoints: fewer are too few
 LINES = (  # (label, kind, shape, color, style)
     ("decayed, linear", "decayed", "linear", "C0", "-"),
     ("decayed, inverse-sqrt", "decayed", "inverse-sqrt", "C0", ":"),
@@ -24,7 +25,7 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
     head = page.read_text().partition(MARK)[0] if page.exists() else "# Along one training run\n\n"
     text = "\n".join(section(rate, [row for row in rows if row["rate"] == rate]) for rate in rates)
     page.write_text(f"{head}{MARK}\n\n{text}")
-    made, axes = figure(2 * len(rates), 4.6)
+    made, axes = figure(2, 5.2, len(rates))
     for number, rate in enumerate(rates):
         own = [row for row in rows if row["rate"] == rate]
         _by_window(axes[2 * number], rate, own)
@@ -113,7 +114,7 @@ def section(rate: float, rows: Sequence[Row]) -> str:
     ]
     like = {"window": others[0]["window"], "count": others[0]["count"]} if others else {}
     by_method += [{"method": "the mean", "loss (accuracy)": told(chosen(means, **like))}]
-    moved = (spread_over(means, "window", "count"), spread_over(means, "count", "window"))
+    moved = [_moved(means), _moved([row for row in means if row["count"] >= SEVERAL])]
     return "\n".join([
         f"## Rate {rate:g}, seeds {', '.join(map(str, seeds))}\n",
         table(whole),
@@ -122,11 +123,19 @@ def section(rate: float, rows: Sequence[Row]) -> str:
         table(by_window),
         "The mean (`linear`) of some of them, loss:\n",
         table(by_count),
-        f"The window moves the mean loss by {moved[0] or 0:.3f} where the number of checkpoints is held, the number of "
-        f"checkpoints by {moved[1] or 0:.3f} where the window is held (medians of largest less least).\n",
+        f"How far the loss moves (medians of largest less least): {moved[0]}.",
+        f"From {SEVERAL} checkpoints on {moved[1]}.\n",
         f"Other methods over a window of {like.get('window')} steps, {like.get('count')} checkpoints:\n",
         table(by_method),
     ])  # fmt: skip
+
+
+def _moved(means: Sequence[Row]) -> str:
+    by_window, by_count = spread_over(means, "window", "count"), spread_over(means, "count", "window")
+    return (
+        f"by {by_window or 0:.3f} with the window where the number of checkpoints is held, by {by_count or 0:.3f} with "
+        "the number where the window is held"
+    )
 
 
 def _paired(rows: Sequence[Row], windows: Sequence[int]) -> str:
@@ -168,12 +177,13 @@ def _short(rows: Sequence[Row]) -> str:
 
 def _by_window(axis: Any, rate: float, rows: Sequence[Row]) -> None:
     windows = sorted({row["window"] for row in rows if row["kind"] == "merged"})
-    for label, kind, shape, color, style in LINES:
+    for number, (label, kind, shape, color, style) in enumerate(LINES):
         own = [_line(rows, kind, shape, window) for window in windows]
         losses = [[row["test_loss"] for row in found] for found in own]
         spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in losses]
+        beside = [window * 1.03 ** (number - 1.5) for window in windows]  # bars do not hide each other
         axis.errorbar(
-            windows, [statistics.mean(each) for each in losses], spread, label=label, color=color, ls=style, capsize=2
+            beside, [statistics.mean(each) for each in losses], spread, label=label, color=color, ls=style, capsize=2
         )
     longest = max(row.get("window", 0) for row in rows)
     axis.axhline(mean(chosen(rows, kind="last")), color="0.6", ls="-", lw=1, label="last checkpoint")

@@ -279,5 +279,5 @@ def test_a_study_of_merged_runs_is_told_from_its_rows(tmp_path):
     assert "old" not in text
     assert "| linear | 200 | -0.1000 | -0.1000, -0.1000 |" in text
     assert "| 200 | 0.350 | 0.250 |" in text
-    assert "the number of checkpoints by 0.100 where the window is held" in text
+    assert "by 0.100 with the number where the window is held" in text
     assert (tmp_path / "trajectory.png").read_bytes().startswith(b"\x89PNG")
