@@ -8,7 +8,7 @@ from cfmerge.core.expressions import expression
 from cfmerge.products.accumulate import solve
 from cfmerge.temporal.merging import Part, copied, merged, of_output, unmerged
 from cfmerge.temporal.rules import All, Base, Last, Paint, Rule
-from cfmerge.temporal.states import SUM, follow, kind_of, scale_of
+from cfmerge.temporal.states import SUM, expert_of, follow, kind_of, scale_of
 from cfmerge.temporal.store import State, Store
 
 
@@ -40,14 +40,16 @@ def write_model(store: Store, rule: Rule, output: Path, how: Mapping[str, Any]) 
     weights = rule.weights(len(parts)) if rule.by_time != "uniform" else [1.0] * len(parts)
     parts = [part._replace(weight=weight) for part, weight in zip(parts, weights, strict=True)]
     if len(parts) < rule.method.needs.experts[0]:
-        return copied(store, parts[-1].path, output, how, note)
+        return copied(store, parts[-1].path, output, how, note, by_rules=True)
     merged(store, parts, expression(rule.method), output, how, note=note)
     return None
 
 
 def _of_state(store: Store, rule: Rule, state: State, output: Path, how: Mapping[str, Any], note: str) -> None:
     if not state.path:
-        return copied(store, store.readable(store.expert(state.through[-1])), output, how, note)
+        number = expert_of(state)
+        one = store.base_path if number is None else store.readable(store.expert(number))
+        return copied(store, one, output, how, note, by_rules=True)
     path = store.where(state.path)
     if kind_of(store, rule) == "statistics":
         assert isinstance(rule, All)

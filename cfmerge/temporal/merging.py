@@ -1,6 +1,7 @@
 """Merges of a store's models: ordinary recipes over its base, with the options that the store was made with."""
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,33 +11,29 @@ import msgspec
 import numpy as np
 
 from cfmerge import hub
+from cfmerge.engine.checks import check_agreement
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import Source, located
+from cfmerge.formats import Source, located, open_checkpoint
 from cfmerge.formats.adapters import is_adapter
+from cfmerge.formats.naming import format_by_name, in_format
 from cfmerge.models import is_float
 from cfmerge.models.deltas import Dense
+from cfmerge.models.names import unchanged
 from cfmerge.planning.unmerged import BASE
 from cfmerge.planning.work import Progress
 from cfmerge.products.convert import convert
-from cfmerge.products.plan import as_recipe, make_plan
+from cfmerge.products.convert import copied as copied_files
+from cfmerge.products.plan import Plan, as_recipe, make_plan
 from cfmerge.recipe import Expert, Recipe
 from cfmerge.report.result import MergeResult
+from cfmerge.temporal.rules import rule
 from cfmerge.temporal.store import Store
 
 # what a store's merges may be told; `of_output` alone are for the model that goes out, not for running models
 OPTIONS = (
-    "unmerged",
-    "rules",
-    "rename",
-    "heads",
-    "allow",
-    "precision",
-    "dequantize",
-    "seed",
-    "plugins",
-    "download",
+    "unmerged", "rules", "rename", "heads", "allow", "precision", "dequantize", "seed", "plugins", "download",
     "cache_dir",
-)
+)  # fmt: skip
 OF_OUTPUT = ("dtype", "format", "shard_size", "side_files")
 ALLOWED = ("one-expert", "duplicate-experts", "base-as-expert")  # a running model may be any of these
 UNMERGED, NEWEST = "unmerged", "newest"
@@ -59,11 +56,10 @@ def recipe_of(store: Store, parts: Sequence[Part], method: str, *, running: bool
     """
     told = store.book.options
     options = {key: told[key] for key in OPTIONS if key in told} | ({UNMERGED: BASE} if UNMERGED in told else {})
-    options |= {} if running else of_output(store)
+    options |= {} if running else {**of_output(store), **unmerged(store)}
     if running and any(is_float(i.dtype.name) and i.dtype.itemsize < 4 for i in store.base.tensors.values()):
         options["dtype"] = "float32"
     options["allow"] = sorted({*told.get("allow", ()), *ALLOWED})
-    options |= {} if running or UNMERGED not in told else unmerged(store)
     experts = [Expert(path=part.path, name=part.name, weight=part.weight) for part in parts]
     return as_recipe(store.base_path, experts, method, {}, options)
 
@@ -93,20 +89,17 @@ def merged(
 
 
 def check_expert(store: Store, path: str, task: str) -> None:
-    """Raises `CfmergeError` unless a model fits the store's base: headers, integers, finite numbers alone."""
-    plan = make_plan(recipe_of(store, [Part(task, path)], "average", running=True))
-    expert = plan.experts[0]
-    for job in plan.jobs:
+    """Raises `CfmergeError` unless a model fits the store's base: headers, finite numbers alone, and the integers.
+
+    These must be the base's where a rule merges, unless the store's options say which ones are kept.
+    """
+    name = re.sub(r"[/\\\0[\]]+", "_", task).strip(".") or "expert"  # as experts may be called in a recipe
+    plan = make_plan(recipe_of(store, [Part(name, path)], "average", running=True))
+    if any(rule(text).name not in {"base", "last"} for text in (store.book.init, store.book.deploy)):
+        _check_agreement(plan)
+    for job in plan.work.merged:
         source = job.sources[0]
-        if source is None:
-            continue
-        if job.assignment.agree and not np.array_equal(expert.read(source), store.base.read(job.name)):
-            raise CfmergeError(
-                f"expert {task!r} ({path}): integers {source!r} differ from the base's, and integers are not merged; "
-                f"make the store with {UNMERGED}='{NEWEST}' (--{UNMERGED} {NEWEST}), so that a model has those of the "
-                f"newest expert, or with '{BASE}'"
-            )
-        if job.assignment.action == "merge" and not _is_finite(expert, source, job.parameter.size):
+        if source is not None and not _is_finite(plan.experts[0], source, job.parameter.size):
             raise CfmergeError(
                 f"expert {task!r} ({path}): tensor {source!r} holds NaN or infinity; it is not stored. Train it again, "
                 "or leave the task out"
@@ -122,13 +115,46 @@ def _is_finite(expert: Source, name: str, size: int) -> bool:
     return True
 
 
-def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: str) -> None:
-    """Writes one model as it is; an adapter, or a model whose form the options change, as the model that it makes."""
-    options = of_output(store)
-    if {"dtype", "side_files"} & {*options} or is_adapter(located(path, False, None)):
+def _check_agreement(plan: Plan) -> None:
+    """Raises `CfmergeError` where a tensor that is not merged differs from the base's."""
+    for job in plan.work.jobs:
+        if job.assignment.agree:
+            try:
+                check_agreement(plan.work, job, plan.work.base.tensors.read(job.name))
+            except CfmergeError as error:
+                raise CfmergeError(
+                    f"{error}; for the newest expert's: --{UNMERGED} {NEWEST}. A store takes these when it is made"
+                ) from None
+
+
+def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: str, *, by_rules: bool = False) -> None:
+    """Writes one model as it is, in files that lie as the base's do.
+
+    An adapter, or a model of other names, shapes or dtypes than the output's, is added to the base.
+
+    Args:
+        by_rules: exceptions to the method, which may keep the base's tensors, are for it too.
+    """
+    changing = [*OF_OUTPUT, *(("rules", "heads") if by_rules else ())]
+    if any(key in store.book.options for key in changing) or is_adapter(located(path, False, None)):
         merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, note=note)
-    else:
-        convert(path, output, overwrite=how.get("overwrite", False), progress=how.get("progress"), **options)
+        return
+    options: dict[str, Any] = {key: how[key] for key in ("overwrite", "progress") if how.get(key) is not None}
+    if path == store.base_path:
+        convert(path, output, **options)
+        return
+    source, base = open_checkpoint(path), store.base
+    headers = _headers(source)
+    if headers != _headers(base):
+        merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, note=note)
+        return
+    format, files = format_by_name(output, None), source.side_files or base.side_files
+    folders = [in_format(folder, format) for folder in base.folders]
+    copied_files(source, output, unchanged(headers), folders, format, files, **options)
+
+
+def _headers(source: Source) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
 
 
 def take_in(path: str, place: Path, progress: Progress | None) -> None:

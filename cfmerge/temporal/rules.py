@@ -246,8 +246,8 @@ def protocol(name: str) -> tuple[Rule, Rule]:
 
 def name_of(number: int, task: str) -> str:
     """An expert's name in merges, of which random techniques make their keys."""
-    safe = re.sub(r"[^\w.=-]+", "_", task)
-    return f"{number:04d}-{safe[:80]}"
+    safe = re.sub(r"[^\w=-]+", "_", task)
+    return f"{number:04d}-{safe.encode()[:80].decode(errors='ignore')}"
 
 
 def name_through(number: int) -> str:

@@ -9,13 +9,14 @@
 S. Dziadzio et al., How to Merge Your Multimodal Models Over Time?, CVPR 2025, arXiv 2412.06712.
 """
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfmerge.engine.placement import Devices
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import open_checkpoint
 from cfmerge.planning.work import Progress
 from cfmerge.products.files import save
@@ -25,7 +26,7 @@ from cfmerge.temporal.merging import base_name, check_expert, checked_options, t
 from cfmerge.temporal.metrics import check_tasks
 from cfmerge.temporal.metrics import checked as checked_scores
 from cfmerge.temporal.opening import check_same, completed, made, rules_of
-from cfmerge.temporal.prints import print_of
+from cfmerge.temporal.prints import print_of, prints, prints_of_tree
 from cfmerge.temporal.report import Report, report_of
 from cfmerge.temporal.rules import Rule, rule
 from cfmerge.temporal.states import check_forgettable, follow
@@ -173,6 +174,7 @@ class Time:
         with self._store.changing():
             if output is not None:
                 target = Path(output).expanduser()
+                self._store.check_output(target)
                 write_model(self._store, rule, target, {"overwrite": overwrite, **how})
             else:
                 target, new = self.path / name, self.path / f".{name}.new"
@@ -213,6 +215,8 @@ class Time:
         """
         with self._store.changing():
             store, book = self._store, self._store.book
+            if book.keep is not None and any(one.task == task for one in book.experts):
+                self._let_go({"memory": memory, "devices": devices, "progress": progress})  # after a stop
             self._check_task(task)
             one = Expert(task, store.next_number, "")
             one.path = f"experts/{one.key}"
@@ -232,13 +236,13 @@ class Time:
             book.order.append(task)
             store.write()
             if book.keep is not None:
-                self._let_go({"memory": memory, "devices": devices, "progress": progress, "overwrite": True})
+                self._let_go({"memory": memory, "devices": devices, "progress": progress})
 
     def _let_go(self, how: Mapping[str, Any]) -> None:
         """Brings the running models up, then lets go of the tensors of older experts than are kept."""
         store, book = self._store, self._store.book
         for one in {one.text: one for one in self.rules}.values():
-            follow(store, one, how)
+            follow(store, one, {**how, "overwrite": True})
         for old in book.experts[: -max(book.keep or 0, 1)]:
             old.gone = True
         store.write()
@@ -291,7 +295,11 @@ class Time:
             )
         if not task.strip():
             raise CfmergeError("an expert needs the name of its task")
+        if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", task):
+            raise CfmergeError(f"task {task!r}: has characters that cannot be shown; give it another name")
         check_tasks(book.tasks or [task], book.held_out, [task], book.trained or None)
+        if book.tasks and task not in book.tasks and task not in book.trained:
+            raise CfmergeError(f"store {self.path}: {task!r} is none of its tasks{nearest(task, book.tasks)}")
 
     def plan(self) -> tuple[Told, Told]:
         """How the next models of both axes (init, deploy) are made, and what that needs, from headers alone.
@@ -333,11 +341,15 @@ class Time:
         return report_of(book.scores, book.order, tasks, book.held_out, about, trained=book.trained or None)
 
     def _move_base(self, base: Any) -> None:
-        if base is None or not isinstance(base, str | Path):
+        if base is None:
+            return
+        if not isinstance(base, str | Path):
+            saved = self._store.prints()
+            self._store.check_base("that is given", prints_of_tree(base, saved))
             return
         name = base_name(base)
         if name != self._store.book.base:
             with self._store.changing():
-                self._store.check_base(open_checkpoint(name))
+                self._store.check_base(name, prints(open_checkpoint(name)))
                 self._store.book.base = name
                 self._store.write()

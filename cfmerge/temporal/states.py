@@ -76,9 +76,10 @@ def follow(store: Store, rule: Rule, how: Mapping[str, Any]) -> State | None:
 
 
 def state_of(store: Store, rule: Rule) -> State | None:
-    """The state that the store has for a rule."""
+    """The state that the store has for a rule; one whose files are lost is none, and is made anew."""
     kind = kind_of(store, rule)
-    return next((one for one in store.book.states if (one.rule, one.kind) == (rule.text, kind)), None)
+    own = (one for one in store.book.states if (one.rule, one.kind) == (rule.text, kind))
+    return next((one for one in own if not one.path or store.where(one.path).exists()), None)
 
 
 def reads(store: Store, rule: Rule) -> list[Expert]:
@@ -101,8 +102,7 @@ def reads(store: Store, rule: Rule) -> list[Expert]:
 def _sum(store: Store, rule: Ema | All, old: State | None, wanted: list[int], how: Mapping[str, Any]) -> State:
     target = coefficients(rule, wanted)
     assert target is not None
-    one = [number for number, value in target.items() if value]
-    if len(one) == 1 and target[one[0]] == 1:
+    if {number: value for number, value in target.items() if value} in ({}, {wanted[-1]: 1.0}):
         return State(rule.text, "sum", "", wanted, target)
     there = store.there
     kept = old.coefficients if old is not None and old.path else None
@@ -218,6 +218,12 @@ def _before(store: Store, old: State, weight: float = 1.0) -> Part:
     return Part(name_through(old.through[-1]), path, weight)
 
 
+def expert_of(state: State) -> int | None:
+    """The expert that a state without a path is, as it is; None: it is the base, of which all coefficients are 0."""
+    taken = [number for number in state.through if state.coefficients.get(number, 1.0)]
+    return taken[-1] if taken else None
+
+
 def _parts(store: Store, numbers: Any, weights: Mapping[int, float] | None = None) -> list[Part]:
     experts = [store.expert(number) for number in numbers]
     return [Part(one.key, store.readable(one), weights[one.number] if weights else 1.0) for one in experts]
@@ -234,19 +240,29 @@ def _name(store: Store, path: Path) -> str:
 
 
 def check_forgettable(store: Store, rule: Rule, expert: Expert) -> None:
-    """Raises `CfmergeError` where a rule's running model cannot be had without an expert.
+    """Raises `CfmergeError` where a rule's model cannot be had without an expert.
 
     A weighted sum and statistics take it off; other running models are made again of the experts that are left.
     """
     kind, old = kind_of(store, rule), state_of(store, rule)
-    gone = [one.task for one in store.experts if one.gone and one is not expert]
-    if old is None or expert.number not in old.through or kind in {"none", "experts"}:
+    left = store.seen([one for one in store.book.experts if one is not expert])
+    gone = [one for one in left if one.gone]
+    if isinstance(rule, Last | Paint):
+        gone, why = [one for one in left[-1:] if one.gone], "reads the newest expert"
+    elif old is None or expert.number not in old.through or kind in {"none", "experts"}:
         return
-    if kind in {"sum", "statistics"} and not expert.gone:
+    elif expert.gone:
+        gone, why = [expert], "keeps a running model, from which it cannot be taken"
+    elif kind == "sum":
+        target = coefficients(rule, [one.number for one in left]) if left else {}
+        taken = step(old.coefficients if old.path else None, dict(target or {}), store.there).experts
+        gone, why = [one for one in gone if one.number in taken], "gives the others other weights then"
+    elif kind == "statistics":
         return
-    if gone or expert.gone:
+    else:
+        why = "keeps a running model, from which no expert can be taken, so that it is made again"
+    if gone:
         raise CfmergeError(
-            f"store {store.path}: {expert.task!r} cannot be forgotten: {rule.text} keeps a running model, from which "
-            f"{'it cannot be taken: its tensors are no longer kept' if expert.gone else 'no expert can be taken'}, and "
-            f"it cannot be made again without {', '.join(map(repr, gone)) or 'the others'}"
+            f"store {store.path}: {expert.task!r} cannot be forgotten: {rule.text} {why}, and it cannot be "
+            f"had without {', '.join(repr(one.task) for one in gone)}, no longer kept (keep={store.book.keep})"
         )
