@@ -13,7 +13,7 @@ import numpy as np
 from cfmerge import hub
 from cfmerge.engine.checks import check_agreement
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import Source, located, open_checkpoint
+from cfmerge.formats import Source
 from cfmerge.formats.adapters import is_adapter
 from cfmerge.formats.naming import format_by_name, in_format
 from cfmerge.models import is_float
@@ -69,7 +69,7 @@ def unmerged(store: Store) -> dict[str, Any]:
     if store.book.options.get(UNMERGED) != NEWEST or not store.experts:
         return {}
     path = store.readable(store.experts[-1])
-    return {} if is_adapter(located(path, False, None)) else {UNMERGED: path}
+    return {} if is_adapter(store.located(path)) else {UNMERGED: path}
 
 
 def of_output(store: Store) -> dict[str, Any]:
@@ -136,14 +136,14 @@ def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: 
         by_rules: exceptions to the method, which may keep the base's tensors, are for it too.
     """
     changing = [*OF_OUTPUT, *(("rules", "heads") if by_rules else ())]
-    if any(key in store.book.options for key in changing) or is_adapter(located(path, False, None)):
+    if any(key in store.book.options for key in changing) or is_adapter(store.located(path)):
         merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, note=note)
         return
     options: dict[str, Any] = {key: how[key] for key in ("overwrite", "progress") if how.get(key) is not None}
     if path == store.base_path:
-        convert(path, output, **options)
+        convert(store.base, output, **options)
         return
-    source, base = open_checkpoint(path), store.base
+    source, base = store.source(path), store.base
     headers = _headers(source)
     if headers != _headers(base):
         merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, note=note)
@@ -157,11 +157,10 @@ def _headers(source: Source) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
 
 
-def take_in(path: str, place: Path, progress: Progress | None) -> None:
+def take_in(where: Path, place: Path, progress: Progress | None) -> None:
     """Copies a model or an adapter, whole or not at all."""
-    where = located(path, False, None)
     if not is_adapter(where):
-        convert(path, place, overwrite=True, progress=progress)
+        convert(where, place, overwrite=True, progress=progress)
         return
     part = place.with_name(f".{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -169,7 +168,9 @@ def take_in(path: str, place: Path, progress: Progress | None) -> None:
         shutil.copytree(where, part)
     else:
         part.mkdir(parents=True)
-        shutil.copy2(where, part / where.name)
+        for file in (where, where.with_name("adapter_config.json")):
+            if file.is_file():
+                shutil.copy2(file, part / file.name)
     shutil.rmtree(place, ignore_errors=True)
     part.rename(place)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,15 @@ GAP = 0.7  # between adaptation and held-out tasks, in rows
 LETTER = 0.078  # inches, of a letter of 9 points on average
 WIDEST, TALLEST = 20.0, 32.0  # inches, of the matrix
 CURVES, RIGHT, TOP, LEGEND = 2.3, 2.25, 0.8, 0.6  # inches
+
+
+def draw(report: Report, file: Path) -> None:
+    """Writes the figure of a report; names are drawn as they are written, in them `$` begins no formula."""
+    from matplotlib import rc_context
+
+    with warnings.catch_warnings(), rc_context({"text.parse_math": False}):
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it; report.md has it
+        picture(report).savefig(file)
 
 
 def picture(report: Report) -> Any:

@@ -73,13 +73,13 @@ class Report:
 
         Files of these names that are there are replaced.
         """
-        from cfmerge.temporal.plots import picture
+        from cfmerge.temporal.plots import draw
 
         place = Path(directory)
         if place.exists() and not place.is_dir():
             raise CfmergeError(f"report {place}: is a file; name a directory")
         texts = {"report.json": self.to_json(), "report.md": self.markdown()}
-        writers: dict[str, Callable[[Path], Any]] = {"scores.png": lambda path: picture(self).savefig(path)}
+        writers: dict[str, Callable[[Path], Any]] = {"scores.png": lambda path: draw(self, path)}
         writers |= {name: lambda path, text=text: path.write_text(text, "utf-8") for name, text in texts.items()}  # type: ignore[misc]
         for name, write in writers.items():
             with StagedFile(place / name, overwrite=True) as staged:

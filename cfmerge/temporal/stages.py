@@ -17,7 +17,6 @@ from typing import Any
 
 from cfmerge.engine.placement import Devices
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats import open_checkpoint
 from cfmerge.planning.work import Progress
 from cfmerge.products.files import save
 from cfmerge.products.loading import load
@@ -229,9 +228,9 @@ class Time:
                 check_expert(store, base_name(expert), task)
                 if link:
                     one.path = base_name(expert)
-                    one.linked = print_of(open_checkpoint(one.path))
+                    one.linked = print_of(store.source(one.path))
                 else:
-                    take_in(base_name(expert), store.where(one.path), progress)
+                    take_in(store.located(base_name(expert)), store.where(one.path), progress)
             book.experts.append(one)
             book.order.append(task)
             store.write()
@@ -350,6 +349,6 @@ class Time:
         name = base_name(base)
         if name != self._store.book.base:
             with self._store.changing():
-                self._store.check_base(name, prints(open_checkpoint(name)))
+                self._store.check_base(name, prints(self._store.source(name)))
                 self._store.book.base = name
                 self._store.write()

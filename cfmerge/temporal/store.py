@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats import Source, open_checkpoint
+from cfmerge.formats import Source, located, open_checkpoint
 from cfmerge.formats.staged import STAGING
 from cfmerge.temporal.prints import print_of, prints
 from cfmerge.temporal.rules import name_of
@@ -114,7 +114,7 @@ class Store:
         """
         cls.check_new(path)
         store = cls(path, book)
-        source = open_checkpoint(store.base_path)
+        source = store.source(store.base_path)
         with _told(path):
             path.mkdir(parents=True, exist_ok=True)
             _replace(path / BASE, msgspec.json.encode(prints(source)))
@@ -203,7 +203,7 @@ class Store:
             CfmergeError: it is not there, or not the one that the store was made over.
         """
         if self._base is None:
-            source = open_checkpoint(self.base_path)
+            source = self.source(self.base_path)
             self.check_base(self.base_path, prints(source))
             self._base = source
         return self._base
@@ -253,7 +253,7 @@ class Store:
 
     def _is_whole(self, expert: Expert) -> bool:
         try:
-            open_checkpoint(self.readable(expert))
+            self.source(self.readable(expert))
         except CfmergeError:
             return False
         return True
@@ -274,6 +274,15 @@ class Store:
         """The place of a path of the book: in the store, unless it is absolute."""
         return self.path / path
 
+    def source(self, path: str) -> Source:
+        """A model in files, or on the hub."""
+        return open_checkpoint(self.located(path))
+
+    def located(self, path: str) -> Path:
+        """The path of a model; of one on the hub its snapshot in the cache, by the store's download and cache_dir."""
+        options = self.book.options
+        return located(path, options.get("download", False), options.get("cache_dir"))
+
     def readable(self, expert: Expert) -> str:
         """The path of an expert.
 
@@ -285,19 +294,19 @@ class Store:
                 f"store {self.path}: expert {expert.task!r} is no longer kept (keep={self.book.keep}), and is needed "
                 "here; choose a rule whose running model is kept"
             )
-        path = self.where(expert.path)
+        path = self.where(expert.path) if not expert.linked else Path(expert.path)
         if not expert.linked and not path.exists():
             raise CfmergeError(
                 f"store {self.path}: {expert.path}, the expert {expert.task!r}, is not there any more; put it back, or "
                 "forget the task"
             )
         if expert.linked:
-            if not path.exists():
+            if path.is_absolute() and not path.exists():  # else it is on the hub
                 raise CfmergeError(
                     f"expert {expert.task!r}: {path} is not there any more; it was stored as a link. Put it back, or "
                     "forget the task"
                 )
-            if print_of(open_checkpoint(path)) != expert.linked:
+            if print_of(self.source(str(path))) != expert.linked:
                 raise CfmergeError(
                     f"expert {expert.task!r}: {path} has changed since it was stored as a link; forget the task and "
                     "store it again, without a link where the file is written over"

@@ -8,6 +8,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
+from laid import laid
 from toys import small
 
 import cfmerge
@@ -187,6 +188,42 @@ def test_a_link_that_is_lost_can_be_forgotten(change, tmp_path):
         cfmerge.save(TREES[2], path)
     time.forget("t2")
     close(time.deploy(like=BASE), TREES[0])
+
+
+def test_an_adapter_is_stored_with_its_config_however_it_is_named(tmp_path, make_model):
+    base = make_model(tmp_path / "base")
+    name, random = "model.layers.0.self_attn.q_proj", np.random.default_rng(0)
+    parts = {"A": random.standard_normal((2, 8)), "B": random.standard_normal((8, 2))}
+    weights = {f"base_model.model.{name}.lora_{k}.weight": part.astype(np.float32) for k, part in parts.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    place = laid(tmp_path / "run", {"adapter_model.safetensors": weights, "adapter_config.json": config})
+    time = made(tmp_path / "store", "all", base=base)
+    time.store(place, "v.pt")
+    time.store(place / "adapter_model.safetensors", "file")
+    whole = cfmerge.open(base)[f"{name}.weight"] + 8 * parts["B"] @ parts["A"]
+    np.testing.assert_allclose(cfmerge.open(time.deploy())[f"{name}.weight"], whole, atol=1e-5)
+
+
+def test_a_link_may_name_a_model_on_the_hub(tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "abc"
+    cfmerge.save(TREES[0], snapshot)
+    laid(snapshot.parents[1], {"refs/main": "abc"})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    time = made(tmp_path / "store", cache_dir=str(tmp_path / "hub"), base="org/name")
+    close(time.init(like=BASE), TREES[0])
+    time.store(cfmerge.save(TREES[1], tmp_path / "expert"), "t1")
+    time.store("org/name", "t2")
+    time.store("org/name", "t3", link=True)
+    close(time.deploy(like=BASE), temporal.combined("all", TREES[0], [TREES[1], TREES[0], TREES[0]]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_draws_names_as_they_are_written(tmp_path):
+    tasks = ["\u4efb\u52a1", "$\\frac{$", "_hidden", "a|b", "x" * 200]
+    history = {step: dict.fromkeys([*tasks, "held"], 0.5) for step in (0, 1)}
+    temporal.report_of(history, tasks[:1], tasks, ["held"]).save(tmp_path)
+    assert (tmp_path / "scores.png").stat().st_size > 1000
 
 
 def test_integers_that_differ_are_told_before_the_expert_is_stored(tmp_path):
