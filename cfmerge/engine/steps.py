@@ -281,8 +281,8 @@ def finite_each(stacks: Sequence[Array]) -> Bool[Array, "stacks stack"]:
     """
     fine = functools.reduce(jnp.logical_and, map(jnp.isfinite, stacks))
     whole = fine.all(axis=tuple(range(1, fine.ndim)))
-    all_of_them = jnp.ones((len(stacks), *whole.shape), bool)
-    return lax.cond(whole.all(), lambda: all_of_them, lambda: jnp.stack([finite(stack) for stack in stacks]))
+    alike = [whole] * len(stacks)  # all are set where it is used, and vary over a mesh as the stacks do
+    return lax.cond(whole.all(), lambda: jnp.stack(alike), lambda: jnp.stack([finite(stack) for stack in stacks]))
 
 
 def one_after_the_other(function: Callable[..., Any], *stacks: Any) -> Any:
