@@ -23,7 +23,8 @@ Model = Annotated[
     Path | None, o.option("--output", "-o", metavar="PATH", panel=o.WHERE, help="Default: a place in the store.")
 ]
 OF_MERGES = (
-    "rules", "rename", "heads", "allow", "precision", "seed", "plugins", "dtype", "format", "shard_size", "side_files",
+    "unmerged", "rules", "rename", "heads", "allow", "precision", "seed", "plugins", "dtype", "format", "shard_size",
+    "side_files",
 )  # fmt: skip
 INIT = (
     "cfmerge time init STORE --base BASE --protocol best-in-time --weight 0.5 -o START",

@@ -99,6 +99,11 @@ class _Pairwise(_Rule, frozen=True):
         if self.weight is not None and not 0 <= self.weight <= 1:
             raise CfmergeError(f"{self.text}: the weight of the newest expert lies in [0, 1], found {self.weight}")
         _check_count(self.text, method, 2)
+        if method.name == "model_stock" and getattr(self, "seed", "base") == "base":
+            raise CfmergeError(
+                f"{self.text}: model_stock goes by the angle between two deltas, and the base, which is merged first, "
+                "has none; use ema(seed=first), or another technique"
+            )
 
 
 class Paint(_Pairwise, tag="paint", frozen=True):
@@ -241,8 +246,8 @@ def protocol(name: str) -> tuple[Rule, Rule]:
 
 def name_of(number: int, task: str) -> str:
     """An expert's name in merges, of which random techniques make their keys."""
-    safe = re.sub(r"[^\w.=-]+", "_", task)
-    return f"{number:04d}-{safe[:80]}"
+    safe = re.sub(r"[^\w=-]+", "_", task)
+    return f"{number:04d}-{safe.encode()[:80].decode(errors='ignore')}"
 
 
 def name_through(number: int) -> str:

@@ -15,7 +15,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,20 @@ class Store:
         Raises:
             CfmergeError: there is something else at the path, or no base.
         """
-        if path.exists() and (not path.is_dir() or set(map(_plain, path.iterdir())) - {"base", ""}):
-            raise CfmergeError(f"store {path}: exists, and is no store (it has no {BOOK}); name another directory")
-        source = open_checkpoint(_base_of(path, book.base))
-        path.mkdir(parents=True, exist_ok=True)
+        cls.check_new(path)
         store = cls(path, book)
-        _replace(path / BASE, msgspec.json.encode(prints(source)))
-        store.write()
+        source = open_checkpoint(store.base_path)
+        with _told(path):
+            path.mkdir(parents=True, exist_ok=True)
+            _replace(path / BASE, msgspec.json.encode(prints(source)))
+            store.write()
         return store
+
+    @staticmethod
+    def check_new(path: Path) -> None:
+        """Raises `CfmergeError` where there is something at the path that a stop has not left there."""
+        if path.exists() and (not path.is_dir() or set(map(_plain, path.iterdir())) - {IN_STORE, BASE, ""}):
+            raise CfmergeError(f"store {path}: exists, and is no store (it has no {BOOK}); name another directory")
 
     @classmethod
     def opened(cls, path: Path) -> "Store":
@@ -138,6 +144,7 @@ class Store:
             raise CfmergeError(f"{file}: cannot be read as a store's book: {error}; restore it from a copy") from None
         if book.version > VERSION:
             raise CfmergeError(f"{file}: was written by a later version of cfmerge ({book.version}, not {VERSION})")
+        _check(file, book)
         return cls(path, book)
 
     def again(self) -> "Store":
@@ -154,12 +161,12 @@ class Store:
         """A lock while the store changes; before and after, the book is read and what it does not tell of is removed.
 
         Raises:
-            CfmergeError: another process changes it now.
+            CfmergeError: another process changes it now, or it cannot be written.
         """
-        with (self.path / ".lock").open("w") as lock:
+        with _told(self.path), (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise CfmergeError(f"store {self.path}: another process changes it now; wait for it") from None
             self.again()._tidy()
             try:
@@ -174,6 +181,13 @@ class Store:
             for path in folder.iterdir() if folder.is_dir() else ():
                 if str(path.relative_to(self.path)) not in known and not STAGING.fullmatch(path.name):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def check_output(self, output: Path) -> None:
+        """Raises `CfmergeError` where a model would be written among the store's own files."""
+        place = Path(os.path.abspath(output)).resolve()
+        own = [self.path, *(self.path / name for name in ("experts", "states", "base", BOOK, BASE))]
+        if place == own[0].resolve() or any(place.is_relative_to(path.resolve()) for path in own[1:]):
+            raise CfmergeError(f"output {output}: lies among the store's own files; name a place outside {self.path}")
 
     # --- the base -------------------------------------------------------------------------------------------------
 
@@ -190,17 +204,24 @@ class Store:
         """
         if self._base is None:
             source = open_checkpoint(self.base_path)
-            self.check_base(source)
+            self.check_base(self.base_path, prints(source))
             self._base = source
         return self._base
 
-    def check_base(self, source: Source) -> None:
-        """Raises `CfmergeError` unless the model is the base that the store was made over."""
-        expected, found = msgspec.json.decode((self.path / BASE).read_bytes(), type=dict[str, str]), prints(source)
+    def prints(self) -> dict[str, str]:
+        """The hashes of the base's tensors, by name."""
+        try:
+            return msgspec.json.decode((self.path / BASE).read_bytes(), type=dict[str, str])
+        except (msgspec.DecodeError, OSError) as error:
+            raise CfmergeError(f"{self.path / BASE}: cannot be read: {error}; restore it from a copy") from None
+
+    def check_base(self, who: str, found: dict[str, str]) -> None:
+        """Raises `CfmergeError` unless a model with these hashes is the base that the store was made over."""
+        expected = self.prints()
         other = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         if other:
             raise CfmergeError(
-                f"base {source.path}: is not the one that the store {self.path} was made over: {len(other)} of "
+                f"base {who}: is not the one that the store {self.path} was made over: {len(other)} of "
                 f"{len(expected)} tensors differ, such as {other[0]!r}; name the base where it lies now (base=, "
                 "--base), or make another store"
             )
@@ -209,8 +230,14 @@ class Store:
 
     @property
     def experts(self) -> list[Expert]:
-        """The experts that rules see, oldest first: those in the window."""
-        return self.book.experts[-self.book.window :] if self.book.window else self.book.experts
+        """The experts that rules see, oldest first: those in the window, into which none that was let go comes back."""
+        return self.seen(self.book.experts)
+
+    def seen(self, experts: Sequence[Expert]) -> list[Expert]:
+        """Those of some experts that rules would see."""
+        if not self.book.window:
+            return list(experts)
+        return [one for one in experts[-self.book.window :] if not one.gone]
 
     def expert(self, number: int) -> Expert:
         """An expert by its number; one that was forgotten as one that is gone."""
@@ -220,8 +247,16 @@ class Store:
 
     @property
     def there(self) -> set[int]:
-        """The numbers of the experts whose tensors are kept."""
-        return {one.number for one in (*self.book.experts, self.leaving) if one is not None and not one.gone}
+        """The numbers of the experts whose tensors are kept, and are there; one that is being forgotten may be lost."""
+        there = {one.number for one in self.book.experts if not one.gone}
+        return there | ({self.leaving.number} if self.leaving and self._is_whole(self.leaving) else set())
+
+    def _is_whole(self, expert: Expert) -> bool:
+        try:
+            open_checkpoint(self.readable(expert))
+        except CfmergeError:
+            return False
+        return True
 
     def named(self, task: str) -> Expert:
         """The expert of a task; raises `CfmergeError` if there is none."""
@@ -251,6 +286,11 @@ class Store:
                 "here; choose a rule whose running model is kept"
             )
         path = self.where(expert.path)
+        if not expert.linked and not path.exists():
+            raise CfmergeError(
+                f"store {self.path}: {expert.path}, the expert {expert.task!r}, is not there any more; put it back, or "
+                "forget the task"
+            )
         if expert.linked:
             if not path.exists():
                 raise CfmergeError(
@@ -274,14 +314,46 @@ def _base_of(store: Path, base: str) -> str:
     return str(store / base) if base == IN_STORE else base
 
 
+@contextlib.contextmanager
+def _told(store: Path) -> Iterator[None]:
+    """Errors of the file system as `CfmergeError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error} ({error.filename or store})"
+        raise CfmergeError(f"store {store}: cannot be written: {reason}; what it held before is kept") from None
+
+
+def _check(file: Path, book: Book) -> None:
+    """Raises `CfmergeError` where a book that somebody has edited contradicts itself."""
+    numbers, tasks = [one.number for one in book.experts], [one.task for one in book.experts]
+    wrong = [
+        f"{key} counts experts, at least 1; found {value}"
+        for key, value in (("window", book.window), ("keep", book.keep))
+        if value is not None and value < 1
+    ]
+    if numbers != sorted(set(numbers)) or any(not 1 <= number <= len(book.order) for number in numbers):
+        wrong.append(
+            f"the experts' numbers should rise, from 1 to {len(book.order)}, which `order` has; found {numbers}"
+        )
+    elif len(set(tasks)) < len(tasks) or [book.order[number - 1] for number in numbers] != tasks:
+        wrong.append(f"the experts' tasks should be those of `order` by their numbers, each once; found {tasks}")
+    if wrong:
+        raise CfmergeError(f"{file}: {wrong[0]}; restore it from a copy")
+
+
 def _replace(file: Path, content: bytes) -> None:
     """Replaces a file whole."""
     part = file.with_name(f".{file.name}.part")
-    with part.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, file)
+    try:
+        with part.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     directory = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

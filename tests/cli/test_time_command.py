@@ -73,7 +73,7 @@ def test_options_of_a_recipe_reach_every_merge(folder):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("one;0.2\n", "expected two columns, task and score"),
+        ("one,two,0.2\n", "expected two columns, task and score"),
         ("one,0.2\none,0.3\n", "'one' stands there twice"),
         ("one,many\ntwo,few\n", "'two': expected a number, found 'few'"),
         ('{"one": "0.2x"}', "'one': expected a number"),

@@ -11,13 +11,17 @@ import cfmerge
 from cfmerge import temporal
 from cfmerge.temporal.rules import interpolates
 
-BASE, *TREES = [small(number) for number in range(5)]
+BASE, SHARED = small(), small(9)
+TREES = [  # they have something in common: model_stock leaves deltas that point apart at the base
+    {name: array + SHARED[name] - BASE[name] for name, array in small(number).items()} for number in range(1, 5)
+]
 SOME = ("average", "ace", "ties", "opcm", "slerp", "dare_ties", "regmean", "trim >> average")
 
 
 def checked(part, name, path):
-    weight = ", weight=0.4" if name == "ema" and part in {"average", "linear"} else ""
-    rule, tasks = f"{name}(technique={text_of(part)!r}{weight})", {f"t{n}": tree for n, tree in enumerate(TREES, 1)}
+    more = {"average": ", weight=0.4", "linear": ", weight=0.4", "model_stock": ", seed='first'"}.get(part, "")
+    rule = f"{name}(technique={text_of(part)!r}{more if name == 'ema' else ''})"
+    tasks = {f"t{n}": tree for n, tree in enumerate(TREES, 1)}
     try:
         expected = [temporal.combined(rule, BASE, dict(list(tasks.items())[:count])) for count in (2, 4)]
     except cfmerge.CfmergeError as error:
