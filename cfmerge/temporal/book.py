@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import msgspec
 
 from cfmerge.errors import CfmergeError
+from cfmerge.temporal.rules import name_of
 
 BOOK, BASE = "time.json", "base.json"
+IN_STORE = "base"  # a base that came as a tree
 VERSION = 1
 
 
@@ -26,8 +27,7 @@ class Expert(msgspec.Struct):
 
     @property
     def key(self) -> str:
-        safe = re.sub(r"[^\w=-]+", "_", self.task)
-        return f"{self.number:04d}-{safe.encode()[:80].decode(errors='ignore')}"
+        return name_of(self.number, self.task)
 
 
 class State(msgspec.Struct):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 import warnings
@@ -24,6 +25,7 @@ DPI = 150
 CROWDED = 4  # more steps than this that train one task are marked by corners in place of outlines
 GAP = 0.7  # between adaptation and held-out tasks, in rows
 LETTER = 0.078  # inches, of a letter of 9 points on average
+WIDEST, TALLEST = 20.0, 32.0  # inches, of the matrix
 CURVES, RIGHT, TOP, LEGEND = 2.3, 2.25, 0.8, 0.6  # inches
 
 
@@ -43,9 +45,10 @@ def picture(report: Report) -> Any:
 
     columns = len(report.order) + 1
     names = [_short(name, 18) for name in ("base", *report.order)]
-    step = min(max(0.72, 5.2 / columns), 1.2) if columns <= 14 else 0.46  # inches, as all that follows
-    row = 0.32 if len(report.tasks) + len(report.held_out) <= 16 else 0.23
-    rows = row * (len(report.tasks) + len(report.held_out) + (GAP if report.held_out else 0))
+    count = max(len(report.tasks) + len(report.held_out), 1)
+    step = min(max(0.72, 5.2 / columns), 1.2) if columns <= 14 else min(0.46, WIDEST / columns)  # inches, as all below
+    row = 0.32 if count <= 16 else min(0.23, TALLEST / count)
+    rows = row * (count + (GAP if report.held_out else 0))
     tilted = max(map(len, names)) * LETTER > step - 0.05
     left = 0.75 + LETTER * max(len(_short(task)) for task in (*report.tasks, *report.held_out, "." * 10))
     below = LEGEND + (LETTER * max(map(len, names)) if tilted else 0.25)
@@ -58,8 +61,9 @@ def picture(report: Report) -> Any:
 
     draw_curves(panel(left, height - TOP - CURVES, columns * step, CURVES), report)
     matrix = panel(left, below, columns * step, rows)
-    mesh = draw_matrix(matrix, report, size=8.5 if step > 0.6 else 7)
-    matrix.set_xticks(range(columns), names, fontsize=9, rotation=90 if tilted else 0)
+    mesh = draw_matrix(matrix, report, 0 if min(step / 0.4, row / 0.2) < 1 else 8.5 if step > 0.6 else 7)
+    every = math.ceil(0.16 / step)  # names that fit beside each other
+    matrix.set_xticks(range(columns)[::every], names[::every], fontsize=9, rotation=90 if tilted else 0)
     if report.scored:
         tall = min(rows - 0.2, 2.6)
         _colour_bar(figure, panel(width - RIGHT + 0.3, below + rows - tall - 0.2, 0.14, tall), mesh)
@@ -82,7 +86,8 @@ def draw_curves(axes: Any, report: Report) -> None:
             axes.plot(steps, values, linewidth=width, zorder=3 if width > 2 else 2, **style)  # with gaps
             ends.append((told[-1], f"{label} {report.shown(told[-1])}", colour))
     axes.set_xlim(-0.5, len(steps) - 0.5)
-    axes.set_xticks(steps, [str(step) for step in steps], fontsize=9)
+    every = math.ceil(len(steps) / 45)
+    axes.set_xticks(steps[::every], [str(step) for step in steps[::every]], fontsize=9)
     axes.set_xlabel("step", fontsize=9, color=GREY, labelpad=1)
     axes.tick_params(length=0, labelsize=9)
     axes.grid(axis="y", color="#e6e6e6")
@@ -107,7 +112,10 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
 
 
 def draw_matrix(axes: Any, report: Report, size: float) -> Any:
-    """Draws the scores, a row for each task, held-out tasks below; returns what a colour bar is made from."""
+    """Draws the scores, a row for each task, held-out tasks below; returns what a colour bar is made from.
+
+    `size` is the numbers' size in points; 0: no numbers.
+    """
     every = [score for scores in report.history.values() for score in scores.values()]
     low, high = (min(every), max(every)) if every else (0.0, 1.0)
     high = high if high > low else low + 1
@@ -125,7 +133,8 @@ def draw_matrix(axes: Any, report: Report, size: float) -> Any:
         start += len(tasks) + GAP
     axes.set_xlim(-0.5, len(report.order) + 0.5)
     axes.set_ylim(start - GAP - 0.5, -0.5)
-    axes.set_yticks(list(ticks.values()), [_short(task) for task in ticks], fontsize=9)
+    shown = math.ceil(max(len(ticks), 1) / (TALLEST / 0.15))
+    axes.set_yticks([*ticks.values()][::shown], [_short(task) for task in ticks][::shown], fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return mesh
@@ -136,35 +145,48 @@ def _draw_rows(
 ) -> Any:
     """Draws some tasks' rows from `start` on: coloured cells, their numbers, and what a step has to do with a task."""
     from matplotlib import colormaps
-    from matplotlib.patheffects import withStroke
 
-    steps = range(len(report.order) + 1)
-    scores = np.array([[_nan(report.history.get(step, {}).get(task)) for step in steps] for task in tasks])
-    edges = np.arange(len(steps) + 1) - 0.5, start + np.arange(len(tasks) + 1) - 0.5
+    columns = range(len(report.order) + 1)
+    scores = np.array([[_nan(report.history.get(step, {}).get(task)) for step in columns] for task in tasks])
+    edges = np.arange(len(columns) + 1) - 0.5, start + np.arange(len(tasks) + 1) - 0.5
     colours = colormaps["cividis"].with_extremes(bad="#f0f0f0")
     style = {"cmap": colours, "vmin": bounds[0], "vmax": bounds[1], "edgecolors": "white", "linewidth": 0.8}
     mesh = axes.pcolormesh(*edges, np.ma.masked_invalid(scores), **style)
-    fills = mesh.to_rgba(np.ma.masked_invalid(scores))
     mark = _corner if crowded(report) else _outline
+    for row, task in enumerate(tasks):
+        if task not in report.held_out:
+            _hatch(axes, np.isnan(scores[row, : report.first_step(task)]), start + row)
+        for step in report.steps_of[task]:
+            mark(axes, step, start + row)
+    if size:
+        _write_numbers(axes, scores, mesh.to_rgba(np.ma.masked_invalid(scores)), start, size, report.is_fraction)
+    return mesh
+
+
+def _write_numbers(axes: Any, scores: Any, fills: Any, start: float, size: float, fraction: bool) -> None:
+    """Writes each score into its cell, in black or white, with a rim of the cell's colour."""
+    from matplotlib.patheffects import withStroke
+
     for (row, step), score in np.ndenumerate(scores):
         fill = fills[row, step]
+        text = NO_NUMBER if math.isnan(score) else f"{score:.{2 if fraction else 1}f}"
         ink = "black" if _lightness(fill) > 0.45 else "white"
-        if not report.has_seen(step, tasks[row]):
-            _frame(
-                axes, step, start + row, 0, hatch="////", edgecolor=("white" if ink == "white" else GREY, 0.35), lw=0
-            )
-        if report.trains(step, tasks[row]):
-            mark(axes, step, start + row)
-        text = NO_NUMBER if math.isnan(score) else f"{score:.{2 if report.is_fraction else 1}f}"
         label = axes.text(step, start + row, text, ha="center", va="center", fontsize=size, color=ink)
         label.set_path_effects([withStroke(linewidth=2, foreground=fill)])
-    return mesh
 
 
 def crowded(report: Report) -> bool:
     """Whether some task is trained by so many steps that outlines would fill the picture."""
-    steps = range(len(report.order) + 1)
-    return any(sum(report.trains(step, task) for step in steps) > CROWDED for task in report.tasks)
+    return max(map(len, report.steps_of.values()), default=0) > CROWDED
+
+
+def _hatch(axes: Any, lacking: Any, row: float) -> None:
+    """Hatches a row's cells from the left, in another colour where the score is lacking."""
+    column = 0
+    for lacks, cells in itertools.groupby(lacking.tolist()):
+        count = len(list(cells))
+        _frame(axes, column, row, 0, wide=count, hatch="////", edgecolor=(GREY if lacks else "white", 0.45), lw=0)
+        column += count
 
 
 def _outline(axes: Any, column: float, row: float) -> None:
@@ -180,11 +202,11 @@ def _corner(axes: Any, column: float, row: float) -> None:
     axes.add_patch(Polygon(corner, facecolor=TRAINED, edgecolor="white", lw=0.6))
 
 
-def _frame(axes: Any, column: float, row: float, within: float, **style: Any) -> None:
+def _frame(axes: Any, column: float, row: float, within: float, *, wide: int = 1, **style: Any) -> None:
     from matplotlib.patches import Rectangle
 
-    corner, side = (column - 0.5 + within, row - 0.5 + within), 1 - 2 * within
-    axes.add_patch(Rectangle(corner, side, side, fill=False, **style))
+    corner = (column - 0.5 + within, row - 0.5 + within)
+    axes.add_patch(Rectangle(corner, wide - 2 * within, 1 - 2 * within, fill=False, **style))
 
 
 def _colour_bar(figure: Any, axes: Any, mesh: Any) -> None:

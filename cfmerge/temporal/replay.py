@@ -130,10 +130,11 @@ class Replay:
             "samples": [[sample.capacity, sample.seen] for sample in self._samples],
             "arrays": {key: [_name_of(array.dtype), list(array.shape)] for key, array in arrays.items()},
         }
-        raw = {key: np.frombuffer(array.tobytes(), np.uint8) for key, array in arrays.items()}
+        raw: dict[str, Any] = {key: np.frombuffer(array.tobytes(), np.uint8) for key, array in arrays.items()}
+        raw[HEAD] = np.frombuffer(json.dumps(head).encode(), np.uint8)
         with StagedFile(Path(path), overwrite=True) as staged:
             with open(staged.path / staged.target.name, "wb") as stream:
-                np.savez(stream, **{HEAD: np.frombuffer(json.dumps(head).encode(), np.uint8), **raw})
+                np.savez(stream, **raw)
             staged.commit()
         return Path(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ NO_NUMBER = "-"
 @dataclass(frozen=True)
 class Report:
     """All that is told of a store's scores; made by `report_of`.
+
+        >>> report = temporal.report_of({0: {"birds": 0.25, "cars": 0.5}}, [], ["birds", "cars"], [])
+        >>> report.shown(report.rows[0].knowledge_accumulation), report.rows[0].geometric_mean
+        ('0.375', None)
 
     Attributes:
         history: scores by step and task.
@@ -91,26 +96,28 @@ class Report:
         """Whether there is any score."""
         return any(self.history.values())
 
-    @property
+    @functools.cached_property
     def is_fraction(self) -> bool:
         """Whether all scores lie between -1 and 1."""
         return all(abs(score) <= 1 for scores in self.history.values() for score in scores.values())
 
+    @functools.cached_property
+    def steps_of(self) -> dict[str, list[int]]:
+        """By task, the steps that trained it; none for a held-out task."""
+        steps: dict[str, list[int]] = {task: [] for task in (*self.tasks, *self.held_out)}
+        for step, name in enumerate(self.order, 1):
+            for task in trained_by(name, self.trained):
+                if task in steps:
+                    steps[task].append(step)
+        return steps
+
+    def first_step(self, task: str) -> int:
+        """The first step that trained a task; one past the last where none did."""
+        return min(self.steps_of[task], default=len(self.order) + 1)
+
     def sorted_tasks(self) -> list[str]:
         """The adaptation tasks in the order in which steps trained them, those that no step trained last."""
-        first: dict[str, int] = {}
-        for step, name in enumerate(self.order):
-            for task in trained_by(name, self.trained):
-                first.setdefault(task, step)
-        return sorted(self.tasks, key=lambda task: first.get(task, len(self.order)))
-
-    def trains(self, step: int, task: str) -> bool:
-        """Whether the expert that `step` stored was trained on `task`."""
-        return step > 0 and task in trained_by(self.order[step - 1], self.trained)
-
-    def has_seen(self, step: int, task: str) -> bool:
-        """Whether a step up to `step` trained the task; held-out tasks are not asked about: True."""
-        return task in self.held_out or any(self.trains(before, task) for before in range(step + 1))
+        return sorted(self.tasks, key=self.first_step)
 
     def _headline(self) -> str:
         """The last step that has a geometric mean, beside the base."""
@@ -141,7 +148,7 @@ class Report:
             for metric, reason in row.undefined.items():
                 reasons.setdefault(reason, []).append(NAMES[metric])
             lines += [
-                f"- step {row.step}, {' and '.join(metrics)}: {reason}"
+                f"- {reason}" if len(metrics) == len(NAMES) else f"- step {row.step}, {' and '.join(metrics)}: {reason}"
                 for reason, metrics in reasons.items()
                 if not reason.endswith("is not defined") and "last trained before" not in reason
             ]
@@ -154,12 +161,13 @@ class Report:
         return _table(["task", *(f"{step} {name}" for step, name in enumerate(["base", *self.order]))], rows)
 
     def _cell(self, step: int, task: str) -> str:
-        text = self.shown(self.history.get(step, {}).get(task))
-        if task in self.held_out:
+        score = self.history.get(step, {}).get(task)
+        text = self.shown(score)
+        if score is None:
             return text
-        if self.trains(step, task):
+        if step in self.steps_of[task]:
             return f"**{text}**"
-        return text if self.has_seen(step, task) else f"*{text}*"
+        return text if task in self.held_out or step > self.first_step(task) else f"*{text}*"
 
 
 DEFINITIONS = """\

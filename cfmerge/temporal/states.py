@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from cfmerge.core.call import form_of
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import is_number
@@ -27,7 +29,7 @@ from cfmerge.statistics import Statistics
 from cfmerge.temporal.book import Expert, State
 from cfmerge.temporal.coefficients import coefficients, step
 from cfmerge.temporal.merging import Part, merged, recipe_of
-from cfmerge.temporal.rules import All, Base, Ema, Last, Paint, Rule
+from cfmerge.temporal.rules import All, Base, Ema, Last, Paint, Rule, name_through
 from cfmerge.temporal.store import Store
 
 DRIFT = 100.0  # roundings that may add up in a running model before it is made anew, where the experts are there
@@ -124,7 +126,7 @@ def _pairs(store: Store, rule: Ema, old: State | None, wanted: list[int], how: M
         return State(rule.text, "pairs", "", left[:1])
     through = [*(old.through if old else []), left[0]]
     weights = dict(zip(("running", left[0]), rule.weights, strict=True))
-    first = Part("before 1", store.base_path) if old is None else _before(store, old)
+    first = Part(name_through(0), store.base_path) if old is None else _before(store, old)
     parts = [first._replace(weight=weights["running"]), *_parts(store, left[:1], {left[0]: weights[left[0]]})]
     output = _place(store, rule, through)
     merged(store, parts, expression(rule.method), output, how)
@@ -169,33 +171,32 @@ def scale_of(rule: All, state: State) -> float:
 
 
 def _statistics(store: Store, rule: All, old: State | None, wanted: list[int], how: Mapping[str, Any]) -> State:
-    dropped = [number for number in old.through if number not in wanted] if old else []
-    if old is None or len(dropped) == len(old.through) or not set(dropped) <= store.there:
-        old, dropped = None, []
-    through = [number for number in old.through if number not in dropped] if old else []
-    kept = store.where(old.path) if old else None
+    """Statistics, to which new experts are added, and from which those are subtracted that are no longer wanted."""
+    gone = {*old.through} - {*wanted} if old else set()
+    if old is None or gone == {*old.through} or not gone <= store.there:
+        old, gone = None, set()
     output = _place(store, rule, wanted)
-    limits = {key: how[key] for key in ("memory", "devices", "progress") if key in how}
-    method = expression(rule.method)
-
-    def summed(parts: Sequence[Part], place: Path, earlier: Path | None = None) -> None:
-        recipe = recipe_of(store, parts, method, running=False)
-        known = {"statistics": str(earlier) if earlier else None, "dtype": None, "format": None, "side_files": None}
-        recipe = type(recipe)(**{key: getattr(recipe, key) for key in recipe.__struct_fields__} | known)
-        accumulate_recipe(recipe, place, overwrite=True, **limits)
-
-    if dropped and kept is not None:
-        apart, rest = output.with_name(f"{output.name}-dropped"), output.with_name(f"{output.name}-rest")
-        summed(_parts(store, dropped), apart)
+    kept = store.where(old.path) if old else None
+    if gone and kept is not None:
+        apart, rest = output.with_name(f"{output.name}-gone"), output.with_name(f"{output.name}-rest")
+        _accumulate(store, rule, _parts(store, sorted(gone)), apart, None, how)
         (Statistics.load(kept) - Statistics.load(apart)).save(rest, overwrite=True)
         kept = rest
-    left = [number for number in wanted if number not in through]
-    base = [Part("base", store.base_path)] if rule.with_base and kept is None else []
-    if left:
-        summed([*base, *_parts(store, left)], output, kept)
-    else:
-        output = kept or output
-    return State(rule.text, "statistics", _name(store, output), wanted)
+    new = _parts(store, [number for number in wanted if old is None or number not in old.through])
+    if rule.with_base and kept is None:
+        new.insert(0, Part("base", store.base_path))
+    if new:
+        _accumulate(store, rule, new, output, kept, how)
+    return State(rule.text, "statistics", _name(store, output if new or kept is None else kept), wanted)
+
+
+def _accumulate(
+    store: Store, rule: All, parts: Sequence[Part], output: Path, earlier: Path | None, how: Mapping[str, Any]
+) -> None:
+    recipe = recipe_of(store, parts, expression(rule.method), running=True)
+    begun = str(earlier) if earlier else None
+    limits = {key: how[key] for key in ("memory", "devices", "progress") if key in how}
+    accumulate_recipe(msgspec.structs.replace(recipe, statistics=begun, dtype=None), output, overwrite=True, **limits)
 
 
 NEXT: dict[str, Next] = {"sum": _sum, "pairs": _pairs, "running": _running, "statistics": _statistics}
@@ -214,7 +215,7 @@ def _after(old: State | None, wanted: list[int]) -> tuple[State | None, list[int
 
 def _before(store: Store, old: State, weight: float = 1.0) -> Part:
     path = str(store.where(old.path)) if old.path else store.readable(store.expert(old.through[-1]))
-    return Part(f"through {old.through[-1]:04d}", path, weight)
+    return Part(name_through(old.through[-1]), path, weight)
 
 
 def expert_of(state: State) -> int | None:

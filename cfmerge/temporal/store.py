@@ -23,7 +23,7 @@ import msgspec
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import Source, located, open_checkpoint
 from cfmerge.formats.staged import STAGING
-from cfmerge.temporal.book import BASE, BOOK, Book, Expert, read_book, replace, telling
+from cfmerge.temporal.book import BASE, BOOK, IN_STORE, Book, Expert, read_book, replace, telling
 from cfmerge.temporal.prints import print_of, prints
 
 
@@ -59,7 +59,7 @@ class Store:
     @staticmethod
     def check_new(path: Path) -> None:
         """Raises `CfmergeError` where there is something at the path that a stop has not left there."""
-        if path.exists() and (not path.is_dir() or set(map(_plain, path.iterdir())) - {"base", BASE, ""}):
+        if path.exists() and (not path.is_dir() or set(map(_plain, path.iterdir())) - {IN_STORE, BASE, ""}):
             raise CfmergeError(f"store {path}: exists, and is no store (it has no {BOOK}); name another directory")
 
     @classmethod
@@ -70,6 +70,11 @@ class Store:
             CfmergeError: there is none, or its book cannot be read.
         """
         return cls(path, read_book(path))
+
+    def again(self) -> "Store":
+        """The store, its book read again: another process may have changed it."""
+        self.book = self.opened(self.path).book
+        return self
 
     def write(self) -> None:
         """Makes the book's state last: the file is the old one or the new one at any moment."""
@@ -90,15 +95,12 @@ class Store:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CfmergeError(f"store {self.path}: another process changes it now; wait for it") from None
-            self.book = self.written
-            self._tidy()
+            self.again()._tidy()
             try:
                 yield
-                self.book = self.written
-                self._tidy(done=writes)
+                self.again()._tidy(done=writes)
             finally:
-                self.book = self.written
-                self._tidy()
+                self.again()._tidy()
 
     @property
     def written(self) -> Book:
@@ -128,8 +130,7 @@ class Store:
 
     @property
     def base_path(self) -> str:
-        own = self.path / self.book.base  # where it came as a tree
-        return str(own) if own.exists() else self.book.base
+        return _base_of(self.path, self.book.base)
 
     @property
     def base(self) -> Source:
@@ -207,7 +208,7 @@ class Store:
         return len(self.book.order) + 1
 
     def where(self, path: str) -> Path:
-        """The place of a path of the book."""
+        """The place of a path of the book: in the store, unless it is absolute."""
         return self.path / path
 
     def source(self, path: str) -> Source:
@@ -252,3 +253,8 @@ class Store:
 
 def _plain(path: Path) -> str:
     return "" if path.name.startswith(".") else path.name
+
+
+def _base_of(store: Path, base: str) -> str:
+    """The path of a base: one that came as a tree lies in the store; others are absolute, or names of the hub."""
+    return str(store / base) if base == IN_STORE else base

@@ -8,9 +8,9 @@ import pytest
 import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.temporal.metrics import geometric_mean
-from cfmerge.temporal.protocol import Time
-from cfmerge.temporal.running import read_scores, run_setting
+from cfmerge.temporal.setting_runs import read_scores, run_setting
 from cfmerge.temporal.settings import Setting, published
+from cfmerge.temporal.stages import Time
 
 STREAM = {"first": {"birds": 2, "cars": 1}, "second": {"cars": 3}, "third": {"digits": 1}}
 SMALL = Setting("small", ("birds", "cars", "digits"), ("faces",), streams={"one": STREAM}, stream="one")
@@ -131,9 +131,10 @@ def test_a_run_that_stopped_goes_on_to_the_same_models(small, tmp_path, monkeypa
 def test_models_that_were_evaluated_may_be_deleted(small, tmp_path):
     run = go(small, tmp_path, scores=dict.fromkeys(range(4), SCORES))
     shutil.rmtree(run.served[1])
-    again = go(small, tmp_path)
+    again = go(small, tmp_path, scores={1: {"birds": 0.625}})  # known better since
     assert sorted(again.served) == [0, 2, 3]
     assert again.unscored == []
+    assert again.report().history[1] == {**SCORES, "birds": 0.625}
 
 
 def test_experts_are_files_too_and_are_copied_when_asked(small, tmp_path, load):

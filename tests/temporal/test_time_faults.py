@@ -43,7 +43,9 @@ def test_any_order_of_calls_gives_what_the_rules_give_in_memory(seed, tmp_path):
     rules, how = draw.sample(RULES, 2), {"window": draw.choice([None, 1, 3]), "keep": draw.choice([None, 1, 3])}
     try:
         time = temporal.Time(tmp_path / "store", BASE, init=rules[0], deploy=rules[1], **how)
-    except cfmerge.CfmergeError:
+    except cfmerge.CfmergeError as error:
+        if "lets go of older experts" not in str(error):
+            raise
         time = temporal.Time(tmp_path / "store", BASE, init=rules[0], deploy=rules[1], window=how["window"])
     there = []
     for call in draw.choices(["store", "forget", "init", "deploy", "again"], [4, 2, 1, 1, 1], k=14):
@@ -52,13 +54,12 @@ def test_any_order_of_calls_gives_what_the_rules_give_in_memory(seed, tmp_path):
             time.store(TREES[there[-1] % 12], f"t{there[-1]}")
         elif call == "forget" and there:
             leaving = draw.choice(there)
-            refused = ""
             try:
                 time.forget(f"t{leaving}")
                 there.remove(leaving)
             except cfmerge.CfmergeError as error:
-                refused = str(error)
-            assert not refused or "no longer kept" in refused
+                if "no longer kept" not in str(error):
+                    raise
         elif call == "again":
             time = temporal.Time(time.path)
         assert time.done == [f"t{number}" for number in there]
@@ -229,7 +230,7 @@ def test_integers_that_differ_are_told_before_the_expert_is_stored(tmp_path):
     base = BASE | {"count": np.array([1])}
     expert = TREES[0] | {"count": np.array([2])}
     time = made(tmp_path / "store", base=base)
-    with pytest.raises(cfmerge.CfmergeError, match=r"integers 'count' .* a store takes its rules when it is made"):
+    with pytest.raises(cfmerge.CfmergeError, match=r"integers 'count' .* A store takes these when it is made"):
         time.store(expert, "t1")
     assert time.done == []
     time = made(tmp_path / "other", base=base, rules=[{"match": "count", "method": "keep-base"}])

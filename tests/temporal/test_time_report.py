@@ -41,9 +41,14 @@ def test_markdown_has_a_row_for_each_step_and_marks_trained_and_unseen_tasks(rep
     assert lines[lines.index("| task | 0 base | 1 birds | 2 cars |") + 2 :] == [
         "| birds | *0.200* | **0.750** | 0.500 |",
         "| cars | *0.300* | *0.250* | **0.875** |",
-        "| digits | *0.100* | *0.125* | *-* |",
+        "| digits | *0.100* | *0.125* | - |",
         "| faces (held out) | 0.900 | 0.800 | 0.640 |",
     ]
+
+
+def test_a_step_without_scores_is_told_once():
+    report = report_of({0: HISTORY[0], 2: HISTORY[2]}, ORDER, TASKS, HELD_OUT)
+    assert report.markdown().count("step 1 has no scores") == 1
 
 
 def test_json_has_all_numbers_and_the_reasons_for_those_that_are_missing(report):
@@ -78,8 +83,8 @@ def test_the_picture_has_a_cell_for_each_score_and_a_curve_for_each_metric(repor
     cells = [text for text in texts(matrix) if text not in ("adaptation", "held out")]
     assert cells == ["0.20", "0.75", "0.50", "0.30", "0.25", "0.88", "0.10", "0.12", "-", "0.90", "0.80", "0.64"]
     hatched = [patch for patch in matrix.patches if patch.get_hatch()]
-    assert sorted((round(p.get_x() + 0.5), round(p.get_y() + 0.5)) for p in hatched) == [
-        (0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2),
+    assert [(p.get_x(), p.get_y(), p.get_width()) for p in hatched] == [
+        (-0.5, -0.5, 1), (-0.5, 0.5, 2), (-0.5, 1.5, 2), (1.5, 1.5, 1),
     ]  # fmt: skip
     outlined = {(round(p.get_x() + 0.45), round(p.get_y() + 0.45)) for p in matrix.patches if not p.get_hatch()}
     assert outlined == {(1, 0), (2, 1)}
@@ -119,6 +124,22 @@ def test_tasks_that_many_steps_train_are_marked_by_corners():
     marks = [patch for patch in matrix.patches if not patch.get_hatch()]
     assert len(marks) == 6
     assert all(len(mark.get_xy()) == 4 for mark in marks)  # triangles, closed
+
+
+def test_more_than_a_hundred_steps_have_a_picture_of_bounded_size():
+    tasks = [f"task-{number}" for number in range(120)]
+    history = {step: dict.fromkeys(tasks, step / 120) for step in range(0, 121, 10)}
+    figure = picture(report_of(history, tasks, tasks, []))
+    assert max(figure.get_size_inches()) < 45
+    curves, matrix, _ = figure.axes
+    assert texts(matrix) == ["adaptation"]  # numbers would not be readable
+    for axis in (matrix.get_xticklabels(), matrix.get_yticklabels(), curves.get_xticklabels()):
+        assert 20 < len(axis) < 250
+
+
+def test_a_report_without_any_task_is_written_too(tmp_path):
+    report_of({}, [], [], []).save(tmp_path / "report")
+    assert (tmp_path / "report" / "scores.png").is_file()
 
 
 def test_a_report_without_scores_is_written_too(tmp_path):

@@ -16,10 +16,10 @@ from typing import Any
 
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.temporal.metrics import checked
-from cfmerge.temporal.protocol import Time
 from cfmerge.temporal.report import Report
 from cfmerge.temporal.rules import Rule
 from cfmerge.temporal.settings import Setting, published
+from cfmerge.temporal.stages import Time
 
 Judge = Callable[[int, Path], Mapping[str, float]]  # of a step and the model that was deployed after it
 
@@ -95,7 +95,7 @@ def run_setting(
         scores: by step, those that are known; or a function that evaluates a model: it gets the step and the path, and
             is called where a step lacks scores.
         link: refer to the experts where they lie in place of copying them into the store.
-        options: of every merge, see `Time`.
+        options: what else a new store is made with, see `Time`: window, keep, options of every merge.
         **how: memory, devices and progress, as for `cfmerge.merge`.
 
     Raises:
@@ -108,8 +108,15 @@ def run_setting(
         checked(known, chosen.adaptation, chosen.held_out)
         if step not in range(len(found) + 1):
             raise CfmergeError(f"scores of step {step!r}: there are steps 0 (the base) to {len(found)}")
-    named: dict[str, Any] = {"tasks": chosen.adaptation, "held_out": chosen.held_out, "trained": chosen.trained}
-    time = Time(store, base, **named, **rules, **(options or {}))
+    time = Time(
+        store,
+        base,
+        tasks=chosen.adaptation,
+        held_out=chosen.held_out,
+        trained=chosen.trained,
+        **rules,
+        **(options or {}),
+    )
     if time.done != list(chosen.tasks[: len(time.done)]):
         raise CfmergeError(
             f"store {time.path}: holds the experts {', '.join(time.done)}, in this order; stream {chosen.stream!r} "
@@ -125,9 +132,12 @@ def run_setting(
         if model.exists():
             models[step] = model
     run = Run(chosen, time, models, waiting)
-    for step in run.unscored if callable(scores) else table:
-        if step in models:
-            time.evaluate(scores(step, models[step]) if callable(scores) else table[step], step)
+    for step, given in table.items():
+        time.evaluate(given, step)
+    if callable(scores):
+        for step in run.unscored:
+            if step in models:
+                time.evaluate(scores(step, models[step]), step)
     return run
 
 
