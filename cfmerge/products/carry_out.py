@@ -1,7 +1,6 @@
 """A plan carried out: sinks for its results, the run, model cards."""
 
 import contextlib
-import functools
 import re
 import shlex
 import threading
