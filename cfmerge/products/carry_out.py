@@ -18,7 +18,7 @@ from cfmerge.engine.checks import same_content
 from cfmerge.engine.placement import Placement
 from cfmerge.engine.processes import by_the_first
 from cfmerge.errors import CfmergeError, NonFiniteError, StoppedError
-from cfmerge.formats import DirectorySink, Totals, check_directory_name, open_sink
+from cfmerge.formats import DirectorySink, Source, Totals, check_directory_name, open_sink
 from cfmerge.formats.adapter_sink import AdapterSink, Rank
 from cfmerge.formats.dequantised import KEYS
 from cfmerge.formats.journal import FileJournal
@@ -217,8 +217,7 @@ def _check_contents(plan: Resolved) -> list[str]:
     """Models that are the same byte by byte though their files are others."""
     notes = []
 
-    @functools.cache
-    def beginning(model: Any, name: str) -> bytes:
+    def beginning(model: Source, name: str) -> bytes:
         return model.read(name, 0, min(BEGINNING, model.tensors[name].size)).tobytes()
 
     models = [("the base", plan.base, {job.name: job.name for job in plan.jobs})]
