@@ -23,7 +23,6 @@ import msgspec
 from cfmerge.core.call import form_of
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import is_number
-from cfmerge.errors import CfmergeError
 from cfmerge.products.accumulate import accumulate_recipe
 from cfmerge.statistics import Statistics
 from cfmerge.temporal.book import Expert, State
@@ -237,32 +236,3 @@ def _place(store: Store, rule: Rule, through: Sequence[int]) -> Path:
 
 def _name(store: Store, path: Path) -> str:
     return str(path.relative_to(store.path))
-
-
-def check_forgettable(store: Store, rule: Rule, expert: Expert) -> None:
-    """Raises `CfmergeError` where a rule's model cannot be had without an expert.
-
-    A weighted sum and statistics take it off; other running models are made again of the experts that are left.
-    """
-    kind, old = kind_of(store, rule), state_of(store, rule)
-    left = store.seen([one for one in store.book.experts if one is not expert])
-    gone = [one for one in left if one.gone]
-    if isinstance(rule, Last | Paint):
-        gone, why = [one for one in left[-1:] if one.gone], "reads the newest expert"
-    elif old is None or expert.number not in old.through or kind in {"none", "experts"}:
-        return
-    elif expert.gone:
-        gone, why = [expert], "keeps a running model, from which it cannot be taken"
-    elif kind == "sum":
-        target = coefficients(rule, [one.number for one in left]) if left else {}
-        taken = step(old.coefficients if old.path else None, dict(target or {}), store.there).experts
-        gone, why = [one for one in gone if one.number in taken], "gives the others other weights then"
-    elif kind == "statistics":
-        return
-    else:
-        why = "keeps a running model, from which no expert can be taken, so that it is made again"
-    if gone:
-        raise CfmergeError(
-            f"store {store.path}: {expert.task!r} cannot be forgotten: {rule.text} {why}, and it cannot be "
-            f"had without {', '.join(repr(one.task) for one in gone)}, no longer kept (keep={store.book.keep})"
-        )

@@ -14,6 +14,7 @@ forgotten it. So a stop at any moment leaves the store as it was before the chan
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import Source, located, open_checkpoint
 from cfmerge.formats.staged import STAGING
 from cfmerge.temporal.book import BASE, BOOK, IN_STORE, Book, Expert, read_book, replace, telling
+from cfmerge.temporal.metrics import check_tasks
 from cfmerge.temporal.prints import print_of, prints
 
 
@@ -202,6 +204,22 @@ class Store:
             names = [one.task for one in self.book.experts]
             raise CfmergeError(f"store {self.path}: holds no expert {task!r}{nearest(task, names)}")
         return found
+
+    def check_task(self, task: str) -> None:
+        """Raises `CfmergeError` unless a new expert may have that task."""
+        book = self.book
+        if any(one.task == task for one in book.experts):
+            raise CfmergeError(
+                f"store {self.path}: there is an expert of {task!r} already (step {self.named(task).number}); give "
+                "this one another name, or forget that one first"
+            )
+        if not task.strip():
+            raise CfmergeError("an expert needs the name of its task")
+        if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", task):
+            raise CfmergeError(f"task {task!r}: has characters that cannot be shown; give it another name")
+        check_tasks(book.tasks or [task], book.held_out, [task], book.trained or None)
+        if book.tasks and task not in book.tasks and task not in book.trained:
+            raise CfmergeError(f"store {self.path}: {task!r} is none of its tasks{nearest(task, book.tasks)}")
 
     @property
     def next_number(self) -> int:
