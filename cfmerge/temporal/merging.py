@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ from cfmerge.models import is_float
 from cfmerge.models.deltas import Dense
 from cfmerge.models.names import unchanged
 from cfmerge.planning.unmerged import BASE
-from cfmerge.planning.work import Progress
 from cfmerge.products.convert import convert
 from cfmerge.products.convert import copied as copied_files
 from cfmerge.products.plan import Plan, as_recipe, make_plan
@@ -155,24 +153,6 @@ def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: 
 
 def _headers(source: Source) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return {name: (info.shape, info.dtype) for name, info in source.tensors.items()}
-
-
-def take_in(where: Path, place: Path, progress: Progress | None) -> None:
-    """Copies a model or an adapter, whole or not at all."""
-    if not is_adapter(where):
-        convert(where, place, overwrite=True, progress=progress)
-        return
-    part = place.with_name(f".{place.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    if where.is_dir():
-        shutil.copytree(where, part)
-    else:
-        part.mkdir(parents=True)
-        for file in (where, where.with_name("adapter_config.json")):
-            if file.is_file():
-                shutil.copy2(file, part / file.name)
-    shutil.rmtree(place, ignore_errors=True)
-    part.rename(place)
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:

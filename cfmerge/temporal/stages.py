@@ -17,18 +17,18 @@ from typing import Any
 from cfmerge.engine.placement import Devices
 from cfmerge.errors import CfmergeError
 from cfmerge.planning.work import Progress
-from cfmerge.products.files import save
 from cfmerge.products.loading import load
 from cfmerge.temporal.book import BOOK, Expert
 from cfmerge.temporal.forgetting import forget, keep_states_of, let_go
 from cfmerge.temporal.making import write_model
-from cfmerge.temporal.merging import base_name, check_expert, checked_options, take_in
+from cfmerge.temporal.merging import base_name, checked_options
 from cfmerge.temporal.metrics import checked as checked_scores
 from cfmerge.temporal.opening import check_same, completed, made, rules_of
-from cfmerge.temporal.prints import print_of, prints, prints_of_tree
+from cfmerge.temporal.prints import prints, prints_of_tree
 from cfmerge.temporal.report import Report, report_of
 from cfmerge.temporal.rules import Rule, rule
 from cfmerge.temporal.store import Store
+from cfmerge.temporal.taking import take_in
 from cfmerge.temporal.telling import Told, told
 
 
@@ -211,19 +211,7 @@ class Time:
                 let_go(store, self.rules, how)  # after a stop
             store.check_task(task)
             one = Expert(task, store.next_number, "")
-            one.path = f"experts/{one.key}"
-            if not isinstance(expert, str | Path):
-                if link:
-                    raise CfmergeError(f"expert {task!r}: a tree of parameters cannot be linked; leave link out")
-                save(expert, store.where(one.path))  # which is removed where it is refused: no book tells of it
-                check_expert(store, str(store.where(one.path)), task)
-            else:
-                check_expert(store, base_name(expert), task)
-                if link:
-                    one.path = base_name(expert)
-                    one.linked = print_of(store.source(one.path))
-                else:
-                    take_in(store.located(base_name(expert)), store.where(one.path), progress)
+            take_in(store, one, expert, link, progress)
             book.experts.append(one)
             book.order.append(task)
             store.write()
