@@ -32,6 +32,11 @@ INIT = (
     "cfmerge time init STORE -o START",
 )
 
+STORE = (
+    "cfmerge time store STORE runs/cars/checkpoint-900 --task cars",
+    "cfmerge time store STORE runs/cars/lora --task cars --over START",
+)
+
 
 @app.callback()
 def _time() -> None:
@@ -101,13 +106,16 @@ def init(
     )
 
 
-@app.command(cls=o.Command, epilog=o.examples("cfmerge time store STORE runs/cars/checkpoint-900 --task cars"))
+@app.command(cls=o.Command, epilog=o.examples(*STORE))
 def store(
     store: StorePath,
     checkpoint: Annotated[Path, o.argument("CHECKPOINT", "The trained expert, in any format, or an adapter.")],
     *,
     task: Annotated[str, o.option("--task", "-t", metavar="NAME", panel=o.WHAT, help="The expert's task.")],
     link: Annotated[bool, o.option("--link", panel=o.WHERE, help="Refer to it where it lies: copy nothing.")] = False,
+    over: Annotated[
+        str | None, o.option("--over", metavar="PATH", panel=o.WHAT, help="The model that an adapter changes.")
+    ] = None,
     memory: o.Memory = None,
     devices: o.Devices = None,
     quiet: o.Quiet = False,
@@ -118,7 +126,7 @@ def store(
 
     time = Time(store)
     with _progress(json, quiet) as progress:
-        time.store(checkpoint, task, link=link, memory=memory, devices=devices, progress=progress)
+        time.store(checkpoint, task, link=link, over=over, memory=memory, devices=devices, progress=progress)
     how = "linked" if link else "copied"
     _done(json, quiet, f"{store}: {task} is step {time.step}, {how}", task=task, step=time.step, left=time.left)
 

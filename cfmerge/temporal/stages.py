@@ -189,6 +189,7 @@ class Time:
         task: str,
         *,
         link: bool = False,
+        over: str | Path | None = None,
         memory: str | int | None = None,
         devices: Devices = None,
         progress: Progress | None = None,
@@ -196,9 +197,11 @@ class Time:
         """Takes in the trained expert of a task: it is checked against the base, and copied.
 
         Args:
-            expert: a checkpoint in any format, an adapter of the base, or a tree of parameters.
+            expert: a checkpoint in any format, an adapter, or a tree of parameters.
             task: its name; one of the adaptation tasks, where these are named.
             link: refer to the checkpoint where it lies in place of copying it. Where it changes later, that is told.
+            over: the model that an adapter changes, from which its task started; the store keeps the model that comes
+                out. It is asked for where the init rule did not begin with the base; of the base, name that.
             memory, devices, progress: as for `cfmerge.merge`, of the step of the running models with `keep`.
 
         Raises:
@@ -211,7 +214,7 @@ class Time:
                 let_go(store, self.rules, how)  # after a stop
             store.check_task(task)
             one = Expert(task, store.next_number, "")
-            take_in(store, one, expert, link, progress)
+            take_in(store, one, expert, link, over, progress)
             book.experts.append(one)
             book.order.append(task)
             store.write()

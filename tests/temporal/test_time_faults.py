@@ -190,18 +190,52 @@ def test_a_link_that_is_lost_can_be_forgotten(change, tmp_path):
     close(time.deploy(like=BASE), TREES[0])
 
 
-def test_an_adapter_is_stored_with_its_config_however_it_is_named(tmp_path, make_model):
-    base = make_model(tmp_path / "base")
-    name, random = "model.layers.0.self_attn.q_proj", np.random.default_rng(0)
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def adapter(place, trained_on=None):
+    """Writes an adapter of one matrix, and gives its change."""
+    random = np.random.default_rng(0)
     parts = {"A": random.standard_normal((2, 8)), "B": random.standard_normal((8, 2))}
-    weights = {f"base_model.model.{name}.lora_{k}.weight": part.astype(np.float32) for k, part in parts.items()}
+    weights = {f"base_model.model.{Q_PROJ}.lora_{k}.weight": part.astype(np.float32) for k, part in parts.items()}
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "target_modules": ["q_proj"]}
-    place = laid(tmp_path / "run", {"adapter_model.safetensors": weights, "adapter_config.json": config})
+    config |= {"base_model_name_or_path": str(trained_on)} if trained_on else {}
+    laid(place, {"adapter_model.safetensors": weights, "adapter_config.json": config})
+    return 8 * parts["B"] @ parts["A"]
+
+
+def test_an_adapter_is_stored_with_its_config_however_it_is_named(tmp_path, make_model):
+    base, place = make_model(tmp_path / "base"), tmp_path / "run"
+    change = adapter(place)
     time = made(tmp_path / "store", "all", base=base)
     time.store(place, "v.pt")
     time.store(place / "adapter_model.safetensors", "file")
-    whole = cfmerge.open(base)[f"{name}.weight"] + 8 * parts["B"] @ parts["A"]
-    np.testing.assert_allclose(cfmerge.open(time.deploy())[f"{name}.weight"], whole, atol=1e-5)
+    whole = cfmerge.open(base)[f"{Q_PROJ}.weight"] + change
+    np.testing.assert_allclose(cfmerge.open(time.deploy())[f"{Q_PROJ}.weight"], whole, atol=1e-5)
+
+
+def test_an_adapter_of_the_model_from_which_its_task_started_is_an_expert_over_that_model(tmp_path, make_model):
+    base = make_model(tmp_path / "base")
+    tensors = cfmerge.open(base)
+    first = make_model(tmp_path / "first", {name: np.asarray(tensors[name]) + np.float32(1) for name in tensors})
+    time = temporal.Time(tmp_path / "store", base, protocol="sequential")
+    time.store(first, "first")
+    start = time.init(tmp_path / "start")
+    change = adapter(tmp_path / "lora", trained_on=start)
+    with pytest.raises(cfmerge.CfmergeError, match=f"is an adapter, and the init rule last .*: --over {start}"):
+        time.store(tmp_path / "lora", "second")
+    with pytest.raises(cfmerge.CfmergeError, match="cannot be linked"):
+        time.store(tmp_path / "lora", "second", over=start, link=True)
+    with pytest.raises(cfmerge.CfmergeError, match=r"is no adapter, and over=.* leave over out"):
+        time.store(first, "second", over=start)
+    assert time.done == ["first"]
+    assert [path.name for path in (time.path / "experts").iterdir()] == ["0001-first"]
+    time.store(tmp_path / "lora", "second", over=start)
+    whole = cfmerge.open(first)[f"{Q_PROJ}.weight"] + change
+    np.testing.assert_allclose(cfmerge.open(time.deploy())[f"{Q_PROJ}.weight"], whole, atol=1e-5)
+    time.store(tmp_path / "lora", "third", over=base)
+    whole = cfmerge.open(base)[f"{Q_PROJ}.weight"] + change
+    np.testing.assert_allclose(cfmerge.open(time.deploy())[f"{Q_PROJ}.weight"], whole, atol=1e-5)
 
 
 def test_a_link_may_name_a_model_on_the_hub(tmp_path, monkeypatch):
