@@ -29,7 +29,7 @@ OF_MERGES = (
 INIT = (
     "cfmerge time init STORE --base BASE --protocol best-in-time --weight 0.5 -o START",
     "cfmerge time init STORE --base BASE --init zero-shot --deploy 'all(by_time=sqrt)'",
-    "cfmerge time init STORE -o START",
+    "cfmerge time init STORE -o START --overwrite",
 )
 
 STORE = (
@@ -68,10 +68,11 @@ def init(
         str | None, o.option("--deploy", metavar="RULE", panel=o.HOW, help="last, ema, offline, paint, ...")
     ] = None,
     technique: Annotated[
-        str | None, o.option("--technique", metavar="METHOD", panel=o.HOW, help="Of both rules. Default: average.")
+        str | None,
+        o.option("--technique", metavar="METHOD", panel=o.HOW, help="Both rules' method. Default: average."),
     ] = None,
     weight: Annotated[
-        float | None, o.option("--weight", metavar="W", panel=o.HOW, help="Of the newest, in ema and paint.")
+        float | None, o.option("--weight", metavar="W", panel=o.HOW, help="The newest expert's, in ema and paint.")
     ] = None,
     window: Annotated[
         int | None, o.option("--window", metavar="K", panel=o.HOW, help="Merge the newest K experts alone.")
@@ -131,7 +132,12 @@ def store(
     _done(json, quiet, f"{store}: {task} is step {time.step}, {how}", task=task, step=time.step, left=time.left)
 
 
-@app.command(cls=o.Command, epilog=o.examples("cfmerge time deploy STORE -o SERVED"))
+@app.command(
+    cls=o.Command,
+    epilog=o.examples(
+        "cfmerge time deploy STORE -o SERVED --overwrite", "cfmerge time deploy STORE --rule offline -o OTHER"
+    ),
+)
 def deploy(
     store: StorePath,
     *,
@@ -154,14 +160,16 @@ def deploy(
             output, rule=rule, overwrite=overwrite, memory=memory, devices=devices, progress=progress
         )  # fmt: skip
     used = rule or time.rules[1].text
-    told = f"{model}  by {used} over {', '.join(time.done) or 'no expert yet: the base'}"
-    _done(json, quiet, told, output=str(model), step=time.step, rule=used, experts=time.done)
+    told = f"{model}  by {used} over {', '.join(time.seen) or 'no expert yet: the base'}"
+    _done(json, quiet, told, output=str(model), step=time.step, rule=used, experts=time.seen)
 
 
 @app.command(
     cls=o.Command,
     epilog=o.examples(
-        "cfmerge time evaluate STORE scores.json", "cfmerge time evaluate STORE -s cars=0.81 -s birds=0.4"
+        "cfmerge time evaluate STORE scores.json",
+        "cfmerge time evaluate STORE of_the_base.json --step 0",
+        "cfmerge time evaluate STORE -s cars=0.81 -s birds=0.4",
     ),
 )
 def evaluate(
@@ -172,7 +180,7 @@ def evaluate(
         list[str] | None, o.option("--score", "-s", metavar="TASK=SCORE", panel=o.WHAT, help="A score; repeat.")
     ] = None,
     step: Annotated[
-        int | None, o.option("--step", metavar="N", panel=o.WHAT, help="Of which step; 0: the base. Default: now.")
+        int | None, o.option("--step", metavar="N", panel=o.WHAT, help="The scored step; 0: the base. Default: now.")
     ] = None,
     json: o.Json = False,
 ) -> None:
@@ -185,7 +193,8 @@ def evaluate(
         raise CfmergeError("no scores: name a table of them, or give --score TASK=SCORE")
     time.evaluate(found, step)
     at = time.step if step is None else step
-    _done(json, False, f"{store}: {len(found)} scores of step {at}", step=at, scores=found)
+    count = "1 score" if len(found) == 1 else f"{len(found)} scores"
+    _done(json, False, f"{store}: {count} of step {at}", step=at, scores=found)
 
 
 @app.command(cls=o.Command, epilog=o.examples("cfmerge time report STORE -o REPORT"))
@@ -198,7 +207,7 @@ def report(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Show the metrics of each step, and the scores by task."""
+    """Show the metrics of each step; with -o write them, the scores by task, and a picture."""
     from cfmerge.temporal import Time
 
     made = Time(store).report()
@@ -212,6 +221,8 @@ def report(
         numbers = (row.knowledge_accumulation, row.zero_shot_retention, row.geometric_mean, row.backward_transfer)
         rows.add_row(str(row.step), escape(row.expert or "(the base)"), *map(made.shown, numbers))
     console.print(rows)
+    for reason in made.reasons():
+        say(console, f"not defined: {reason}")
     if output is not None:
         show.line(f"{output}  report.md, report.json, scores.png")
 

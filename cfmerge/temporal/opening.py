@@ -78,7 +78,8 @@ def check_same(store: Store, rules: tuple[Rule, Rule] | None, asked: Mapping[str
     other = [key for key, value in expected.items() if found[key] != value]
     if other:
         key = other[0]
+        once = ". A model by another rule, once: cfmerge time deploy STORE --rule RULE" if key == "deploy" else ""
         raise CfmergeError(
             f"store {store.path}: was made with {key}={found[key]!r}, found {key}={expected[key]!r}; leave it out, or "
-            "make another store"
+            f"make another store{once}"
         )

@@ -147,18 +147,26 @@ class Report:
         return _table(["step", "expert", *NAMES.values()], rows)
 
     def _undefined(self) -> str:
+        lines = [f"- {reason}" for reason in self.reasons()]
+        return "\n".join(["Not defined:", "", *lines]) if lines else ""
+
+    def reasons(self) -> list[str]:
         """The reasons for numbers that are missing, but for those that no score could mend."""
-        lines: list[str] = []
+        empty = [row.step for row in self.rows if not self.history.get(row.step)]
+        missing = f"steps {', '.join(map(str, empty))} have" if len(empty) > 1 else f"step {(*empty, 0)[0]} has"
+        lines = [f"{missing} no scores"] if empty else []
         for row in self.rows:
+            if row.step in empty:
+                continue
             reasons: dict[str, list[str]] = {}
             for metric, reason in row.undefined.items():
                 reasons.setdefault(reason, []).append(NAMES[metric])
             lines += [
-                f"- {reason}" if len(metrics) == len(NAMES) else f"- step {row.step}, {' and '.join(metrics)}: {reason}"
+                reason if len(metrics) == len(NAMES) else f"step {row.step}, {' and '.join(metrics)}: {reason}"
                 for reason, metrics in reasons.items()
                 if not reason.endswith("is not defined") and "last trained before" not in reason
             ]
-        return "\n".join(["Not defined:", "", *lines]) if lines else ""
+        return lines
 
     def _scores(self) -> str:
         steps = range(len(self.order) + 1)

@@ -18,7 +18,7 @@ S. Dziadzio et al., How to Merge Your Multimodal Models Over Time?, CVPR 2025, a
 import ast
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
@@ -167,6 +167,7 @@ class All(_Rule, tag="all", frozen=True):
 
 Rule = Base | Last | Paint | Ema | All
 NAMES = {kind.__struct_config__.tag: kind for kind in get_args(Rule)}
+CHOICES = {"by_time": tuple(BY_TIME), "seed": ("base", "first")}
 # the article's words, and its code's, for the same
 ALIASES = {
     "zero_shot": "base", "zs": "base", "fine_tuned": "last", "ft": "last", "unrolled": "ema", "merged": "all",
@@ -208,7 +209,15 @@ def rule(text: "str | Rule") -> Rule:
     try:
         return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise CfmergeError(f"rule {text!r}: {error}") from None
+        raise CfmergeError(f"rule {text!r}: {_told(error, kind, given)}") from None
+
+
+def _told(error: msgspec.ValidationError, kind: type[_Rule], given: Mapping[str, Any]) -> str:
+    """What is wrong with a rule's values, with the words that may stand there."""
+    for key, words in CHOICES.items():
+        if key in kind.__struct_fields__ and given.get(key, words[0]) not in words:
+            return f"{key}={given[key]!r} is not known{nearest(str(given[key]), words)}"
+    return str(error)
 
 
 def _arguments(call: str, text: str) -> dict[str, Any]:

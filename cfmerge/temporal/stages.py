@@ -120,6 +120,11 @@ class Time:
         return [one.task for one in self._store.again().book.experts]
 
     @property
+    def seen(self) -> list[str]:
+        """The tasks whose experts rules see: those of `done`, or the newest in the window."""
+        return [one.task for one in self._store.again().experts]
+
+    @property
     def left(self) -> list[str]:
         """The adaptation tasks that have not come yet."""
         book = self._store.again().book

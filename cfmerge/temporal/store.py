@@ -219,7 +219,10 @@ class Store:
             raise CfmergeError(f"task {task!r}: has characters that cannot be shown; give it another name")
         check_tasks(book.tasks or [task], book.held_out, [task], book.trained or None)
         if book.tasks and task not in book.tasks and task not in book.trained:
-            raise CfmergeError(f"store {self.path}: {task!r} is none of its tasks{nearest(task, book.tasks)}")
+            raise CfmergeError(
+                f"store {self.path}: {task!r} is none of its tasks{nearest(task, book.tasks)} (a store that is made "
+                "without tasks takes any name)"
+            )
 
     @property
     def next_number(self) -> int:

@@ -60,6 +60,23 @@ def test_the_stages_of_a_stream(folder):
     assert json.loads(cli("plan", "S", "--json"))["experts"] == []
 
 
+def test_a_deploy_tells_the_experts_in_the_window_alone(folder):
+    cli("init", "S", "--base", "base", "--init", "base", "--deploy", "all", "--window", "2")
+    for name in ("e1", "e2", "e3"):
+        cli("store", "S", name, "--task", name)
+    assert "served  by all over e2, e3\n" in cli("deploy", "S", "-o", "served")
+
+
+def test_a_report_says_which_steps_have_no_scores(folder):
+    cli("init", "S", "--base", "base", "--init", "base", "--deploy", "all", "--task", "one", "--held-out", "far")
+    cli("store", "S", "e1", "--task", "one")
+    assert "not defined: steps 0, 1 have no scores\n" in cli("report", "S")
+    assert "1 score of step 1\n" in cli("evaluate", "S", "-s", "one=0.5")
+    told = cli("report", "S")
+    assert "not defined: step 0 has no scores\n" in told
+    assert "not defined: step 1, zero-shot retention" in told
+
+
 def test_options_of_a_recipe_reach_every_merge(folder):
     rule = "match=model.norm.weight, method=keep-base"
     cli("init", "S", "--base", "base", "--init", "zero-shot", "--deploy", "offline", "-r", rule, "--dtype", "bfloat16")

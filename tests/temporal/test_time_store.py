@@ -169,6 +169,7 @@ def test_a_store_is_opened_again_where_it_was(tmp_path):
     ("other", "told"),
     [
         ({"rule": "ema(weight=0.5)"}, r"was made with deploy='ema\(weight=0.3\)', found deploy='ema\(weight=0.5\)'"),
+        ({"rule": "all"}, "or make another store. A model by another rule, once: cfmerge time deploy STORE --rule"),
         ({"window": 3}, "was made with window=None, found window=3"),
         ({"tasks": ["a"]}, "was made with tasks="),
     ],
