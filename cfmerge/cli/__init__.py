@@ -1,5 +1,6 @@
 """The command line. JAX is imported by the commands that compute, not here."""
 
+import dataclasses
 import logging
 import sys
 import warnings
@@ -86,6 +87,8 @@ def merge(
             json, quiet = show.by_the_first(where, json, quiet)
             show.window_of(stage, json, quiet)
             planned = cfmerge.plan(stage.recipe)
+            if stage.window is not None:
+                planned = dataclasses.replace(planned, notes=(stage.window.note, *planned.notes))
             if stage.name and not overwrite and is_made(planned, place):
                 show.stage(stage, place, json, quiet)
                 continue

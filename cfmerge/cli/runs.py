@@ -64,13 +64,7 @@ def _numbers(text: str) -> list[float]:
 def show_window(window: "Window") -> None:
     """Prints the steps and weights of a window, each with a bar as long as its weight is large."""
     console = out()
-    how = f"decay {window.decay}" if window.decay else "weights as given"
-    by = "weighted mean" if window.mean else window.recipe.method
-    say(
-        console,
-        f"{window.run}: {len(window.steps)} steps, {by}{f', {how}' if window.mean or window.decay else ''}",
-        "bold",
-    )
+    say(console, f"{window.run}: {window.how}", "bold")
     table = Table("step", "weight", "", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     most = max((abs(weight) for weight in window.weights if weight is not None), default=0.0) or 1.0
     for step, weight in zip(window.steps, window.weights, strict=True):

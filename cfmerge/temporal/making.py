@@ -60,5 +60,6 @@ def _of_state(store: Store, rule: Rule, state: State, output: Path, how: Mapping
         return None
     scale = scale_of(rule, state) if isinstance(rule, All) and state.kind == "running" else 1.0
     method = SUM if scale == 1 else f"task_arithmetic(scale={scale!r})"
+    note += "; the recipe below reads the store's running model, which the next step replaces"
     merged(store, [Part("running", str(path))], method, output, how, note=note)
     return None

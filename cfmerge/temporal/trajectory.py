@@ -63,6 +63,19 @@ class Window:
         """Whether it is the weighted mean of the steps."""
         return self.recipe.method == MEAN[0] and None not in self.weights
 
+    @property
+    def how(self) -> str:
+        """The number of steps and the shape of their weights, in words."""
+        by = "weighted mean" if self.mean else self.recipe.method
+        weights = f"decay {self.decay}" if self.decay else "weights as given"
+        return f"{len(self.steps)} steps, {by}{f', {weights}' if self.mean or self.decay else ''}"
+
+    @property
+    def note(self) -> str:
+        """A sentence for the card of the model that comes out."""
+        steps = told([step.number for step in self.steps])
+        return f"merged along one training run, {self.run}: {self.how}; the steps {steps}"
+
     def summary(self) -> dict[str, Any]:
         """The window as plain values."""
         return {

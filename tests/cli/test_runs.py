@@ -77,6 +77,8 @@ def test_a_plan_shows_the_window_and_the_cost(run):
 def test_a_card_repeats_the_merge(run):
     """Without the run's options: the recipe names steps and weights."""
     cli("merge", "--run", "run", "--decay", "cosine", "--extra-from", "100", "-o", "out", "-q")
+    card = (run.parent / "out" / "README.md").read_text()
+    assert "merged along one training run, run: 3 steps, weighted mean, decay cosine; the steps 100, 200, 300" in card
     cli("merge", "out/README.md", "-o", "again", "-q")
     for name in ("w", "updates"):
         assert (cfmerge.open("again")[name] == cfmerge.open("out")[name]).all()
