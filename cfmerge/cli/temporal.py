@@ -294,7 +294,7 @@ def run(
         str | None, o.option("--stream", metavar="NAME", panel=o.WHAT, help="The order. Default: the setting's.")
     ] = None,
     scores: Annotated[
-        Path | None, o.option("--scores", metavar="PATH", panel=o.WHAT, help="A table of scores by step and name.")
+        Path | None, o.option("--scores", metavar="PATH", panel=o.WHAT, help="JSON {step: {name: score}}, or CSV.")
     ] = None,
     protocol: Annotated[
         str | None, o.option("--protocol", metavar="NAME", panel=o.HOW, help="Default: the setting's first.")

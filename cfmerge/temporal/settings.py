@@ -142,7 +142,7 @@ def published(name: str | Path) -> Setting:
     elif Path(name).is_file():
         text, place = Path(name).read_text("utf-8"), str(name)
     else:
-        raise CfmergeError(f"unknown setting {str(name)!r}{nearest(str(name), files)}, or name a YAML file")
+        raise CfmergeError(f"unknown setting {str(name)!r}{nearest(str(name), files)} (or name a YAML file)")
     try:
         return msgspec.convert(yaml.safe_load(text), Setting)
     except (yaml.YAMLError, msgspec.ValidationError) as error:
