@@ -96,9 +96,28 @@ def _of_files(recipe: Recipe, base: Source, experts: Mapping[str, Source]) -> li
         raise CfmergeError("\n".join(problems))
     check_folders(base, experts)
     of_adapters = check_adapters(base, experts, lambda name: any(skips(rule, name) for rule in recipe.rules))
-    read = [*base.notes, *(f"expert {name!r}: {note}" for name, expert in experts.items() for note in expert.notes)]
     left_out = base.left_out if recipe.side_files is None else ()
-    return [*read, *left_out, *quantised.notes(base, experts), *of_adapters, *config_notes(base, experts)]
+    return [
+        *base.notes,
+        *_of_experts(experts),
+        *left_out,
+        *quantised.notes(base, experts),
+        *of_adapters,
+        *config_notes(base, experts),
+    ]
+
+
+def _of_experts(experts: Mapping[str, Source]) -> list[str]:
+    """Notes on the experts' files; one that several experts share but for the path is told once."""
+    shared: dict[str, list[tuple[str, str]]] = {}
+    for name, expert in experts.items():
+        for note in expert.notes:
+            shared.setdefault(note.removeprefix(f"{expert.path}: "), []).append((name, note))
+    lines = []
+    for note, told in shared.items():
+        name, whole = told[0]
+        lines.append(f"expert {name!r} and {len(told) - 1} more: {note}" if told[1:] else f"expert {name!r}: {whole}")
+    return lines
 
 
 def _check_same_files(recipe: Recipe, base: Source, specs: Sequence[Expert], experts: Sequence[Source]) -> list[str]:

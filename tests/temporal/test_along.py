@@ -48,6 +48,13 @@ def test_without_more_it_is_the_uniform_mean(run, tmp_path):
     assert_mean(merged(window, tmp_path / "out"), STEPS[1:], np.full(3, 1 / 3))
 
 
+def test_what_is_not_read_of_many_steps_is_told_once(tmp_path):
+    window = along(lightning(tmp_path / "run", STEPS))
+    told = [note for note in cfmerge.make_plan(window.recipe).notes if "its weights are those under" in note]
+    assert len(told) == 2  # the newest step's, and the others'
+    assert told[1].startswith("expert 'step-10' and 2 more: its weights are those under 'state_dict'; not read: ")
+
+
 def test_random_weights_that_sum_to_one(run, tmp_path):
     """Negative ones too."""
     random = np.random.default_rng(1)
