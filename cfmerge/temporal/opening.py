@@ -36,7 +36,7 @@ def rules_of(
             raise CfmergeError(f"time: {left[0]}= is a part of a rule; name init= and deploy=, or protocol=")
         return None
     if init is None or deploy is None:
-        raise CfmergeError("time: name both rules, init= and deploy=, or both by protocol=")
+        raise CfmergeError("time: name both rules, init= and deploy= (--init, --deploy), or protocol= (--protocol)")
     return completed(init, technique, weight), completed(deploy, technique, weight)
 
 
@@ -44,7 +44,9 @@ def made(path: Path, base: Any, rules: tuple[Rule, Rule] | None, asked: Mapping[
     if base is None:
         return Store.opened(path)  # which says that there is none
     if rules is None:
-        raise CfmergeError("time: name the rules of a new store: init= and deploy=, or protocol= such as best-in-time")
+        raise CfmergeError(
+            "time: name the rules of a new store: init= and deploy=, or protocol= such as --protocol offline"
+        )
     for key in ("window", "keep"):
         if asked[key] is not None and asked[key] < 1:
             raise CfmergeError(f"time: {key} counts experts, at least 1; found {asked[key]}")

@@ -92,7 +92,7 @@ class _Pairwise(_Rule, frozen=True):
         if self.weight is None and interpolates(method):
             raise CfmergeError(
                 f"{self.text}: {method.name} interpolates: name the weight of the newest expert, between 0 and 1, such "
-                "as weight=0.5 (the article does not tell the one that it tuned)"
+                "as weight=0.5 or --weight 0.5 (the article does not tell the one that it tuned)"
             )
         if self.weight is not None and method.needs.weights == "none":
             raise CfmergeError(f"{self.text}: {method.name} knows no weights; leave weight={self.weight} out")

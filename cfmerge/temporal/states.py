@@ -94,7 +94,8 @@ def reads(store: Store, rule: Rule) -> list[Expert]:
         taken = step(old.coefficients, dict(coefficients(rule, wanted) or {}), store.there).experts
         return [store.expert(number) for number in taken] if old.through != wanted else []
     if kind == "statistics":
-        return [store.expert(number) for number in {*wanted} ^ {*old.through}]
+        gone = _taken_off(store, old, wanted)
+        return store.experts if gone is None else [store.expert(one) for one in {*wanted} - {*old.through} | gone]
     return [store.expert(number) for number in _after(old, wanted)[1]]
 
 
@@ -171,8 +172,8 @@ def scale_of(rule: All, state: State) -> float:
 
 def _statistics(store: Store, rule: All, old: State | None, wanted: list[int], how: Mapping[str, Any]) -> State:
     """Statistics, to which new experts are added, and from which those are subtracted that are no longer wanted."""
-    gone = {*old.through} - {*wanted} if old else set()
-    if old is None or gone == {*old.through} or not gone <= store.there:
+    gone = None if old is None else _taken_off(store, old, wanted)
+    if gone is None:
         old, gone = None, set()
     output = _place(store, rule, wanted)
     kept = store.where(old.path) if old else None
@@ -187,6 +188,12 @@ def _statistics(store: Store, rule: All, old: State | None, wanted: list[int], h
     if new:
         _accumulate(store, rule, new, output, kept, how)
     return State(rule.text, "statistics", _name(store, output if new or kept is None else kept), wanted)
+
+
+def _taken_off(store: Store, old: State, wanted: list[int]) -> set[int] | None:
+    """The experts that are subtracted from statistics; None: these are made anew."""
+    gone = {*old.through} - {*wanted}
+    return None if gone == {*old.through} or not gone <= store.there else gone
 
 
 def _accumulate(

@@ -187,8 +187,13 @@ class Store:
     @property
     def there(self) -> set[int]:
         """The numbers of the experts whose tensors are kept, and are there; one that is being forgotten may be lost."""
-        there = {one.number for one in self.book.experts if not one.gone}
+        there = {one.number for one in self.book.experts if not one.gone and not self._is_lost(one)}
         return there | ({self.leaving.number} if self.leaving and self._is_whole(self.leaving) else set())
+
+    def _is_lost(self, expert: Expert) -> bool:
+        """Whether nothing is left of an expert's files, such as a step of a run that its trainer has removed."""
+        place = self.where(expert.path)
+        return not place.exists() and (not expert.linked or Path(expert.path).is_absolute())  # else it is on the hub
 
     def _is_whole(self, expert: Expert) -> bool:
         try:

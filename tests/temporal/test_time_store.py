@@ -68,6 +68,27 @@ def test_a_window_slides_by_the_newest_and_the_oldest_alone(rule, tmp_path):
     close(time.deploy(like=BASE), temporal.combined(rule, BASE, TREES[1:5]))
 
 
+@pytest.mark.parametrize("rule", ["all", "all(technique='ace')"])
+def test_a_linked_expert_may_be_removed_when_it_leaves_the_window(rule, tmp_path):
+    """As a trainer removes old steps: the running model is made anew, of the window alone."""
+    time = temporal.Time(tmp_path / "store", BASE, init="base", deploy=rule, window=3)
+    for number, name in enumerate(NAMES[:4]):
+        if number == 3:
+            time.deploy()
+            shutil.rmtree(tmp_path / "t1")
+        time.store(cfmerge.save(TREES[number], tmp_path / name), name, link=True)
+    assert set(time.plan()[1].reads) == {"t2", "t3", "t4"}
+    close(time.deploy(like=BASE), temporal.combined(rule, BASE, TREES[1:4]))
+    shutil.rmtree(tmp_path / "t3")
+    time.store(TREES[4], "t5")
+    close(time.deploy(like=BASE), temporal.combined(rule, BASE, TREES[2:5]))  # the newest added, the oldest taken off
+    shutil.rmtree(tmp_path / "t4")
+    time.forget("t2")
+    time.store(TREES[5], "t6")
+    with pytest.raises(cfmerge.CfmergeError, match=r"expert 't4': .* is not there any more; it was stored as a link"):
+        time.deploy(rule="all(technique=ties)")
+
+
 def test_a_running_mean_that_slides_often_is_as_one_from_the_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(states, "DRIFT", 3.0)  # made anew in between
     time = made(tmp_path / "store", "all", window=3)
