@@ -45,7 +45,7 @@ def made(path: Path, base: Any, rules: tuple[Rule, Rule] | None, asked: Mapping[
         return Store.opened(path)  # which says that there is none
     if rules is None:
         raise CfmergeError(
-            "time: name the rules of a new store: init= and deploy=, or protocol= such as --protocol offline"
+            "time: name the rules of a new store: init= and deploy=, or protocol=, as --protocol offline"
         )
     for key in ("window", "keep"):
         if asked[key] is not None and asked[key] < 1:
