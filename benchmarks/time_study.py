@@ -17,6 +17,9 @@ Named before anything was run: tasks, held-out tasks and orders (`time_stream.py
 - weights by time: linear, squared, exponential, and linear backwards.
 - growth: three sizes, three budgets, two to eight tasks; trained on all tasks at once for the same steps beside it.
 
+Added after the weight was chosen (0.1, the least) and before its consequences were seen: every weight for every init in
+all replicates; in growth an EMA of weight USUAL beside it, which the article's code has.
+
 Seen before all this was fixed: scores of the medium base in replicate 0, and of four of its experts and their merges, at
 three learning rates (1e-3, 5e-4, 2.5e-4: the first, the vision zoo's, makes the best experts, and stayed).
 
@@ -41,6 +44,7 @@ from cfmerge import temporal
 
 MAIN = ("medium", 300)
 WEIGHTS = (0.1, 0.25, 0.5, 0.75)
+USUAL = 0.5
 FACTORS = (0.3, 0.5, 0.7, 1.0)
 # by name: the method's text, and whether the EMA's weight is given to it (the others add both up, times their factor)
 TECHNIQUES = {
@@ -182,6 +186,9 @@ def cells(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequence[int
                 for deploy in (chosen.of_ema(name), chosen.of_all(name), *(["last"] if chain is own else []))
             ]
     for seed in seeds:
+        for how in (ema("average", weight) for weight in WEIGHTS):
+            found += [Cell(Chain(seed, *main, init, False), how, last) for init in ("base", "last", how)]
+    for seed in seeds:
         paint = f"paint(weight={chosen.weight})"
         found += [Cell(Chain(seed, *main, init, False), deploy, every(count)) for init, deploy in
                   ((paint, paint), ("all", "all"), ("all", mean), ("all", "last"))]  # fmt: skip
@@ -193,13 +200,17 @@ def growth(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequence[in
     mean, found = chosen.of_ema("average"), list[Cell]()
     fewer = tuple(range(2, count + 1, 2))
     for seed in seeds:
+        usual = ema("average", USUAL)
         found += [Cell(Chain(seed, *main, "multitask", False), "multitask", fewer)]
+        found += [Cell(Chain(seed, *main, usual, False), usual, every(count))]
     settings = [(size, steps) for steps in time_stream.BUDGETS for size in time_stream.SIZES if (size, steps) != main]
     for seed in seeds:
         for size, steps in settings:
             if seed != seeds[0] and size == "large":
                 continue
-            for init, deploy, replay in ((mean, mean, False), ("base", "all", False), ("last", "last", True)):
+            usual = ema("average", USUAL)
+            ways = (mean, mean, False), ("base", "all", False), ("last", "last", True), (usual, usual, False)
+            for init, deploy, replay in ways:
                 found.append(Cell(Chain(seed, size, steps, init, replay), deploy, every(count)))
             found.append(Cell(Chain(seed, size, steps, "multitask", False), "multitask", (count,)))
     return found
