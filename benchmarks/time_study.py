@@ -18,7 +18,7 @@ Named before anything was run: tasks, held-out tasks and orders (`time_stream.py
 - growth: three sizes, three budgets, two to eight tasks; trained on all tasks at once for the same steps beside it.
 
 Added after the weight was chosen (0.1, the least) and before its consequences were seen: every weight for every init in
-all replicates; in growth an EMA of weight USUAL beside it, which the article's code has. The factors 0.1 and 0.2 were
+all replicates; in growth an EMA of weight USUAL beside it, which the article's code has. The factors below 0.3 were
 added when 0.3, until then the least, was the choice of six techniques of seven offline.
 
 Seen before all this was fixed: scores of the medium base in replicate 0, and of four of its experts and their merges, at
@@ -46,7 +46,7 @@ from cfmerge import temporal
 MAIN = ("medium", 300)
 WEIGHTS = (0.1, 0.25, 0.5, 0.75)
 USUAL = 0.5
-FACTORS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+FACTORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 # by name: the method's text, and whether the EMA's weight is given to it (the others add both up, times their factor)
 TECHNIQUES = {
     "average": ("average", True),
