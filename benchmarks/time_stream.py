@@ -28,6 +28,9 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).parent / "accuracy"))
 
+from cfmerge.demo import archives, glyphs
+from cfmerge.demo import data as demo_data
+from cfmerge.demo.data import Split, Task
 from cfmerge_accuracy import debian
 from cfmerge_accuracy.cache import cached, digest
 from cfmerge_accuracy.images import data, heads
@@ -36,10 +39,6 @@ from cfmerge_accuracy.vision import model
 from cfmerge_accuracy.vision.model import Vit
 from cfmerge_accuracy.zoo import Params
 from cfmerge_accuracy.zoo import Split as SplitName
-
-from cfmerge.demo import archives, glyphs
-from cfmerge.demo import data as demo_data
-from cfmerge.demo.data import Split, Task
 
 ADAPTATION = ("mnist", "animals", "upper", "greek", "glyph_digits", "cyrillic", "armenian", "signs")
 HELD_OUT = ("clothes", "optdigits", "lower", "georgian")
@@ -60,7 +59,7 @@ CODE = (archives, glyphs, demo_data, debian, data, heads, model)  # with VERSION
 DRAWN = {
     "armenian": "ԱԲԳԴԵԶԷԸԹԺԻԼԽԾԿՀՁՂՃՄՅՆՇՈՉՊՋՌՍՎՏՐՑՓՔՕՖ",
     "georgian": "აბგდევზთიკლმნოპჟრსტუფქღყშჩცძწჭხჯჰ",
-    "signs": "←↑→↓↔∀∂∃∅∆∇∈∋∏∑√∞∧∨∩∪∫≈≠≡≤≥⊂⊃⊕⊗⊥",
+    "signs": "←↑→↓↔∀∂∃∅∆∇∈∋∏∑√∞∧∨∩∪∫≈≠≡≤≥⊂⊃⊕⊗⊥",  # noqa: RUF001
 }
 FACES = {split: [face for face in faces if face.startswith("DejaVu")] for split, faces in data.FACES.items()}
 
@@ -218,9 +217,7 @@ def draws(
     return images, labels
 
 
-OPTIMISER = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98), optax.add_decayed_weights(1e-4)
-)
+OPTIMISER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98), optax.add_decayed_weights(1e-4))
 
 
 def fit(net: Vit, params: Params, images: np.ndarray, labels: np.ndarray, above: Heads, peak: float) -> Params:

@@ -21,14 +21,13 @@ Added after the weight was chosen (0.1, the least) and before its consequences w
 all replicates; in growth an EMA of weight USUAL beside it, which the article's code has. The factors below 0.3 were
 added when 0.3, until then the least, was the choice of six techniques of seven offline.
 
-Seen before all this was fixed: scores of the medium base in replicate 0, and of four of its experts and their merges, at
-three learning rates (1e-3, 5e-4, 2.5e-4: the first, the vision zoo's, makes the best experts, and stayed).
+Seen before all this was fixed: scores of the medium base in replicate 0, and of four of its experts and their merges,
+at three learning rates (1e-3, 5e-4, 2.5e-4: the first, the vision zoo's, makes the best experts, and stayed).
 
 Rows are appended to `time.jsonl` as they come; a later call goes on where the rows end, and experts are in the cache.
 """
 
 import argparse
-import json
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,9 +36,12 @@ from typing import Any, NamedTuple
 
 import jax
 import msgspec
+import time_drawn
 import time_stream
 import time_told
 from time_stream import ORDERS, Params, Stream
+from time_told import Told
+from zoo_models import keep, kept, write_tables
 
 from cfmerge import temporal
 
@@ -97,7 +99,7 @@ def key_of(row: Row) -> tuple[Any, ...]:
 def advanced(how: str, base: Params, before: Params, experts: Sequence[Params]) -> Params:
     """What a rule makes of the experts, from what it made of all but the newest: an EMA is one merge of two."""
     rule = temporal.rule(how)
-    if rule.name != "ema" or len(experts) == 1 and rule.seed == "first":
+    if rule.name != "ema" or (len(experts) == 1 and rule.seed == "first"):
         return temporal.combined(rule, base, experts)
     pair = msgspec.structs.replace(rule, seed="first")
     return temporal.combined(pair, base, [before, experts[-1]], seed=len(experts))
@@ -156,7 +158,9 @@ def every(count: int) -> tuple[int, ...]:
 def weight_cells(main: tuple[str, int], count: int) -> list[Cell]:
     """For the choice of the weight."""
     rules = [ema("average", weight) for weight in WEIGHTS]
-    return [Cell(Chain(0, *main, how, False), how, (count,), split) for how in rules for split in ("validation", "test")]
+    return [
+        Cell(Chain(0, *main, how, False), how, (count,), split) for how in rules for split in ("validation", "test")
+    ]
 
 
 def factor_cells(main: tuple[str, int], count: int, weight: float) -> list[Cell]:
@@ -219,7 +223,7 @@ def growth(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequence[in
 
 def best(rows: Iterable[Row], rules: dict[Any, str], count: int, where: str) -> Any:
     """The choice whose rule has the highest GM on validation images after the last task."""
-    gm = {row[where]: time_told.gm(row) for row in rows if row["split"] == "validation" and row["step"] == count}
+    gm = {row[where]: time_told.score(row).gm for row in rows if row["split"] == "validation" and row["step"] == count}
     return max(rules, key=lambda choice: gm[rules[choice]])
 
 
@@ -241,7 +245,7 @@ class Runner:
 
     def __init__(self, file: Path, streams: Any, minutes: float) -> None:
         self.file, self.streams, self.end = file, streams, time.monotonic() + 60 * minutes
-        self.rows: list[Row] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        self.rows: list[Row] = kept(file)
         self.done = {key_of(row) for row in self.rows}
 
     def run(self, cells: Sequence[Cell]) -> bool:
@@ -290,8 +294,7 @@ class Runner:
         }
         self.rows.append(row)
         self.done.add(key)
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        keep(self.file, row)
 
 
 def main() -> None:
@@ -310,7 +313,9 @@ def main() -> None:
     runner, count, seeds = Runner(given.output / "time.jsonl", streams, given.minutes), 8, [*ORDERS]
     chosen = study(runner, MAIN, count, seeds)
     if chosen:
-        time_told.write(given.output, runner.rows, chosen)
+        told = Told(runner.rows, MAIN, count, seeds, chosen)
+        write_tables(given.output / "time.md", "Merging over time: TIME on our own stream", time_told.tables(told))
+        time_drawn.write(given.output, told)
 
 
 def study(runner: Runner, main: tuple[str, int], count: int, seeds: Sequence[int]) -> Chosen | None:

@@ -1,14 +1,357 @@
-"""The tables, plots and words of `time_study.py`."""
+"""The figures and tables of `time_study.py`."""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from collections.abc import Mapping
-from typing import Any
-from time_stream import ADAPTATION, HELD_OUT
+from measuring import table
+from time_stream import HELD_OUT
 
-def ka(row):
-    return 100 * float(np.mean([row["scores"][name] for name in row["scores"] if name not in HELD_OUT]))
-def zs(row):
-    return 100 * float(np.mean([row["scores"][name] for name in row["scores"] if name in HELD_OUT]))
-def gm(row: Mapping[str, Any]) -> float:
-    return float(np.sqrt(ka(row) * zs(row)))
-def write(folder, rows, chosen): print(chosen, len(rows))
+T_95 = {2: 12.706, 3: 4.303}  # Student's t for a 95 % interval of so many replicates
+Row = Mapping[str, Any]
+
+
+class Score(NamedTuple):
+    """Knowledge accumulation, zero-shot retention, and their geometric mean; per cent."""
+
+    ka: float
+    zs: float
+    gm: float
+
+
+def score(row: Row) -> Score:
+    """Of a row: the mean over adaptation tasks, those to come too, and over held-out ones."""
+    held = [value for name, value in row["scores"].items() if name in HELD_OUT]
+    own = [value for name, value in row["scores"].items() if name not in HELD_OUT]
+    ka, zs = 100 * float(np.mean(own)), 100 * float(np.mean(held))
+    return Score(ka, zs, math.sqrt(ka * zs))
+
+
+class Told:
+    """Scores by what was run.
+
+    Attributes:
+        main: size and steps of the main setting.
+        count: tasks in the stream.
+        seeds: replicates.
+        chosen: weight and factors, a `time_study.Chosen`.
+    """
+
+    def __init__(self, rows: Iterable[Row], main: tuple[str, int], count: int, seeds: Sequence[int], chosen: Any):
+        self.main, self.count, self.seeds, self.chosen = main, count, seeds, chosen
+        self.rows = [row for row in rows if row["split"] == "test"]
+        names = ("seed", "size", "steps", "init", "replay", "deploy", "step")
+        self.scores = {tuple(row[name] for name in names): score(row) for row in self.rows}
+
+    def at(
+        self,
+        init: str,
+        deploy: str,
+        replay: bool = False,
+        step: int | None = None,
+        setting: tuple[str, int] | None = None,
+    ) -> dict[int, Score]:
+        """By replicate, after the last task of the main setting unless others are named."""
+        size, steps = setting or self.main
+        step = self.count if step is None else step
+        found = {s: self.scores.get((s, size, steps, init, replay, deploy, step)) for s in self.seeds}
+        return {seed: one for seed, one in found.items() if one}
+
+    def base(self, size: str | None = None) -> dict[int, Score]:
+        return self.at("base", "base", step=0, setting=(size or self.main[0], 0))
+
+    def multitask(self, step: int | None = None, setting: tuple[str, int] | None = None) -> dict[int, Score]:
+        return self.at("multitask", "multitask", step=step, setting=setting)
+
+    @property
+    def mean(self) -> str:
+        """The EMA by interpolation at the chosen weight."""
+        rule: str = self.chosen.of_ema("average")
+        return rule
+
+    @property
+    def names(self) -> list[str]:
+        """Techniques."""
+        return ["average", *self.chosen.ema]
+
+
+def over(found: Mapping[int, Score], what: str = "gm") -> float:
+    """The mean over replicates."""
+    return float(np.mean([getattr(one, what) for one in found.values()])) if found else math.nan
+
+
+def shown(found: Mapping[int, Score], what: str = "gm") -> str:
+    return f"{over(found, what):.1f}" if found else ""
+
+
+def each(found: Mapping[int, Score]) -> str:
+    """The GM of every replicate."""
+    return ", ".join(f"{one.gm:.1f}" for one in found.values())
+
+
+def less(one: Mapping[int, Score], other: Mapping[int, Score]) -> str:
+    """The mean difference of GM in the replicates that both have, with a 95 % interval where there are several."""
+    both = [one[seed].gm - other[seed].gm for seed in one if seed in other]
+    if not both:
+        return ""
+    if len(both) == 1:
+        return f"{both[0]:+.1f}"
+    half = T_95[len(both)] * float(np.std(both, ddof=1)) / math.sqrt(len(both))
+    return f"{np.mean(both):+.1f} [{np.mean(both) - half:+.1f}, {np.mean(both) + half:+.1f}]"
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def tables(told: Told) -> str:
+    """All of them, in Markdown."""
+    parts = [
+        ("Bases and experts", bases(told)),
+        ("Init and deploy, by interpolation", grid(told)),
+        ("The EMA's weight", weights(told)),
+        ("Techniques", techniques(told)),
+        ("Shares of variance", shares(told)),
+        ("Offline merging, replay and weights by time", by_time(told)),
+        ("Sizes and budgets", growth(told)),
+        ("Two to eight tasks", tasks(told)),
+        ("Seconds", seconds(told)),
+    ]
+    return "\n".join(f"## {title}\n\n{text}" for title, text in parts)
+
+
+def bases(told: Told) -> str:
+    """Each base before the first task, and its isolated experts, each on its own task."""
+    lines = []
+    for size, steps in settings(told):
+        start, own = told.base(size), isolated(told, size, steps)
+        lines.append(
+            {"base": size, "steps": steps, "KA": shown(start, "ka"), "ZS": shown(start, "zs"), "GM": shown(start)}
+            | {"experts, own tasks": f"{own:.1f}" if own else "", "replicates": len(start)}
+        )
+    return table(lines)
+
+
+def isolated(told: Told, size: str, steps: int) -> float | None:
+    """The mean accuracy of experts that begin at the base, each on its own task; None where they were not scored."""
+    from time_stream import ORDERS
+
+    rows = [
+        row["scores"][ORDERS[row["seed"]][row["step"] - 1]]
+        for row in told.rows
+        if (row["size"], row["steps"], row["init"], row["deploy"], row["replay"])
+        == (size, steps, "base", "last", False)
+    ]
+    return 100 * float(np.mean(rows)) if rows else None
+
+
+def settings(told: Told) -> list[tuple[str, int]]:
+    """Sizes and budgets that have rows, in the order of their size."""
+    order = ("small", "medium", "large")
+    found = {(row["size"], row["steps"]) for row in told.rows if row["steps"]}
+    return sorted(found, key=lambda one: (order.index(one[0]) if one[0] in order else 0, one[1]))
+
+
+def grid(told: Told) -> str:
+    paint = f"paint(weight={told.chosen.weight})"
+    named = {"base": "base", "last": "last", told.mean: "ema", "all": "all", paint: "paint"}
+    lines = [
+        {"init": "none", "deploy": "base", "KA": shown(told.base(), "ka"), "ZS": shown(told.base(), "zs")}
+        | {"GM": shown(told.base()), "of each": each(told.base())}
+    ]
+    for init, deploy in itertools.product(named, named):
+        plain, replayed = (told.at(init, deploy, replay) for replay in (False, True))
+        if plain:
+            lines.append(
+                {"init": named[init], "deploy": named[deploy]}
+                | {
+                    "KA": shown(plain, "ka"),
+                    "ZS": shown(plain, "zs"),
+                    "GM": f"{over(plain):.1f}",
+                    "of each": each(plain),
+                }
+                | {"KA, replay": shown(replayed, "ka"), "ZS, replay": shown(replayed, "zs")}
+                | {"GM, replay": shown(replayed), "of each, replay": each(replayed)}
+            )
+    every = told.multitask()
+    lines.append(
+        {"init": "base", "deploy": "trained on all at once", "KA": shown(every, "ka"), "ZS": shown(every, "zs")}
+        | {"GM": shown(every), "of each": each(every)}
+    )
+    return table(lines) + "\n" + differences(told)
+
+
+def differences(told: Told) -> str:
+    """BEST-IN-TIME less the others, paired by replicate."""
+    mean = told.mean
+    others = {
+        "the base": told.base(),
+        "sequential": told.at("last", "last"),
+        "sequential, replay": told.at("last", "last", True),
+        "base + ema": told.at("base", mean),
+        "last + ema": told.at("last", mean),
+        "last + ema, replay": told.at("last", mean, True),
+        "offline": told.at("base", "all"),
+        "offline, replay": told.at("base", "all", True),
+        "last + all": told.at("last", "all"),
+        "last + all, replay": told.at("last", "all", True),
+        "trained on all at once": told.multitask(),
+    }
+    best, replayed = told.at(mean, mean), told.at(mean, mean, True)
+    lines = [
+        {
+            "GM of ema + ema less that of": name,
+            "without replay": less(best, other),
+            "with replay": less(replayed, other),
+        }
+        for name, other in others.items()
+    ]
+    return table(lines)
+
+
+def weights(told: Told) -> str:
+    lines = []
+    for weight in (0.1, 0.25, 0.5, 0.75):
+        how = f"ema(weight={weight})"
+        found = {"base": told.at("base", how), "last": told.at("last", how), "ema": told.at(how, how)}
+        lines.append(
+            {"weight of the newest": weight}
+            | {
+                f"{init} + ema: KA / ZS / GM": " / ".join(shown(one, w) for w in Score._fields)
+                for init, one in found.items()
+            }
+        )
+    return table(lines)
+
+
+CELLS = {"base + ema": ("base", "ema"), "last + ema": ("last", "ema"), "ema + ema": ("ema", "ema"),
+         "base + all": ("base", "all"), "last + all": ("last", "all"), "ema + all": ("ema", "all")}  # fmt: skip
+
+
+def of_technique(told: Told, name: str, init: str, deploy: str, replay: bool = False) -> dict[int, Score]:
+    """Scores where the technique makes both what begins and what is deployed."""
+    ema, every = told.chosen.of_ema(name), told.chosen.of_all(name)
+    rules = {"base": "base", "last": "last", "ema": ema, "all": every}
+    return told.at(rules[init], rules[deploy], replay)
+
+
+def techniques(told: Told) -> str:
+    lines = []
+    for name in told.names:
+        factors = {"factor, ema": told.chosen.ema.get(name), "factor, all": told.chosen.offline.get(name)}
+        found = {title: shown(of_technique(told, name, *cell)) for title, cell in CELLS.items()}
+        replayed = {"base + all, replay": shown(of_technique(told, name, "base", "all", True))}
+        lines.append({"technique": name, **factors, **found, **replayed})
+    spread = {title: [over(of_technique(told, name, *cell)) for name in told.names] for title, cell in CELLS.items()}
+    spread["base + all, replay"] = [over(of_technique(told, name, "base", "all", True)) for name in told.names]
+    lines.append({"technique": "highest less lowest"} | {t: f"{max(v) - min(v):.1f}" for t, v in spread.items()})
+    return table(lines)
+
+
+def cube(told: Told) -> np.ndarray:
+    """GM `(replicates, inits, deploys, techniques)` for init in (base, last, ema) and deploy in (last, ema, all)."""
+    inits, deploys = ("base", "last", "ema"), ("last", "ema", "all")
+    values = [
+        [[[of_technique(told, name, i, d).get(seed, Score(*[math.nan] * 3)).gm for name in told.names] for d in deploys]
+         for i in inits]
+        for seed in told.seeds
+    ]  # fmt: skip
+    return np.array(values)
+
+
+FACTORS = ("replicate", "init", "deploy", "technique")
+
+
+def variance(cells: np.ndarray) -> dict[str, float]:
+    """Shares of the sum of squares about the mean, of main effects and interactions, in per cent."""
+    effects: dict[tuple[int, ...], np.ndarray] = {}
+    for size in range(cells.ndim + 1):
+        for axes in itertools.combinations(range(cells.ndim), size):
+            others = tuple(axis for axis in range(cells.ndim) if axis not in axes)
+            effects[axes] = cells.mean(axis=others, keepdims=True) - sum(
+                effects[lower] for lower in effects if set(lower) < set(axes)
+            )
+    squares = {
+        axes: float(np.sum(np.broadcast_to(effect, cells.shape) ** 2)) for axes, effect in effects.items() if axes
+    }
+    whole = sum(squares.values())
+    return {" x ".join(FACTORS[axis] for axis in axes): 100 * one / whole for axes, one in squares.items()}
+
+
+def shares(told: Told) -> str:
+    cells = cube(told)
+    if np.isnan(cells).any():
+        return "Not all cells were run.\n"
+    found = variance(cells)
+    named = {name: share for name, share in found.items() if "replicate" not in name}
+    named["replicates and all that they change"] = sum(share for name, share in found.items() if "replicate" in name)
+    lines = [{"source": name, "share of the variance of GM, %": round(share, 1)} for name, share in named.items()]
+    return table(lines)
+
+
+def by_time(told: Told) -> str:
+    names = {"uniform": "all", "linear": "all(by_time='linear')", "squared": "all(by_time='squared')",
+             "exponential": "all(by_time='exponential')",
+             "linear, backwards": "all(by_time='linear', backwards=True)"}  # fmt: skip
+    lines = []
+    for name, rule in names.items():
+        line: dict[str, Any] = {"base + all, weights": name}
+        for replay, title in ((False, ""), (True, ", replay")):
+            found = told.at("base", rule, replay)
+            line |= {f"KA{title}": shown(found, "ka"), f"ZS{title}": shown(found, "zs"), f"GM{title}": shown(found)}
+            line |= {f"less uniform{title}": less(found, told.at("base", "all", replay)) if rule != "all" else ""}
+        lines.append(line)
+    best, sequential = told.at("base", "all", True), told.at("last", "last", True)
+    words = (
+        f"\nGM of offline merging with replay less that of sequential training with replay: {less(best, sequential)};"
+    )
+    plain = less(told.at("base", "all"), sequential)
+    return (
+        table(lines) + words + f" without replay for the experts: {plain}. Replay for the experts: "
+        f"{less(best, told.at('base', 'all'))}.\n"
+    )
+
+
+def growth(told: Told) -> str:
+    usual, lines = "ema(weight=0.5)", []
+    for setting in settings(told):
+        best = told.at(told.mean, told.mean, setting=setting)
+        half = told.at(usual, usual, setting=setting)
+        offline = told.at("base", "all", setting=setting)
+        sequential = told.at("last", "last", True, setting=setting)
+        every = told.multitask(setting=setting)
+        lines.append(
+            {
+                "base": setting[0],
+                "steps": setting[1],
+                "replicates": len(best),
+                "base's GM": shown(told.base(setting[0])),
+            }
+            | {"ema + ema": shown(best), "weight 0.5": shown(half), "offline": shown(offline)}
+            | {"sequential, replay": shown(sequential), "all at once": shown(every)}
+            | {"ema + ema less base": less(best, told.base(setting[0])), "less offline": less(best, offline)}
+            | {"less sequential, replay": less(best, sequential), "less all at once": less(best, every)}
+        )
+    return table(lines)
+
+
+def tasks(told: Told) -> str:
+    usual, lines = "ema(weight=0.5)", []
+    for step in range(2, told.count + 1, 2):
+        best, every = told.at(told.mean, told.mean, step=step), told.multitask(step)
+        lines.append(
+            {"tasks": step, "ema + ema": shown(best), "weight 0.5": shown(told.at(usual, usual, step=step))}
+            | {"offline": shown(told.at("base", "all", step=step))}
+            | {"sequential, replay": shown(told.at("last", "last", True, step=step)), "all at once": shown(every)}
+            | {"ema + ema less all at once": less(best, every)}
+            | {"less base": less(best, told.base())}
+        )
+    return table(lines)
+
+
+def seconds(told: Told) -> str:
+    """How long the rows took; what an earlier call had trained took none."""
+    total = {kind: sum(row["seconds"][kind] for row in told.rows) for kind in ("training", "scoring")}
+    times = f"Training, with the merges that begin tasks: {total['training']:,.0f}; scoring: {total['scoring']:,.0f}"
+    return f"{times}; on one core, beside other work. {len(told.rows)} models were scored on test images.\n"

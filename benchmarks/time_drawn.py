@@ -1,0 +1,200 @@
+"""The plots of `time_study.py`, in colours that the colour-blind can tell apart (Okabe and Ito)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import figure
+from time_told import CELLS, Score, Told, of_technique, over, settings
+
+BLUE, ORANGE, GREEN, PINK, SKY, AMBER = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
+DARK, GREY = "#222222", "#8a8a8a"
+SIZE_COLOURS = {"small": AMBER, "medium": SKY, "large": BLUE}
+
+
+def write(folder: Path, told: Told) -> None:
+    """Draws the four pictures of the page."""
+    for name, drawn in {"steps": steps, "plane": plane, "techniques": techniques, "growth": growth}.items():
+        drawn(told).savefig(folder / f"time-{name}.png")
+
+
+def titled(axes: Any, title: str, x: str = "", y: str = "") -> None:
+    axes.set_title(title, fontsize=10.5, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#ececec", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def headed(made: Any, title: str) -> Any:
+    made.suptitle(title, x=0.01, ha="left", fontsize=11.5, weight="bold")
+    return made
+
+
+# --- GM after every task ------------------------------------------------------------------------------------------
+
+
+def steps(told: Told) -> Any:
+    made, panels = figure(2, 6.4)
+    mean = told.mean
+    lines = {
+        "ema + ema (BEST-IN-TIME)": (mean, mean, BLUE, "o"),
+        "last + ema": ("last", mean, GREEN, "s"),
+        "base + ema": ("base", mean, SKY, "D"),
+        "base + all (offline)": ("base", "all", PINK, "^"),
+        "last + last (sequential)": ("last", "last", ORANGE, "v"),
+    }
+    for axes, replay in zip(panels, (False, True), strict=True):
+        for label, (init, deploy, colour, marker) in lines.items():
+            found = [told.base(), *(told.at(init, deploy, replay, step) for step in range(1, told.count + 1))]
+            values = [over(one) for one in found]
+            low, high = (
+                [pick((score.gm for score in one.values()), default=np.nan) for one in found] for pick in (min, max)
+            )
+            axes.fill_between(range(len(found)), low, high, color=colour, alpha=0.13, linewidth=0)
+            axes.plot(values, color=colour, marker=marker, markersize=5, label=label)
+        counts = range(2, told.count + 1, 2)
+        every = [over(told.multitask(count)) for count in counts]
+        axes.plot(counts, every, "*", color=DARK, markersize=10, label="trained on all so far at once")
+        axes.axhline(over(told.base()), color=GREY, linestyle=":", label="base")
+        titled(axes, f"experts {'with' if replay else 'without'} replay", "tasks that have come", "GM, %")
+    low = min(axes.get_ylim()[0] for axes in panels)
+    high = max(axes.get_ylim()[1] for axes in panels)
+    for axes in panels:
+        axes.set_ylim(low, high)
+    panels[0].legend(fontsize=8.5, frameon=False, loc="lower left")
+    return headed(made, "GM of the deployed model after every task (init + deploy); bands: lowest to highest replicate")
+
+
+# --- knowledge against retention ----------------------------------------------------------------------------------
+
+
+def plane(told: Told) -> Any:
+    """KA against ZS after the last task; curves of equal GM."""
+    made, panels = figure(2, 6.4)
+    mean = told.mean
+    inits = {"base": ("base", AMBER), "last": ("last", ORANGE), "ema": (mean, BLUE)}
+    deploys = {"last": ("last", "v"), "ema": (mean, "o"), "all": ("all", "^")}
+    for axes, replay in zip(panels, (False, True), strict=True):
+        for init, (begin, colour) in inits.items():
+            for deploy, (serve, marker) in deploys.items():
+                found = told.at(begin, serve, replay)
+                if found:
+                    x, y = over(found, "ka"), over(found, "zs")
+                    axes.plot(x, y, marker, color=colour, markersize=9, markeredgecolor="white", zorder=3)
+                    axes.annotate(f"{init} + {deploy}", (x, y), (7, -3), textcoords="offset points", fontsize=8.5)
+        for found, marker, label in (
+            (told.base(), "P", "base"),
+            (told.multitask(), "*", "all at once"),
+        ):
+            axes.plot(over(found, "ka"), over(found, "zs"), marker, color=DARK, markersize=12, zorder=3)
+            axes.annotate(
+                label, (over(found, "ka"), over(found, "zs")), (8, 6), textcoords="offset points", fontsize=8.5
+            )
+        titled(
+            axes,
+            f"experts {'with' if replay else 'without'} replay",
+            "KA: adaptation tasks, %",
+            "ZS: held-out tasks, %",
+        )
+    if not told.at(mean, mean):
+        return made
+    weighted = [f"ema(weight={weight})" for weight in (0.1, 0.25, 0.5, 0.75)]
+    path = [told.at(how, how) for how in weighted]
+    panels[0].plot([over(one, "ka") for one in path], [over(one, "zs") for one in path], "-", color=BLUE, linewidth=1.2)
+    for how, one in zip(weighted[1:], path[1:], strict=True):
+        if one:
+            panels[0].plot(over(one, "ka"), over(one, "zs"), ".", color=BLUE)
+            panels[0].annotate(how[4:-1].replace("weight=", "w "), (over(one, "ka"), over(one, "zs")), (-4, -12),
+                               textcoords="offset points", fontsize=7.5, color=BLUE, ha="right")  # fmt: skip
+    joined(panels)
+    return headed(made, "What is learnt against what is kept, after eight tasks (init + deploy, by interpolation)")
+
+
+def joined(panels: list[Any]) -> None:
+    """The same limits in all panels, and curves of equal GM under them."""
+    (left, right), (low, high) = (
+        (min(pair[0] for pair in limits), max(pair[1] for pair in limits))
+        for limits in ([axes.get_xlim() for axes in panels], [axes.get_ylim() for axes in panels])
+    )
+    right += 0.08 * (right - left)
+    x = np.linspace(left, right, 60)
+    for axes in panels:
+        for gm in range(20, 80, 4):
+            y = gm**2 / x
+            axes.plot(x, y, color="#d9d9d9", linewidth=0.8, zorder=0)
+            if low < y[-1] < high:
+                axes.annotate(f"GM {gm}", (right, y[-1]), ha="right", fontsize=7.5, color=GREY)
+        axes.set(xlim=(left, right), ylim=(low, high))
+        axes.grid(False)
+
+
+# --- techniques ---------------------------------------------------------------------------------------------------
+
+
+def techniques(told: Told) -> Any:
+    """GM by technique in six cells: dots are means, lines go from the lowest to the highest replicate."""
+    made, (axes,) = figure(1, 11)
+    colours = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, DARK, GREY)
+    markers = "osD^vPX*"
+    for index, (name, colour, marker) in enumerate(zip(told.names, colours, markers, strict=False)):
+        shift = (index - (len(told.names) - 1) / 2) * 0.09
+        for place, cell in enumerate(CELLS.values()):
+            found = of_technique(told, name, *cell)
+            if found:
+                values = [one.gm for one in found.values()]
+                axes.plot([place + shift] * 2, [min(values), max(values)], color=colour, linewidth=1.2)
+                axes.plot(place + shift, over(found), marker, color=colour, markersize=6.5,
+                          label=name if place == 0 else None)  # fmt: skip
+    axes.axhline(over(told.base()), color=GREY, linestyle=":")
+    axes.annotate(
+        "base", (5.5, over(told.base())), (0, 3), textcoords="offset points", fontsize=8.5, color=GREY, ha="right"
+    )
+    axes.set_xticks(range(len(CELLS)), CELLS)
+    titled(axes, "GM after eight tasks by init + deploy and technique; lines: lowest to highest replicate", "", "GM, %")
+    axes.grid(axis="x", visible=False)
+    axes.legend(fontsize=8.5, frameon=False, ncols=4, loc="best")
+    return made
+
+
+# --- growth -------------------------------------------------------------------------------------------------------
+
+
+def growth(told: Told) -> Any:
+    """GM of ema + ema less that of others by budget and size, and less all at once by the number of tasks."""
+    made, panels = figure(4, 4.1)
+    against = {
+        "less the base": lambda size, budget: told.base(size),
+        "less sequential, replay": lambda size, budget: told.at("last", "last", True, setting=(size, budget)),
+        "less all at once": lambda size, budget: told.multitask(setting=(size, budget)),
+    }
+    for axes, (title, other) in zip(panels, against.items(), strict=False):
+        for size, colour in SIZE_COLOURS.items():
+            for rule, style, width in ((told.mean, "-", 2.0), ("ema(weight=0.5)", "--", 1.2)):
+                budgets = [budget for one, budget in settings(told) if one == size]
+                pairs = [(told.at(rule, rule, setting=(size, b)), other(size, b)) for b in budgets]
+                values = [gain(one, two) for one, two in pairs]
+                label = f"{size}{', weight 0.5' if style == '--' else ''}"
+                axes.plot(budgets, values, style, marker="o", markersize=4, color=colour, linewidth=width, label=label)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks := [100, 300, 900], [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        titled(axes, title, "steps of one task", "GM of ema + ema, difference")
+    panels[0].legend(fontsize=8, frameon=False)
+    counts = range(2, told.count + 1, 2)
+    for rule, style, label in ((told.mean, "-", "chosen weight"), ("ema(weight=0.5)", "--", "weight 0.5")):
+        values = [gain(told.at(rule, rule, step=count), told.multitask(count)) for count in counts]
+        panels[3].plot(counts, values, style, marker="o", color=SKY, label=f"medium, {label}")
+    panels[3].axhline(0, color=GREY, linewidth=0.8)
+    panels[3].set_xticks([*counts])
+    titled(panels[3], "less all so far at once", "tasks", "GM of ema + ema, difference")
+    panels[3].legend(fontsize=8, frameon=False)
+    return made
+
+
+def gain(one: dict[int, Score], other: dict[int, Score]) -> float:
+    """The mean difference of GM in the replicates that both have."""
+    both = [one[seed].gm - other[seed].gm for seed in one if seed in other]
+    return float(np.mean(both)) if both else np.nan
