@@ -1,5 +1,6 @@
 """The plots of `time_study.py`, in colours that the colour-blind can tell apart (Okabe and Ito)."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -77,39 +78,36 @@ def plane(told: Told) -> Any:
     inits = {"base": ("base", AMBER), "last": ("last", ORANGE), "ema": (mean, BLUE)}
     deploys = {"last": ("last", "v"), "ema": (mean, "o"), "all": ("all", "^")}
     for axes, replay in zip(panels, (False, True), strict=True):
-        for init, (begin, colour) in inits.items():
-            for deploy, (serve, marker) in deploys.items():
-                found = told.at(begin, serve, replay)
-                if found:
-                    x, y = over(found, "ka"), over(found, "zs")
-                    axes.plot(x, y, marker, color=colour, markersize=9, markeredgecolor="white", zorder=3)
-                    axes.annotate(f"{init} + {deploy}", (x, y), (7, -3), textcoords="offset points", fontsize=8.5)
-        for found, marker, label in (
-            (told.base(), "P", "base"),
-            (told.multitask(), "*", "all at once"),
-        ):
-            axes.plot(over(found, "ka"), over(found, "zs"), marker, color=DARK, markersize=12, zorder=3)
-            axes.annotate(
-                label, (over(found, "ka"), over(found, "zs")), (8, 6), textcoords="offset points", fontsize=8.5
-            )
-        titled(
-            axes,
-            f"experts {'with' if replay else 'without'} replay",
-            "KA: adaptation tasks, %",
-            "ZS: held-out tasks, %",
-        )
-    if not told.at(mean, mean):
-        return made
-    weighted = [f"ema(weight={weight})" for weight in (0.1, 0.25, 0.5, 0.75)]
-    path = [told.at(how, how) for how in weighted]
-    panels[0].plot([over(one, "ka") for one in path], [over(one, "zs") for one in path], "-", color=BLUE, linewidth=1.2)
-    for how, one in zip(weighted[1:], path[1:], strict=True):
-        if one:
-            panels[0].plot(over(one, "ka"), over(one, "zs"), ".", color=BLUE)
-            panels[0].annotate(how[4:-1].replace("weight=", "w "), (over(one, "ka"), over(one, "zs")), (-4, -12),
-                               textcoords="offset points", fontsize=7.5, color=BLUE, ha="right")  # fmt: skip
+        for (begin, colour), (serve, marker) in itertools.product(inits.values(), deploys.values()):
+            placed(axes, told.at(begin, serve, replay), marker, colour)
+        placed(axes, told.base(), "P", DARK)
+        placed(axes, told.multitask(), "*", DARK, 14)
+        titled(axes, f"experts {'with' if replay else 'without'} replay", "KA: adaptation tasks, %", "ZS: held-out, %")
+    weighted = {weight: f"ema(weight={weight})" for weight in (0.1, 0.25, 0.5, 0.75)}
+    for begin, colour in (("", BLUE), ("last", ORANGE)):
+        path = [(weight, told.at(begin or how, how)) for weight, how in weighted.items()]
+        path = [(weight, found) for weight, found in path if found]
+        panels[0].plot(*([over(one, what) for _, one in path] for what in ("ka", "zs")), "-", color=colour, linewidth=1)
+        for weight, one in path:
+            panels[0].plot(over(one, "ka"), over(one, "zs"), ".", color=colour)
+            panels[0].annotate(f"{weight}", (over(one, "ka"), over(one, "zs")), (7, 3), textcoords="offset points",
+                               fontsize=8, color=colour)  # fmt: skip
     joined(panels)
-    return headed(made, "What is learnt against what is kept, after eight tasks (init + deploy, by interpolation)")
+    marks = [(f"begins: {name}", "s", colour) for name, (_, colour) in inits.items()]
+    marks += [(f"deployed: {name}", marker, GREY) for name, (_, marker) in deploys.items()]
+    marks += [("base", "P", DARK), ("trained on all at once", "*", DARK)]
+    drawn = [panels[0].plot([], [], marker, color=colour, label=label)[0] for label, marker, colour in marks]
+    panels[1].legend(handles=drawn, fontsize=8.5, frameon=False, loc="lower left", ncols=2)
+    return headed(made, "Learnt against kept, after eight tasks, by interpolation; numbers: the EMA's weight")
+
+
+def placed(axes: Any, found: dict[int, Score], marker: str, colour: str, size: float = 9) -> None:
+    """A mark at the mean over replicates, and one small one for each of them."""
+    if found:
+        axes.plot(over(found, "ka"), over(found, "zs"), marker, color=colour, markersize=size,
+                  markeredgecolor="white", zorder=3)  # fmt: skip
+        for one in found.values():
+            axes.plot(one.ka, one.zs, marker, color=colour, markersize=3, alpha=0.45, zorder=2)
 
 
 def joined(panels: list[Any]) -> None:
@@ -121,7 +119,7 @@ def joined(panels: list[Any]) -> None:
     right += 0.08 * (right - left)
     x = np.linspace(left, right, 60)
     for axes in panels:
-        for gm in range(20, 80, 4):
+        for gm in range(20, 80, 2):
             y = gm**2 / x
             axes.plot(x, y, color="#d9d9d9", linewidth=0.8, zorder=0)
             if low < y[-1] < high:
@@ -148,13 +146,14 @@ def techniques(told: Told) -> Any:
                 axes.plot(place + shift, over(found), marker, color=colour, markersize=6.5,
                           label=name if place == 0 else None)  # fmt: skip
     axes.axhline(over(told.base()), color=GREY, linestyle=":")
+    axes.set_xlim(-0.55, len(CELLS) - 0.45)
     axes.annotate(
         "base", (5.5, over(told.base())), (0, 3), textcoords="offset points", fontsize=8.5, color=GREY, ha="right"
     )
     axes.set_xticks(range(len(CELLS)), CELLS)
     titled(axes, "GM after eight tasks by init + deploy and technique; lines: lowest to highest replicate", "", "GM, %")
     axes.grid(axis="x", visible=False)
-    axes.legend(fontsize=8.5, frameon=False, ncols=4, loc="best")
+    axes.legend(fontsize=9, frameon=False, ncols=8, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     return made
 
 

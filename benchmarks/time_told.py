@@ -318,7 +318,7 @@ def growth(told: Told) -> str:
     for setting in settings(told):
         best = told.at(told.mean, told.mean, setting=setting)
         half = told.at(usual, usual, setting=setting)
-        offline = told.at("base", "all", setting=setting)
+        mixed, offline = told.at("last", told.mean, setting=setting), told.at("base", "all", setting=setting)
         sequential = told.at("last", "last", True, setting=setting)
         every = told.multitask(setting=setting)
         lines.append(
@@ -328,7 +328,12 @@ def growth(told: Told) -> str:
                 "replicates": len(best),
                 "base's GM": shown(told.base(setting[0])),
             }
-            | {"ema + ema": shown(best), "weight 0.5": shown(half), "offline": shown(offline)}
+            | {
+                "ema + ema": shown(best),
+                "weight 0.5": shown(half),
+                "last + ema": shown(mixed),
+                "offline": shown(offline),
+            }
             | {"sequential, replay": shown(sequential), "all at once": shown(every)}
             | {"ema + ema less base": less(best, told.base(setting[0])), "less offline": less(best, offline)}
             | {"less sequential, replay": less(best, sequential), "less all at once": less(best, every)}
