@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 from measuring import figure
-from time_told import CELLS, Score, Told, of_technique, over, settings
+from time_scores import CELLS, Score, Told, of_technique, over
+from time_told import settings
 
 BLUE, ORANGE, GREEN, PINK, SKY, AMBER = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
 DARK, GREY = "#222222", "#8a8a8a"

@@ -3,7 +3,9 @@
 import jax
 import numpy as np
 import pytest
+import time_cells
 import time_drawn
+import time_scores
 import time_stream
 import time_study
 import time_told
@@ -39,9 +41,9 @@ def small(monkeypatch, tmp_path_factory):
     for name, value in {"BATCH": 8, "REPLAY": 10, "BUDGETS": (4, 8), "SIZES": {"medium": None}}.items():
         monkeypatch.setattr(time_stream, name, value)
     monkeypatch.setattr(time_stream, "ORDERS", {0: ORDER, 1: ORDER})
-    monkeypatch.setattr(time_study, "WEIGHTS", (0.25, 0.5))
-    monkeypatch.setattr(time_study, "FACTORS", (0.5,))
-    monkeypatch.setattr(time_study, "TECHNIQUES", {key: time_study.TECHNIQUES[key] for key in ("average", "magmax")})
+    monkeypatch.setattr(time_cells, "WEIGHTS", (0.25, 0.5))
+    monkeypatch.setattr(time_cells, "FACTORS", (0.5,))
+    monkeypatch.setattr(time_cells, "TECHNIQUES", {key: time_cells.TECHNIQUES[key] for key in ("average", "magmax")})
 
 
 @pytest.mark.parametrize("how", ["ema(weight=0.3)", "ema(weight=0.3, seed='first')", "ema(technique='magmax')", "all"])
@@ -77,7 +79,7 @@ def test_the_rate_warms_up_and_falls_to_zero():
 def test_variance_is_shared_out_among_factors_and_what_they_do_together():
     init, technique = np.array([0.0, 3.0, 6.0]), np.array([-1.0, 1.0])
     cells = np.broadcast_to(init[None, :, None, None] + technique, (2, 3, 2, 2))
-    found = time_told.variance(cells)
+    found = time_scores.variance(cells)
     assert found["init"] == pytest.approx(100 * 6 / 7)
     assert found["technique"] == pytest.approx(100 * 1 / 7)
     assert sum(found.values()) == pytest.approx(100)
@@ -95,9 +97,9 @@ def test_the_study_runs_goes_on_where_it_was_stopped_and_tells_every_table(tmp_p
     assert study(0)[0] is None
     assert not file.exists()
     chosen, runner = study(10)
-    assert chosen.weight in time_study.WEIGHTS
+    assert chosen.weight in time_cells.WEIGHTS
     assert chosen.ema == chosen.offline == {"magmax": 0.5}
-    told = time_told.Told(runner.rows, main, 2, seeds, chosen)
+    told = time_scores.Told(runner.rows, main, 2, seeds, chosen)
     page = time_told.tables(told)
     assert "Not all cells were run" not in page
     assert "| ema | ema |" in page
@@ -109,10 +111,10 @@ def test_the_study_runs_goes_on_where_it_was_stopped_and_tells_every_table(tmp_p
     monkeypatch.setattr(time_stream, "fit", lambda *given: pytest.fail("what was trained is kept"))
     again, later = study(10)
     assert again == chosen
-    assert {time_study.key_of(row) for row in later.rows} == {time_study.key_of(row) for row in runner.rows}
+    assert {time_cells.key_of(row) for row in later.rows} == {time_cells.key_of(row) for row in runner.rows}
     assert len(file.read_text().splitlines()) == len(lines)
 
     last = next(row for row in runner.rows if row["init"] == row["deploy"] == "last" and row["step"] == 2)
     scores = streams[last["seed"]], jax.tree.map(np.asarray, time_study.trained(
-        streams[last["seed"]], time_study.Chain(last["seed"], *main, "last", last["replay"]), 2)[-1])  # fmt: skip
+        streams[last["seed"]], time_cells.Chain(last["seed"], *main, "last", last["replay"]), 2)[-1])  # fmt: skip
     assert last["scores"] == {name: round(one, 5) for name, one in time_stream.scores(*scores).items()}
