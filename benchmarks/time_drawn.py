@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from measuring import figure
+from time_cells import WEIGHTS
 from time_scores import CELLS, Score, Told, of_technique, over
 from time_told import settings
 
@@ -84,7 +85,7 @@ def plane(told: Told) -> Any:
         placed(axes, told.base(), "P", DARK)
         placed(axes, told.multitask(), "*", DARK, 14)
         titled(axes, f"experts {'with' if replay else 'without'} replay", "KA: adaptation tasks, %", "ZS: held-out, %")
-    weighted = {weight: f"ema(weight={weight})" for weight in (0.1, 0.25, 0.5, 0.75)}
+    weighted = {weight: f"ema(weight={weight})" for weight in WEIGHTS}
     for begin, colour in (("", BLUE), ("last", ORANGE)):
         path = [(weight, told.at(begin or how, how)) for weight, how in weighted.items()]
         path = [(weight, found) for weight, found in path if found]

@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import time_cells
 import time_stream
 from measuring import table
 from time_scores import CELLS, Score, Told, cube, each, less, of_technique, over, shown, variance
@@ -18,7 +19,7 @@ def tables(told: Told) -> str:
         ("Init and deploy, by interpolation", grid(told)),
         ("The EMA's weight", weights(told)),
         ("Techniques", techniques(told)),
-        ("Shares of variance", shares(told)),
+        ("Init, deploy and technique beside each other", shares(told)),
         ("Offline merging, replay and weights by time", by_time(told)),
         ("Sizes and budgets", growth(told)),
         ("Two to eight tasks", tasks(told)),
@@ -116,7 +117,7 @@ def differences(told: Told) -> str:
 
 def weights(told: Told) -> str:
     lines = []
-    for weight in (0.1, 0.25, 0.5, 0.75):
+    for weight in time_cells.WEIGHTS:
         how = f"ema(weight={weight})"
         found = {"base": told.at("base", how), "last": told.at("last", how), "ema": told.at(how, how)}
         lines.append(
@@ -143,14 +144,16 @@ def techniques(told: Told) -> str:
 
 
 def shares(told: Told) -> str:
+    """Of the GM after the last task, over replicates, inits (base, last, ema), deploys and techniques."""
     cells = cube(told)
     if np.isnan(cells).any():
         return "Not all cells were run.\n"
-    found = variance(cells)
-    named = {name: share for name, share in found.items() if "replicate" not in name}
-    named["replicates and all that they change"] = sum(share for name, share in found.items() if "replicate" in name)
-    lines = [{"source": name, "share of the variance of GM, %": round(share, 1)} for name, share in named.items()]
-    return table(lines)
+    of = {"deploy: last, ema, all": variance(cells), "deploy: ema, all": variance(cells[:, :, 1:])}
+    rest = {title: sum(share for name, share in one.items() if "replicate" in name) for title, one in of.items()}
+    names = [name for name in of["deploy: ema, all"] if "replicate" not in name]
+    lines = [{"source": name} | {title: f"{one[name]:.1f}" for title, one in of.items()} for name in names]
+    lines.append({"source": "replicates, alone and with others"} | {title: f"{one:.1f}" for title, one in rest.items()})
+    return "Shares of the variance of GM, per cent:\n\n" + table(lines)
 
 
 def by_time(told: Told) -> str:
