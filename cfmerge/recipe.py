@@ -147,6 +147,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     heads: Heads | None = None
     on_nonfinite: Literal["error", "skip-expert"] = "error"
     vocabulary: str | None = None  # the output's tokens: base, union, or an expert's name; none: base, if it has all
+    unmerged: str | None = None  # whose integers, buffers and objects the output has: an expert, a path; none: the base
     allow: list[Allowed] = []
     dtype: Literal["float32", "float16", "bfloat16"] | None = None  # the output's; none: the base's
     format: Format | None = None  # of the output's files; none: the base's, or as the name of a file says

@@ -175,3 +175,21 @@ def test_smile_torch():
     counts = re.findall(r"8 layers have experts: ([\d,]+) parameters, (\d\.\d\d) times", printed)
     assert len(counts) == 2
     assert all(1 < float(times) < 3 for _, times in counts)
+
+
+def test_time_flax(tmp_path):
+    """The running mean ends above the last model, and higher still with replay; a second run has nothing to do."""
+    printed = run("time_flax.py", tmp_path)
+    accumulation = {name.strip(): numbers for name, numbers in rows(printed).items()}
+    last = {name: numbers[-1] for name, numbers in accumulation.items()}
+    assert last["the base"] < last["sequential"] < last["best in time"] < last["best in time, replay"]
+    again = rows(run("time_flax.py", tmp_path))
+    assert {name.strip(): numbers for name, numbers in again.items()} == accumulation
+
+
+def test_time_torch():
+    """The accumulation grows with each task that comes, and the tasks that are never trained gain too."""
+    printed = rows(run("time_torch.py", quickly=True))
+    red, green, blue = (printed[name] for name in ("red", "green", "blue"))
+    assert red[0] < green[0] < blue[0]
+    assert red[1] < blue[1]

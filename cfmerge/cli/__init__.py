@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 import cfmerge
-from cfmerge.cli import bench, composing, files, show, tables
+from cfmerge.cli import bench, composing, files, show, tables, temporal
 from cfmerge.cli import options as o
 from cfmerge.cli.ending import ended
 from cfmerge.cli.texts import key_values, swept
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(temporal.app, name="time")
 app.add_typer(bench.app, name="bench")
 
 
@@ -50,9 +51,10 @@ def _main(
         "cfmerge merge recipe.yaml -r 'match=*.embed*, method=keep-base' -o OUT",
         "cfmerge merge OUT/README.md -o AGAIN",
         "cfmerge merge mergekit.yml OUT",
+        "cfmerge merge --run RUN --last 10 --decay inverse-sqrt -o OUT",
     ),
 )
-@o.takes_recipe(chains=True)
+@o.takes_recipe(chains=True, runs=True)
 def merge(
     asked: list[Stage],
     *,
@@ -81,6 +83,7 @@ def merge(
         place = earlier / stage.name if stage.name else target
         with together(place, devices) as where:
             json, quiet = show.by_the_first(where, json, quiet)
+            show.window_of(stage, json, quiet)
             planned = cfmerge.plan(stage.recipe)
             if stage.name and not overwrite and is_made(planned, place):
                 show.stage(stage, place, json, quiet)
@@ -151,7 +154,7 @@ def sweep(
         "cfmerge merge --base BASE --statistics ALL -o OUT",
     ),
 )
-@o.takes_recipe("dtype", "format", "shard_size", "side_files", "adapter_out")
+@o.takes_recipe("dtype", "format", "shard_size", "side_files", "adapter_out", "unmerged")
 def accumulate(
     asked: Recipe,
     *,
@@ -199,7 +202,7 @@ def combine(
 
 
 @app.command(cls=o.Command)
-@o.takes_recipe(chains=True)
+@o.takes_recipe(chains=True, runs=True)
 def plan(
     asked: list[Stage],
     *,
@@ -219,7 +222,7 @@ def plan(
         if not waiting:
             planned = composing.planned(stage.recipe)
             forecast = planned.forecast(memory, devices, device_memory, not no_calibration)
-            tables.plan(planned, forecast, tensors, json)
+            tables.plan(planned, forecast, tensors, json, stage.window)
 
 
 @app.command(cls=o.Command)

@@ -24,7 +24,7 @@ COMPOSE = (
 )
 
 
-@o.takes_recipe("adapter_out", "layers", "statistics", "side_files", "format", "chat_template", system=True)
+@o.takes_recipe("adapter_out", "layers", "statistics", "side_files", "format", "chat_template", "unmerged", system=True)
 def compose(
     asked: Recipe,
     *,

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from cfmerge.cli.messages import tell
-from cfmerge.cli.texts import make_stages
+from cfmerge.cli.runs import stages_of_run
+from cfmerge.cli.texts import make_stages, values_of
 from cfmerge.errors import CfmergeError
 from cfmerge.recipe import Format, Recipe
 
@@ -95,6 +96,10 @@ RECIPE: dict[str, Any] = {
         str | None,
         option("--vocabulary", metavar="CHOICE", panel=HOW, help="Tokens: base, union, an expert's."),
     ],
+    "unmerged": Annotated[
+        str | None,
+        option("--unmerged", metavar="NAME", panel=HOW, help="Model of integers, buffers: NAME, PATH."),
+    ],
     "allow": Annotated[
         list[str] | None,
         option("--allow", metavar="CASE", panel=HOW, help="one-expert, duplicate-experts, ..."),
@@ -132,6 +137,32 @@ RECIPE: dict[str, Any] = {
     ],
     "chat_template": Annotated[
         str | None, option("--chat-template", metavar="TEXT", panel=WHERE, help="auto, chatml, Jinja (else base's).")
+    ],
+}
+
+# The options of a training run whose checkpoints are merged, in place of a base and experts.
+OF_RUN: dict[str, Any] = {
+    "run": Annotated[
+        str | None, option("--run", metavar="DIR", panel=WHAT, help="A training run: merge its checkpoints.")
+    ],
+    "start": Annotated[
+        int | None, option("--from", metavar="STEP", panel=WHAT, help="Of --run: the first step. Default: oldest.")
+    ],
+    "end": Annotated[
+        int | None, option("--to", metavar="STEP", panel=WHAT, help="Of --run: the last step. Default: newest.")
+    ],
+    "last": Annotated[int | None, option("--last", metavar="K", panel=WHAT, help="Of --run: the K newest steps.")],
+    "every": Annotated[
+        int | None, option("--every", metavar="N", panel=WHAT, help="Of --run: each N-th step of these.")
+    ],
+    "decay": Annotated[
+        str | None, option("--decay", metavar="SHAPE", panel=HOW, help="linear, cosine, inverse-sqrt, ema=D.")
+    ],
+    "weights": Annotated[
+        str | None, option("--weights", metavar="C,C,..", panel=HOW, help="Of the steps, in place of --decay.")
+    ],
+    "extra_from": Annotated[
+        int | None, option("--extra-from", metavar="STEP", panel=HOW, help="Integers, objects; default: newest.")
     ],
 }
 
@@ -175,13 +206,13 @@ class Command(typer.core.TyperCommand):
 
 
 def takes_recipe(
-    *without: str, chains: bool = False, system: bool = False
+    *without: str, chains: bool = False, system: bool = False, runs: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command's first argument is the recipe that its file and its options make.
 
     The command gets an option for every key of a recipe, but for `without` and for those that it has itself. One that
     takes `chains` gets a list of stages instead. One that makes a `system` has its name, the recipe's method, as its
-    first argument, in place of an option.
+    first argument, in place of an option. With `runs` a training run may stand for the recipe.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -192,7 +223,9 @@ def takes_recipe(
         @functools.wraps(command)
         def run(recipe: Path | None = None, **given: Any) -> None:
             asked = {"method": given.pop("system")} if system else {}
-            stages = make_stages(recipe, asked | {key: given.pop(key) for key in keys})
+            asked |= {key: given.pop(key) for key in keys}
+            of_run = {key: given.pop(key) for key in OF_RUN if runs}
+            stages = stages_of_run(recipe, asked, of_run) or make_stages(recipe, asked)
             if not chains and len(stages) > 1:
                 raise CfmergeError(
                     f"{recipe}: {len(stages)} documents are a chain of merges, which `cfmerge merge` and `cfmerge "
@@ -206,14 +239,40 @@ def takes_recipe(
         shared = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RECIPE[key]) for key in keys
         ]
+        shared += [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=OF_RUN[key])
+            for key in OF_RUN if runs
+        ]  # fmt: skip
         named = inspect.Parameter("system", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=System)
-        parameters = [*([named] if system else []), file, *sorted([*own, *shared], key=_panel)]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
-        del run.__wrapped__
-        return run
+        return _taking(run, [*([named] if system else []), file, *sorted([*own, *shared], key=_panel)])
 
     return decorate
+
+
+def takes_options(*keys: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator: the command's first argument is a mapping of some keys of a recipe, which get their options."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command).parameters.values())[1:]
+
+        @functools.wraps(command)
+        def run(*arguments: Any, **given: Any) -> None:
+            command(values_of({key: given.pop(key) for key in keys}), *arguments, **given)
+
+        shared = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RECIPE[key]) for key in keys
+        ]
+        return _taking(run, sorted([*own, *shared], key=_panel))
+
+    return decorate
+
+
+def _taking(run: Any, parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    """The command with these parameters, for typer."""
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    del run.__wrapped__
+    return run  # type: ignore[no-any-return]
 
 
 def _panel(parameter: inspect.Parameter) -> int:

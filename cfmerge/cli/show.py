@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cfmerge.cli.messages import out, say, tell
+from cfmerge.cli.runs import show_window
 from cfmerge.cli.tables import counts, size
 
 if TYPE_CHECKING:
@@ -102,9 +103,19 @@ def stage(stage: "Stage", done: "MergeResult | Path", json: bool, quiet: bool) -
         merge_result(done)
 
 
+def window_of(stage: "Stage", json: bool, quiet: bool) -> None:
+    """The steps of a training run that a stage merges, before it does; nothing of another recipe."""
+    if stage.window is not None and json:
+        event("window", **stage.window.summary())
+    elif stage.window is not None and not quiet:
+        show_window(stage.window)
+
+
 def recipe_of(stage: "Stage", waiting: Sequence[str]) -> None:
     """A recipe that was made of a configuration of mergekit, and notes on it; nothing of a recipe as it was written."""
     console = out()
+    if stage.window is not None:
+        show_window(stage.window)
     if stage.name:
         say(console, f"stage {stage.name}", "bold")
     if stage.translated:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cfmerge.products.plan import Plan
     from cfmerge.products.predict import Forecast
     from cfmerge.recipe import Expert
+    from cfmerge.temporal.trajectory import Window
 
 NARROW = 120  # columns below which a list of methods leaves their parameters out
 
@@ -86,10 +87,11 @@ def _broken(name: str, width: int) -> list[str]:
     return lines
 
 
-def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool) -> None:
-    """A plan: the action on every kind of tensor, and the cost."""
+def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool, window: "Window | None" = None) -> None:
+    """A plan: the action on every kind of tensor, and the cost; in JSON with the steps of a training run, if it has."""
     if json:
-        print(json_module.dumps(_plan_summary(plan, forecast), indent=2))
+        of_run = {} if window is None else {"window": window.summary(), "notes_on_run": list(window.notes)}
+        print(json_module.dumps({**_plan_summary(plan, forecast), **of_run}, indent=2))
         return
     console = out()
     told = ", ".join(f"{key}={value}" for key, value in plan.method.parameters.items())

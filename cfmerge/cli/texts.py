@@ -40,7 +40,7 @@ def make_recipe(file: Path | None, given: Mapping[str, Any]) -> Recipe:
 
 
 def _changed(content: dict[str, Any], given: Mapping[str, Any], source: str) -> Recipe:
-    given = {key: READ.get(key, _as_it_is)(value) for key, value in given.items() if value not in (None, [])}
+    given = values_of(given)
     if given.get("method", content.get("method")) != content.get("method"):
         content["parameters"] = {}
     for key, joined in JOINED.items():
@@ -54,8 +54,13 @@ def _changed(content: dict[str, Any], given: Mapping[str, Any], source: str) -> 
     needed = ("base",) if content.get("statistics") or content.get("layers") else ("base", "experts")
     missing = [key for key in needed if not content.get(key)]
     if missing:
-        raise CfmergeError(f"no {' and no '.join(missing)}: give --base and --expert, or a recipe file")
+        raise CfmergeError(f"no {' and no '.join(missing)}: give --base and --expert, a recipe file, or --run")
     return parse(content, source)
+
+
+def values_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the keys that are given on the command line."""
+    return {key: READ.get(key, _as_it_is)(value) for key, value in given.items() if value not in (None, [])}
 
 
 def _as_it_is(value: Any) -> Any:

@@ -17,12 +17,13 @@ from cfmerge.recipe import Expert, LayerExpert, Layers, Recipe
 
 
 class Stage(NamedTuple):
-    """One document as a recipe: the name that others use its result by, and notes for the user."""
+    """A recipe to carry out: the name that others use its result by, and notes for the user."""
 
     name: str
     recipe: Recipe
     notes: tuple[str, ...] = ()
     translated: bool = False  # its recipe was another configuration
+    window: Any = None  # the steps of a training run that it merges: a `temporal.Window`
 
 
 def load(path: str | Path) -> list[Stage]:

@@ -31,16 +31,17 @@ from cfmerge.core.survey import Found, Look, Measure, Survey, xp_of
 
 
 class Running(NamedTuple):
-    """The sum `S` of what was added, the sum of the experts' norms (of this tensor), and their number."""
+    """The sum `S`, the sum of the experts' norms (of this tensor), their number, and the newest one's norm."""
 
     total: Float[Array, "..."]
     norms: Float[Array, ""]
     experts: Float[Array, ""]
+    newest: Float[Array, ""]
 
 
 def init(base: Float[Array, "..."]) -> Running:
     zero = jnp.zeros((), base.dtype)
-    return Running(jnp.zeros_like(base), zero, zero)
+    return Running(jnp.zeros_like(base), zero, zero, zero)
 
 
 def clean(total: Float[Array, "m n"], delta: Float[Array, "m n"], alpha: Array) -> Float[Array, "m n"]:
@@ -55,7 +56,7 @@ def clean(total: Float[Array, "m n"], delta: Float[Array, "m n"], alpha: Array) 
 
 
 @register
-def opcm(alpha: Number = 0.5) -> Method:
+def opcm(alpha: Number = 0.5, rescale: bool = True) -> Method:
     """Experts in order, each without its overlap with those before; at the mean norm of the experts.
 
     The order of the experts matters. Tensors that are no matrices are summed, and rescaled like the rest. Without a
@@ -64,24 +65,30 @@ def opcm(alpha: Number = 0.5) -> Method:
     Args:
         alpha: the share of the merged delta's nuclear norm whose directions are closed to the next expert; 0 removes
             only what lies along single directions.
+        rescale: divide by `lambda_T`. Without it the merged delta is the sum `S`, and the report has `energy`, the
+            newest expert's `||D_T||^2`, and `merged`, `||S||^2`, of each tensor: `S` as the first of two experts goes
+            on with the second.
 
     Source: Tang et al., Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual
         Model Merging, arXiv 2501.09522.
     """
     check_number("opcm: alpha", alpha, 0, 1)
-    return _opcm(alpha, None)
+    return _opcm(alpha, rescale, None)
 
 
-def _opcm(alpha: Any, found: Found | None) -> Method:
+def _opcm(alpha: Any, rescale: bool, found: Found | None) -> Method:
     def update(statistic: Running, delta: Float[Array, "..."], weight: float | Array = 1.0) -> Running:
-        total, norms, count = statistic
+        total, norms, count, _ = statistic
         new = delta
         if delta.ndim == 2:  # of the first expert there is nothing to remove, and no SVD to make
             new = lax.cond(count > 0, clean, lambda *_: delta, total, delta, as_array(alpha, delta.dtype))
-        return Running(total + new, norms + linalg.norm(delta).reshape(()), count + 1)
+        norm = linalg.norm(delta).reshape(())
+        return Running(total + new, norms + norm, count + 1, norm)
 
     def solve(statistic: Running) -> tuple[Float[Array, "..."], Report]:
-        total, norms, count = statistic
+        total, norms, count, newest = statistic
+        if not rescale:
+            return total, {"energy": newest**2, "merged": jnp.sum(total**2)}
         if found is not None:
             return as_array(found.model, total.dtype) * total, {}
         return linalg.ratio(norms, count) * linalg.unit(total), {}
@@ -101,5 +108,5 @@ def _opcm(alpha: Any, found: Found | None) -> Method:
         return xp.where(merged > 0, xp.mean(xp.sqrt(energies["experts"])) / xp.where(merged > 0, merged, 1), 1.0)
 
     needs = Needs("tensor", ordered=True, weights="none")
-    survey = None if found else Survey(look, lambda known: _opcm(alpha, known))
+    survey = None if found or not rescale else Survey(look, lambda known: _opcm(alpha, rescale, known))
     return Method("opcm", init, update, solve, needs=needs, additive=False, survey=survey)

@@ -19,12 +19,16 @@ Choose = Callable[[Parameter, Mapping[str, Parameter], Method], Method | None]
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A parameter and the action on it. `method` is used when the action is `merge`."""
+    """A parameter and the action on it. `method` is used when the action is `merge`.
+
+    `settled`: the recipe names the model whose integers the output has, so that the experts may have others.
+    """
 
     parameter: Parameter
     action: Action
     method: Method
     rule: Rule | None = None
+    settled: bool = False
 
     @property
     def label(self) -> str:
@@ -33,7 +37,8 @@ class Assignment:
     @property
     def agree(self) -> bool:
         """Integers and booleans are not merged: the experts must agree with the base, unless a rule says so."""
-        return not is_float(self.parameter.dtype) and self.rule is None and not is_counter(self.parameter.name)
+        free = self.settled or self.rule is not None or is_counter(self.parameter.name)
+        return not is_float(self.parameter.dtype) and not free
 
 
 def assign(

@@ -22,6 +22,7 @@ from cfmerge.planning.pair import Paired, pair_experts
 from cfmerge.planning.plugins import load_plugins
 from cfmerge.planning.resolved import Planned, Resolved
 from cfmerge.planning.ties import settle_ties
+from cfmerge.planning.unmerged import check_unmerged, with_unmerged, without_agreement
 from cfmerge.planning.unsolved import unsolved_notes
 from cfmerge.planning.vocabularies import one_vocabulary
 from cfmerge.planning.work import Participant, Work
@@ -56,6 +57,7 @@ def resolve(
     """
     recipe = next(iter(asked.values()))
     check_seed(recipe.seed)
+    check_unmerged(recipe, composing is not None)
     load_plugins(recipe.plugins)
     made = [methods.make(one.method, one.parameters) for one in asked.values()]
     for method in made:
@@ -90,6 +92,8 @@ def resolve(
     matched = []
     for one, method in zip(asked.values(), made, strict=True):
         assignments = assign(own, method, one.rules, others, stack.methods(one) if stack else None, choose)
+        if recipe.unmerged is not None:
+            assignments = without_agreement(assignments)
         matched.append(match_experts(one, base, merged, _afresh(paired), ties, assignments))
         problems = matched[-1].problems
         if problems:
@@ -97,6 +101,10 @@ def resolve(
             raise CfmergeError("\n".join([*problems[:20], *([f"... and {more} more problems"] if more > 0 else [])]))
     if statistics is None and not sums:  # statistics count an expert that has not changed a tensor
         notes += leave_untouched(matched, paired.experts)
+
+    if statistics and fingerprint(base, list(statistics.kinds)) != statistics.base:
+        raise CfmergeError(f"base {recipe.base}: the statistics were accumulated over another base")
+    base = with_unmerged(recipe, base, models, merged, paired, matched[0].assignments)
 
     aliases: dict[str, list[str]] = {}
     for alias, name in ties.aliases.items():
@@ -126,8 +134,6 @@ def resolve(
         Participant("base", f"base ({base.path})", base), tuple(taking_part), tuple(jobs), statistics, recipe.seed,
         recipe.precision, from_files=True, sums=sums,
     )  # fmt: skip
-    if statistics and fingerprint(base, list(statistics.kinds)) != statistics.base:
-        raise CfmergeError(f"base {recipe.base}: the statistics were accumulated over another base")
     if not stack and not any(job.assignment.action == "merge" for job in jobs):
         raise CfmergeError("nothing to merge: every tensor is kept from the base or left out")
     averaged = [] if composing else unsolved_notes({job.name: job.assignment for job in jobs}, made[0])

@@ -17,6 +17,7 @@ from cfmerge.core.numbers import plain_number
 from cfmerge.core.part import Part
 from cfmerge.formats import Folder, Source
 from cfmerge.formats.base import bytes_of
+from cfmerge.formats.unmerged import Unmerged
 from cfmerge.methods import Method
 from cfmerge.planning.digest import digest_of
 from cfmerge.planning.jobs import methods_of
@@ -136,8 +137,12 @@ class Resolved:
             msgspec.structs.replace(spec, path=_pinned(spec.path, expert))
             for spec, expert in zip(self.expert_specs, self.experts, strict=True)
         ]
-        base = _pinned(self.recipe.base, self.base)
-        return msgspec.structs.replace(self.recipe, base=base, method=method, parameters=parameters, experts=experts)
+        base, unmerged = _pinned(self.recipe.base, self.base), self.recipe.unmerged
+        if unmerged is not None and isinstance(self.base, Unmerged):
+            unmerged = _pinned(unmerged, self.base.other)
+        return msgspec.structs.replace(
+            self.recipe, base=base, method=method, parameters=parameters, experts=experts, unmerged=unmerged
+        )
 
     def of(self: P, label: str) -> P:
         """The plan of one result alone."""

@@ -56,7 +56,7 @@ def merge(
         fresh: start anew, whatever an earlier run of this merge has left; else go on from there.
         **options: the other fields of `Recipe`: rename, heads, on_nonfinite, allow, dtype, precision, shard_size,
             side_files, seed, plugins, statistics, format, components, vocabulary, dequantize, layers, adapter_out,
-            chat_template, download, cache_dir.
+            chat_template, unmerged, download, cache_dir.
 
     Returns:
         A `MergeResult`: the output, the plan, warnings and notes.

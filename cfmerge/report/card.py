@@ -12,6 +12,7 @@ import cfmerge
 from cfmerge import hub, methods
 from cfmerge.formats import Source
 from cfmerge.formats.stacked import Stack
+from cfmerge.formats.unmerged import Unmerged
 from cfmerge.planning.resolved import Resolved
 
 
@@ -68,7 +69,10 @@ def _table(*head: str, rows: Iterable[Sequence[object]]) -> str:
 
 def _models(plan: Resolved) -> Iterator[tuple[str, str, Source]]:
     """Role, weight and checkpoint of the base, of the models that give it layers, and of the experts."""
-    yield "base", "", plan.base
+    base = plan.base.inner if isinstance(plan.base, Unmerged) else plan.base
+    yield "base", "", base
+    if isinstance(plan.base, Unmerged) and plan.base.other not in plan.experts:
+        yield "unmerged", "", plan.base.other
     if isinstance(plan.base, Stack):
         yield from (("layers", "", source) for source in plan.base.sources if source is not plan.base.main)
     for spec, expert in zip(plan.expert_specs, plan.experts, strict=True):

@@ -13,7 +13,7 @@ from cfmerge.cli.options import RECIPE
 from cfmerge.recipe import Recipe
 
 COMMANDS = typer.main.get_command(app).commands
-WITHOUT = {"accumulate": {"dtype", "format", "shard_size", "side_files", "adapter_out"}}  # statistics are no model
+WITHOUT = {"accumulate": {"dtype", "format", "shard_size", "side_files", "adapter_out", "unmerged"}}  # of a model
 
 
 @pytest.mark.parametrize("command", ["merge", "plan", "sweep", "accumulate"])

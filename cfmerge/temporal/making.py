@@ -1,0 +1,61 @@
+"""The model of a rule, written: its running model as it goes out, or a merge of what the rule reads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cfmerge.core.expressions import expression
+from cfmerge.products.accumulate import solve
+from cfmerge.temporal.merging import OF_OUTPUT, Part, copied, merged
+from cfmerge.temporal.rules import All, Base, Last, Paint, Rule
+from cfmerge.temporal.states import SUM, follow, kind_of, scale_of
+from cfmerge.temporal.store import State, Store
+
+
+def write_model(store: Store, rule: Rule, output: Path, how: Mapping[str, Any]) -> None:
+    """Writes the model that the rule makes of the store's experts; `how`: overwrite, memory, devices, progress.
+
+    Raises:
+        CfmergeError: an expert is needed that is no longer kept, or a merge fails; nothing is written then.
+    """
+    experts = store.experts
+    tasks = ", ".join(one.task for one in experts)
+    note = f"merged over time by {rule.text} over the experts {tasks}, oldest first"
+    store.base  # noqa: B018, it is checked
+    if not experts or isinstance(rule, Base):
+        return copied(store, store.base_path, output, how, note)
+    newest = experts[-1]
+    if isinstance(rule, Last):
+        return copied(store, store.readable(newest), output, how, note)
+    if isinstance(rule, Paint):
+        running, new = rule.weights
+        parts = [Part("base", store.base_path, running), Part(newest.key, store.readable(newest), new)]
+        merged(store, parts, expression(rule.method), output, how, note=note)
+        return None
+    state = follow(store, rule, {key: value for key, value in how.items() if key != "overwrite"} | {"overwrite": True})
+    if state is not None:
+        return _of_state(store, rule, state, output, how, note)
+    assert isinstance(rule, All)
+    names = [Part(one.key, store.readable(one)) for one in experts]
+    parts = [*([Part("base", store.base_path)] if rule.with_base else []), *names]
+    weights = rule.weights(len(parts)) if rule.by_time != "uniform" else [1.0] * len(parts)
+    parts = [part._replace(weight=weight) for part, weight in zip(parts, weights, strict=True)]
+    if len(parts) < rule.method.needs.experts[0]:
+        return copied(store, parts[-1].path, output, how, note)
+    merged(store, parts, expression(rule.method), output, how, note=note)
+    return None
+
+
+def _of_state(store: Store, rule: Rule, state: State, output: Path, how: Mapping[str, Any], note: str) -> None:
+    if not state.path:
+        return copied(store, store.readable(store.expert(state.through[-1])), output, how, note)
+    path = store.where(state.path)
+    if kind_of(store, rule) == "statistics":
+        assert isinstance(rule, All)
+        options = {key: store.book.options[key] for key in OF_OUTPUT if key in store.book.options}
+        solve(path, store.base_path, expression(rule.method), output=output, **options, **how)
+        return None
+    scale = scale_of(rule, state) if isinstance(rule, All) and state.kind == "running" else 1.0
+    method = SUM if scale == 1 else f"task_arithmetic(scale={scale!r})"
+    merged(store, [Part("running", str(path))], method, output, how, note=note)
+    return None

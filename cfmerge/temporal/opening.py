@@ -1,0 +1,75 @@
+"""A store made or opened again: the rules that are asked for, and whether they are those of the store that is there."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cfmerge.errors import CfmergeError
+from cfmerge.products.files import save
+from cfmerge.temporal.merging import base_name
+from cfmerge.temporal.metrics import check_tasks
+from cfmerge.temporal.rules import Rule, protocol, rule
+from cfmerge.temporal.store import Book, Store
+from cfmerge.temporal.telling import check_keep
+
+
+def completed(given: str | Rule, technique: str | None = None, weight: float | None = None) -> Rule:
+    made: Rule = rule(given).completed(technique, weight)
+    made.check()
+    return made
+
+
+def rules_of(
+    init: str | Rule | None, deploy: str | Rule | None, name: str | None, technique: str | None, weight: float | None
+) -> tuple[Rule, Rule] | None:
+    """The rules that are asked for; None: none are."""
+    if name is not None:
+        if init is not None or deploy is not None:
+            raise CfmergeError(f"time: protocol={name!r} says both rules; leave init and deploy out")
+        init, deploy = protocol(name)
+    if init is None and deploy is None:
+        left = [key for key, value in (("technique", technique), ("weight", weight)) if value is not None]
+        if left:
+            raise CfmergeError(f"time: {left[0]}= is a part of a rule; name init= and deploy=, or protocol=")
+        return None
+    if init is None or deploy is None:
+        raise CfmergeError("time: name both rules, init= and deploy=, or both by protocol=")
+    return completed(init, technique, weight), completed(deploy, technique, weight)
+
+
+def made(path: Path, base: Any, rules: tuple[Rule, Rule] | None, asked: Mapping[str, Any]) -> Store:
+    if base is None:
+        return Store.opened(path)  # which says that there is none
+    if rules is None:
+        raise CfmergeError("time: name the rules of a new store: init= and deploy=, or protocol= such as best-in-time")
+    for key in ("window", "keep"):
+        if asked[key] is not None and asked[key] < 1:
+            raise CfmergeError(f"time: {key} counts experts, at least 1; found {asked[key]}")
+    check_tasks(asked["tasks"] or [], asked["held_out"] or [])
+    tree = not isinstance(base, str | Path)
+    given = {key: value for key, value in asked.items() if value is not None}
+    book = Book("base" if tree else base_name(base), rules[0].text, rules[1].text, **given)
+    for one in rules:
+        check_keep(Store(path, book), one)
+    if tree:
+        save(base, path / "base", overwrite=True)
+    return Store.made(path, book)
+
+
+def check_same(store: Store, rules: tuple[Rule, Rule] | None, asked: Mapping[str, Any]) -> None:
+    """Raises `CfmergeError` where a store that is there was made with something else than is asked for."""
+    book = store.book
+    expected = {key: value for key, value in asked.items() if value is not None and key != "options"}
+    found: dict[str, Any] = {key: getattr(book, key) for key in expected}
+    expected |= asked["options"] or {}
+    found |= {key: book.options.get(key) for key in asked["options"] or {}}
+    if rules is not None:
+        found |= {"init": book.init, "deploy": book.deploy}
+        expected |= {"init": rules[0].text, "deploy": rules[1].text}
+    other = [key for key, value in expected.items() if found[key] != value]
+    if other:
+        key = other[0]
+        raise CfmergeError(
+            f"store {store.path}: was made with {key}={found[key]!r}, found {key}={expected[key]!r}; leave it out, or "
+            "make another store"
+        )
