@@ -1,5 +1,6 @@
 """What `time_study.py` runs: chains of experts, the rules that models are deployed by, and the choices before them."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -119,8 +120,8 @@ def main_cells(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequenc
                 for deploy in (chosen.of_ema(name), chosen.of_all(name), *(["last"] if chain is own else []))
             ]
     for seed in seeds:
-        for how in (ema("average", weight) for weight in WEIGHTS):
-            found += [Cell(Chain(seed, *main, init, False), how, last) for init in ("base", "last", how)]
+        for how, replay in itertools.product((ema("average", weight) for weight in WEIGHTS), (False, True)):
+            found += [Cell(Chain(seed, *main, init, replay), how, last) for init in ("base", "last", how)]
     for seed in seeds:
         paint = f"paint(weight={chosen.weight})"
         found += [Cell(Chain(seed, *main, init, False), deploy, every(count)) for init, deploy in

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from time_stream import HELD_OUT
 
+from cfmerge import temporal
+
 T_95 = {2: 12.706, 3: 4.303}  # Student's t for a 95 % interval of so many replicates
 Row = Mapping[str, Any]
 
@@ -21,11 +23,11 @@ class Score(NamedTuple):
 
 
 def score(row: Row) -> Score:
-    """Of a row: the mean over adaptation tasks, those to come too, and over held-out ones."""
-    held = [value for name, value in row["scores"].items() if name in HELD_OUT]
-    own = [value for name, value in row["scores"].items() if name not in HELD_OUT]
-    ka, zs = 100 * float(np.mean(own)), 100 * float(np.mean(held))
-    return Score(ka, zs, math.sqrt(ka * zs))
+    """Of a row: over adaptation tasks, those to come too, and over held-out ones."""
+    held = [name for name in row["scores"] if name in HELD_OUT]
+    own = [name for name in row["scores"] if name not in HELD_OUT]
+    ka, zs = temporal.knowledge_accumulation(row["scores"], own), temporal.zero_shot_retention(row["scores"], held)
+    return Score(100 * ka, 100 * zs, 100 * temporal.geometric_mean(ka, zs))
 
 
 class Told:

@@ -21,7 +21,7 @@ Added after the weight was chosen (0.1, the least) and before its consequences w
 all replicates; in growth an EMA of weight USUAL beside it, which the article's code has. The factors below 0.3 were
 added when 0.3, until then the least, was the choice of six techniques of seven offline.
 
-Added when last + ema was above ema + ema in replicate 0: last + ema in growth.
+Added when last + ema was above ema + ema in replicate 0: last + ema in growth; every weight with replay.
 
 Seen before all this was fixed: scores of the medium base in replicate 0, and of four of its experts and their merges,
 at three learning rates (1e-3, 5e-4, 2.5e-4: the first, the vision zoo's, makes the best experts, and stayed).

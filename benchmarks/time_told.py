@@ -7,7 +7,7 @@ import numpy as np
 import time_cells
 import time_stream
 from measuring import table
-from time_scores import CELLS, Score, Told, cube, each, less, of_technique, over, shown, variance
+from time_scores import CELLS, Told, cube, each, less, of_technique, over, shown, variance
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
@@ -116,18 +116,17 @@ def differences(told: Told) -> str:
 
 
 def weights(told: Told) -> str:
+    """KA, ZS and GM by the weight of the newest, where it makes what is deployed (and, with ema, what begins)."""
     lines = []
-    for weight in time_cells.WEIGHTS:
+    for weight, replay in itertools.product(time_cells.WEIGHTS, (False, True)):
         how = f"ema(weight={weight})"
-        found = {"base": told.at("base", how), "last": told.at("last", how), "ema": told.at(how, how)}
-        lines.append(
-            {"weight of the newest": weight}
-            | {
-                f"{init} + ema: KA / ZS / GM": " / ".join(shown(one, w) for w in Score._fields)
-                for init, one in found.items()
-            }
-        )
-    return table(lines)
+        line: dict[str, Any] = {"weight of the newest": weight, "replay": "yes" if replay else "no"}
+        for init, rule in {"base": "base", "last": "last", "ema": how}.items():
+            found = told.at(rule, how, replay)
+            line[f"{init} + ema: KA, ZS"] = f"{shown(found, 'ka')}, {shown(found, 'zs')}" if found else ""
+            line |= {f"{init} + ema: GM": shown(found), f"{init} + ema: of each": each(found)}
+        lines.append(line)
+    return table(sorted(lines, key=lambda line: line["replay"]))
 
 
 def techniques(told: Told) -> str:
