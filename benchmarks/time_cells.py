@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import time_stream
 from time_scores import score
 
 MAIN = ("medium", 300)
@@ -119,38 +118,44 @@ def main_cells(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequenc
                 for chain in (*starts, own)
                 for deploy in (chosen.of_ema(name), chosen.of_all(name), *(["last"] if chain is own else []))
             ]
-    for seed in seeds:
-        for how, replay in itertools.product((ema("average", weight) for weight in WEIGHTS), (False, True)):
-            found += [Cell(Chain(seed, *main, init, replay), how, last) for init in ("base", "last", how)]
-    for seed in seeds:
-        paint = f"paint(weight={chosen.weight})"
-        found += [Cell(Chain(seed, *main, init, False), deploy, every(count)) for init, deploy in
-                  ((paint, paint), ("all", "all"), ("all", mean), ("all", "last"))]  # fmt: skip
     return found
 
 
-def growth(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequence[int]) -> list[Cell]:
-    """Sizes, budgets and numbers of tasks; `multitask` for a rule is the base trained on all at once.
+def other_weights(
+    main: tuple[str, int], count: int, seeds: Sequence[int], weights: Sequence[float], replay: bool
+) -> list[Cell]:
+    """Weights of an EMA that makes what is deployed, and in one of three also what begins."""
+    found = list[Cell]()
+    for weight, seed in itertools.product(weights, seeds):
+        how = ema("average", weight)
+        found += [Cell(Chain(seed, *main, init, replay), how, (count,)) for init in ("base", "last", how)]
+    return found
 
-    The largest base is of the first replicate alone. So are the EMA of weight USUAL and last + ema, which the dearest
-    setting has not.
-    """
-    mean, usual, found = chosen.of_ema("average"), ema("average", USUAL), list[Cell]()
-    fewer = tuple(range(2, count + 1, 2))
+
+def other_inits(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequence[int]) -> list[Cell]:
+    """Tasks that begin at the base merged with the newest expert, or at all experts merged."""
+    paint, mean, found = f"paint(weight={chosen.weight})", chosen.of_ema("average"), list[Cell]()
     for seed in seeds:
-        found += [Cell(Chain(seed, *main, "multitask", False), "multitask", fewer)]
-        found += [Cell(Chain(seed, *main, usual, False), usual, every(count))]
-    settings = [(size, steps) for steps in time_stream.BUDGETS for size in time_stream.SIZES if (size, steps) != main]
-    for seed in seeds:
-        for size, steps in settings:
-            if seed != seeds[0] and size == "large":
-                continue
-            ways = [(mean, mean, False), ("base", "all", False), ("base", "last", False), ("last", "last", True)]
-            if seed == seeds[0] and (size, steps) != settings[-1]:
-                ways += [(usual, usual, False), ("last", mean, False), ("last", "last", False)]
-            for init, deploy, replay in ways:
-                found.append(Cell(Chain(seed, size, steps, init, replay), deploy, every(count)))
-            found.append(Cell(Chain(seed, size, steps, "multitask", False), "multitask", (count,)))
+        pairs = ((paint, paint), ("all", "all"), ("all", mean), ("all", "last"))
+        found += [Cell(Chain(seed, *main, init, False), deploy, every(count)) for init, deploy in pairs]
+    return found
+
+
+def fewer_tasks(main: tuple[str, int], count: int, seeds: Sequence[int]) -> list[Cell]:
+    """The base trained at once on all tasks that have come so far: `multitask` for a rule."""
+    return [Cell(Chain(seed, *main, "multitask", False), "multitask", tuple(range(2, count + 1, 2))) for seed in seeds]
+
+
+def growth(
+    count: int, chosen: Chosen, seed: int, size: str, budgets: Sequence[int], sequential: bool = True
+) -> list[Cell]:
+    """Budgets of a size; `sequential`: sequential training with replay too."""
+    mean, found = chosen.of_ema("average"), list[Cell]()
+    ways = [(mean, mean, False), ("base", "all", False), ("base", "last", False)]
+    ways += [("last", "last", True)] if sequential else []
+    for steps in budgets:
+        found += [Cell(Chain(seed, size, steps, init, replay), deploy, every(count)) for init, deploy, replay in ways]
+        found.append(Cell(Chain(seed, size, steps, "multitask", False), "multitask", (count,)))
     return found
 
 

@@ -18,10 +18,8 @@ Named before anything was run: tasks, held-out tasks and orders (`time_stream.py
 - growth: three sizes, three budgets, two to eight tasks; trained on all tasks at once for the same steps beside it.
 
 Added after the weight was chosen (0.1, the least) and before its consequences were seen: every weight for every init in
-all replicates; in growth an EMA of weight USUAL beside it, which the article's code has. The factors below 0.3 were
-added when 0.3, until then the least, was the choice of six techniques of seven offline.
-
-Added when last + ema was above ema + ema in replicate 0: last + ema in growth; every weight with replay.
+all replicates. The factors below 0.3 were added when 0.3, until then the least, was the choice of six techniques of
+seven offline. Weights with replay were added when last + ema was above ema + ema in replicate 0.
 
 Seen before all this was fixed: scores of the medium base in replicate 0, and of four of its experts and their merges,
 at three learning rates (1e-3, 5e-4, 2.5e-4: the first, the vision zoo's, makes the best experts, and stayed).
@@ -33,6 +31,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +165,24 @@ def study(runner: Runner, main: tuple[str, int], count: int, seeds: Sequence[int
     if not runner.run(time_cells.factor_cells(main, count, weight)):
         return None
     chosen = time_cells.choose(runner.rows, count, weight)
-    runner.run(time_cells.main_cells(main, count, chosen, seeds))
-    runner.run(time_cells.growth(main, count, chosen, seeds))
+    runner.run([*time_cells.main_cells(main, count, chosen, seeds), *time_cells.fewer_tasks(main, count, seeds)])
+    runner.run(later(main, count, chosen, seeds))
     return chosen
+
+
+def later(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequence[int]) -> list[Cell]:
+    """What comes after the main setting, by what it is worth and what it costs."""
+    *cheap, dear = time_stream.SIZES
+    *most, longest = time_stream.BUDGETS
+    growth, weights = partial(time_cells.growth, count, chosen), partial(time_cells.other_weights, main, count)
+    found = [cell for size in cheap for cell in growth(seeds[0], size, time_stream.BUDGETS)]
+    found += growth(seeds[0], dear, most, sequential=False)
+    found += [*weights(seeds, time_cells.WEIGHTS, False), *weights(seeds, [time_cells.USUAL], True)]
+    found += growth(seeds[0], dear, [longest], sequential=False)
+    found += [cell for seed in seeds[1:] for size in cheap for cell in growth(seed, size, time_stream.BUDGETS)]
+    found += weights(seeds, time_cells.WEIGHTS, True)
+    found += time_cells.other_inits(main, count, chosen, seeds)
+    return found + growth(seeds[0], dear, time_stream.BUDGETS)
 
 
 if __name__ == "__main__":
