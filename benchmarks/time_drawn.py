@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import time_stream
 from measuring import figure
 from time_cells import WEIGHTS
 from time_scores import CELLS, Score, Told, of_technique, over
@@ -12,7 +13,7 @@ from time_told import settings
 
 BLUE, ORANGE, GREEN, PINK, SKY, AMBER = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
 DARK, GREY = "#222222", "#8a8a8a"
-SIZE_COLOURS = {"small": AMBER, "medium": SKY, "large": BLUE}
+SIZE_MARKS = {"small": (AMBER, "^"), "medium": (SKY, "o"), "large": (BLUE, "s")}
 
 
 def write(folder: Path, told: Told) -> None:
@@ -163,36 +164,45 @@ def techniques(told: Told) -> Any:
 
 
 def growth(told: Told) -> Any:
-    """GM of ema + ema less that of others by budget and size, and less all at once by the number of tasks."""
+    """GM of ema + ema less that of others: by budget and size in each replicate, and by the number of tasks."""
     made, panels = figure(4, 4.1)
     against = {
-        "less the base": lambda size, budget: told.base(size),
-        "less sequential, replay": lambda size, budget: told.at("last", "last", True, setting=(size, budget)),
-        "less all at once": lambda size, budget: told.multitask(setting=(size, budget)),
+        "less that of the base": lambda setting: told.base(setting[0]),
+        "less that of offline merging": lambda setting: told.at("base", "all", setting=setting),
+        "less that of training on all at once": lambda setting: told.multitask(setting=setting),
     }
     for axes, (title, other) in zip(panels, against.items(), strict=False):
-        for size, colour in SIZE_COLOURS.items():
-            for rule, style, width in ((told.mean, "-", 2.0), ("ema(weight=0.5)", "--", 1.2)):
-                budgets = [budget for one, budget in settings(told) if one == size]
-                pairs = [(told.at(rule, rule, setting=(size, b)), other(size, b)) for b in budgets]
-                values = [gain(one, two) for one, two in pairs]
-                label = f"{size}{', weight 0.5' if style == '--' else ''}"
-                axes.plot(budgets, values, style, marker="o", markersize=4, color=colour, linewidth=width, label=label)
-        axes.axhline(0, color=GREY, linewidth=0.8)
+        for (size, (colour, marker)), seed in itertools.product(SIZE_MARKS.items(), told.seeds):
+            gains = {}
+            for setting in settings(told):
+                best, beside = told.at(told.mean, told.mean, setting=setting), other(setting)
+                if setting[0] == size and seed in best and seed in beside:
+                    gains[setting[1]] = best[seed].gm - beside[seed].gm
+            bold = {"markersize": 6, "linewidth": 1.8, "label": size}
+            style = bold if seed == told.seeds[0] else {"markersize": 4, "linewidth": 0.8, "alpha": 0.55}
+            axes.plot([*gains], [*gains.values()], f"{marker}-", color=colour, **style)
+        axes.axhline(0, color=DARK, linewidth=0.8)
         axes.set_xscale("log")
-        axes.set_xticks(ticks := [100, 300, 900], [str(tick) for tick in ticks])
+        axes.set_xticks(budgets := time_stream.BUDGETS, [str(steps) for steps in budgets])
         axes.minorticks_off()
-        titled(axes, title, "steps of one task", "GM of ema + ema, difference")
-    panels[0].legend(fontsize=8, frameon=False)
+        titled(axes, title, "steps of one task")
+    panels[0].set_ylabel("GM of ema + ema, difference")
+    panels[0].legend(fontsize=8.5, frameon=False, title="base", title_fontsize=8.5)
     counts = range(2, told.count + 1, 2)
-    for rule, style, label in ((told.mean, "-", "chosen weight"), ("ema(weight=0.5)", "--", "weight 0.5")):
-        values = [gain(told.at(rule, rule, step=count), told.multitask(count)) for count in counts]
-        panels[3].plot(counts, values, style, marker="o", color=SKY, label=f"medium, {label}")
-    panels[3].axhline(0, color=GREY, linewidth=0.8)
+    lines = {
+        "ema + ema": (told.mean, told.mean, False, BLUE, "o"),
+        "last + ema": ("last", told.mean, False, GREEN, "s"),
+        "last + ema, replay": ("last", told.mean, True, AMBER, "D"),
+        "last + last, replay": ("last", "last", True, ORANGE, "v"),
+    }
+    for label, (init, deploy, replay, colour, marker) in lines.items():
+        values = [gain(told.at(init, deploy, replay, step=count), told.multitask(count)) for count in counts]
+        panels[3].plot(counts, values, f"{marker}-", color=colour, markersize=5, label=label)
+    panels[3].axhline(0, color=DARK, linewidth=0.8)
     panels[3].set_xticks([*counts])
-    titled(panels[3], "less all so far at once", "tasks", "GM of ema + ema, difference")
+    titled(panels[3], "medium, 300 steps, mean of replicates:\nless that of all so far at once", "tasks")
     panels[3].legend(fontsize=8, frameon=False)
-    return made
+    return headed(made, "GM of ema + ema, less that of others, after eight tasks; thin: replicates 1 and 2")
 
 
 def gain(one: dict[int, Score], other: dict[int, Score]) -> float:

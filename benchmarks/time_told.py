@@ -179,43 +179,39 @@ def by_time(told: Told) -> str:
 
 
 def growth(told: Told) -> str:
-    usual, lines = "ema(weight=0.5)", []
-    for setting in settings(told):
-        best = told.at(told.mean, told.mean, setting=setting)
-        half = told.at(usual, usual, setting=setting)
-        mixed, offline = told.at("last", told.mean, setting=setting), told.at("base", "all", setting=setting)
-        sequential = told.at("last", "last", True, setting=setting)
-        every = told.multitask(setting=setting)
-        lines.append(
-            {
-                "base": setting[0],
-                "steps": setting[1],
-                "replicates": len(best),
-                "base's GM": shown(told.base(setting[0])),
-            }
-            | {
-                "ema + ema": shown(best),
-                "weight 0.5": shown(half),
-                "last + ema": shown(mixed),
-                "offline": shown(offline),
-            }
-            | {"sequential, replay": shown(sequential), "all at once": shown(every)}
-            | {"ema + ema less base": less(best, told.base(setting[0])), "less offline": less(best, offline)}
-            | {"less sequential, replay": less(best, sequential), "less all at once": less(best, every)}
-        )
+    """GM after the last task by replicate, base and budget, and that of ema + ema less the others'."""
+    lines = []
+    for seed, setting in itertools.product(told.seeds, settings(told)):
+        best = told.at(told.mean, told.mean, setting=setting).get(seed)
+        if best is None:
+            continue
+        others = {
+            "base": told.base(setting[0]),
+            "isolated": told.at("base", "last", setting=setting),
+            "offline": told.at("base", "all", setting=setting),
+            "sequential, replay": told.at("last", "last", True, setting=setting),
+            "all at once": told.multitask(setting=setting),
+        }
+        found = {name: one[seed] for name, one in others.items() if seed in one}
+        line: dict[str, Any] = {"replicate": str(seed), "base of": setting[0], "steps": str(setting[1])}
+        line |= {"ema + ema: KA, ZS": f"{best.ka:.1f}, {best.zs:.1f}", "ema + ema": f"{best.gm:.1f}"}
+        line |= {name: f"{found[name].gm:.1f}" if name in found else "" for name in others}
+        line |= {f"less {name}": f"{best.gm - found[name].gm:+.1f}" if name in found else "" for name in others}
+        lines.append(line)
     return table(lines)
 
 
 def tasks(told: Told) -> str:
-    usual, lines = "ema(weight=0.5)", []
+    """GM in the main setting after some of the tasks."""
+    lines = []
     for step in range(2, told.count + 1, 2):
         best, every = told.at(told.mean, told.mean, step=step), told.multitask(step)
         lines.append(
-            {"tasks": step, "ema + ema": shown(best), "weight 0.5": shown(told.at(usual, usual, step=step))}
+            {"tasks": step, "ema + ema": shown(best), "last + ema": shown(told.at("last", told.mean, step=step))}
+            | {"last + ema, replay": shown(told.at("last", told.mean, True, step=step))}
             | {"offline": shown(told.at("base", "all", step=step))}
             | {"sequential, replay": shown(told.at("last", "last", True, step=step)), "all at once": shown(every)}
-            | {"ema + ema less all at once": less(best, every)}
-            | {"less base": less(best, told.base())}
+            | {"ema + ema less base": less(best, told.base()), "less all at once": less(best, every)}
         )
     return table(lines)
 
