@@ -151,11 +151,11 @@ def growth(
 ) -> list[Cell]:
     """Budgets of a size; `sequential`: sequential training with replay too."""
     mean, found = chosen.of_ema("average"), list[Cell]()
-    ways = [(mean, mean, False), ("base", "all", False), ("base", "last", False)]
-    ways += [("last", "last", True)] if sequential else []
     for steps in budgets:
-        found += [Cell(Chain(seed, size, steps, init, replay), deploy, every(count)) for init, deploy, replay in ways]
+        found.append(Cell(Chain(seed, size, steps, mean, False), mean, every(count)))
         found.append(Cell(Chain(seed, size, steps, "multitask", False), "multitask", (count,)))
+        found += [Cell(Chain(seed, size, steps, "base", False), deploy, every(count)) for deploy in ("all", "last")]
+        found += [Cell(Chain(seed, size, steps, "last", True), "last", every(count))] if sequential else []
     return found
 
 

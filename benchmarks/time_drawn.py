@@ -67,7 +67,7 @@ def steps(told: Told) -> Any:
     high = max(axes.get_ylim()[1] for axes in panels)
     for axes in panels:
         axes.set_ylim(low, high)
-    panels[0].legend(fontsize=8.5, frameon=False, loc="lower left")
+    panels[1].legend(fontsize=8.5, frameon=False, loc="lower right")
     return headed(made, "GM of the deployed model after every task (init + deploy); bands: lowest to highest replicate")
 
 

@@ -173,16 +173,16 @@ def study(runner: Runner, main: tuple[str, int], count: int, seeds: Sequence[int
 def later(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequence[int]) -> list[Cell]:
     """What comes after the main setting, by what it is worth and what it costs."""
     *cheap, dear = time_stream.SIZES
-    *most, longest = time_stream.BUDGETS
+    budgets = *most, longest = time_stream.BUDGETS
     growth, weights = partial(time_cells.growth, count, chosen), partial(time_cells.other_weights, main, count)
-    found = [cell for size in cheap for cell in growth(seeds[0], size, time_stream.BUDGETS)]
+    found = [cell for size in cheap for cell in growth(seeds[0], size, budgets, sequential=False)]
     found += growth(seeds[0], dear, most, sequential=False)
     found += [*weights(seeds, time_cells.WEIGHTS, False), *weights(seeds, [time_cells.USUAL], True)]
     found += growth(seeds[0], dear, [longest], sequential=False)
-    found += [cell for seed in seeds[1:] for size in cheap for cell in growth(seed, size, time_stream.BUDGETS)]
+    found += [cell for seed in seeds for size in cheap for cell in growth(seed, size, budgets)]
     found += weights(seeds, time_cells.WEIGHTS, True)
     found += time_cells.other_inits(main, count, chosen, seeds)
-    return found + growth(seeds[0], dear, time_stream.BUDGETS)
+    return found + growth(seeds[0], dear, budgets)
 
 
 if __name__ == "__main__":
