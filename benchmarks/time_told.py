@@ -130,16 +130,27 @@ def weights(told: Told) -> str:
 
 
 def techniques(told: Told) -> str:
+    """GM by technique, and less that of interpolation and of sequential training with replay, paired by replicate."""
+    cells = {title: (*cell, False) for title, cell in CELLS.items()} | {"base + all, replay": ("base", "all", True)}
     lines = []
     for name in told.names:
         factors = {"factor, ema": told.chosen.ema.get(name), "factor, all": told.chosen.offline.get(name)}
-        found = {title: shown(of_technique(told, name, *cell)) for title, cell in CELLS.items()}
-        replayed = {"base + all, replay": shown(of_technique(told, name, "base", "all", True))}
-        lines.append({"technique": name, **factors, **found, **replayed})
-    spread = {title: [over(of_technique(told, name, *cell)) for name in told.names] for title, cell in CELLS.items()}
-    spread["base + all, replay"] = [over(of_technique(told, name, "base", "all", True)) for name in told.names]
+        found = {title: shown(of_technique(told, name, *cell)) for title, cell in cells.items()}
+        lines.append({"technique": name, **factors, **found})
+    spread = {title: [over(of_technique(told, name, *cell)) for name in told.names] for title, cell in cells.items()}
     lines.append({"technique": "highest less lowest"} | {t: f"{max(v) - min(v):.1f}" for t, v in spread.items()})
-    return table(lines)
+    sequential, beside = told.at("last", "last", True), []
+    for name in told.names:
+        line = {"technique": name}
+        for title in ("ema + ema", "base + all"):
+            found, mean = (of_technique(told, one, *cells[title]) for one in (name, "average"))
+            line[f"{title}, less average"] = less(found, mean) if name != "average" else ""
+        line["base + all, less sequential with replay"] = less(of_technique(told, name, "base", "all"), sequential)
+        replayed = of_technique(told, name, "base", "all", True)
+        line["base + all with replay, less sequential with replay"] = less(replayed, sequential)
+        line["base + all, with replay less without"] = less(replayed, of_technique(told, name, "base", "all"))
+        beside.append(line)
+    return table(lines) + "\n" + table(beside)
 
 
 def shares(told: Told) -> str:
