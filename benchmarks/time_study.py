@@ -173,14 +173,14 @@ def study(runner: Runner, main: tuple[str, int], count: int, seeds: Sequence[int
 def later(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequence[int]) -> list[Cell]:
     """What comes after the main setting, by what it is worth and what it costs."""
     *cheap, dear = time_stream.SIZES
-    budgets = *most, longest = time_stream.BUDGETS
+    budgets = time_stream.BUDGETS
     growth, weights = partial(time_cells.growth, count, chosen), partial(time_cells.other_weights, main, count)
     found = [cell for size in cheap for cell in growth(seeds[0], size, budgets, sequential=False)]
-    found += growth(seeds[0], dear, most, sequential=False)
-    found += [*weights(seeds, time_cells.WEIGHTS, False), *weights(seeds, [time_cells.USUAL], True)]
-    found += growth(seeds[0], dear, [longest], sequential=False)
+    found += growth(seeds[0], dear, budgets[:1], sequential=False)
+    found += [*weights(seeds, time_cells.WEIGHTS[1:3], False), *weights(seeds, [time_cells.USUAL], True)]
+    found += [cell for cell in growth(seeds[0], dear, budgets[1:], sequential=False) if cell.chain.init != "base"]
     found += [cell for seed in seeds for size in cheap for cell in growth(seed, size, budgets)]
-    found += weights(seeds, time_cells.WEIGHTS, True)
+    found += [cell for replay in (False, True) for cell in weights(seeds, time_cells.WEIGHTS, replay)]
     found += time_cells.other_inits(main, count, chosen, seeds)
     return found + growth(seeds[0], dear, budgets)
 
