@@ -151,11 +151,11 @@ def write_report(folder: Path, name: str, title: str, told: Mapping[str, Any], s
     (folder / f"{name}.md").write_text("\n".join([head, *sections]))
 
 
-def figure(panels: int, width: float = 5.0) -> tuple[Any, list[Any]]:
-    """A figure with so many panels side by side, which needs no display; `figure.savefig` writes it."""
+def figure(panels: int, width: float = 5.0, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure with so many panels side by side, in so many rows, which needs no display; `savefig` writes it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width * panels, 4.2), dpi=120, layout="constrained")
+    made = Figure(figsize=(width * panels, 4.2 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(made)
-    return made, [made.add_subplot(1, panels, number + 1) for number in range(panels)]
+    return made, [made.add_subplot(rows, panels, number + 1) for number in range(rows * panels)]

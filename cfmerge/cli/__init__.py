@@ -12,6 +12,7 @@ import typer
 import cfmerge
 from cfmerge.cli import bench, composing, files, show, tables, temporal
 from cfmerge.cli import options as o
+from cfmerge.cli.allocator import keep_freed_memory
 from cfmerge.cli.ending import ended
 from cfmerge.cli.texts import key_values, swept
 from cfmerge.errors import CfmergeError, nearest
@@ -286,6 +287,7 @@ def demo(
 
 def main() -> None:
     """The `cfmerge` command: errors become messages and exit codes."""
+    keep_freed_memory()
     logging.basicConfig(format="%(message)s")  # on stderr
     logging.getLogger("cfmerge").setLevel(logging.INFO)
     warnings.formatwarning = lambda message, *where, **how: f"warning: {message}\n"

@@ -39,10 +39,9 @@ def stages_of_run(file: Path | None, given: Mapping[str, Any], of_run: Mapping[s
         return []
     other = [option for key, option in IN_PLACE.items() if given.get(key)]
     if file is not None or other:
-        raise CfmergeError(
-            f"--run {run}: the run's steps are what is merged; leave {other[0] if other else f'the recipe {file}'} out "
-            "(--base names a model from which the deltas of all steps are taken)"
-        )
+        more = " (--base names a model from which the deltas of all steps are taken)"
+        what, more = (other[0], more) if other else (f"the recipe {file}", ", or name it as the output: -o")
+        raise CfmergeError(f"--run {run}: the run's steps are what is merged; leave {what} out{more}")
     from cfmerge.temporal.trajectory import along
 
     if "weights" in asked:

@@ -23,7 +23,8 @@ Model = Annotated[
     Path | None, o.option("--output", "-o", metavar="PATH", panel=o.WHERE, help="Default: a place in the store.")
 ]
 OF_MERGES = (
-    "rules", "rename", "heads", "allow", "precision", "seed", "plugins", "dtype", "format", "shard_size", "side_files",
+    "unmerged", "rules", "rename", "heads", "allow", "precision", "seed", "plugins", "dtype", "format", "shard_size",
+    "side_files",
 )  # fmt: skip
 INIT = (
     "cfmerge time init STORE --base BASE --protocol best-in-time --weight 0.5 -o START",
@@ -294,7 +295,7 @@ def run(
 ) -> None:
     """Run a published setting on checkpoints that are there: store, deploy, tell what to evaluate."""
     from cfmerge.temporal import run_setting
-    from cfmerge.temporal.running import read_scores
+    from cfmerge.temporal.setting_runs import read_scores
 
     table = read_scores(scores) if scores is not None else None
     rules: dict[str, Any] = {"protocol": protocol, "init": init_rule, "deploy": deploy_rule}

@@ -63,15 +63,19 @@ def kept_tensor(work: Work, job: Job) -> np.ndarray:
                     f"{work.base.told}: tensor {job.name!r} does not fit {job.dtype.name}; use another --dtype",
                     source="", tensor=job.name,
                 )  # fmt: skip
-    if job.assignment.agree:
-        for expert, source in zip(work.experts, job.sources, strict=True):
-            if source is not None and not np.array_equal(expert.tensors.read(source), base):
-                kind = "integers" if np.issubdtype(base.dtype, np.integer) else "values"
-                raise CfmergeError(
-                    f"{expert.told}: {kind} {source!r} ({base.dtype.name}) differ from the base's, and {kind} of this "
-                    f"dtype are not merged; to keep the base's: {rule_option(escape(job.name), 'keep-base')}"
-                )
+    check_agreement(work, job, base)
     return kept
+
+
+def check_agreement(work: Work, job: Job, base: np.ndarray) -> None:
+    """Raises `CfmergeError` where an expert differs from the base in a tensor that is not merged."""
+    for expert, source in zip(work.experts, job.sources, strict=True) if job.assignment.agree else ():
+        if source is not None and not np.array_equal(expert.tensors.read(source), base):
+            kind = "integers" if np.issubdtype(base.dtype, np.integer) else "values"
+            raise CfmergeError(
+                f"{expert.told}: {kind} {source!r} ({base.dtype.name}) differ from the base's, and {kind} of this "
+                f"dtype are not merged; to keep the base's: {rule_option(escape(job.name), 'keep-base')}"
+            )
 
 
 def same_content(a: Readable, b: Readable, names: Mapping[str, str]) -> bool:

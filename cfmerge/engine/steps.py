@@ -221,7 +221,7 @@ def steps(layout: str, compute: str, apart: bool = False) -> Steps:
             [view.given(i) for i in inputs],
         )
         result, reports, fine = written(settings[0], merged, reports, base, out)
-        return result, reports, jnp.stack([*(finite(expert) for expert in experts), fine])
+        return result, reports, jnp.concatenate([finite_each(experts), fine[None]])
 
     return Steps(start, step, finish, together)
 
@@ -272,6 +272,17 @@ def all_finite(stacks: Any) -> Bool[Array, " stack"]:
 def finite(stack: Array) -> Bool[Array, " stack"]:
     """Which tensors of a stack hold neither NaN nor infinity."""
     return jnp.isfinite(stack).all(axis=tuple(range(1, stack.ndim)))
+
+
+def finite_each(stacks: Sequence[Array]) -> Bool[Array, "stacks stack"]:
+    """`finite` of several stacks of one shape: looked at together, and each by itself where that finds something.
+
+    A reduction costs several times a sum of the stacks, and so there is one.
+    """
+    fine = functools.reduce(jnp.logical_and, map(jnp.isfinite, stacks))
+    whole = fine.all(axis=tuple(range(1, fine.ndim)))
+    alike = [whole] * len(stacks)  # all are set where it is used, and vary over a mesh as the stacks do
+    return lax.cond(whole.all(), lambda: jnp.stack(alike), lambda: jnp.stack([finite(stack) for stack in stacks]))
 
 
 def one_after_the_other(function: Callable[..., Any], *stacks: Any) -> Any:

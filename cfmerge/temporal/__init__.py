@@ -25,7 +25,6 @@ from cfmerge.temporal.metrics import geometric_mean as geometric_mean
 from cfmerge.temporal.metrics import knowledge_accumulation as knowledge_accumulation
 from cfmerge.temporal.metrics import table as table
 from cfmerge.temporal.metrics import zero_shot_retention as zero_shot_retention
-from cfmerge.temporal.protocol import Time as Time
 from cfmerge.temporal.replay import PerTask as PerTask
 from cfmerge.temporal.replay import Reservoir as Reservoir
 from cfmerge.temporal.report import Report as Report
@@ -34,8 +33,9 @@ from cfmerge.temporal.rules import Rule as Rule
 from cfmerge.temporal.rules import protocol as protocol
 from cfmerge.temporal.rules import rule as rule
 from cfmerge.temporal.run_steps import steps_of as steps_of
-from cfmerge.temporal.running import run_setting as run_setting
+from cfmerge.temporal.setting_runs import run_setting as run_setting
 from cfmerge.temporal.settings import Setting as Setting
 from cfmerge.temporal.settings import published as published
+from cfmerge.temporal.stages import Time as Time
 from cfmerge.temporal.trajectory import Window as Window
 from cfmerge.temporal.trajectory import along as along

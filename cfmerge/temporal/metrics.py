@@ -145,6 +145,14 @@ def trained_by(expert: str, trained: Trained | None) -> Sequence[str]:
 def checked(scores: Mapping[str, Any], tasks: Sequence[str], held_out: Sequence[str]) -> dict[str, float]:
     """The scores as numbers of Python, once all of them belong to a task that is known.
 
+        >>> temporal.checked({"birds": 0.5}, tasks=["birds", "cars"], held_out=["digits"])
+        {'birds': 0.5}
+        >>> try:
+        ...     temporal.checked({"bird": 0.5}, tasks=["birds", "cars"], held_out=["digits"])
+        ... except cfmerge.CfmergeError as error:
+        ...     print(error)
+        score of an unknown task 'bird'; did you mean 'birds'?
+
     Any finite number is a score: an accuracy, a percentage, a correlation. Some tasks may lack one.
 
     Raises:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from cfmerge.errors import CfmergeError
+from cfmerge.formats import open_checkpoint
 from cfmerge.products.files import save
 from cfmerge.temporal.merging import base_name
 from cfmerge.temporal.metrics import check_tasks
+from cfmerge.temporal.prints import prints, prints_of_tree
 from cfmerge.temporal.rules import Rule, protocol, rule
-from cfmerge.temporal.store import Book, Store
+from cfmerge.temporal.store import IN_STORE, Book, Store
 from cfmerge.temporal.telling import check_keep
 
 
@@ -48,11 +50,17 @@ def made(path: Path, base: Any, rules: tuple[Rule, Rule] | None, asked: Mapping[
     check_tasks(asked["tasks"] or [], asked["held_out"] or [])
     tree = not isinstance(base, str | Path)
     given = {key: value for key, value in asked.items() if value is not None}
-    book = Book("base" if tree else base_name(base), rules[0].text, rules[1].text, **given)
+    book = Book(IN_STORE if tree else base_name(base), rules[0].text, rules[1].text, **given)
     for one in rules:
         check_keep(Store(path, book), one)
-    if tree:
-        save(base, path / "base", overwrite=True)
+    Store.check_new(path)
+    place = path / IN_STORE
+    if tree and not place.exists():
+        save(base, place)
+    elif tree:  # a stop has left it, or it is somebody's
+        there = prints(open_checkpoint(place))
+        if there != prints_of_tree(base, there):
+            raise CfmergeError(f"store {path}: holds another model at {place}; name another directory")
     return Store.made(path, book)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,15 @@ WIDEST, TALLEST = 20.0, 32.0  # inches, of the matrix
 CURVES, RIGHT, TOP, LEGEND = 2.3, 2.25, 0.8, 0.6  # inches
 
 
+def draw(report: Report, file: Path) -> None:
+    """Writes the figure of a report; names are drawn as they are written, in them `$` begins no formula."""
+    from matplotlib import rc_context
+
+    with warnings.catch_warnings(), rc_context({"text.parse_math": False}):
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it; report.md has it
+        picture(report).savefig(file)
+
+
 def picture(report: Report) -> Any:
     """The figure of a report: metrics above, scores by task and step under them, on one axis of steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,7 +45,7 @@ def picture(report: Report) -> Any:
 
     columns = len(report.order) + 1
     names = [_short(name, 18) for name in ("base", *report.order)]
-    count = len(report.tasks) + len(report.held_out)
+    count = max(len(report.tasks) + len(report.held_out), 1)
     step = min(max(0.72, 5.2 / columns), 1.2) if columns <= 14 else min(0.46, WIDEST / columns)  # inches, as all below
     row = 0.32 if count <= 16 else min(0.23, TALLEST / count)
     rows = row * (count + (GAP if report.held_out else 0))
@@ -122,8 +133,8 @@ def draw_matrix(axes: Any, report: Report, size: float) -> Any:
         start += len(tasks) + GAP
     axes.set_xlim(-0.5, len(report.order) + 0.5)
     axes.set_ylim(start - GAP - 0.5, -0.5)
-    every = math.ceil(len(ticks) / (TALLEST / 0.15))
-    axes.set_yticks([*ticks.values()][::every], [_short(task) for task in ticks][::every], fontsize=9)
+    shown = math.ceil(max(len(ticks), 1) / (TALLEST / 0.15))
+    axes.set_yticks([*ticks.values()][::shown], [_short(task) for task in ticks][::shown], fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return mesh

@@ -1,11 +1,14 @@
 """Hashes by which a model is known again, of the first and last entries of each tensor: quick for any size."""
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from cfmerge.formats import Source
+from cfmerge.formats.arrays import ArraysSource, named_arrays
 
 SAMPLE = 1024  # entries at each end
 
@@ -13,6 +16,12 @@ SAMPLE = 1024  # entries at each end
 def prints(source: Source) -> dict[str, str]:
     """`{tensor: hash of its header and of its first and last entries}`."""
     return {name: _print(source, name) for name in sorted(source.tensors)}
+
+
+def prints_of_tree(tree: Any, saved: Mapping[str, str]) -> dict[str, str]:
+    """The same of a tree of parameters, without the names that files hold once, as `saved` has them."""
+    source: Any = ArraysSource(named_arrays(tree, "base", trees=True), "base", "(a tree)", {})
+    return {name: value for name, value in prints(source).items() if name in saved or name not in source.ties}
 
 
 def print_of(source: Source) -> str:

@@ -23,6 +23,10 @@ NO_NUMBER = "-"
 class Report:
     """All that is told of a store's scores; made by `report_of`.
 
+        >>> report = temporal.report_of({0: {"birds": 0.25, "cars": 0.5}}, [], ["birds", "cars"], [])
+        >>> report.shown(report.rows[0].knowledge_accumulation), report.rows[0].geometric_mean
+        ('0.375', None)
+
     Attributes:
         history: scores by step and task.
         order: the experts' names, in the order in which they were stored.
@@ -69,13 +73,13 @@ class Report:
 
         Files of these names that are there are replaced.
         """
-        from cfmerge.temporal.plots import picture
+        from cfmerge.temporal.plots import draw
 
         place = Path(directory)
         if place.exists() and not place.is_dir():
             raise CfmergeError(f"report {place}: is a file; name a directory")
         texts = {"report.json": self.to_json(), "report.md": self.markdown()}
-        writers: dict[str, Callable[[Path], Any]] = {"scores.png": lambda path: picture(self).savefig(path)}
+        writers: dict[str, Callable[[Path], Any]] = {"scores.png": lambda path: draw(self, path)}
         writers |= {name: lambda path, text=text: path.write_text(text, "utf-8") for name, text in texts.items()}  # type: ignore[misc]
         for name, write in writers.items():
             with StagedFile(place / name, overwrite=True) as staged:
@@ -144,7 +148,7 @@ class Report:
             for metric, reason in row.undefined.items():
                 reasons.setdefault(reason, []).append(NAMES[metric])
             lines += [
-                f"- step {row.step}, {' and '.join(metrics)}: {reason}"
+                f"- {reason}" if len(metrics) == len(NAMES) else f"- step {row.step}, {' and '.join(metrics)}: {reason}"
                 for reason, metrics in reasons.items()
                 if not reason.endswith("is not defined") and "last trained before" not in reason
             ]
@@ -157,7 +161,10 @@ class Report:
         return _table(["task", *(f"{step} {name}" for step, name in enumerate(["base", *self.order]))], rows)
 
     def _cell(self, step: int, task: str) -> str:
-        text = self.shown(self.history.get(step, {}).get(task))
+        score = self.history.get(step, {}).get(task)
+        text = self.shown(score)
+        if score is None:
+            return text
         if step in self.steps_of[task]:
             return f"**{text}**"
         return text if task in self.held_out or step > self.first_step(task) else f"*{text}*"

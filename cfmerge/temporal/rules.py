@@ -17,6 +17,7 @@ S. Dziadzio et al., How to Merge Your Multimodal Models Over Time?, CVPR 2025, a
 
 import ast
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
@@ -98,6 +99,11 @@ class _Pairwise(_Rule, frozen=True):
         if self.weight is not None and not 0 <= self.weight <= 1:
             raise CfmergeError(f"{self.text}: the weight of the newest expert lies in [0, 1], found {self.weight}")
         _check_count(self.text, method, 2)
+        if method.name == "model_stock" and getattr(self, "seed", "base") == "base":
+            raise CfmergeError(
+                f"{self.text}: model_stock goes by the angle between two deltas, and the base, which is merged first, "
+                "has none; use ema(seed=first), or another technique"
+            )
 
 
 class Paint(_Pairwise, tag="paint", frozen=True):
@@ -236,6 +242,17 @@ def protocol(name: str) -> tuple[Rule, Rule]:
         raise CfmergeError(f"unknown protocol {name!r}{nearest(name, PROTOCOLS)}")
     init, deploy = PROTOCOLS[key]
     return rule(init), rule(deploy)
+
+
+def name_of(number: int, task: str) -> str:
+    """An expert's name in merges, of which random techniques make their keys."""
+    safe = re.sub(r"[^\w=-]+", "_", task)
+    return f"{number:04d}-{safe.encode()[:80].decode(errors='ignore')}"
+
+
+def name_through(number: int) -> str:
+    """The name of a running model in merges; 0 is the base that it begins with."""
+    return f"through-{number:04d}"
 
 
 def interpolates(method: Method) -> bool:

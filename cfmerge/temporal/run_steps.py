@@ -62,6 +62,11 @@ class Steps(NamedTuple):
 def steps_of(run: str | Path) -> Steps:
     """The checkpoints of a run, by the names in its directory, without those at the end that are not whole.
 
+        >>> for step in (20, 100):
+        ...     _ = cfmerge.save({"w": np.ones(3)}, f"run/step-{step}/model.safetensors")
+        >>> temporal.steps_of("run").numbers
+        [20, 100]
+
     Args:
         run: the directory; or a pattern of the steps in it, such as `run/checkpoint-*`.
 
@@ -81,7 +86,8 @@ def steps_of(run: str | Path) -> Steps:
         by_number[number] = path
     broken = {n: f"{path.name} is not finished" for n, path in written.items() if n not in by_number}
     steps = [Step(number, by_number[number]) for number in sorted(by_number)]
-    return _without_broken_end(directory, steps, broken, _last_of_megatron(directory))
+    kept = _without_broken_end(directory, steps, broken, _last_of_megatron(directory))
+    return kept._replace(notes=(*kept.notes, *_files_without_a_step(steps, whole)))
 
 
 def _directory(run: Path) -> tuple[Path, str]:
@@ -169,6 +175,14 @@ def _first_number(path: Path) -> int | None:
     """The step in the name of an unfinished checkpoint of Orbax, such as `300.orbax-checkpoint-tmp-17`."""
     match = re.search(r"\d{1,18}", path.name)
     return int(match.group()) if match else None
+
+
+def _files_without_a_step(steps: Sequence[Step], paths: Sequence[Path]) -> list[str]:
+    """A note on files of the steps' kind that are none, such as Lightning's `last.ckpt`."""
+    suffixes = {step.path.suffix for step in steps if not step.path.is_dir()}
+    known = {step.path for step in steps}
+    other = [path.name for path in paths if path.suffix in suffixes and path not in known]
+    return [f"{and_more(other)}: no step in the name; not taken"] if other else []
 
 
 # --- steps that are not whole -------------------------------------------------------------------------------------

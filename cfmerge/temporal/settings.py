@@ -150,5 +150,5 @@ def published(name: str | Path) -> Setting:
 
 
 def _shipped() -> Sequence[Any]:
-    folder = resources.files("cfmerge.temporal") / "published"
+    folder = resources.files("cfmerge.temporal") / "shipped"
     return [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from cfmerge.core.call import form_of
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import is_number
@@ -26,7 +28,7 @@ from cfmerge.products.accumulate import accumulate_recipe
 from cfmerge.statistics import Statistics
 from cfmerge.temporal.coefficients import coefficients, step
 from cfmerge.temporal.merging import Part, merged, recipe_of
-from cfmerge.temporal.rules import All, Base, Ema, Last, Paint, Rule
+from cfmerge.temporal.rules import All, Base, Ema, Last, Paint, Rule, name_through
 from cfmerge.temporal.store import Expert, State, Store
 
 DRIFT = 100.0  # roundings that may add up in a running model before it is made anew, where the experts are there
@@ -74,9 +76,10 @@ def follow(store: Store, rule: Rule, how: Mapping[str, Any]) -> State | None:
 
 
 def state_of(store: Store, rule: Rule) -> State | None:
-    """The state that the store has for a rule."""
+    """The state that the store has for a rule; one whose files are lost is none, and is made anew."""
     kind = kind_of(store, rule)
-    return next((one for one in store.book.states if (one.rule, one.kind) == (rule.text, kind)), None)
+    own = (one for one in store.book.states if (one.rule, one.kind) == (rule.text, kind))
+    return next((one for one in own if not one.path or store.where(one.path).exists()), None)
 
 
 def reads(store: Store, rule: Rule) -> list[Expert]:
@@ -99,8 +102,7 @@ def reads(store: Store, rule: Rule) -> list[Expert]:
 def _sum(store: Store, rule: Ema | All, old: State | None, wanted: list[int], how: Mapping[str, Any]) -> State:
     target = coefficients(rule, wanted)
     assert target is not None
-    one = [number for number, value in target.items() if value]
-    if len(one) == 1 and target[one[0]] == 1:
+    if {number: value for number, value in target.items() if value} in ({}, {wanted[-1]: 1.0}):
         return State(rule.text, "sum", "", wanted, target)
     there = store.there
     kept = old.coefficients if old is not None and old.path else None
@@ -124,7 +126,7 @@ def _pairs(store: Store, rule: Ema, old: State | None, wanted: list[int], how: M
         return State(rule.text, "pairs", "", left[:1])
     through = [*(old.through if old else []), left[0]]
     weights = dict(zip(("running", left[0]), rule.weights, strict=True))
-    first = Part("before 1", store.base_path) if old is None else _before(store, old)
+    first = Part(name_through(0), store.base_path) if old is None else _before(store, old)
     parts = [first._replace(weight=weights["running"]), *_parts(store, left[:1], {left[0]: weights[left[0]]})]
     output = _place(store, rule, through)
     merged(store, parts, expression(rule.method), output, how)
@@ -169,33 +171,32 @@ def scale_of(rule: All, state: State) -> float:
 
 
 def _statistics(store: Store, rule: All, old: State | None, wanted: list[int], how: Mapping[str, Any]) -> State:
-    dropped = [number for number in old.through if number not in wanted] if old else []
-    if old is None or len(dropped) == len(old.through) or not set(dropped) <= store.there:
-        old, dropped = None, []
-    through = [number for number in old.through if number not in dropped] if old else []
-    kept = store.where(old.path) if old else None
+    """Statistics, to which new experts are added, and from which those are subtracted that are no longer wanted."""
+    gone = {*old.through} - {*wanted} if old else set()
+    if old is None or gone == {*old.through} or not gone <= store.there:
+        old, gone = None, set()
     output = _place(store, rule, wanted)
-    limits = {key: how[key] for key in ("memory", "devices", "progress") if key in how}
-    method = expression(rule.method)
-
-    def summed(parts: Sequence[Part], place: Path, earlier: Path | None = None) -> None:
-        recipe = recipe_of(store, parts, method, running=False)
-        known = {"statistics": str(earlier) if earlier else None, "dtype": None, "format": None, "side_files": None}
-        recipe = type(recipe)(**{key: getattr(recipe, key) for key in recipe.__struct_fields__} | known)
-        accumulate_recipe(recipe, place, overwrite=True, **limits)
-
-    if dropped and kept is not None:
-        apart, rest = output.with_name(f"{output.name}-dropped"), output.with_name(f"{output.name}-rest")
-        summed(_parts(store, dropped), apart)
+    kept = store.where(old.path) if old else None
+    if gone and kept is not None:
+        apart, rest = output.with_name(f"{output.name}-gone"), output.with_name(f"{output.name}-rest")
+        _accumulate(store, rule, _parts(store, sorted(gone)), apart, None, how)
         (Statistics.load(kept) - Statistics.load(apart)).save(rest, overwrite=True)
         kept = rest
-    left = [number for number in wanted if number not in through]
-    base = [Part("base", store.base_path)] if rule.with_base and kept is None else []
-    if left:
-        summed([*base, *_parts(store, left)], output, kept)
-    else:
-        output = kept or output
-    return State(rule.text, "statistics", _name(store, output), wanted)
+    new = _parts(store, [number for number in wanted if old is None or number not in old.through])
+    if rule.with_base and kept is None:
+        new.insert(0, Part("base", store.base_path))
+    if new:
+        _accumulate(store, rule, new, output, kept, how)
+    return State(rule.text, "statistics", _name(store, output if new or kept is None else kept), wanted)
+
+
+def _accumulate(
+    store: Store, rule: All, parts: Sequence[Part], output: Path, earlier: Path | None, how: Mapping[str, Any]
+) -> None:
+    recipe = recipe_of(store, parts, expression(rule.method), running=True)
+    begun = str(earlier) if earlier else None
+    limits = {key: how[key] for key in ("memory", "devices", "progress") if key in how}
+    accumulate_recipe(msgspec.structs.replace(recipe, statistics=begun, dtype=None), output, overwrite=True, **limits)
 
 
 NEXT: dict[str, Next] = {"sum": _sum, "pairs": _pairs, "running": _running, "statistics": _statistics}
@@ -214,7 +215,13 @@ def _after(old: State | None, wanted: list[int]) -> tuple[State | None, list[int
 
 def _before(store: Store, old: State, weight: float = 1.0) -> Part:
     path = str(store.where(old.path)) if old.path else store.readable(store.expert(old.through[-1]))
-    return Part(f"through {old.through[-1]:04d}", path, weight)
+    return Part(name_through(old.through[-1]), path, weight)
+
+
+def expert_of(state: State) -> int | None:
+    """The expert that a state without a path is, as it is; None: it is the base, of which all coefficients are 0."""
+    taken = [number for number in state.through if state.coefficients.get(number, 1.0)]
+    return taken[-1] if taken else None
 
 
 def _parts(store: Store, numbers: Any, weights: Mapping[int, float] | None = None) -> list[Part]:
@@ -233,19 +240,29 @@ def _name(store: Store, path: Path) -> str:
 
 
 def check_forgettable(store: Store, rule: Rule, expert: Expert) -> None:
-    """Raises `CfmergeError` where a rule's running model cannot be had without an expert.
+    """Raises `CfmergeError` where a rule's model cannot be had without an expert.
 
     A weighted sum and statistics take it off; other running models are made again of the experts that are left.
     """
     kind, old = kind_of(store, rule), state_of(store, rule)
-    gone = [one.task for one in store.experts if one.gone and one is not expert]
-    if old is None or expert.number not in old.through or kind in {"none", "experts"}:
+    left = store.seen([one for one in store.book.experts if one is not expert])
+    gone = [one for one in left if one.gone]
+    if isinstance(rule, Last | Paint):
+        gone, why = [one for one in left[-1:] if one.gone], "reads the newest expert"
+    elif old is None or expert.number not in old.through or kind in {"none", "experts"}:
         return
-    if kind in {"sum", "statistics"} and not expert.gone:
+    elif expert.gone:
+        gone, why = [expert], "keeps a running model, from which it cannot be taken"
+    elif kind == "sum":
+        target = coefficients(rule, [one.number for one in left]) if left else {}
+        taken = step(old.coefficients if old.path else None, dict(target or {}), store.there).experts
+        gone, why = [one for one in gone if one.number in taken], "gives the others other weights then"
+    elif kind == "statistics":
         return
-    if gone or expert.gone:
+    else:
+        why = "keeps a running model, from which no expert can be taken, so that it is made again"
+    if gone:
         raise CfmergeError(
-            f"store {store.path}: {expert.task!r} cannot be forgotten: {rule.text} keeps a running model, from which "
-            f"{'it cannot be taken: its tensors are no longer kept' if expert.gone else 'no expert can be taken'}, and "
-            f"it cannot be made again without {', '.join(map(repr, gone)) or 'the others'}"
+            f"store {store.path}: {expert.task!r} cannot be forgotten: {rule.text} {why}, and it cannot be "
+            f"had without {', '.join(repr(one.task) for one in gone)}, no longer kept (keep={store.book.keep})"
         )

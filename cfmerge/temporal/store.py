@@ -14,20 +14,21 @@ forgotten it. So a stop at any moment leaves the store as it was before the chan
 import contextlib
 import fcntl
 import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats import Source, open_checkpoint
+from cfmerge.formats import Source, located, open_checkpoint
 from cfmerge.formats.staged import STAGING
 from cfmerge.temporal.prints import print_of, prints
+from cfmerge.temporal.rules import name_of
 
 BOOK, BASE = "time.json", "base.json"
+IN_STORE = "base"  # a base that came as a tree
 VERSION = 1
 
 
@@ -42,8 +43,7 @@ class Expert(msgspec.Struct):
 
     @property
     def key(self) -> str:
-        safe = re.sub(r"[^\w.=-]+", "_", self.task)
-        return f"{self.number:04d}-{safe[:80]}"
+        return name_of(self.number, self.task)
 
 
 class State(msgspec.Struct):
@@ -112,14 +112,20 @@ class Store:
         Raises:
             CfmergeError: there is something else at the path, or no base.
         """
-        if path.exists() and (not path.is_dir() or set(map(_plain, path.iterdir())) - {"base", ""}):
-            raise CfmergeError(f"store {path}: exists, and is no store (it has no {BOOK}); name another directory")
-        source = open_checkpoint(_where(path, book.base))
-        path.mkdir(parents=True, exist_ok=True)
+        cls.check_new(path)
         store = cls(path, book)
-        _replace(path / BASE, msgspec.json.encode(prints(source)))
-        store.write()
+        source = store.source(store.base_path)
+        with _told(path):
+            path.mkdir(parents=True, exist_ok=True)
+            _replace(path / BASE, msgspec.json.encode(prints(source)))
+            store.write()
         return store
+
+    @staticmethod
+    def check_new(path: Path) -> None:
+        """Raises `CfmergeError` where there is something at the path that a stop has not left there."""
+        if path.exists() and (not path.is_dir() or set(map(_plain, path.iterdir())) - {IN_STORE, BASE, ""}):
+            raise CfmergeError(f"store {path}: exists, and is no store (it has no {BOOK}); name another directory")
 
     @classmethod
     def opened(cls, path: Path) -> "Store":
@@ -138,7 +144,13 @@ class Store:
             raise CfmergeError(f"{file}: cannot be read as a store's book: {error}; restore it from a copy") from None
         if book.version > VERSION:
             raise CfmergeError(f"{file}: was written by a later version of cfmerge ({book.version}, not {VERSION})")
+        _check(file, book)
         return cls(path, book)
+
+    def again(self) -> "Store":
+        """The store, its book read again: another process may have changed it."""
+        self.book = self.opened(self.path).book
+        return self
 
     def write(self) -> None:
         """Makes the book's state last: the file is the old one or the new one at any moment."""
@@ -149,20 +161,18 @@ class Store:
         """A lock while the store changes; before and after, the book is read and what it does not tell of is removed.
 
         Raises:
-            CfmergeError: another process changes it now.
+            CfmergeError: another process changes it now, or it cannot be written.
         """
-        with (self.path / ".lock").open("w") as lock:
+        with _told(self.path), (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise CfmergeError(f"store {self.path}: another process changes it now; wait for it") from None
-            self.book = self.opened(self.path).book
-            self._tidy()
+            self.again()._tidy()
             try:
                 yield
             finally:
-                self.book = self.opened(self.path).book
-                self._tidy()
+                self.again()._tidy()
 
     def _tidy(self) -> None:
         """Removes experts and states that the book does not know; a merge that can go on stays."""
@@ -172,11 +182,18 @@ class Store:
                 if str(path.relative_to(self.path)) not in known and not STAGING.fullmatch(path.name):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
+    def check_output(self, output: Path) -> None:
+        """Raises `CfmergeError` where a model would be written among the store's own files."""
+        place = Path(os.path.abspath(output)).resolve()
+        own = [self.path, *(self.path / name for name in ("experts", "states", "base", BOOK, BASE))]
+        if place == own[0].resolve() or any(place.is_relative_to(path.resolve()) for path in own[1:]):
+            raise CfmergeError(f"output {output}: lies among the store's own files; name a place outside {self.path}")
+
     # --- the base -------------------------------------------------------------------------------------------------
 
     @property
     def base_path(self) -> str:
-        return str(_where(self.path, self.book.base))
+        return _base_of(self.path, self.book.base)
 
     @property
     def base(self) -> Source:
@@ -186,18 +203,25 @@ class Store:
             CfmergeError: it is not there, or not the one that the store was made over.
         """
         if self._base is None:
-            source = open_checkpoint(self.base_path)
-            self.check_base(source)
+            source = self.source(self.base_path)
+            self.check_base(self.base_path, prints(source))
             self._base = source
         return self._base
 
-    def check_base(self, source: Source) -> None:
-        """Raises `CfmergeError` unless the model is the base that the store was made over."""
-        expected, found = msgspec.json.decode((self.path / BASE).read_bytes(), type=dict[str, str]), prints(source)
+    def prints(self) -> dict[str, str]:
+        """The hashes of the base's tensors, by name."""
+        try:
+            return msgspec.json.decode((self.path / BASE).read_bytes(), type=dict[str, str])
+        except (msgspec.DecodeError, OSError) as error:
+            raise CfmergeError(f"{self.path / BASE}: cannot be read: {error}; restore it from a copy") from None
+
+    def check_base(self, who: str, found: dict[str, str]) -> None:
+        """Raises `CfmergeError` unless a model with these hashes is the base that the store was made over."""
+        expected = self.prints()
         other = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         if other:
             raise CfmergeError(
-                f"base {source.path}: is not the one that the store {self.path} was made over: {len(other)} of "
+                f"base {who}: is not the one that the store {self.path} was made over: {len(other)} of "
                 f"{len(expected)} tensors differ, such as {other[0]!r}; name the base where it lies now (base=, "
                 "--base), or make another store"
             )
@@ -206,8 +230,14 @@ class Store:
 
     @property
     def experts(self) -> list[Expert]:
-        """The experts that rules see, oldest first: those in the window."""
-        return self.book.experts[-self.book.window :] if self.book.window else self.book.experts
+        """The experts that rules see, oldest first: those in the window, into which none that was let go comes back."""
+        return self.seen(self.book.experts)
+
+    def seen(self, experts: Sequence[Expert]) -> list[Expert]:
+        """Those of some experts that rules would see."""
+        if not self.book.window:
+            return list(experts)
+        return [one for one in experts[-self.book.window :] if not one.gone]
 
     def expert(self, number: int) -> Expert:
         """An expert by its number; one that was forgotten as one that is gone."""
@@ -217,8 +247,16 @@ class Store:
 
     @property
     def there(self) -> set[int]:
-        """The numbers of the experts whose tensors are kept."""
-        return {one.number for one in (*self.book.experts, self.leaving) if one is not None and not one.gone}
+        """The numbers of the experts whose tensors are kept, and are there; one that is being forgotten may be lost."""
+        there = {one.number for one in self.book.experts if not one.gone}
+        return there | ({self.leaving.number} if self.leaving and self._is_whole(self.leaving) else set())
+
+    def _is_whole(self, expert: Expert) -> bool:
+        try:
+            self.source(self.readable(expert))
+        except CfmergeError:
+            return False
+        return True
 
     def named(self, task: str) -> Expert:
         """The expert of a task; raises `CfmergeError` if there is none."""
@@ -233,8 +271,17 @@ class Store:
         return len(self.book.order) + 1
 
     def where(self, path: str) -> Path:
-        """The place of a path of the book."""
-        return _where(self.path, path)
+        """The place of a path of the book: in the store, unless it is absolute."""
+        return self.path / path
+
+    def source(self, path: str) -> Source:
+        """A model in files, or on the hub."""
+        return open_checkpoint(self.located(path))
+
+    def located(self, path: str) -> Path:
+        """The path of a model; of one on the hub its snapshot in the cache, by the store's download and cache_dir."""
+        options = self.book.options
+        return located(path, options.get("download", False), options.get("cache_dir"))
 
     def readable(self, expert: Expert) -> str:
         """The path of an expert.
@@ -247,14 +294,19 @@ class Store:
                 f"store {self.path}: expert {expert.task!r} is no longer kept (keep={self.book.keep}), and is needed "
                 "here; choose a rule whose running model is kept"
             )
-        path = self.where(expert.path)
+        path = self.where(expert.path) if not expert.linked else Path(expert.path)
+        if not expert.linked and not path.exists():
+            raise CfmergeError(
+                f"store {self.path}: {expert.path}, the expert {expert.task!r}, is not there any more; put it back, or "
+                "forget the task"
+            )
         if expert.linked:
-            if not path.exists():
+            if path.is_absolute() and not path.exists():  # else it is on the hub
                 raise CfmergeError(
                     f"expert {expert.task!r}: {path} is not there any more; it was stored as a link. Put it back, or "
                     "forget the task"
                 )
-            if print_of(open_checkpoint(path)) != expert.linked:
+            if print_of(self.source(str(path))) != expert.linked:
                 raise CfmergeError(
                     f"expert {expert.task!r}: {path} has changed since it was stored as a link; forget the task and "
                     "store it again, without a link where the file is written over"
@@ -266,19 +318,51 @@ def _plain(path: Path) -> str:
     return "" if path.name.startswith(".") else path.name
 
 
-def _where(store: Path, path: str) -> Path:
-    """A path of the book: one that is not absolute lies in the store, or, of a base, is as the user wrote it."""
-    return store / path if (store / path).exists() else Path(path)
+def _base_of(store: Path, base: str) -> str:
+    """The path of a base: one that came as a tree lies in the store; others are absolute, or names of the hub."""
+    return str(store / base) if base == IN_STORE else base
+
+
+@contextlib.contextmanager
+def _told(store: Path) -> Iterator[None]:
+    """Errors of the file system as `CfmergeError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error} ({error.filename or store})"
+        raise CfmergeError(f"store {store}: cannot be written: {reason}; what it held before is kept") from None
+
+
+def _check(file: Path, book: Book) -> None:
+    """Raises `CfmergeError` where a book that somebody has edited contradicts itself."""
+    numbers, tasks = [one.number for one in book.experts], [one.task for one in book.experts]
+    wrong = [
+        f"{key} counts experts, at least 1; found {value}"
+        for key, value in (("window", book.window), ("keep", book.keep))
+        if value is not None and value < 1
+    ]
+    if numbers != sorted(set(numbers)) or any(not 1 <= number <= len(book.order) for number in numbers):
+        wrong.append(
+            f"the experts' numbers should rise, from 1 to {len(book.order)}, which `order` has; found {numbers}"
+        )
+    elif len(set(tasks)) < len(tasks) or [book.order[number - 1] for number in numbers] != tasks:
+        wrong.append(f"the experts' tasks should be those of `order` by their numbers, each once; found {tasks}")
+    if wrong:
+        raise CfmergeError(f"{file}: {wrong[0]}; restore it from a copy")
 
 
 def _replace(file: Path, content: bytes) -> None:
     """Replaces a file whole."""
     part = file.with_name(f".{file.name}.part")
-    with part.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, file)
+    try:
+        with part.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     directory = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

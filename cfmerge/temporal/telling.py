@@ -107,7 +107,7 @@ def _follows(rule: Rule, count: int, window: int | None) -> bool:
     assert wanted is not None
     changed = {count + 1, *before} - {*after} | {count + 1} | ({after[0]} if window else set())
     taken = step(kept, wanted, changed)
-    return taken.running is not None and set(taken.experts) <= changed
+    return set(taken.experts) <= changed
 
 
 def check_keep(store: Store, rule: Rule) -> None:

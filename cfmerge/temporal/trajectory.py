@@ -36,6 +36,12 @@ ALLOWED = ("duplicate-experts", "base-as-expert", "one-expert")  # a run may hav
 class Window:
     """Steps of a run, their weights, and the recipe that merges them.
 
+        >>> for step in (20, 100):
+        ...     _ = cfmerge.save({"w": np.ones(3)}, f"run/step-{step}/model.safetensors")
+        >>> window = temporal.along("run", weights=[0.25, 0.75])
+        >>> window.summary()["steps"][0]["weight"], window.recipe.method
+        (0.25, 'task_arithmetic')
+
     Attributes:
         run: the directory.
         steps: the steps that were asked for, the oldest first.

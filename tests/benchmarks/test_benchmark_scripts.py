@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import subspaces
 import tangents
+import trajectory_told
 import zoo_models
 from inference import systems
 from make_llama import SIZES, shapes, write_models
@@ -254,3 +255,29 @@ def test_where_one_process_fails_the_others_are_ended_and_its_words_are_told(tmp
 def test_a_table_has_all_columns_and_numbers_to_the_right():
     rows = [{"a": "x"}, {"a": "y", "b": 1234.5, "c": None}]
     assert measuring.table(rows) == "| a | b | c |\n| --- | --: | --: |\n| x |  |  |\n| y | 1,234 |  |\n"
+
+
+def test_a_study_of_merged_runs_is_told_from_its_rows(tmp_path):
+    """Tables behind the mark, what is written by hand in front of it, and a picture."""
+    judged = {"test_accuracy": 0.9, "validation_accuracy": 0.9, "validation_loss": 0.2}
+    rows = []
+    for seed in (0, 1):
+        common = {"seed": seed, "rate": 0.01, **judged}
+        rows.append({**common, "kind": "last", "test_loss": 0.5})
+        rows.append({**common, "kind": "decayed", "window": 4000, "shape": "cosine", "test_loss": 0.4})
+        for shape in ("linear", "inverse-sqrt"):
+            rows.append({**common, "kind": "decayed", "window": 200, "shape": shape, "test_loss": 0.3 + seed / 10})
+            for count in (2, 6):
+                own = {"kind": "merged", "window": 200, "count": count, "shape": shape}
+                rows.append({**common, **own, "test_loss": 0.2 + 0.1 * (count == 2) + seed / 10})
+        method = {"kind": "merged", "window": 200, "count": 6, "shape": "", "method": "ties"}
+        rows.append({**common, **method, "test_loss": 0.6})
+    (tmp_path / "trajectory.md").write_text("# By hand\n\n<!-- tables -->\n\nold")
+    trajectory_told.write(tmp_path, rows)
+    text = (tmp_path / "trajectory.md").read_text()
+    assert text.startswith("# By hand\n\n<!-- tables -->\n\n## Rate 0.01, seeds 0, 1")
+    assert "old" not in text
+    assert "| linear | 200 | -0.1000 | -0.1000, -0.1000 |" in text
+    assert "| 200 | 0.350 | 0.250 |" in text
+    assert "by 0.100 with the number where the window is held" in text
+    assert (tmp_path / "trajectory.png").read_bytes().startswith(b"\x89PNG")

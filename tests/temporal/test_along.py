@@ -117,6 +117,18 @@ def test_a_run_that_has_stalled(run, tmp_path):
     assert any("'step-30' holds the same weights as expert 'step-20'" in note for note in result.notes)
 
 
+def test_steps_that_differ_are_not_compared_in_full(run, tmp_path, monkeypatch):
+    """In a window of many steps each would be read once for each other one."""
+    compared = []
+    same = carry_out.same_content
+    monkeypatch.setattr(carry_out, "same_content", lambda *models: compared.append(models) or same(*models))
+    cfmerge.merge_recipe(along(run).recipe, tmp_path / "out")
+    assert compared == []
+    (run / "checkpoint-30" / "model.safetensors").write_bytes((run / "checkpoint-20/model.safetensors").read_bytes())
+    cfmerge.merge_recipe(along(run).recipe, tmp_path / "again")
+    assert [(str(a.path)[-2:], str(b.path)[-2:]) for a, b, _ in compared] == [("20", "30")]
+
+
 def test_any_method_takes_the_window(run, tmp_path):
     """The first step is its base, the others are experts without weights; integers are the newest's."""
     window = along(run, method="ties", parameters={"density": 0.6})

@@ -40,6 +40,18 @@ def test_a_reservoir_keeps_each_example_equally_often():
     assert 0.9 * 130 < chi_square(counts) < 0.9 * 305
 
 
+def test_of_few_examples_each_pair_is_kept_equally_often():
+    """Two of four: six pairs, 3000 seeds; an index that is off by one would show here."""
+    counts = np.zeros((4, 4))
+    for seed in range(3000):
+        buffer = Reservoir(2, seed)
+        buffer.add({"number": np.arange(4)}, "a")
+        counts[tuple(kept(buffer))] += 1
+    pairs = counts[np.triu_indices(4, 1)]
+    assert pairs.sum() == 3000
+    assert chi_square(pairs) < 30  # five degrees of freedom: by chance once in 70,000
+
+
 def test_shares_of_tasks_are_equal_and_each_a_uniform_sample_even_after_they_shrink():
     counts = np.zeros(120)
     for seed in range(2000):

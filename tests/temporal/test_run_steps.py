@@ -31,6 +31,7 @@ def test_files_are_steps(tmp_path):
     names = ["model_100.safetensors", "model_200.safetensors"]
     run = laid(tmp_path / "b", {name: ones("w") for name in (*names, "final.safetensors")})
     assert steps_of(run).numbers == [100, 200]
+    assert steps_of(run).notes == ("final.safetensors: no step in the name; not taken",)
     names = ["epoch1_step100_loss2.safetensors", "epoch2_step250_loss1.safetensors"]
     assert steps_of(laid(tmp_path / "c", {name: ones("w") for name in names})).numbers == [100, 250]
 

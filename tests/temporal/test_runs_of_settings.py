@@ -8,9 +8,9 @@ import pytest
 import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.temporal.metrics import geometric_mean
-from cfmerge.temporal.protocol import Time
-from cfmerge.temporal.running import read_scores, run_setting
+from cfmerge.temporal.setting_runs import read_scores, run_setting
 from cfmerge.temporal.settings import Setting, published
+from cfmerge.temporal.stages import Time
 
 STREAM = {"first": {"birds": 2, "cars": 1}, "second": {"cars": 3}, "third": {"digits": 1}}
 SMALL = Setting("small", ("birds", "cars", "digits"), ("faces",), streams={"one": STREAM}, stream="one")

@@ -41,9 +41,14 @@ def test_markdown_has_a_row_for_each_step_and_marks_trained_and_unseen_tasks(rep
     assert lines[lines.index("| task | 0 base | 1 birds | 2 cars |") + 2 :] == [
         "| birds | *0.200* | **0.750** | 0.500 |",
         "| cars | *0.300* | *0.250* | **0.875** |",
-        "| digits | *0.100* | *0.125* | *-* |",
+        "| digits | *0.100* | *0.125* | - |",
         "| faces (held out) | 0.900 | 0.800 | 0.640 |",
     ]
+
+
+def test_a_step_without_scores_is_told_once():
+    report = report_of({0: HISTORY[0], 2: HISTORY[2]}, ORDER, TASKS, HELD_OUT)
+    assert report.markdown().count("step 1 has no scores") == 1
 
 
 def test_json_has_all_numbers_and_the_reasons_for_those_that_are_missing(report):
@@ -130,6 +135,11 @@ def test_more_than_a_hundred_steps_have_a_picture_of_bounded_size():
     assert texts(matrix) == ["adaptation"]  # numbers would not be readable
     for axis in (matrix.get_xticklabels(), matrix.get_yticklabels(), curves.get_xticklabels()):
         assert 20 < len(axis) < 250
+
+
+def test_a_report_without_any_task_is_written_too(tmp_path):
+    report_of({}, [], [], []).save(tmp_path / "report")
+    assert (tmp_path / "report" / "scores.png").is_file()
 
 
 def test_a_report_without_scores_is_written_too(tmp_path):

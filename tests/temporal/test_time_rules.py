@@ -137,6 +137,7 @@ def test_a_protocol_is_named(name):
         ("ema", "name the weight of the newest expert"),
         ("ema(weight=1.5)", "lies in [0, 1], found 1.5"),
         ("ema(weight=0.5, technique=slerp)", "slerp knows no weights"),
+        ("ema(technique=model_stock)", "use ema(seed=first)"),
         ("paint(technique=regmean)", "regmean needs measurements"),
         ("ema(wieght=0.5)", "has no 'wieght'; did you mean 'weight'"),
         ("all(by_time=later)", "later"),

@@ -113,6 +113,14 @@ def test_both_axes_share_a_running_model(tmp_path):
     assert len(time._store.book.states) == len(list((time.path / "states").iterdir())) == 1
 
 
+def test_a_rule_that_is_used_once_leaves_no_running_model(tmp_path):
+    time = made(tmp_path / "store", "all", count=3)
+    close(time.deploy(like=BASE, rule="ema(weight=0.3)"), temporal.combined("ema(weight=0.3)", BASE, TREES[:3]))
+    assert not list((time.path / "states").iterdir())
+    time.deploy()
+    assert [state.rule for state in time._store.book.states] == ["all"]
+
+
 def test_a_step_reads_the_base_the_running_model_and_the_newest(tmp_path):
     time = made(tmp_path / "store", "ema(weight=0.3)", count=3)
     time.deploy()
@@ -258,6 +266,17 @@ def test_two_processes_do_not_change_a_store_at_once(tmp_path):
         other.store(TREES[1], "t2")
 
 
+def test_a_store_that_another_process_has_changed_is_seen_as_it_is_now(tmp_path):
+    time = made(tmp_path / "store", "all", count=1, tasks=NAMES[:2])
+    other = temporal.Time(tmp_path / "store")
+    other.deploy()
+    other.store(TREES[1], "t2")
+    other.evaluate({"t1": 0.5, "t2": 0.5})
+    assert (time.done, time.left, time.step) == (["t1", "t2"], [], 2)
+    assert time.plan()[1].reads == ("t2",)
+    assert time.report().rows[2].knowledge_accumulation == 0.5
+
+
 def test_what_a_stop_has_left_is_removed_and_the_call_made_again(tmp_path, monkeypatch):
     time = made(tmp_path / "store", "ema(weight=0.3)", count=1)
     (time.path / "experts" / "0002-t2").mkdir()  # written, but the book does not tell of it
@@ -310,3 +329,31 @@ def test_a_report_has_the_scores_of_each_step(tmp_path):
     rows = time.report().rows
     assert [row.knowledge_accumulation for row in rows] == pytest.approx([0.2, 0.6])
     assert rows[1].geometric_mean == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("technique", ["average", "ace", "ties(density=0.5)"])
+def test_integers_may_be_the_newest_experts(technique, tmp_path):
+    trees = [tree | {"steps": np.int64(10 * number)} for number, tree in enumerate([BASE, *TREES[:2]])]
+    how = {"init": "base", "deploy": f"all(technique={technique})"}
+    time = temporal.Time(tmp_path / "base's", trees[0], **how)
+    with pytest.raises(cfmerge.CfmergeError, match="'steps'"):
+        time.store(trees[1], "t1")
+    time = temporal.Time(tmp_path / "newest's", trees[0], unmerged="newest", **how)
+    for name, tree in zip(NAMES, trees[1:], strict=False):
+        time.store(tree, name)
+    got = cfmerge.open(time.deploy())
+    assert got["steps"] == 20
+    close(got, temporal.combined(time.rules[1], BASE, TREES[:2]))
+    with pytest.raises(cfmerge.CfmergeError, match="unmerged='other': write base, or newest"):
+        temporal.Time(tmp_path / "other", trees[0], unmerged="other", **how)
+
+
+def test_a_window_that_slides_along_a_training_run_is_that_of_a_merge_of_its_checkpoints(tmp_path):
+    time = temporal.Time(tmp_path / "store", BASE, init="last", deploy="ema(weight=0.2, seed=first)", window=4)
+    for number, tree in enumerate(TREES[:6], 1):
+        path = cfmerge.save(tree, tmp_path / "run" / f"checkpoint-{number}" / "model.safetensors")
+        time.store(path, f"step {number}", link=True)
+        served = time.deploy(like=BASE)
+    window = temporal.along(tmp_path / "run", last=4, decay="ema=0.8")
+    cfmerge.merge_recipe(window.recipe, tmp_path / "out")
+    close(served, cfmerge.open(tmp_path / "out"))

@@ -9,23 +9,23 @@
 S. Dziadzio et al., How to Merge Your Multimodal Models Over Time?, CVPR 2025, arXiv 2412.06712.
 """
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfmerge.engine.placement import Devices
-from cfmerge.errors import CfmergeError
-from cfmerge.formats import open_checkpoint
+from cfmerge.errors import CfmergeError, nearest
 from cfmerge.planning.work import Progress
 from cfmerge.products.files import save
 from cfmerge.products.loading import load
 from cfmerge.temporal.making import write_model
-from cfmerge.temporal.merging import base_name, checked, checked_options, take_in
+from cfmerge.temporal.merging import base_name, check_expert, checked_options, take_in
 from cfmerge.temporal.metrics import check_tasks
 from cfmerge.temporal.metrics import checked as checked_scores
 from cfmerge.temporal.opening import check_same, completed, made, rules_of
-from cfmerge.temporal.prints import print_of
+from cfmerge.temporal.prints import print_of, prints, prints_of_tree
 from cfmerge.temporal.report import Report, report_of
 from cfmerge.temporal.rules import Rule, rule
 from cfmerge.temporal.states import check_forgettable, follow
@@ -63,7 +63,8 @@ class Time:
         held_out: tasks that are never trained, whose mean score is the zero-shot retention.
         trained: `{expert: adaptation tasks that its data belong to}`, where experts have names of their own.
         **options: of every merge, as in a recipe: rules, heads, rename, allow, precision, seed, plugins; and of the
-            models that go out: dtype, format, shard_size, side_files.
+            models that go out: dtype, format, shard_size, side_files; `unmerged="newest"`: integers, buffers and
+            objects are the newest expert's, not the base's, and experts may differ in them.
 
     Raises:
         CfmergeError: a store of another base or of other rules, rules that disagree, or no store and no base.
@@ -111,22 +112,24 @@ class Time:
     @property
     def rules(self) -> tuple[Rule, Rule]:
         """The rules (init, deploy)."""
-        return rule(self._store.book.init), rule(self._store.book.deploy)
+        book = self._store.book  # never changes
+        return rule(book.init), rule(book.deploy)
 
     @property
     def done(self) -> list[str]:
         """The tasks whose experts are in the store, oldest first."""
-        return [one.task for one in self._store.book.experts]
+        return [one.task for one in self._store.again().book.experts]
 
     @property
     def left(self) -> list[str]:
         """The adaptation tasks that have not come yet."""
-        return [task for task in self._store.book.tasks if task not in self._store.book.order]
+        book = self._store.again().book
+        return [task for task in book.tasks if task not in book.order]
 
     @property
     def step(self) -> int:
         """The number of the newest expert; 0 before the first."""
-        return self._store.next_number - 1
+        return self._store.again().next_number - 1
 
     @property
     def replay_file(self) -> Path:
@@ -170,6 +173,7 @@ class Time:
         with self._store.changing():
             if output is not None:
                 target = Path(output).expanduser()
+                self._store.check_output(target)
                 write_model(self._store, rule, target, {"overwrite": overwrite, **how})
             else:
                 target, new = self.path / name, self.path / f".{name}.new"
@@ -177,7 +181,15 @@ class Time:
                 write_model(self._store, rule, new, how)
                 shutil.rmtree(target, ignore_errors=True)
                 new.rename(target)
+            self._keep_own_states()
         return target if like is None else load(target, like)
+
+    def _keep_own_states(self) -> None:
+        """Lets go of the running model of a rule that was used once."""
+        book, own = self._store.book, {one.text for one in self.rules}
+        if any(state.rule not in own for state in book.states):
+            book.states = [state for state in book.states if state.rule in own]
+            self._store.write()
 
     def store(
         self,
@@ -202,41 +214,34 @@ class Time:
         """
         with self._store.changing():
             store, book = self._store, self._store.book
-            number = store.next_number
-            one = Expert(task, number, "")
+            if book.keep is not None and any(one.task == task for one in book.experts):
+                self._let_go({"memory": memory, "devices": devices, "progress": progress})  # after a stop
             self._check_task(task)
-            tree = not isinstance(expert, str | Path)
-            if tree and link:
-                raise CfmergeError(f"expert {task!r}: a tree of parameters cannot be linked; leave link out")
-            place = store.path / "experts" / one.key
-            if tree:
-                save(expert, place)
-                try:
-                    checked(store, str(place), task)
-                except CfmergeError:
-                    shutil.rmtree(place)
-                    raise
+            one = Expert(task, store.next_number, "")
+            one.path = f"experts/{one.key}"
+            if not isinstance(expert, str | Path):
+                if link:
+                    raise CfmergeError(f"expert {task!r}: a tree of parameters cannot be linked; leave link out")
+                save(expert, store.where(one.path))  # which is removed where it is refused: no book tells of it
+                check_expert(store, str(store.where(one.path)), task)
             else:
-                checked(store, base_name(expert), task)
-            if link:
-                one.path = base_name(expert)
-                one.linked = print_of(open_checkpoint(one.path))
-            else:
-                one.path = str(place.relative_to(store.path))
-                if not tree:
-                    take_in(base_name(expert), place, progress)
+                check_expert(store, base_name(expert), task)
+                if link:
+                    one.path = base_name(expert)
+                    one.linked = print_of(store.source(one.path))
+                else:
+                    take_in(store.located(base_name(expert)), store.where(one.path), progress)
             book.experts.append(one)
             book.order.append(task)
             store.write()
             if book.keep is not None:
-                how = {"memory": memory, "devices": devices, "progress": progress, "overwrite": True}
-                self._let_go(how)
+                self._let_go({"memory": memory, "devices": devices, "progress": progress})
 
     def _let_go(self, how: Mapping[str, Any]) -> None:
         """Brings the running models up, then lets go of the tensors of older experts than are kept."""
         store, book = self._store, self._store.book
         for one in {one.text: one for one in self.rules}.values():
-            follow(store, one, how)
+            follow(store, one, {**how, "overwrite": True})
         for old in book.experts[: -max(book.keep or 0, 1)]:
             old.gone = True
         store.write()
@@ -281,15 +286,19 @@ class Time:
             store.leaving = None
 
     def _check_task(self, task: str) -> None:
-        if task in self.done:
+        book = self._store.book
+        if any(one.task == task for one in book.experts):
             raise CfmergeError(
                 f"store {self.path}: there is an expert of {task!r} already (step {self._store.named(task).number}); "
                 "give this one another name, or forget that one first"
             )
         if not task.strip():
             raise CfmergeError("an expert needs the name of its task")
-        book = self._store.book
+        if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", task):
+            raise CfmergeError(f"task {task!r}: has characters that cannot be shown; give it another name")
         check_tasks(book.tasks or [task], book.held_out, [task], book.trained or None)
+        if book.tasks and task not in book.tasks and task not in book.trained:
+            raise CfmergeError(f"store {self.path}: {task!r} is none of its tasks{nearest(task, book.tasks)}")
 
     def plan(self) -> tuple[Told, Told]:
         """How the next models of both axes (init, deploy) are made, and what that needs, from headers alone.
@@ -297,6 +306,7 @@ class Time:
         It says where a step reads all experts, so that its cost grows with the number of tasks.
         """
         init, deploy = self.rules
+        self._store.again()
         return told(self._store, "init", init), told(self._store, "deploy", deploy)
 
     def evaluate(self, scores: Mapping[str, float], step: int | None = None) -> None:
@@ -310,30 +320,35 @@ class Time:
             CfmergeError: a name that is no task of the store (with the nearest), or a step that has not come.
         """
         with self._store.changing():
-            book = self._store.book
-            at = self.step if step is None else step
-            if not 0 <= at <= self.step:
-                raise CfmergeError(f"store {self.path}: step {at} has not come; the newest is {self.step}")
+            book, newest = self._store.book, self._store.next_number - 1
+            at = newest if step is None else step
+            if not 0 <= at <= newest:
+                raise CfmergeError(f"store {self.path}: step {at} has not come; the newest is {newest}")
             numbers = checked_scores(scores, book.tasks or book.order, book.held_out)
             book.scores[at] = {**book.scores.get(at, {}), **numbers}
             self._store.write()
 
     def report(self) -> Report:
         """The metrics of each step, and the scores by task; it has `markdown()`, `to_json()` and `save(directory)`."""
-        book = self._store.book
+        book = self._store.again().book
         about = {"store": self.path.name, "base": book.base, "init": book.init, "deploy": book.deploy}
         about |= {key: getattr(book, key) for key in ("window", "keep") if getattr(book, key) is not None}
-        forgotten = [task for task in book.order if task not in self.done]
+        there = {one.task for one in book.experts}
+        forgotten = [task for task in book.order if task not in there]
         about |= {"forgotten": ", ".join(forgotten)} if forgotten else {}
         tasks = book.tasks or list(dict.fromkeys(book.order))
         return report_of(book.scores, book.order, tasks, book.held_out, about, trained=book.trained or None)
 
     def _move_base(self, base: Any) -> None:
-        if base is None or not isinstance(base, str | Path):
+        if base is None:
+            return
+        if not isinstance(base, str | Path):
+            saved = self._store.prints()
+            self._store.check_base("that is given", prints_of_tree(base, saved))
             return
         name = base_name(base)
         if name != self._store.book.base:
             with self._store.changing():
-                self._store.check_base(open_checkpoint(name))
+                self._store.check_base(name, prints(self._store.source(name)))
                 self._store.book.base = name
                 self._store.write()

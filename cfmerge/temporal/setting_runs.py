@@ -16,10 +16,10 @@ from typing import Any
 
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.temporal.metrics import checked
-from cfmerge.temporal.protocol import Time
 from cfmerge.temporal.report import Report
 from cfmerge.temporal.rules import Rule
 from cfmerge.temporal.settings import Setting, published
+from cfmerge.temporal.stages import Time
 
 Judge = Callable[[int, Path], Mapping[str, float]]  # of a step and the model that was deployed after it
 
