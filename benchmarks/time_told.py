@@ -7,7 +7,7 @@ import numpy as np
 import time_cells
 import time_stream
 from measuring import table
-from time_scores import CELLS, Told, cube, each, less, of_technique, over, shown, variance
+from time_scores import CELLS, Score, Told, cube, each, less, of_technique, over, shown, variance
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
@@ -17,7 +17,7 @@ def tables(told: Told) -> str:
     parts = [
         ("Bases and experts", bases(told)),
         ("Init and deploy, by interpolation", grid(told)),
-        ("The EMA's weight", weights(told)),
+        ("The EMA's weight", weights(told) + "\n" + pairs(told)),
         ("Techniques", techniques(told)),
         ("Init, deploy and technique beside each other", shares(told)),
         ("Offline merging, replay and weights by time", by_time(told)),
@@ -111,6 +111,35 @@ def differences(told: Told) -> str:
             "with replay": less(replayed, other),
         }
         for name, other in others.items()
+    ]
+    return table(lines)
+
+
+# pairs of cells that differ in one thing, and training on all at once
+PAIRS = (
+    ("last + ema", "base + ema"), ("ema + ema", "base + ema"), ("ema + ema", "last + ema"),
+    ("last + ema", "last + last"), ("ema + ema", "last + last"), ("base + ema", "base + all"),
+    ("last + ema", "all at once"), ("ema + ema", "all at once"),
+)  # fmt: skip
+
+
+def pairs(told: Told) -> str:
+    """Differences of GM by interpolation, at the chosen weight of the EMA and at USUAL."""
+
+    def found(cell: str, weight: float, replay: bool) -> dict[int, Score]:
+        if cell == "all at once":
+            return told.multitask()
+        rules = {"ema": time_cells.ema("average", weight)}
+        return told.at(*(rules.get(name, name) for name in cell.split(" + ")), replay)
+
+    weights = dict.fromkeys((told.chosen.weight, time_cells.USUAL))
+    lines = [
+        {"weight": f"{weight}", "GM of": f"{one} less {other}"}
+        | {
+            title: less(found(one, weight, replay), found(other, weight, replay))
+            for title, replay in (("no replay", False), ("replay", True))
+        }
+        for weight, (one, other) in itertools.product(weights, PAIRS)
     ]
     return table(lines)
 
