@@ -89,7 +89,7 @@ def plane(told: Told) -> Any:
     weighted = {weight: f"ema(weight={weight})" for weight in WEIGHTS}
     for begin, colour in (("", BLUE), ("last", ORANGE)):
         path = [(weight, told.at(begin or how, how)) for weight, how in weighted.items()]
-        path = [(weight, found) for weight, found in path if found]
+        path = [(weight, found) for weight, found in path if len(found) == len(told.seeds)]
         panels[0].plot(*([over(one, what) for _, one in path] for what in ("ka", "zs")), "-", color=colour, linewidth=1)
         for weight, one in path:
             panels[0].plot(over(one, "ka"), over(one, "zs"), ".", color=colour)

@@ -10,7 +10,7 @@ from time_stream import HELD_OUT
 
 from cfmerge import temporal
 
-T_95 = {2: 12.706, 3: 4.303}  # Student's t for a 95 % interval of so many replicates
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for a 95 % interval of so many replicates
 Row = Mapping[str, Any]
 
 

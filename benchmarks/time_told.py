@@ -260,4 +260,5 @@ def seconds(told: Told) -> str:
     """How long the rows took; what an earlier call had trained took none."""
     total = {kind: sum(row["seconds"][kind] for row in told.rows) for kind in ("training", "scoring")}
     times = f"Training, with the merges that begin tasks: {total['training']:,.0f}; scoring: {total['scoring']:,.0f}"
-    return f"{times}; on one core, beside other work. {len(told.rows)} models were scored on test images.\n"
+    left_out = "experts that a stopped call had trained count nothing"
+    return f"{times}; on one core, beside other work; {left_out}. {len(told.rows)} models were scored on test images.\n"
