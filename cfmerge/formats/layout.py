@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,6 +194,12 @@ def _only(folder: Path, files: Files, there: list[Path]) -> Path | None:
             f"{folder}: {len(models)} {files.format} files and no "
             f"{files.stems[0]}{files.suffixes[0]}.index.json: {', '.join(file.name for file in models[:4])}; "
             "name one file, or restore the index"
+        )
+    shard = re.search(r"-0*\d+-of-0*(\d+)$", models[0].stem) if models else None
+    if shard and int(shard[1]) > 1:
+        raise CfmergeError(
+            f"{models[0]}: is one of {shard[1]} shards, and the others and their index are not there; fetch them, or "
+            "name the file if it is all that you want"
         )
     return models[0] if models else None
 

@@ -7,11 +7,12 @@ from typing import Any
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
 from cfmerge.products.files import save
+from cfmerge.temporal.book import IN_STORE, Book
 from cfmerge.temporal.merging import base_name
 from cfmerge.temporal.metrics import check_tasks
 from cfmerge.temporal.prints import prints, prints_of_tree
 from cfmerge.temporal.rules import Rule, protocol, rule
-from cfmerge.temporal.store import IN_STORE, Book, Store
+from cfmerge.temporal.store import Store
 from cfmerge.temporal.telling import check_keep
 
 

@@ -72,6 +72,9 @@ class Report:
         """Writes report.md, report.json and scores.png, each whole or not at all; returns the directory.
 
         Files of these names that are there are replaced.
+
+        Raises:
+            CfmergeError: the directory is a file, or cannot be written.
         """
         from cfmerge.temporal.plots import draw
 
@@ -81,10 +84,13 @@ class Report:
         texts = {"report.json": self.to_json(), "report.md": self.markdown()}
         writers: dict[str, Callable[[Path], Any]] = {"scores.png": lambda path: draw(self, path)}
         writers |= {name: lambda path, text=text: path.write_text(text, "utf-8") for name, text in texts.items()}  # type: ignore[misc]
-        for name, write in writers.items():
-            with StagedFile(place / name, overwrite=True) as staged:
-                write(staged.path / name)
-                staged.commit()
+        try:
+            for name, write in writers.items():
+                with StagedFile(place / name, overwrite=True) as staged:
+                    write(staged.path / name)
+                    staged.commit()
+        except OSError as error:
+            raise CfmergeError(f"report {place}: cannot be written: {error}; name another directory") from None
         return place
 
     def shown(self, number: float | None) -> str:

@@ -126,7 +126,7 @@ def _of_one_trainer(run: str | Path, directory: Path, paths: Sequence[Path]) -> 
 def _matching(name: str, pattern: re.Pattern[str], paths: Sequence[Path]) -> Iterator[tuple[int, Path]]:
     for path in paths:
         match = pattern.fullmatch(path.name)
-        if match and (path.is_dir() or (name == "Lightning" and path.suffix in FILES)):
+        if match and (path.is_dir() or path.is_symlink() or (name == "Lightning" and path.suffix in FILES)):
             yield int(match[1]), path
 
 
@@ -252,8 +252,19 @@ def window(
         raise CfmergeError(f"--last {last}: {found.run} has {len(steps)} steps: {told(found.numbers)}")
     asked = [step for step in steps if (start is None or step.number >= start) and (end is None or step.number <= end)]
     asked = asked[-last:] if last is not None else asked
+    taken = asked[::-1][::every][::-1]
+    _check_whole(found, taken)
     notes = [*found.notes, *_gaps(found, [step.number for step in asked])]
-    return found._replace(steps=tuple(asked[::-1][::every][::-1]), notes=tuple(notes))
+    return found._replace(steps=tuple(taken), notes=tuple(notes))
+
+
+def _check_whole(found: Steps, steps: Sequence[Step]) -> None:
+    """Raises `CfmergeError` where a step that is to be merged cannot be read."""
+    for step in steps:
+        if why := _wrong(step, None):
+            after = [number for number in found.numbers if number > step.number]
+            way = f"--from {after[0]}" if after else f"--to {max([n for n in found.numbers if n < step.number] or [0])}"
+            raise CfmergeError(f"step {step.number}: {step.path.name}: {why}; move it away, or leave it out by {way}")
 
 
 def not_there(found: Steps, option: str, number: int) -> str:

@@ -9,27 +9,26 @@
 S. Dziadzio et al., How to Merge Your Multimodal Models Over Time?, CVPR 2025, arXiv 2412.06712.
 """
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfmerge.engine.placement import Devices
-from cfmerge.errors import CfmergeError, nearest
+from cfmerge.errors import CfmergeError
 from cfmerge.planning.work import Progress
 from cfmerge.products.files import save
 from cfmerge.products.loading import load
+from cfmerge.temporal.book import BOOK, Expert
+from cfmerge.temporal.forgetting import forget, keep_states_of, let_go
 from cfmerge.temporal.making import write_model
 from cfmerge.temporal.merging import base_name, check_expert, checked_options, take_in
-from cfmerge.temporal.metrics import check_tasks
 from cfmerge.temporal.metrics import checked as checked_scores
 from cfmerge.temporal.opening import check_same, completed, made, rules_of
 from cfmerge.temporal.prints import print_of, prints, prints_of_tree
 from cfmerge.temporal.report import Report, report_of
 from cfmerge.temporal.rules import Rule, rule
-from cfmerge.temporal.states import check_forgettable, follow
-from cfmerge.temporal.store import BOOK, Expert, Store
+from cfmerge.temporal.store import Store
 from cfmerge.temporal.telling import Told, told
 
 
@@ -181,15 +180,8 @@ class Time:
                 write_model(self._store, rule, new, how)
                 shutil.rmtree(target, ignore_errors=True)
                 new.rename(target)
-            self._keep_own_states()
+            keep_states_of(self._store, self.rules)
         return target if like is None else load(target, like)
-
-    def _keep_own_states(self) -> None:
-        """Lets go of the running model of a rule that was used once."""
-        book, own = self._store.book, {one.text for one in self.rules}
-        if any(state.rule not in own for state in book.states):
-            book.states = [state for state in book.states if state.rule in own]
-            self._store.write()
 
     def store(
         self,
@@ -214,9 +206,10 @@ class Time:
         """
         with self._store.changing():
             store, book = self._store, self._store.book
+            how = {"memory": memory, "devices": devices, "progress": progress}
             if book.keep is not None and any(one.task == task for one in book.experts):
-                self._let_go({"memory": memory, "devices": devices, "progress": progress})  # after a stop
-            self._check_task(task)
+                let_go(store, self.rules, how)  # after a stop
+            store.check_task(task)
             one = Expert(task, store.next_number, "")
             one.path = f"experts/{one.key}"
             if not isinstance(expert, str | Path):
@@ -235,16 +228,7 @@ class Time:
             book.order.append(task)
             store.write()
             if book.keep is not None:
-                self._let_go({"memory": memory, "devices": devices, "progress": progress})
-
-    def _let_go(self, how: Mapping[str, Any]) -> None:
-        """Brings the running models up, then lets go of the tensors of older experts than are kept."""
-        store, book = self._store, self._store.book
-        for one in {one.text: one for one in self.rules}.values():
-            follow(store, one, {**how, "overwrite": True})
-        for old in book.experts[: -max(book.keep or 0, 1)]:
-            old.gone = True
-        store.write()
+                let_go(store, self.rules, how)
 
     def forget(self, task: str, **how: Any) -> None:
         """Takes an expert out of the store and of its running models.
@@ -260,45 +244,7 @@ class Time:
             CfmergeError: there is none, or a running model cannot be had without it; nothing is changed then.
         """
         with self._store.changing():
-            store, book = self._store, self._store.book
-            expert = store.named(task)
-            rules = list({one.text: one for one in self.rules}.values())
-            for one in rules:
-                check_forgettable(store, one, expert)
-            kept = [state for state in book.states if expert.number in state.through]
-            seen = [one for one in rules if any(state.rule == one.text for state in kept)]
-            book.experts.remove(expert)
-            if book.experts and not expert.gone:
-                self._followed_without(expert, seen, how)
-            book.states = [state for state in book.states if expert.number not in state.through]
-            store.write()
-            for made in ("init", "deploy"):  # models that it is in
-                shutil.rmtree(store.path / made, ignore_errors=True)
-
-    def _followed_without(self, expert: Expert, rules: Sequence[Rule], how: Mapping[str, Any]) -> None:
-        """Running models without an expert, whose tensors are still there while they are made."""
-        store = self._store
-        store.leaving = expert
-        try:
-            for one in rules:
-                follow(store, one, {**how, "overwrite": True})
-        finally:
-            store.leaving = None
-
-    def _check_task(self, task: str) -> None:
-        book = self._store.book
-        if any(one.task == task for one in book.experts):
-            raise CfmergeError(
-                f"store {self.path}: there is an expert of {task!r} already (step {self._store.named(task).number}); "
-                "give this one another name, or forget that one first"
-            )
-        if not task.strip():
-            raise CfmergeError("an expert needs the name of its task")
-        if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", task):
-            raise CfmergeError(f"task {task!r}: has characters that cannot be shown; give it another name")
-        check_tasks(book.tasks or [task], book.held_out, [task], book.trained or None)
-        if book.tasks and task not in book.tasks and task not in book.trained:
-            raise CfmergeError(f"store {self.path}: {task!r} is none of its tasks{nearest(task, book.tasks)}")
+            forget(self._store, self.rules, self._store.named(task), how)
 
     def plan(self) -> tuple[Told, Told]:
         """How the next models of both axes (init, deploy) are made, and what that needs, from headers alone.
@@ -319,7 +265,7 @@ class Time:
         Raises:
             CfmergeError: a name that is no task of the store (with the nearest), or a step that has not come.
         """
-        with self._store.changing():
+        with self._store.changing(writes=False):
             book, newest = self._store.book, self._store.next_number - 1
             at = newest if step is None else step
             if not 0 <= at <= newest:
@@ -348,7 +294,7 @@ class Time:
             return
         name = base_name(base)
         if name != self._store.book.base:
-            with self._store.changing():
+            with self._store.changing(writes=False):
                 self._store.check_base(name, prints(self._store.source(name)))
                 self._store.book.base = name
                 self._store.write()

@@ -23,13 +23,13 @@ import msgspec
 from cfmerge.core.call import form_of
 from cfmerge.core.expressions import expression
 from cfmerge.core.numbers import is_number
-from cfmerge.errors import CfmergeError
 from cfmerge.products.accumulate import accumulate_recipe
 from cfmerge.statistics import Statistics
+from cfmerge.temporal.book import Expert, State
 from cfmerge.temporal.coefficients import coefficients, step
 from cfmerge.temporal.merging import Part, merged, recipe_of
 from cfmerge.temporal.rules import All, Base, Ema, Last, Paint, Rule, name_through
-from cfmerge.temporal.store import Expert, State, Store
+from cfmerge.temporal.store import Store
 
 DRIFT = 100.0  # roundings that may add up in a running model before it is made anew, where the experts are there
 SUM = "task_arithmetic(scale=1.0)"
@@ -68,10 +68,9 @@ def follow(store: Store, rule: Rule, how: Mapping[str, Any]) -> State | None:
             return old
         new = NEXT[kind](store, rule, old, wanted, how)
         store.book.states = [one for one in store.book.states if one.rule != rule.text] + [new]
-        if store.leaving is not None:
-            continue  # forgetting writes the book once, at its end
-        store.write()
-        if old is not None and old.path:
+        if store.leaving is None:  # else the book is written once, at the end
+            store.write()
+        if old is not None and old.path not in {"", *(one.path for one in store.written.states)}:
             shutil.rmtree(store.where(old.path), ignore_errors=True)
 
 
@@ -237,32 +236,3 @@ def _place(store: Store, rule: Rule, through: Sequence[int]) -> Path:
 
 def _name(store: Store, path: Path) -> str:
     return str(path.relative_to(store.path))
-
-
-def check_forgettable(store: Store, rule: Rule, expert: Expert) -> None:
-    """Raises `CfmergeError` where a rule's model cannot be had without an expert.
-
-    A weighted sum and statistics take it off; other running models are made again of the experts that are left.
-    """
-    kind, old = kind_of(store, rule), state_of(store, rule)
-    left = store.seen([one for one in store.book.experts if one is not expert])
-    gone = [one for one in left if one.gone]
-    if isinstance(rule, Last | Paint):
-        gone, why = [one for one in left[-1:] if one.gone], "reads the newest expert"
-    elif old is None or expert.number not in old.through or kind in {"none", "experts"}:
-        return
-    elif expert.gone:
-        gone, why = [expert], "keeps a running model, from which it cannot be taken"
-    elif kind == "sum":
-        target = coefficients(rule, [one.number for one in left]) if left else {}
-        taken = step(old.coefficients if old.path else None, dict(target or {}), store.there).experts
-        gone, why = [one for one in gone if one.number in taken], "gives the others other weights then"
-    elif kind == "statistics":
-        return
-    else:
-        why = "keeps a running model, from which no expert can be taken, so that it is made again"
-    if gone:
-        raise CfmergeError(
-            f"store {store.path}: {expert.task!r} cannot be forgotten: {rule.text} {why}, and it cannot be "
-            f"had without {', '.join(repr(one.task) for one in gone)}, no longer kept (keep={store.book.keep})"
-        )

@@ -14,82 +14,19 @@ forgotten it. So a stop at any moment leaves the store as it was before the chan
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import Source, located, open_checkpoint
 from cfmerge.formats.staged import STAGING
+from cfmerge.temporal.book import BASE, BOOK, IN_STORE, Book, Expert, read_book, replace, telling
+from cfmerge.temporal.metrics import check_tasks
 from cfmerge.temporal.prints import print_of, prints
-from cfmerge.temporal.rules import name_of
-
-BOOK, BASE = "time.json", "base.json"
-IN_STORE = "base"  # a base that came as a tree
-VERSION = 1
-
-
-class Expert(msgspec.Struct):
-    """An expert: its task, its number (from 1, never given twice), and where it lies."""
-
-    task: str
-    number: int
-    path: str  # in the store, or absolute for one that is linked
-    linked: str = ""  # the hash of one that lies elsewhere
-    gone: bool = False  # its tensors are no longer kept
-
-    @property
-    def key(self) -> str:
-        return name_of(self.number, self.task)
-
-
-class State(msgspec.Struct):
-    """A running model or statistics: what they hold, and of which experts.
-
-    Attributes:
-        rule: the text of the rule that it is for.
-        kind: see `states.py`.
-        path: in the store; "" where it is one expert as it is.
-        through: the experts that are in it, in their order.
-        coefficients: theirs, where it is a weighted sum.
-        numbers: what else the next step needs.
-        drift: how often rounding may have added up, in units of one rounding.
-    """
-
-    rule: str
-    kind: str
-    path: str
-    through: list[int]
-    coefficients: dict[int, float] = {}
-    numbers: dict[str, list[float]] = {}
-    drift: float = 1.0
-
-
-class Book(msgspec.Struct):
-    """All that a store knows, as `time.json` has it.
-
-    Attributes:
-        scores: `{number of the newest expert: {name: score}}` of the model that was deployed then; 0 is the base.
-        options: of every merge, as a recipe has them.
-    """
-
-    base: str
-    init: str
-    deploy: str
-    window: int | None = None
-    keep: int | None = None
-    tasks: list[str] = []
-    held_out: list[str] = []
-    trained: dict[str, list[str]] = {}
-    options: dict[str, Any] = {}
-    experts: list[Expert] = []
-    states: list[State] = []
-    scores: dict[int, dict[str, float]] = {}
-    order: list[str] = []  # tasks by the experts' numbers, those that are forgotten too
-    version: int = VERSION
 
 
 class Store:
@@ -115,9 +52,9 @@ class Store:
         cls.check_new(path)
         store = cls(path, book)
         source = store.source(store.base_path)
-        with _told(path):
+        with telling(path):
             path.mkdir(parents=True, exist_ok=True)
-            _replace(path / BASE, msgspec.json.encode(prints(source)))
+            replace(path / BASE, msgspec.json.encode(prints(source)))
             store.write()
         return store
 
@@ -134,18 +71,7 @@ class Store:
         Raises:
             CfmergeError: there is none, or its book cannot be read.
         """
-        file = path / BOOK
-        if not file.is_file():
-            there = "is no store" if path.exists() else "there is no such store"
-            raise CfmergeError(f"store {path}: {there} ({BOOK} is missing); make one with its base: cfmerge time init")
-        try:
-            book = msgspec.json.decode(file.read_bytes(), type=Book)
-        except (msgspec.DecodeError, OSError) as error:
-            raise CfmergeError(f"{file}: cannot be read as a store's book: {error}; restore it from a copy") from None
-        if book.version > VERSION:
-            raise CfmergeError(f"{file}: was written by a later version of cfmerge ({book.version}, not {VERSION})")
-        _check(file, book)
-        return cls(path, book)
+        return cls(path, read_book(path))
 
     def again(self) -> "Store":
         """The store, its book read again: another process may have changed it."""
@@ -154,16 +80,19 @@ class Store:
 
     def write(self) -> None:
         """Makes the book's state last: the file is the old one or the new one at any moment."""
-        _replace(self.path / BOOK, msgspec.json.format(msgspec.json.encode(self.book), indent=1))
+        replace(self.path / BOOK, msgspec.json.format(msgspec.json.encode(self.book), indent=1))
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
+    def changing(self, *, writes: bool = True) -> Iterator[None]:
         """A lock while the store changes; before and after, the book is read and what it does not tell of is removed.
+
+        Args:
+            writes: running models are brought up to date, so that none that was stopped is gone on with later.
 
         Raises:
             CfmergeError: another process changes it now, or it cannot be written.
         """
-        with _told(self.path), (self.path / ".lock").open("w") as lock:
+        with telling(self.path), (self.path / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -171,15 +100,25 @@ class Store:
             self.again()._tidy()
             try:
                 yield
+                self.again()._tidy(done=writes)
             finally:
                 self.again()._tidy()
 
-    def _tidy(self) -> None:
-        """Removes experts and states that the book does not know; a merge that can go on stays."""
+    @property
+    def written(self) -> Book:
+        """The book as it lies in the store."""
+        return read_book(self.path)
+
+    def _tidy(self, done: bool = False) -> None:
+        """Removes experts and states that the book does not know.
+
+        Args:
+            done: merges that were stopped too, since none of them will be gone on with.
+        """
         known = {one.path for one in self.book.experts if not one.gone} | {one.path for one in self.book.states}
         for folder in (self.path / "experts", self.path / "states"):
             for path in folder.iterdir() if folder.is_dir() else ():
-                if str(path.relative_to(self.path)) not in known and not STAGING.fullmatch(path.name):
+                if str(path.relative_to(self.path)) not in known and (done or not STAGING.fullmatch(path.name)):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def check_output(self, output: Path) -> None:
@@ -266,6 +205,22 @@ class Store:
             raise CfmergeError(f"store {self.path}: holds no expert {task!r}{nearest(task, names)}")
         return found
 
+    def check_task(self, task: str) -> None:
+        """Raises `CfmergeError` unless a new expert may have that task."""
+        book = self.book
+        if any(one.task == task for one in book.experts):
+            raise CfmergeError(
+                f"store {self.path}: there is an expert of {task!r} already (step {self.named(task).number}); give "
+                "this one another name, or forget that one first"
+            )
+        if not task.strip():
+            raise CfmergeError("an expert needs the name of its task")
+        if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", task):
+            raise CfmergeError(f"task {task!r}: has characters that cannot be shown; give it another name")
+        check_tasks(book.tasks or [task], book.held_out, [task], book.trained or None)
+        if book.tasks and task not in book.tasks and task not in book.trained:
+            raise CfmergeError(f"store {self.path}: {task!r} is none of its tasks{nearest(task, book.tasks)}")
+
     @property
     def next_number(self) -> int:
         return len(self.book.order) + 1
@@ -321,50 +276,3 @@ def _plain(path: Path) -> str:
 def _base_of(store: Path, base: str) -> str:
     """The path of a base: one that came as a tree lies in the store; others are absolute, or names of the hub."""
     return str(store / base) if base == IN_STORE else base
-
-
-@contextlib.contextmanager
-def _told(store: Path) -> Iterator[None]:
-    """Errors of the file system as `CfmergeError`."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"{error.strerror or error} ({error.filename or store})"
-        raise CfmergeError(f"store {store}: cannot be written: {reason}; what it held before is kept") from None
-
-
-def _check(file: Path, book: Book) -> None:
-    """Raises `CfmergeError` where a book that somebody has edited contradicts itself."""
-    numbers, tasks = [one.number for one in book.experts], [one.task for one in book.experts]
-    wrong = [
-        f"{key} counts experts, at least 1; found {value}"
-        for key, value in (("window", book.window), ("keep", book.keep))
-        if value is not None and value < 1
-    ]
-    if numbers != sorted(set(numbers)) or any(not 1 <= number <= len(book.order) for number in numbers):
-        wrong.append(
-            f"the experts' numbers should rise, from 1 to {len(book.order)}, which `order` has; found {numbers}"
-        )
-    elif len(set(tasks)) < len(tasks) or [book.order[number - 1] for number in numbers] != tasks:
-        wrong.append(f"the experts' tasks should be those of `order` by their numbers, each once; found {tasks}")
-    if wrong:
-        raise CfmergeError(f"{file}: {wrong[0]}; restore it from a copy")
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Replaces a file whole."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, file)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

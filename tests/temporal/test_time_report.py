@@ -178,3 +178,8 @@ def test_a_report_does_not_replace_a_file(report, tmp_path):
     (tmp_path / "report").write_text("mine")
     with pytest.raises(CfmergeError, match="is a file; name a directory"):
         report.save(tmp_path / "report")
+
+
+def test_a_place_that_cannot_be_written_is_told_by_the_report(report):
+    with pytest.raises(CfmergeError, match="report /proc/none: cannot be written"):
+        report.save("/proc/none")

@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import random
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 
 import cfmerge
 from cfmerge import temporal
+from cfmerge.temporal import states
+from cfmerge.temporal.merging import merged
 
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 BASE, *TREES = [
@@ -104,3 +108,76 @@ def test_a_call_that_is_killed_is_made_again(rule, how, call, tmp_path):
         for name in BASE:
             np.testing.assert_array_equal(got[name], expected[name])
         assert listed(time.path) == files
+
+
+@pytest.mark.parametrize("place", ["states/.ema-0001-0a1b2c3d", "experts/.0002-t9", "..deploy.new", "..init.new"])
+def test_a_merge_that_was_killed_and_is_not_gone_on_with_leaves_nothing(place, tmp_path):
+    """Another expert has come in between, so that the same merge never comes again."""
+    time = temporal.Time(tmp_path / "store", BASE, init="ema(weight=0.5)", deploy="ema(weight=0.5)")
+    time.store(TREES[0], "t1")
+    left = time.path / f"{place}.cfmerge-12345678"
+    left.mkdir(parents=True)
+    (left / ".cfmerge-journal").write_text("{}\n{}\n{}\n")
+    temporal.Time(time.path).evaluate({"t1": 0.5})
+    assert left.exists()  # a merge may go on there
+    time.store(TREES[1], "t2")
+    time.deploy()
+    time.init()
+    assert not left.exists()
+
+
+def test_forgetting_does_not_pile_up_running_models(tmp_path, monkeypatch):
+    """One that is made again of all experts is made in steps, and each step needs the one before alone."""
+    time = temporal.Time(tmp_path / "store", BASE, init="base", deploy="ema(technique='magmax(scale=1.0)')")
+    for number, tree in enumerate(TREES):
+        time.store(tree, f"t{number}")
+    time.deploy()
+    there = []
+
+    def counted(*arguments, **how):
+        result = merged(*arguments, **how)
+        there.append(len(list((time.path / "states").iterdir())))
+        return result
+
+    monkeypatch.setattr(states, "merged", counted)
+    time.forget("t0")
+    assert (len(there), max(there)) == (4, 3)  # with the one that the book tells of until the end
+
+
+SCRIPT = """
+import sys
+import numpy as np
+import cfmerge
+from cfmerge import temporal
+folder = sys.argv[1]
+time = temporal.Time(f"{folder}/store", f"{folder}/base", protocol="best-in-time", weight=0.4, keep=1,
+                     tasks=["t1", "t2", "t3", "t4"])
+for task in time.left:
+    start = cfmerge.open(time.init())
+    drift = np.random.default_rng(int(task[1])).standard_normal(40_000).astype(np.float32)
+    time.store({name: array + drift[: array.size].reshape(array.shape) for name, array in start.items()}, task)
+time.deploy(f"{folder}/served", overwrite=True)
+"""
+
+
+@pytest.mark.long
+def test_a_training_script_that_is_killed_again_and_again_ends_with_the_same_model(tmp_path):
+    """By SIGKILL, at any moment; the script begins anew each time, with what the store says is left."""
+    base = {f"w{number}": np.ones((200, 200), np.float32) * number for number in range(8)}
+    models = []
+    for name in ("whole", "killed"):
+        cfmerge.save(base, tmp_path / name / "base")
+        draw, kills = random.Random(0), 30 if name == "killed" else 0
+        while True:
+            process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / name)])
+            if not kills:
+                assert process.wait() == 0
+                break
+            kills -= 1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(draw.uniform(1.0, 8.0))
+            process.kill()
+            process.wait()
+        models.append({name: array.copy() for name, array in cfmerge.open(tmp_path / name / "served").items()})
+    for name in base:
+        np.testing.assert_array_equal(models[0][name], models[1][name])
