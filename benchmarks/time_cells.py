@@ -1,4 +1,4 @@
-"""What `time_study.py` runs: chains of experts, the rules that models are deployed by, and the choices before them."""
+"""The runs of `time_study.py`: chains of experts, the rules that models are deployed by, and the choices before them."""
 
 import itertools
 from collections.abc import Iterable, Sequence

@@ -23,7 +23,7 @@ class Score(NamedTuple):
 
 
 def score(row: Row) -> Score:
-    """Of a row: over adaptation tasks, those to come too, and over held-out ones."""
+    """A row's score: over adaptation tasks, those to come too, and over held-out ones."""
     held = [name for name in row["scores"] if name in HELD_OUT]
     own = [name for name in row["scores"] if name not in HELD_OUT]
     ka, zs = temporal.knowledge_accumulation(row["scores"], own), temporal.zero_shot_retention(row["scores"], held)

@@ -28,6 +28,7 @@ Rows are appended to `time.jsonl` as they come; a later call goes on where the r
 """
 
 import argparse
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -48,9 +49,12 @@ from zoo_models import keep, kept, write_tables
 
 from cfmerge import temporal
 
+# as a sum's last bits depend on the number of threads, and a cached expert is found by the bits that it began at
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
 
 def advanced(how: str, base: Params, before: Params, experts: Sequence[Params]) -> Params:
-    """What a rule makes of the experts, from what it made of all but the newest: an EMA is one merge of two."""
+    """The model that a rule makes of the experts, from the one that it made of all but the newest: an EMA merges two."""
     rule = temporal.rule(how)
     if rule.name != "ema" or (len(experts) == 1 and rule.seed == "first"):
         return temporal.combined(rule, base, experts)
@@ -59,7 +63,7 @@ def advanced(how: str, base: Params, before: Params, experts: Sequence[Params]) 
 
 
 def made(how: str, base: Params, experts: Sequence[Params]) -> Iterator[Params]:
-    """What a rule makes after each expert."""
+    """The models that a rule makes after each expert."""
     model = base
     for count in range(1, len(experts) + 1):
         model = advanced(how, base, model, experts[:count])
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--minutes", type=float, default=75)
     given = parser.parse_args()
+    os.environ.setdefault("XLA_FLAGS", ONE_CORE)  # before the first array
     warnings.simplefilter("ignore")  # methods ask that their merges be evaluated, which is what happens here
     held: dict[tuple[int, str], Stream] = {}
 
@@ -171,7 +176,7 @@ def study(runner: Runner, main: tuple[str, int], count: int, seeds: Sequence[int
 
 
 def later(main: tuple[str, int], count: int, chosen: Chosen, seeds: Sequence[int]) -> list[Cell]:
-    """What comes after the main setting, by what it is worth and what it costs."""
+    """The cells after the main setting, by what they are worth and what they cost."""
     *cheap, dear = time_stream.SIZES
     budgets = time_stream.BUDGETS
     growth, weights = partial(time_cells.growth, count, chosen), partial(time_cells.other_weights, main, count)
