@@ -1,4 +1,4 @@
-"""The runs of `time_study.py`: chains of experts, the rules that models are deployed by, and the choices before them."""
+"""The runs of `time_study.py`: chains of experts, rules that models are deployed by, and the choices before them."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -66,7 +66,7 @@ def offline(technique: str, factor: float = 1.0) -> str:
 
 
 class Chosen(NamedTuple):
-    """What validation images have decided: the EMA's weight, and each technique's factors."""
+    """The choices by validation images: the EMA's weight, and each technique's factors."""
 
     weight: float
     ema: dict[str, float]

@@ -17,9 +17,10 @@ Named before anything was run: tasks, held-out tasks and orders (`time_stream.py
 - weights by time: linear, squared, exponential, and linear backwards.
 - growth: three sizes, three budgets, two to eight tasks; trained on all tasks at once for the same steps beside it.
 
-Added after the weight was chosen (0.1, the least) and before its consequences were seen: every weight for every init in
-all replicates. The factors below 0.3 were added when 0.3, until then the least, was the choice of six techniques of
-seven offline. Weights with replay were added when last + ema was above ema + ema in replicate 0.
+Added later: every weight for every init in all replicates, when ema + ema at every weight had been seen in replicate 0
+and 0.1, the least, was chosen. Factors below 0.3, when 0.3, until then the least, was the choice of six techniques of
+seven offline. Weights with replay, when last + ema was above ema + ema in replicate 0. The order of the cells of growth
+changed several times as time ran out.
 
 Seen before all this was fixed: scores of the medium base in replicate 0, and of four of its experts and their merges,
 at three learning rates (1e-3, 5e-4, 2.5e-4: the first, the vision zoo's, makes the best experts, and stayed).
@@ -54,7 +55,7 @@ ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def advanced(how: str, base: Params, before: Params, experts: Sequence[Params]) -> Params:
-    """The model that a rule makes of the experts, from the one that it made of all but the newest: an EMA merges two."""
+    """The model that a rule makes of the experts, from its model of all but the newest: an EMA merges two."""
     rule = temporal.rule(how)
     if rule.name != "ema" or (len(experts) == 1 and rule.seed == "first"):
         return temporal.combined(rule, base, experts)

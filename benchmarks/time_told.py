@@ -183,7 +183,7 @@ def techniques(told: Told) -> str:
 
 
 def shares(told: Told) -> str:
-    """Shares of the variance of GM after the last task, over replicates, inits (base, last, ema), deploys and techniques."""
+    """Shares of the variance of GM over replicates, inits (base, last, ema), deploys and techniques."""
     cells = cube(told)
     if np.isnan(cells).any():
         return "Not all cells were run.\n"
