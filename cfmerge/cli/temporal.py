@@ -263,7 +263,8 @@ def plan(store: StorePath, *, json: o.Json = False) -> None:
     console = out()
     say(console, f"{store}: {', '.join(time.done) or 'no expert yet'}", "bold")
     for one in axes:
-        rows = Table(show_header=False, title=f"{one.axis}: {escape(one.rule)}", title_justify="left")
+        say(console, f"{one.axis}: {one.rule}", "bold")
+        rows = Table(show_header=False)
         rows.add_row(
             "reads",
             escape(", ".join(one.reads)) or "the base"

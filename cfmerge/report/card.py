@@ -29,38 +29,65 @@ def versions() -> dict[str, str]:
 def model_card(plan: Resolved, digests: Mapping[Path, str], notes: Sequence[str], warnings: Sequence[str] = ()) -> str:
     """The README.md of a merged model: front matter of the hub, tables, and the recipe as YAML."""
     entry = methods.registry().get(plan.method.name)
-    front = {
-        "base_model": [_public_name(checkpoint) for _, _, checkpoint in _models(plan)],
-        "base_model_relation": "merge",
-        "library_name": _library(plan),
-        "tags": ["merge", "cfmerge", *(re.findall(r"\w+", plan.method.name) if plan.experts else ["layers"])],
-    }
     source = f"Source: {entry.source}" if entry and entry.source else ""
     told = f"Method: **{plan.method.name}**. {entry.summary if entry else ''} {source}" if plan.experts else ""
+    again = (
+        "`cfmerge merge README.md -o OUT`, with this card, repeats the merge (paths are relative to the directory "
+        f"that it was run in).\n\n```yaml\n{plan.explicit_recipe.to_yaml().strip()}\n```"
+    )
+    return card(
+        plan,
+        f"A merge of {len(plan.experts)} experts by {plan.method.name}" if plan.experts else "A stack of layers",
+        told,
+        {
+            "Inputs": table("model", "weight", "file", "SHA-256", rows=_inputs(plan, digests)),
+            "Notes": "\n".join(f"- {note}" for note in (*plan.notes, *notes)),
+            "Recipe": again,
+        },
+        models=[checkpoint for _, _, checkpoint in _models(plan)],
+        tags=re.findall(r"\w+", plan.method.name) if plan.experts else ["layers"],
+        warnings=warnings,
+    )
+
+
+def card(
+    plan: Resolved,
+    title: str,
+    told: str,
+    sections: Mapping[str, str],
+    *,
+    models: Sequence[Source],
+    tags: Sequence[str],
+    warnings: Sequence[str] = (),
+) -> str:
+    """The README.md of a model that a plan makes.
+
+    Args:
+        told: sentences on how it was made.
+        sections: `{title: text}`, behind what was done with the tensors; those without a text are left out.
+        models: those that it is made of, for the hub.
+        tags: besides `merge` and `cfmerge`.
+    """
+    front = {
+        "base_model": [_public_name(checkpoint) for checkpoint in models],
+        "base_model_relation": "merge",
+        "library_name": _library(plan),
+        "tags": ["merge", "cfmerge", *tags],
+    }
+    counts = [(*key, count) for key, count in sorted(plan.counts().items())]
+    used = ", ".join(f"{package} {version}" for package, version in versions().items())
     paragraphs = [
         f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---",
-        f"# A merge of {len(plan.experts)} experts by {plan.method.name}" if plan.experts else "# A stack of layers",
+        f"# {title}",
         *("> **Warning.** " + warning.replace("\n", "\n>\n> ") for warning in warnings),
         f"Made by [cfmerge](https://github.com/cfmerge/cfmerge) without data and without training.\n{told}".rstrip(),
-        "## What was done",
-        _table("kind", "what", "tensors", rows=[(*key, count) for key, count in sorted(plan.counts().items())]),
-        "## Inputs",
-        _table("model", "weight", "file", "SHA-256", rows=_inputs(plan, digests)),
     ]
-    if plan.notes or notes:
-        paragraphs += ["## Notes", "\n".join(f"- {note}" for note in (*plan.notes, *notes))]
-    paragraphs += [
-        "## Recipe",
-        "`cfmerge merge README.md -o OUT`, with this card, repeats the merge (paths are relative to the directory "
-        "that it was run in).",
-        f"```yaml\n{plan.explicit_recipe.to_yaml().strip()}\n```",
-        "## Versions",
-        ", ".join(f"{package} {version}" for package, version in versions().items()),
-    ]
+    whole = {"What was done": table("kind", "what", "tensors", rows=counts), **sections, "Versions": used}
+    paragraphs += [part for head, text in whole.items() if text for part in (f"## {head}", text)]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _table(*head: str, rows: Iterable[Sequence[object]]) -> str:
+def table(*head: str, rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = (head, *rows)
     first, *others = (f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)

@@ -1,6 +1,5 @@
 """Merges of a store's models: ordinary recipes over its base, with the options that the store was made with."""
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from cfmerge.products.convert import copied as copied_files
 from cfmerge.products.plan import Plan, as_recipe, make_plan
 from cfmerge.recipe import Expert, Recipe
 from cfmerge.report.result import MergeResult
+from cfmerge.temporal.card import OverTime, served
 from cfmerge.temporal.rules import rule
 from cfmerge.temporal.store import Store
 
@@ -76,13 +76,26 @@ def of_output(store: Store) -> dict[str, Any]:
 
 
 def merged(
-    store: Store, parts: Sequence[Part], method: str, output: Path, how: Mapping[str, Any], *, note: str = ""
+    store: Store,
+    parts: Sequence[Part],
+    method: str,
+    output: Path,
+    how: Mapping[str, Any],
+    *,
+    told: OverTime | None = None,
+    statistics: Path | None = None,
 ) -> MergeResult:
-    """The result of a merge over the store's base; without a note it is a running model."""
-    plan = make_plan(recipe_of(store, parts, method, running=not note))
-    if note:
-        plan = dataclasses.replace(plan, notes=(note, *plan.notes))
-    result: MergeResult = plan.run(output, **how)
+    """The result of a merge over the store's base.
+
+    Args:
+        told: of a model that goes out, what its card says; None: it is a running model.
+        statistics: a directory of them, in place of the parts.
+    """
+    recipe = recipe_of(store, parts, method, running=told is None)
+    if statistics is not None:
+        recipe = msgspec.structs.replace(recipe, statistics=str(statistics))
+    plan = make_plan(recipe)
+    result: MergeResult = (plan if told is None else served(plan, told)).run(output, **how)
     return result
 
 
@@ -125,7 +138,9 @@ def _check_agreement(plan: Plan) -> None:
                 ) from None
 
 
-def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: str, *, by_rules: bool = False) -> None:
+def copied(
+    store: Store, path: str, output: Path, how: Mapping[str, Any], told: OverTime, *, by_rules: bool = False
+) -> None:
     """Writes one model as it is, in files that lie as the base's do.
 
     An adapter, or a model of other names, shapes or dtypes than the output's, is added to the base.
@@ -135,7 +150,7 @@ def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: 
     """
     changing = [*OF_OUTPUT, *(("rules", "heads") if by_rules else ())]
     if any(key in store.book.options for key in changing) or is_adapter(store.located(path)):
-        merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, note=note)
+        merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, told=told)
         return
     options: dict[str, Any] = {key: how[key] for key in ("overwrite", "progress") if how.get(key) is not None}
     if path == store.base_path:
@@ -144,7 +159,7 @@ def copied(store: Store, path: str, output: Path, how: Mapping[str, Any], note: 
     source, base = store.source(path), store.base
     headers = _headers(source)
     if headers != _headers(base):
-        merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, note=note)
+        merged(store, [Part("newest", path)], "task_arithmetic(scale=1.0)", output, how, told=told)
         return
     format, files = format_by_name(output, None), source.side_files or base.side_files
     folders = [in_format(folder, format) for folder in base.folders]

@@ -45,8 +45,6 @@ def test_the_stages_of_a_stream(folder):
     assert told == {
         "event": "done", "output": "served", "step": 1, "rule": "ema(weight=0.5)", "experts": ["one"],
     }  # fmt: skip
-    card = (folder / "served" / "README.md").read_text()
-    assert "merged over time by ema(weight=0.5) over the experts one, oldest first; the recipe below reads" in card
     expected = temporal.combined("ema(weight=0.5)", BASE, TREES[:1])
     for name, array in cfmerge.open("served").items():
         np.testing.assert_allclose(array, expected[name], atol=1e-6)

@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import random
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -140,3 +142,42 @@ def test_forgetting_does_not_pile_up_running_models(tmp_path, monkeypatch):
     monkeypatch.setattr(states, "merged", counted)
     time.forget("t0")
     assert (len(there), max(there)) == (4, 3)  # with the one that the book tells of until the end
+
+
+SCRIPT = """
+import sys
+import numpy as np
+import cfmerge
+from cfmerge import temporal
+folder = sys.argv[1]
+time = temporal.Time(f"{folder}/store", f"{folder}/base", protocol="best-in-time", weight=0.4, keep=1,
+                     tasks=["t1", "t2", "t3", "t4"])
+for task in time.left:
+    start = cfmerge.open(time.init())
+    drift = np.random.default_rng(int(task[1])).standard_normal(40_000).astype(np.float32)
+    time.store({name: array + drift[: array.size].reshape(array.shape) for name, array in start.items()}, task)
+time.deploy(f"{folder}/served", overwrite=True)
+"""
+
+
+@pytest.mark.long
+def test_a_training_script_that_is_killed_again_and_again_ends_with_the_same_model(tmp_path):
+    """By SIGKILL, at any moment; the script begins anew each time, with what the store says is left."""
+    base = {f"w{number}": np.ones((200, 200), np.float32) * number for number in range(8)}
+    models = []
+    for name in ("whole", "killed"):
+        cfmerge.save(base, tmp_path / name / "base")
+        draw, kills = random.Random(0), 30 if name == "killed" else 0
+        while True:
+            process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / name)])
+            if not kills:
+                assert process.wait() == 0
+                break
+            kills -= 1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(draw.uniform(1.0, 8.0))
+            process.kill()
+            process.wait()
+        models.append({name: array.copy() for name, array in cfmerge.open(tmp_path / name / "served").items()})
+    for name in base:
+        np.testing.assert_array_equal(models[0][name], models[1][name])

@@ -160,6 +160,18 @@ def test_experts_come_in_any_format_and_go_out_as_the_base(tmp_path, make_model)
     close(cfmerge.open(served), temporal.combined("all", BASE, TREES[:4]))
 
 
+@pytest.mark.parametrize(
+    ("rule", "row"), [("ema(weight=0.5)", "| 2 | t2 | 0.5 |"), ("all(technique='ace')", "| 2 | t2 |")]
+)
+def test_a_card_tells_the_rule_and_the_experts(rule, row, tmp_path):
+    time = made(tmp_path / "store", rule, count=2)
+    card = (time.deploy() / "README.md").read_text()
+    assert "# A merge over time of 2 experts" in card
+    assert f"the rule is **{time.rules[1].text}**" in card
+    assert row in card.splitlines()
+    assert str(tmp_path) not in card
+
+
 def test_the_last_expert_goes_out_bit_by_bit(tmp_path):
     time = made(tmp_path / "store", "last", count=2)
     for name, array in time.deploy(like=BASE).items():
