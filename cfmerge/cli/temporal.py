@@ -81,6 +81,9 @@ def init(
         int | None, o.option("--keep", metavar="K", panel=o.HOW, help="Keep the tensors of the newest K experts.")
     ] = None,
     output: Model = None,
+    no_model: Annotated[
+        bool, o.option("--no-model", panel=o.WHERE, help="Make the store, or change it: write no model.")
+    ] = False,
     overwrite: o.Overwrite = False,
     memory: o.Memory = None,
     devices: o.Devices = None,
@@ -94,17 +97,14 @@ def init(
         store, base, init=init_rule, deploy=deploy_rule, protocol=protocol, technique=technique, weight=weight,
         window=window, keep=keep, tasks=task, held_out=held_out, **options,
     )  # fmt: skip
+    left = f"; the next is {time.left[0]}" if time.left else ""
+    if no_model:
+        _done(json, quiet, f"{store}: the store{left}", step=time.step, left=time.left)
+        return
     with _progress(json, quiet) as progress:
         model = time.init(output, overwrite=overwrite, memory=memory, devices=devices, progress=progress)
-    left = f"; the next is {time.left[0]}" if time.left else ""
-    _done(
-        json,
-        quiet,
-        f"{model}  from which the next task starts{left}",
-        output=str(model),
-        step=time.step,
-        left=time.left,
-    )
+    text = f"{model}  from which the next task starts{left}"
+    _done(json, quiet, text, output=str(model), step=time.step, left=time.left)
 
 
 @app.command(cls=o.Command, epilog=o.examples(*STORE))

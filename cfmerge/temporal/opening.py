@@ -15,6 +15,8 @@ from cfmerge.temporal.rules import Rule, protocol, rule
 from cfmerge.temporal.store import Store
 from cfmerge.temporal.telling import check_keep
 
+LISTS = ("tasks", "held_out")  # that may grow
+
 
 def completed(given: str | Rule, technique: str | None = None, weight: float | None = None) -> Rule:
     made: Rule = rule(given).completed(technique, weight)
@@ -67,6 +69,22 @@ def made(path: Path, base: Any, rules: tuple[Rule, Rule] | None, asked: Mapping[
     return Store.made(path, book)
 
 
+def extend(store: Store, asked: Mapping[str, Any]) -> None:
+    """Adds the tasks by which a list that is asked for goes on behind the store's own."""
+    more = {key: asked[key] for key in LISTS if _goes_on(key, getattr(store.book, key), asked[key])}
+    if more:
+        with store.changing(writes=False):
+            lists = {key: more.get(key, getattr(store.book, key)) for key in LISTS}
+            check_tasks(lists["tasks"], lists["held_out"], store.book.order, store.book.trained or None)
+            store.book.tasks, store.book.held_out = lists["tasks"], lists["held_out"]
+            store.write()
+
+
+def _goes_on(key: str, found: Any, asked: Any) -> bool:
+    """Whether a list of tasks begins with those that the store has."""
+    return key in LISTS and bool(asked) and len(asked) > len(found) > 0 and asked[: len(found)] == found
+
+
 def check_same(store: Store, rules: tuple[Rule, Rule] | None, asked: Mapping[str, Any]) -> None:
     """Raises `CfmergeError` where a store that is there was made with something else than is asked for."""
     book = store.book
@@ -77,7 +95,7 @@ def check_same(store: Store, rules: tuple[Rule, Rule] | None, asked: Mapping[str
     if rules is not None:
         found |= {"init": book.init, "deploy": book.deploy}
         expected |= {"init": rules[0].text, "deploy": rules[1].text}
-    other = [key for key, value in expected.items() if found[key] != value]
+    other = [key for key, value in expected.items() if found[key] != value and not _goes_on(key, found[key], value)]
     if other:
         key = other[0]
         once = ". A model by another rule, once: cfmerge time deploy STORE --rule RULE" if key == "deploy" else ""

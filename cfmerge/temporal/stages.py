@@ -23,7 +23,7 @@ from cfmerge.temporal.forgetting import forget, keep_states_of, let_go
 from cfmerge.temporal.making import write_model
 from cfmerge.temporal.merging import base_name, checked_options
 from cfmerge.temporal.metrics import checked as checked_scores
-from cfmerge.temporal.opening import check_same, completed, made, rules_of
+from cfmerge.temporal.opening import check_same, completed, extend, made, rules_of
 from cfmerge.temporal.prints import prints, prints_of_tree
 from cfmerge.temporal.report import Report, report_of
 from cfmerge.temporal.rules import Rule, rule
@@ -59,7 +59,8 @@ class Time:
         window: rules see the newest so many experts alone.
         keep: so many of the newest experts keep their tensors in the store; None: all. Running models need no more.
         tasks: the adaptation tasks, in the order in which they come; their mean score is the knowledge accumulation.
-        held_out: tasks that are never trained, whose mean score is the zero-shot retention.
+            A longer list that begins with the store's adds tasks to it.
+        held_out: tasks that are never trained, whose mean score is the zero-shot retention; may grow likewise.
         trained: `{expert: adaptation tasks that its data belong to}`, where experts have names of their own.
         **options: of every merge, as in a recipe: rules, heads, rename, allow, precision, seed, plugins; and of the
             models that go out: dtype, format, shard_size, side_files; `unmerged="newest"`: integers, buffers and
@@ -99,6 +100,7 @@ class Time:
         if (path / BOOK).is_file():
             self._store = Store.opened(path)
             check_same(self._store, rules, asked)
+            extend(self._store, asked)
             self._move_base(base)
         else:
             self._store = made(path, base, rules, asked)

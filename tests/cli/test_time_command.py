@@ -77,6 +77,16 @@ def test_a_report_says_which_steps_have_no_scores(folder):
     assert "not defined: step 1, zero-shot retention" in told
 
 
+def test_a_store_alone_is_made_and_its_tasks_may_grow(folder):
+    made = ("init", "S", "--base", "base", "--protocol", "offline", "--no-model")
+    assert cli(*made, "--task", "one") == "S: the store; the next is one\n"
+    assert not (folder / "S" / "init").exists()
+    cli("store", "S", "e1", "--task", "one")
+    assert "the next is two" in cli("init", "S", "--no-model", "--task", "one", "--task", "two")
+    told = cli("init", "S", "--no-model", "--task", "two", fails=True)
+    assert "was made with tasks=['one', 'two'], found tasks=['two']" in told
+
+
 def test_options_of_a_recipe_reach_every_merge(folder):
     rule = "match=model.norm.weight, method=keep-base"
     cli("init", "S", "--base", "base", "--init", "zero-shot", "--deploy", "offline", "-r", rule, "--dtype", "bfloat16")

@@ -213,6 +213,18 @@ def test_another_protocol_on_a_store_is_refused(other, told, tmp_path):
         made(tmp_path / "store", **({"rule": "ema(weight=0.3)"} | other))
 
 
+def test_tasks_may_be_added_behind_those_that_a_store_has(tmp_path):
+    made(tmp_path / "store", "all", count=1, tasks=["t1"], held_out=["far"])
+    time = temporal.Time(tmp_path / "store", tasks=["t1", "t2"], held_out=["far", "farther"])
+    assert time.left == ["t2"]
+    time.evaluate({"t2": 0.5, "farther": 0.5})
+    for lists in ({"tasks": ["t2", "t1", "t3"]}, {"tasks": ["t1"]}, {"held_out": ["farther"]}):
+        with pytest.raises(cfmerge.CfmergeError, match="was made with"):
+            temporal.Time(tmp_path / "store", **lists)
+    with pytest.raises(cfmerge.CfmergeError, match="'t2': an adaptation task cannot be held out"):
+        temporal.Time(tmp_path / "store", held_out=["far", "farther", "t2"])
+
+
 def test_a_base_may_move_but_not_change(tmp_path, make_model):
     base = make_model(tmp_path / "base", BASE, None)
     time = temporal.Time(tmp_path / "store", base, init="base", deploy="all")
