@@ -168,6 +168,7 @@ OF_RUN: dict[str, Any] = {
 
 RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML, mergekit's too), or a card of cfmerge.")]
 System = Annotated[str, argument("SYSTEM", "emr, tall, tsv_c or smile; or a text such as 'smile(rank=32)'.")]
+StorePath = Annotated[Path, argument("STORE", "The store's directory.")]
 Out = Annotated[Path | None, argument("OUT", "The output, in place of --output.")]
 Output = Annotated[Path, option("--output", "-o", metavar="PATH", panel=WHERE, help="The directory to make.")]
 Overwrite = Annotated[bool, option("--overwrite", panel=WHERE, help="Replace the output if it is there.")]

@@ -27,6 +27,14 @@ def event(kind: str, **values: Any) -> None:
     print(json_module.dumps({"event": kind, **values}), flush=True)
 
 
+def done(json: bool, quiet: bool, text: str, **values: Any) -> None:
+    """The end of a command: a line, or an event with values."""
+    if json:
+        event("done", **values)
+    elif not quiet:
+        line(text)
+
+
 def run(planned: "Plan", output: Path, where: "Placement", json: bool, quiet: bool, **how: Any) -> Any:
     """The result of a plan on a placement, with its progress; `how` as `Plan.run` takes it."""
     with progress(planned.bytes_to_read // where.processes.count, json=json, quiet=quiet) as told:
@@ -40,13 +48,13 @@ def by_the_first(where: "Placement", json: bool, quiet: bool) -> tuple[bool, boo
 
 @contextlib.contextmanager
 def progress(
-    total: int, *, json: bool, quiet: bool, what: str = "merging"
+    total: int | None, *, json: bool, quiet: bool, what: str = "merging"
 ) -> Iterator[Callable[[str, int], None] | None]:
     """A callback for the engine: a bar in a terminal, lines of JSON with `--json`, nothing otherwise.
 
-    `total`: the bytes that will be read.
+    `total`: the bytes that will be read; None: they are not known.
     """
-    if json and not quiet:
+    if json and not quiet and total is not None:
         yield _json_progress(total)
         return
     if quiet or not sys.stderr.isatty():
@@ -71,6 +79,11 @@ def progress(
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda name, count: bar.update(task, advance=count, description=escape(name[-48:]))
+
+
+def pulse(json: bool, quiet: bool) -> contextlib.AbstractContextManager[Callable[[str, int], None] | None]:
+    """The progress of work whose size is not known."""
+    return progress(None, json=json, quiet=quiet or json)
 
 
 def _json_progress(whole: int) -> Callable[[str, int], None]:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cfmerge.cli import options as o
-from cfmerge.cli import show
+from cfmerge.cli import settings, show
 from cfmerge.cli.messages import out, say
 from cfmerge.cli.scores import by_name, table
 from cfmerge.cli.tables import size
@@ -18,7 +18,6 @@ from cfmerge.errors import CfmergeError
 
 app = typer.Typer(help="Merge over time: experts that come one after another (TIME).", no_args_is_help=True)
 
-StorePath = Annotated[Path, o.argument("STORE", "The store's directory.")]
 Model = Annotated[
     Path | None, o.option("--output", "-o", metavar="PATH", panel=o.WHERE, help="Default: a place in the store.")
 ]
@@ -47,7 +46,7 @@ def _time() -> None:
 @o.takes_options(*OF_MERGES)
 def init(
     options: Mapping[str, Any],
-    store: StorePath,
+    store: o.StorePath,
     *,
     base: Annotated[
         str | None, o.option("--base", metavar="PATH", panel=o.WHAT, help="Makes the store; later: where it is now.")
@@ -99,17 +98,17 @@ def init(
     )  # fmt: skip
     left = f"; the next is {time.left[0]}" if time.left else ""
     if no_model:
-        _done(json, quiet, f"{store}: the store{left}", step=time.step, left=time.left)
+        show.done(json, quiet, f"{store}: the store{left}", step=time.step, left=time.left)
         return
-    with _progress(json, quiet) as progress:
+    with show.pulse(json, quiet) as progress:
         model = time.init(output, overwrite=overwrite, memory=memory, devices=devices, progress=progress)
     text = f"{model}  from which the next task starts{left}"
-    _done(json, quiet, text, output=str(model), step=time.step, left=time.left)
+    show.done(json, quiet, text, output=str(model), step=time.step, left=time.left)
 
 
 @app.command(cls=o.Command, epilog=o.examples(*STORE))
 def store(
-    store: StorePath,
+    store: o.StorePath,
     checkpoint: Annotated[Path, o.argument("CHECKPOINT", "The trained expert, in any format, or an adapter.")],
     *,
     task: Annotated[str, o.option("--task", "-t", metavar="NAME", panel=o.WHAT, help="The expert's task.")],
@@ -126,10 +125,10 @@ def store(
     from cfmerge.temporal import Time
 
     time = Time(store)
-    with _progress(json, quiet) as progress:
+    with show.pulse(json, quiet) as progress:
         time.store(checkpoint, task, link=link, over=over, memory=memory, devices=devices, progress=progress)
     how = "linked" if link else "copied"
-    _done(json, quiet, f"{store}: {task} is step {time.step}, {how}", task=task, step=time.step, left=time.left)
+    show.done(json, quiet, f"{store}: {task} is step {time.step}, {how}", task=task, step=time.step, left=time.left)
 
 
 @app.command(
@@ -139,7 +138,7 @@ def store(
     ),
 )
 def deploy(
-    store: StorePath,
+    store: o.StorePath,
     *,
     rule: Annotated[
         str | None, o.option("--rule", metavar="RULE", panel=o.HOW, help="Another rule than the store's, once.")
@@ -155,13 +154,13 @@ def deploy(
     from cfmerge.temporal import Time
 
     time = Time(store)
-    with _progress(json, quiet) as progress:
+    with show.pulse(json, quiet) as progress:
         model = time.deploy(
             output, rule=rule, overwrite=overwrite, memory=memory, devices=devices, progress=progress
         )  # fmt: skip
     used = rule or time.rules[1].text
     told = f"{model}  by {used} over {', '.join(time.seen) or 'no expert yet: the base'}"
-    _done(json, quiet, told, output=str(model), step=time.step, rule=used, experts=time.seen)
+    show.done(json, quiet, told, output=str(model), step=time.step, rule=used, experts=time.seen)
 
 
 @app.command(
@@ -173,7 +172,7 @@ def deploy(
     ),
 )
 def evaluate(
-    store: StorePath,
+    store: o.StorePath,
     scores: Annotated[Path | None, o.argument("SCORES", "A table: JSON {task: score}, or CSV task,score.")] = None,
     *,
     score: Annotated[
@@ -194,12 +193,12 @@ def evaluate(
     time.evaluate(found, step)
     at = time.step if step is None else step
     count = "1 score" if len(found) == 1 else f"{len(found)} scores"
-    _done(json, False, f"{store}: {count} of step {at}", step=at, scores=found)
+    show.done(json, False, f"{store}: {count} of step {at}", step=at, scores=found)
 
 
 @app.command(cls=o.Command, epilog=o.examples("cfmerge time report STORE -o REPORT"))
 def report(
-    store: StorePath,
+    store: o.StorePath,
     *,
     output: Annotated[
         Path | None,
@@ -229,7 +228,7 @@ def report(
 
 @app.command(cls=o.Command)
 def forget(
-    store: StorePath,
+    store: o.StorePath,
     task: Annotated[str, o.argument("TASK", "The task of the expert.")],
     *,
     memory: o.Memory = None,
@@ -241,13 +240,13 @@ def forget(
 
     time = Time(store)
     time.forget(task, memory=memory, devices=devices)
-    _done(
+    show.done(
         json, False, f"{store}: {task} is forgotten; there is {', '.join(time.done) or 'no expert'}", experts=time.done
     )
 
 
 @app.command(cls=o.Command)
-def plan(store: StorePath, *, json: o.Json = False) -> None:
+def plan(store: o.StorePath, *, json: o.Json = False) -> None:
     """Show how the next models are made and what that needs, from headers."""
     from cfmerge.temporal import Time
 
@@ -277,70 +276,4 @@ def plan(store: StorePath, *, json: o.Json = False) -> None:
         say(console, one.note)
 
 
-@app.command(
-    cls=o.Command,
-    epilog=o.examples("cfmerge time run STORE --setting fomo-in-flux --base BASE --experts DIR -o SERVED"),
-)
-def run(
-    store: StorePath,
-    *,
-    setting: Annotated[
-        str, o.option("--setting", metavar="NAME", panel=o.WHAT, help="A published one, or a file of yours.")
-    ],
-    base: Annotated[str, o.option("--base", metavar="PATH", panel=o.WHAT, help="The model that all began from.")],
-    experts: Annotated[
-        Path, o.option("--experts", metavar="DIR", panel=o.WHAT, help="Checkpoints by the setting's tasks.")
-    ],
-    stream: Annotated[
-        str | None, o.option("--stream", metavar="NAME", panel=o.WHAT, help="The order. Default: the setting's.")
-    ] = None,
-    scores: Annotated[
-        Path | None, o.option("--scores", metavar="PATH", panel=o.WHAT, help="JSON {step: {name: score}}, or CSV.")
-    ] = None,
-    protocol: Annotated[
-        str | None, o.option("--protocol", metavar="NAME", panel=o.HOW, help="Default: the setting's first.")
-    ] = None,
-    init_rule: Annotated[
-        str | None, o.option("--init", metavar="RULE", panel=o.HOW, help="A rule of yours, with --deploy.")
-    ] = None,
-    deploy_rule: Annotated[
-        str | None, o.option("--deploy", metavar="RULE", panel=o.HOW, help="A rule of yours, with --init.")
-    ] = None,
-    output: o.Output,
-    copy: Annotated[bool, o.option("--copy", panel=o.WHERE, help="Copy the experts into the store.")] = False,
-    memory: o.Memory = None,
-    devices: o.Devices = None,
-    quiet: o.Quiet = False,
-    json: o.Json = False,
-) -> None:
-    """Run a published setting on checkpoints that are there: store, deploy, tell what to evaluate."""
-    from cfmerge.temporal import run_setting
-    from cfmerge.temporal.setting_runs import read_scores
-
-    table = read_scores(scores) if scores is not None else None
-    rules: dict[str, Any] = {"protocol": protocol, "init": init_rule, "deploy": deploy_rule}
-    with _progress(json, quiet) as progress:
-        done = run_setting(
-            setting, store, base, experts, output, stream=stream, scores=table, link=not copy, memory=memory,
-            devices=devices, progress=progress, **rules,
-        )  # fmt: skip
-    if json or quiet:
-        served = {str(step): str(path) for step, path in done.served.items()}
-        _done(json, quiet, "", served=served, waiting=list(done.waiting), unscored=done.unscored)
-        return
-    for step, path in done.served.items():
-        show.line(f"step {step}: {path}{'' if step not in done.unscored else '  (to be evaluated)'}")
-    if done.waiting:
-        show.line(f"waiting for the experts {', '.join(done.waiting)}")
-    show.line(f"cfmerge time report {store} shows the metrics; --scores takes the table of scores")
-
-
-def _progress(json: bool, quiet: bool) -> Any:
-    return show.progress(0, json=False, quiet=quiet or json)
-
-
-def _done(json: bool, quiet: bool, text: str, **values: Any) -> None:
-    if json:
-        show.event("done", **values)
-    elif not quiet:
-        show.line(text)
+app.command(cls=o.Command, epilog=o.examples(settings.RUN))(settings.run)
