@@ -6,9 +6,8 @@ from typing import Any
 
 from cfmerge.errors import CfmergeError
 from cfmerge.temporal.book import Expert
-from cfmerge.temporal.coefficients import coefficients, step
 from cfmerge.temporal.rules import Last, Paint, Rule
-from cfmerge.temporal.states import follow, kind_of, state_of
+from cfmerge.temporal.states import follow, kind_of, next_sum, state_of
 from cfmerge.temporal.store import Store
 
 
@@ -73,8 +72,7 @@ def check_forgettable(store: Store, rule: Rule, expert: Expert) -> None:
     elif expert.gone:
         gone, why = [expert], "keeps a running model, from which it cannot be taken"
     elif kind == "sum":
-        target = coefficients(rule, [one.number for one in left]) if left else {}
-        taken = step(old.coefficients if old.path else None, dict(target or {}), store.there).experts
+        taken = next_sum(store, rule, old, [one.number for one in left]).experts
         gone, why = [one for one in gone if one.number in taken], "gives the others other weights then"
     elif kind == "statistics":
         return

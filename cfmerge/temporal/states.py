@@ -26,7 +26,7 @@ from cfmerge.core.numbers import is_number
 from cfmerge.products.accumulate import accumulate_recipe
 from cfmerge.statistics import Statistics
 from cfmerge.temporal.book import Expert, State
-from cfmerge.temporal.coefficients import coefficients, step
+from cfmerge.temporal.coefficients import Step, coefficients, step
 from cfmerge.temporal.merging import Part, merged, recipe_of
 from cfmerge.temporal.rules import All, Base, Ema, Last, Paint, Rule, name_through
 from cfmerge.temporal.store import Store
@@ -91,7 +91,7 @@ def reads(store: Store, rule: Rule) -> list[Expert]:
     if old is None or kind == "experts":
         return store.experts
     if kind == "sum":
-        taken = step(old.coefficients, dict(coefficients(rule, wanted) or {}), store.there).experts
+        taken = next_sum(store, rule, old, wanted).experts
         return [store.expert(number) for number in taken] if old.through != wanted else []
     if kind == "statistics":
         gone = _taken_off(store, old, wanted)
@@ -99,18 +99,21 @@ def reads(store: Store, rule: Rule) -> list[Expert]:
     return [store.expert(number) for number in _after(old, wanted)[1]]
 
 
+def next_sum(store: Store, rule: Rule, old: State | None, wanted: Sequence[int]) -> Step:
+    """The step of a weighted sum to the experts that are wanted."""
+    target = coefficients(rule, wanted) if wanted else None
+    return step(old.coefficients if old is not None else None, target or {}, store.there)
+
+
 def _sum(store: Store, rule: Ema | All, old: State | None, wanted: list[int], how: Mapping[str, Any]) -> State:
     target = coefficients(rule, wanted)
     assert target is not None
     if {number: value for number, value in target.items() if value} in ({}, {wanted[-1]: 1.0}):
         return State(rule.text, "sum", "", wanted, target)
-    there = store.there
-    kept = old.coefficients if old is not None and old.path else None
-    taken = step(kept, target, there)
-    drift = 1.0
+    taken, drift = next_sum(store, rule, old, wanted), 1.0
     if old is not None and taken.running is not None:
         drift += abs(taken.running) * old.drift
-        if drift > DRIFT and set(wanted) <= there:
+        if drift > DRIFT and set(wanted) <= store.there:
             taken, drift = step(None, target), 1.0
     parts = _parts(store, taken.experts, taken.experts)
     if old is not None and taken.running is not None:
