@@ -98,11 +98,12 @@ class Store:
             except BlockingIOError:
                 raise CfmergeError(f"store {self.path}: another process changes it now; wait for it") from None
             self.again()._tidy()
+            done = False
             try:
                 yield
-                self.again()._tidy(done=writes)
+                done = writes
             finally:
-                self.again()._tidy()
+                self.again()._tidy(done)
 
     @property
     def written(self) -> Book:
@@ -124,7 +125,7 @@ class Store:
     def check_output(self, output: Path) -> None:
         """Raises `CfmergeError` where a model would be written among the store's own files."""
         place = Path(os.path.abspath(output)).resolve()
-        own = [self.path, *(self.path / name for name in ("experts", "states", "base", BOOK, BASE))]
+        own = [self.path, *(self.path / name for name in ("experts", "states", IN_STORE, BOOK, BASE))]
         if place == own[0].resolve() or any(place.is_relative_to(path.resolve()) for path in own[1:]):
             raise CfmergeError(f"output {output}: lies among the store's own files; name a place outside {self.path}")
 
