@@ -19,6 +19,7 @@ LISTS = ("tasks", "held_out")  # that may grow
 
 
 def completed(given: str | Rule, technique: str | None = None, weight: float | None = None) -> Rule:
+    """The rule, checked, with a technique and a weight where it has none of its own."""
     made: Rule = rule(given).completed(technique, weight)
     made.check()
     return made
@@ -43,6 +44,11 @@ def rules_of(
 
 
 def made(path: Path, base: Any, rules: tuple[Rule, Rule] | None, asked: Mapping[str, Any]) -> Store:
+    """A new store, as it is asked for.
+
+    Raises:
+        CfmergeError: no base or no rules, parts that disagree, or something else at the path; nothing is written then.
+    """
     if base is None:
         return Store.opened(path)  # which says that there is none
     if rules is None:

@@ -10,6 +10,7 @@ What is kept depends on the seed and the examples alone (`sampling.py`): draws h
 
 from __future__ import annotations
 
+import abc
 import json
 import zipfile
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ TASK, HEAD = "task", "head"
 KIND, VERSION = "cfmerge-replay", 1
 
 
-class Replay:
+class Replay(abc.ABC):
     """What both buffers share: see `Reservoir` and `PerTask`.
 
     Attributes:
@@ -202,9 +203,9 @@ class Replay:
                 raise CfmergeError(f"examples {name!r}: each was {before} before, and is {found} now; convert them")
         return rows
 
+    @abc.abstractmethod
     def _sample_of(self, task: str) -> Sample:
         """The sample that a task's examples are offered to."""
-        raise NotImplementedError
 
 
 class Reservoir(Replay):

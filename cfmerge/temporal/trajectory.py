@@ -141,9 +141,7 @@ def along(
     extra = _extra(everything, found, extra_from)
     _check_adapters(found, base)
     common = {**options, "allow": list(dict.fromkeys([*ALLOWED, *options.get("allow", ())]))}
-    if not options.get("unmerged") and not is_adapter(
-        extra.path
-    ):  # an adapter has no tensors but those that it changes
+    if not options.get("unmerged") and not is_adapter(extra.path):  # which has only tensors that it changes
         common["unmerged"] = str(extra.path)
     if method is None:
         if parameters:
