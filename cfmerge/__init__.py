@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cfmerge import align as align
     from cfmerge import compose as compose
     from cfmerge import covariance as covariance
     from cfmerge import least_squares as least_squares
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from cfmerge.statistics import Statistics as Statistics
 
 _PUBLIC = {
+    "align": "cfmerge.align",
     "compose": "cfmerge.compose",
     "covariance": "cfmerge.covariance",
     "least_squares": "cfmerge.least_squares",
