@@ -5,8 +5,8 @@
     batch-W     the same with BatchNorm
     vit-W       tokens of 7 x 7 pixels, two pre-LN blocks of four heads, W numbers wide; mean over tokens; head
 
-A pair has the same ten classes and other seeds, or five classes each, drawn by the replicate's number. Rates were chosen
-by the accuracy of single models on the last 5,000 test images of Fashion-MNIST, of which nothing else here has any.
+A pair has the same ten classes and other seeds, or five classes each, drawn by the replicate's number. Rates were
+chosen by the accuracy of single models on the last 5,000 test images of Fashion-MNIST, which nothing else here sees.
 """
 
 import functools
