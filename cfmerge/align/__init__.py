@@ -5,6 +5,8 @@ cfmerge takes experts of one base; this room finds the order first (Git Re-Basin
 or merges features within and across the models (ZipIt!).
 """
 
+from cfmerge.align.moments import Joint as Joint
+from cfmerge.align.moments import Moments as Moments
 from cfmerge.align.permuting import Permutations as Permutations
 from cfmerge.align.permuting import check_permutations as check_permutations
 from cfmerge.align.permuting import compose as compose
