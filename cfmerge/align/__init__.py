@@ -15,5 +15,7 @@ from cfmerge.align.permuting import inverse as inverse
 from cfmerge.align.permuting import permute as permute
 from cfmerge.align.permuting import permute_tensor as permute_tensor
 from cfmerge.align.permuting import random_permutations as random_permutations
+from cfmerge.align.weight_matching import Matching as Matching
+from cfmerge.align.weight_matching import weight_matching as weight_matching
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces
