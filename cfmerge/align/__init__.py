@@ -5,6 +5,7 @@ cfmerge takes experts of one base; this room finds the order first (Git Re-Basin
 or merges features within and across the models (ZipIt!).
 """
 
+from cfmerge.align.checking import check_spaces as check_spaces
 from cfmerge.align.permuting import Permutations as Permutations
 from cfmerge.align.permuting import check_permutations as check_permutations
 from cfmerge.align.permuting import compose as compose
@@ -13,5 +14,7 @@ from cfmerge.align.permuting import inverse as inverse
 from cfmerge.align.permuting import permute as permute
 from cfmerge.align.permuting import permute_tensor as permute_tensor
 from cfmerge.align.permuting import random_permutations as random_permutations
+from cfmerge.align.traced import trace_spaces as trace_spaces
+from cfmerge.align.traced import why_fixed as why_fixed
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces
