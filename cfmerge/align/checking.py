@@ -38,8 +38,8 @@ def check_spaces(
         seed: of the permutations.
 
     Raises:
-        CfmergeError: a space without which the outputs would be the same; tensors that differ from the table's; an
-            output that is not finite.
+        CfmergeError: a space whose permutation changes the outputs; tensors that are not the table's; an output that is
+            not finite.
     """
     named, tree = named_leaves(params)
     _check_tensors(spaces, named)

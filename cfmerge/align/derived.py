@@ -31,7 +31,7 @@ def spaces_of(axes: Axes, facts: Facts) -> Spaces:
     _fix_alone(axes)
     parents = _parents(axes, facts)
     reads = facts.read - facts.looked_up
-    names = _names(axes, reads, parents)
+    names = _names(axes, reads, facts.looked_up, parents)
     table = {
         name: ", ".join(_text(atom, (name, i) in reads, names) for i, atom in enumerate(own))
         for name, own in axes.items()
@@ -136,11 +136,12 @@ def _terms(atoms: Iterable[Atom]) -> list[list[Atom]]:
 # --- names and text -------------------------------------------------------------------------------------------------
 
 
-def _names(axes: Axes, reads: set[Origin], parents: Mapping[Atom, Atom]) -> dict[Atom, str]:
-    """A name for each atom that permutes: that of the first layer that writes it."""
+def _names(axes: Axes, reads: set[Origin], looked_up: set[Origin], parents: Mapping[Atom, Atom]) -> dict[Atom, str]:
+    """A name for each atom that permutes: that of the first layer that writes it, of an embedding if there is one."""
 
-    def order(place: Place) -> tuple[bool, bool]:
-        return (place.tensor, place.axis) in reads, len(axes[place.tensor]) < 2
+    def order(place: Place) -> tuple[bool, bool, bool]:
+        own = (place.tensor, place.axis)
+        return own in reads, own not in looked_up, len(axes[place.tensor]) < 2
 
     layers: dict[Atom, str] = {}
     places = _places(axes)
@@ -162,7 +163,8 @@ def _layer(tensor: str) -> str:
     """The name of a tensor's layer, in the letters that a table has."""
     *layer, last = re.split(r"[/.]", tensor)
     name = re.sub(r"[^\w/:-]", "_", "/".join(layer) or last)
-    return name if re.match(r"[A-Za-z_]", name) else f"_{name}"
+    name = name if re.match(r"[A-Za-z_]", name) else f"_{name}"
+    return f"{name}_" if name == READS else name
 
 
 def _text(atom: Atom, reads: bool, names: Mapping[Atom, str]) -> str:
