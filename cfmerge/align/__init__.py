@@ -9,6 +9,7 @@ from cfmerge.align.groups import Groups as Groups
 from cfmerge.align.groups import identity_match as identity_match
 from cfmerge.align.moments import Joint as Joint
 from cfmerge.align.moments import Moments as Moments
+from cfmerge.align.checking import check_spaces as check_spaces
 from cfmerge.align.permuting import Permutations as Permutations
 from cfmerge.align.permuting import check_permutations as check_permutations
 from cfmerge.align.permuting import compose as compose
@@ -21,5 +22,7 @@ from cfmerge.align.weight_matching import Matching as Matching
 from cfmerge.align.weight_matching import weight_matching as weight_matching
 from cfmerge.align.zipit import match as match
 from cfmerge.align.zipit import permutation_match as permutation_match
+from cfmerge.align.traced import trace_spaces as trace_spaces
+from cfmerge.align.traced import why_fixed as why_fixed
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces
