@@ -11,4 +11,6 @@ from cfmerge.activations.collect import load as load
 from cfmerge.activations.collect import save as save
 from cfmerge.activations.joint import collect_joint_linen as collect_joint_linen
 from cfmerge.activations.joint import collect_joint_nnx as collect_joint_nnx
+from cfmerge.activations.norms import reset_norms_linen as reset_norms_linen
+from cfmerge.activations.norms import reset_norms_nnx as reset_norms_nnx
 from cfmerge.activations.regmean_pp import regmean_pp as regmean_pp
