@@ -1,0 +1,206 @@
+"""The tables of `align_study.py`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from measuring import table
+
+Rows = Sequence[dict[str, Any]]
+BUDGET, INPUTS = 0.125, 2000  # ZipIt!'s default, and the images of moments and statistics
+NAMES = {
+    "none": "as they are",
+    "weights": "weight matching",
+    "activations": "activation matching",
+    "ot weights": "OT fusion",
+    "merge_many": "MergeMany",
+    "c2m3": "C2M3",
+    "members": "each by itself",
+    "ensemble": "ensemble",
+    "zip": "ZipIt!",
+    "from weights": "ZipIt! from weights",
+}
+KINDS = ("mlp", "conv", "batch", "vit")
+
+
+def tables(rows: Rows) -> str:
+    """All of them, in Markdown."""
+    parts = [
+        ("Barriers between two models", barriers(rows)),
+        ("Half way between two models", halves(rows)),
+        ("Means of three models", three(rows)),
+        ("Unequal widths", unequal(rows)),
+        ("Zips of other classes", zips(rows)),
+        ("What ZipIt! sees, and its budget", ablation(rows)),
+        ("Seconds", seconds(rows)),
+    ]
+    return "\n".join(f"## {title}\n\n{text}" for title, text in parts)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def of(rows: Rows, **fields: Any) -> list[dict[str, Any]]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
+
+
+def nets(rows: Rows) -> list[str]:
+    """The networks of rows by kind and width."""
+    found = dict.fromkeys(row["net"] for row in rows)
+    return sorted(found, key=lambda net: (KINDS.index(net.split("-")[0]), int(net.split("-")[1].split()[0])))
+
+
+def ways(rows: Rows) -> Iterator[tuple[str, bool, str]]:
+    """The methods that rows have, with and without REPAIR, in the order of NAMES."""
+    for method in NAMES:
+        for repair in (False, True):
+            if of(rows, method=method, repair=repair):
+                yield method, repair, NAMES[method] + (" + REPAIR" if repair else "")
+
+
+def over(values: Sequence[float], digits: int) -> str:
+    """Their mean, and each of them where there are several."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({', '.join(f'{value:.{digits}f}' for value in values)})"
+
+
+def percent(values: Sequence[float], digits: int = 1) -> str:
+    return over([100 * value for value in values], digits)
+
+
+# --- the same classes ---------------------------------------------------------------------------------------------
+
+
+def barriers(rows: Rows) -> str:
+    """By network and method: the mean over pairs, and each pair."""
+    own = of(rows, part="pair")
+    lines = [
+        {"network": net}
+        | {
+            title: over([row["barrier"] for row in of(own, net=net, method=method, repair=repair)], 2)
+            for method, repair, title in ways(own)
+        }
+        for net in nets(own)
+    ]
+    return "The barrier in test loss: its mean over pairs of seeds, and each pair.\n\n" + table(lines)
+
+
+def halves(rows: Rows) -> str:
+    """Accuracy of the mean of two models beside that of the models."""
+    own, lines = of(rows, part="pair"), []
+    for net in nets(own):
+        plain = of(own, net=net, method="none", repair=False)
+        ends = [(row["accuracy"][0] + row["accuracy"][-1]) / 2 for row in plain]
+        losses = [(row["loss"][0] + row["loss"][-1]) / 2 for row in plain]
+        line = {
+            "network": net,
+            "loss of each": f"{np.mean(losses):.2f}",
+            "each by itself": f"{100 * np.mean(ends):.1f}",
+        }
+        for method, repair, title in ways(own):
+            found = of(own, net=net, method=method, repair=repair)
+            line[title] = f"{100 * np.mean([middle(row['accuracy']) for row in found]):.1f}" if found else ""
+        lines.append(line)
+    return "Test accuracy in per cent, mean over pairs.\n\n" + table(lines)
+
+
+def middle(curve: Sequence[float]) -> float:
+    return curve[len(curve) // 2]
+
+
+def three(rows: Rows) -> str:
+    """Accuracy and loss of the mean of three models."""
+    own = of(rows, part="several")
+    lines = []
+    for method, repair, title in ways(own):
+        line = {"mean of three": title}
+        for net in nets(own):
+            found = of(own, net=net, method=method, repair=repair)
+            line[net] = f"{100 * found[0]['accuracy'][0]:.1f} (loss {found[0]['loss'][0]:.2f})" if found else ""
+        lines.append(line)
+    return "Test accuracy in per cent, and loss. Weight and activation matching match each to the first.\n\n" + table(
+        lines
+    )
+
+
+def unequal(rows: Rows) -> str:
+    """OT fusion of a narrow and a wide model."""
+    own = of(rows, part="unequal")
+    lines = []
+    for net in nets(own):
+        line: dict[str, Any] = {"networks": " + ".join(net.split())}
+        for row in of(own, net=net, method="members"):
+            line.setdefault("narrow", []).append(row["accuracy"][0])
+            line.setdefault("wide", []).append(row["accuracy"][1])
+        for row in of(own, net=net, method="ot weights"):
+            line.setdefault("OT fusion", []).append(row["accuracy"][0])
+        lines.append({key: percent(value) if isinstance(value, list) else value for key, value in line.items()})
+    return "Test accuracy in per cent; the result is as wide as the wide model.\n\n" + table(lines)
+
+
+# --- other classes ------------------------------------------------------------------------------------------------
+
+
+def zips(rows: Rows) -> str:
+    """Joint and task accuracy by method and the number of zipped layers."""
+    own = [row for row in of(rows, part="zip", inputs=INPUTS, budget=BUDGET) if row["method"] != "from weights"]
+    return "Accuracy in per cent over all ten classes (mean of both tasks), mean over replicates.\n\n" + "\n".join(
+        f"`{net}`: layers in the trunk\n\n{by_stop(of(own, net=net))}" for net in nets(own)
+    )
+
+
+def by_stop(own: Rows) -> str:
+    """A line for each method, a column for each stop."""
+    stops = sorted({row["stop"] for row in own})
+    lines = []
+    for method, repair, title in ways(own):
+        found = of(own, method=method, repair=repair)
+        lines.append({"": title} | {str(stop): joint_and_task(of(found, stop=stop)) for stop in stops})
+    return table(lines)
+
+
+def joint_and_task(found: Rows) -> str:
+    """Joint accuracy, and the mean of both tasks, over replicates."""
+    if not found:
+        return ""
+    joint, tasks = (np.mean([np.mean(row[name]) for row in found]) for name in ("joint", "tasks"))
+    return f"{100 * joint:.1f} ({100 * tasks:.1f})"
+
+
+def ablation(rows: Rows) -> str:
+    """ZipIt! by the number of inputs, from weights, and by budget: joint accuracy."""
+    own = of(rows, part="zip")
+    text = []
+    for net in nets(own):
+        mine = [row for row in of(own, net=net) if row["repair"] == net.startswith("batch")]
+        stops = sorted({row["stop"] for row in mine} - {0})
+        kinds = [
+            (f"{count} images", {"method": "zip", "inputs": count, "budget": BUDGET}) for count in (50, 500, INPUTS)
+        ]
+        kinds.append(("from weights", {"method": "from weights"}))
+        kinds += [
+            (f"budget {budget}", {"method": "zip", "inputs": INPUTS, "budget": budget}) for budget in (0.0, 0.5, 1.0)
+        ]
+        lines = [
+            {"": title} | {str(stop): joint_and_task(of(mine, stop=stop, **fields)) for stop in stops}
+            for title, fields in kinds
+            if of(mine, **fields)
+        ]
+        text.append(f"`{net}`: layers in the trunk\n\n{table(lines)}")
+    return "As above; 2,000 images and a budget of 0.125 unless said otherwise.\n\n" + "\n".join(text)
+
+
+def seconds(rows: Rows) -> str:
+    """What the rows took, by part and network, training of models that were not in the cache among it."""
+    lines = []
+    for part in dict.fromkeys(row["part"] for row in rows):
+        own = of(rows, part=part)
+        lines += [
+            {"part": part, "networks": net, "rows": len(of(own, net=net)),
+             "seconds": round(sum(row["seconds"] for row in of(own, net=net)))}
+            for net in nets(own)
+        ]  # fmt: skip
+    return table(lines)
