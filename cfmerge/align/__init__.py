@@ -17,5 +17,8 @@ from cfmerge.align.permuting import permute_tensor as permute_tensor
 from cfmerge.align.permuting import random_permutations as random_permutations
 from cfmerge.align.zipit import match as match
 from cfmerge.align.zipit import permutation_match as permutation_match
+from cfmerge.align.zipped import Zipped as Zipped
+from cfmerge.align.zipped import load_zipped as load_zipped
+from cfmerge.align.zipping import zip_models as zip_models
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces
