@@ -147,7 +147,7 @@ def pair_of(spaces: Spaces, name: str, a: Tensors, b: Tensors) -> tuple[Any, Any
             )
         return None
     wide = any(tensor.dtype == np.float64 for tensor in pair)
-    left, right = (tensor.astype(np.float64 if wide else np.float32) for tensor in pair)
+    left, right = (tensor.astype(np.float64 if wide else np.float32, copy=False) for tensor in pair)
     return left, right
 
 

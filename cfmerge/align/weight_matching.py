@@ -20,7 +20,7 @@ one most of whose weights touch none that is unknown, and so on, by these weight
 a model is found exactly, however deep it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
@@ -95,19 +95,23 @@ def weight_matching(
         before = objective(spaces, a, b, {})
         search = _Search(spaces, a, b)
         generator = np.random.default_rng(seed)
-        tries = [search.run(one, generator, sweeps) for one in _starts(search, start, restarts, seed)]
+        tries = [search.run(*one, generator, sweeps) for one in _starts(search, start, restarts, seed)]
         best = max(tries, key=lambda found: found.objective)
         if best.objective < before:  # b lies near a already
-            best = search.run(identity(spaces), generator, sweeps)
+            best = search.run(identity(spaces), spaces.names, generator, sweeps)
     return best._replace(before=before)
 
 
-def _starts(search: "_Search", start: Permutations | None, restarts: int | None, seed: int) -> Iterator[Permutations]:
+def _starts(
+    search: "_Search", start: Permutations | None, restarts: int | None, seed: int
+) -> Iterator[tuple[Permutations, Iterable[str]]]:
+    """Permutations to start from, and the spaces that are not the best for these."""
     if restarts is None:
         restarts = RESTARTS if start is None and search.work <= TINY else 0
-    yield search.first() if start is None else {**identity(search.spaces), **start}
+    yield search.first() if start is None else ({**identity(search.spaces), **start}, search.spaces.names)
     for number in range(restarts):
-        yield random_permutations(search.spaces, seed + number) if number else identity(search.spaces)
+        drawn = random_permutations(search.spaces, seed + number) if number else identity(search.spaces)
+        yield drawn, search.spaces.names
 
 
 class _Search:
@@ -119,32 +123,35 @@ class _Search:
         self.work = sum(term.features * term.size**2 for terms in self.terms.values() for term in terms)
         self.kept = {space: self.constant(space) for space in spaces.names}
 
-    def first(self) -> dict[str, np.ndarray]:
-        """Permutations found in order of knowledge: each space by the weights that touch no unknown space."""
-        permutations, known = identity(self.spaces), set[str]()
+    def first(self) -> tuple[dict[str, np.ndarray], set[str]]:
+        """Permutations found in order of knowledge, and the spaces that were found before all about them was known."""
+        permutations, known, early = identity(self.spaces), set[str](), set[str]()
         while left := [space for space in self.spaces.names if space not in known]:
             told = {s: sum(term.features for term in self.terms[s] if term.others <= known) for s in left}
             space = max(left, key=told.__getitem__)
             if told[space]:
                 gains = self.gains(space, permutations, known)
                 permutations |= assign_space(space, gains, permutations)
+            if any(not term.others <= known for term in self.terms[space]):
+                early.add(space)
             known.add(space)
-        return permutations
+        return permutations, early
 
-    def run(self, permutations: Permutations, generator: np.random.Generator, sweeps: int) -> Matching:
-        """The permutations after sweeps until no space gains."""
-        permutations, dirty = dict(permutations), set(self.spaces.names)
-        history = [objective(self.spaces, self.a, self.b, permutations)]
-        while dirty and len(history) <= sweeps:
-            total = history[-1]
+    def run(
+        self, start: Permutations, dirty: Iterable[str], generator: np.random.Generator, sweeps: int
+    ) -> Matching:
+        """The permutations after sweeps over the spaces until none gains; at first over the dirty ones."""
+        permutations, dirty, gains = dict(start), set(dirty), list[float]()
+        while dirty and len(gains) < sweeps:
+            gains.append(0.0)
             for space in generator.permutation(self.spaces.names):
                 if space in dirty:
                     dirty.remove(space)
-                    total += (gain := self.improve(space, permutations))
+                    gains[-1] += (gain := self.improve(space, permutations))
                     dirty |= set().union(*(term.others for term in self.terms[space])) if gain else set()
-            history.append(total)
         found = objective(self.spaces, self.a, self.b, permutations)
-        return Matching(permutations, found, history[0], tuple(history), len(history) - 1)
+        history = found - np.cumsum([0.0, *reversed(gains)])[::-1]
+        return Matching(permutations, found, float(history[0]), tuple(history.tolist()), len(gains))
 
     def improve(self, space: str, permutations: dict[str, np.ndarray]) -> float:
         """Solves one space with the others held; the gain, 0 where the permutations stay."""
