@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from cfmerge.activations.inputs import rows_of
-from cfmerge.activations.looking import LINEAR, Forward, in_linen, in_nnx, kernel_of
+from cfmerge.activations.looking import LINEAR, Call, Forward, in_linen, in_nnx, kernel_of
 from cfmerge.align import Moments
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.pytree import flatten
@@ -131,7 +131,7 @@ def _check_numbers(models: int, given: Mapping[str, Sequence[Any]]) -> None:
 
 def _lines(params: Mapping[str, Any], spaces: Spaces, match: str | Sequence[str]) -> Lines:
     """`{kernel: its line}` of the kernels that read a space which is wanted."""
-    wanted, prefix = _wanted(spaces, match), _prefix(params, spaces)
+    wanted, prefix = _wanted(spaces, match), prefix_of(params, spaces)
     lines: Lines = {}
     for name, leaf in params.items():
         tensor = prefix + name
@@ -155,15 +155,19 @@ def _wanted(spaces: Spaces, match: str | Sequence[str]) -> set[str]:
     return found
 
 
-def _prefix(params: Mapping[str, Any], spaces: Spaces) -> str:
-    """What stands before the names of parameters in the table of the spaces."""
+def prefix_of(params: Mapping[str, Any], spaces: Spaces) -> str:
+    """What stands before the names of parameters in the table of the spaces.
+
+    Raises:
+        CfmergeError: the table has no line for a parameter.
+    """
     first = next(iter(params))
     found = [tensor.removesuffix(first) for tensor in spaces.axes if tensor.endswith(first)]
     missing = {prefix: [name for name in params if prefix + name not in spaces.axes] for prefix in found or [""]}
     best = min(missing, key=lambda prefix: len(missing[prefix]))
     if missing[best]:
         raise CfmergeError(
-            f"joint moments: the spaces have no line for parameter {and_more([repr(n) for n in missing[best]])}; their "
+            f"the spaces have no line for parameter {and_more([repr(n) for n in missing[best]])}; their "
             f"tensors are {and_more([repr(name) for name in spaces.axes])}: are they those of this model?"
         )
     return best
@@ -216,8 +220,8 @@ def _features(rows: Any, parts: Sequence[Part]) -> dict[str, list[Any]]:
 # --- running the models -------------------------------------------------------------------------------------------
 
 
-def _look(layer: Any, name: str | None, inputs: Any, run: Callable[[], Any]) -> tuple[Any, Any]:
-    return run(), rows_of(layer, inputs)
+def _look(call: Call) -> tuple[Any, Any]:
+    return call.run(), rows_of(call.layer, call.inputs)
 
 
 def _joined(known: Any, rows: Any) -> Any:
