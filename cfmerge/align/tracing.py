@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from cfmerge.align import indexing, rules
 from cfmerge.align.atoms import Atom, fix
-from cfmerge.align.rules import RULES, Along, Facts, Value, fix_all, fixed, meet, shape
+from cfmerge.align.values import Along, Facts, Value, fix_all, fixed, meet, shape
 
+RULES = {**rules.RULES, **indexing.RULES}
 CALLS = {  # primitives that call a function: its place among their parameters
     "jit": "jaxpr",
     "pjit": "jaxpr",

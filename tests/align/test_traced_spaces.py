@@ -305,7 +305,7 @@ def test_loops_and_branches_are_followed():
     (lambda h: jnp.pad(h, ((0, 0), (1, 0))), "`pad` along it"),
     (lambda h: h @ h.T @ h[:, [3, 1, 2]], "an index into it"),
     (lambda h: jnp.roll(h, 1, axis=-1) + h, "a single element"),
-], ids=["unknown", "sort", "rev", "cumsum", "argmax", "iota", "constant", "stride", "pad", "gather", "roll"])  # fmt: skip
+], ids=["fft", "sort", "rev", "cumsum", "argmax", "iota", "constant", "stride", "pad", "gather", "roll"])  # fmt: skip
 def test_an_axis_whose_order_counts_is_fixed_and_the_reason_is_told(use, reason):
     x = jax.random.normal(KEY, (4, 5))
     width = jax.eval_shape(use, jnp.ones((4, 8))).shape[1]
