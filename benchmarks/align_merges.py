@@ -1,9 +1,8 @@
 """What `align_study.py` makes of models and measures: curves between two, means of several, zips of other classes."""
 
 import functools
-import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import align_nets

@@ -3,9 +3,9 @@
     python benchmarks/align_study.py -o docs/results --minutes 45     # runs what is missing, and writes page and plots
     python benchmarks/align_study.py -o docs/results --minutes 0      # page and plots alone
 
-Networks, data, measures and what was expected stand in docs/results/align.md; the first part was written before anything
-was run. Rows are appended to `align.jsonl` as they come; a later call goes on where the rows end, and trained models
-are in the cache.
+Networks, data, measures and expectations stand in docs/results/align.md, and were written down before anything was run.
+Rows are appended to `align.jsonl` as they come; a later call goes on where the rows end, and trained models are in the
+cache.
 """
 
 import argparse

@@ -34,7 +34,7 @@ def tables(rows: Rows) -> str:
         ("What ZipIt! sees, and its budget", ablation(rows)),
         ("Seconds", seconds(rows)),
     ]
-    return "\n".join(f"## {title}\n\n{text}" for title, text in parts)
+    return "\n".join(f"## {title}\n\n{text}" for title, text in parts if text)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -77,6 +77,8 @@ def percent(values: Sequence[float], digits: int = 1) -> str:
 def barriers(rows: Rows) -> str:
     """By network and method: the mean over pairs, and each pair."""
     own = of(rows, part="pair")
+    if not own:
+        return ""
     lines = [
         {"network": net}
         | {
@@ -104,7 +106,7 @@ def halves(rows: Rows) -> str:
             found = of(own, net=net, method=method, repair=repair)
             line[title] = f"{100 * np.mean([middle(row['accuracy']) for row in found]):.1f}" if found else ""
         lines.append(line)
-    return "Test accuracy in per cent, mean over pairs.\n\n" + table(lines)
+    return "Test accuracy in per cent, mean over pairs.\n\n" + table(lines) if lines else ""
 
 
 def middle(curve: Sequence[float]) -> float:
