@@ -5,9 +5,12 @@ cfmerge takes experts of one base; this room finds the order first (Git Re-Basin
 or merges features within and across the models (ZipIt!).
 """
 
+from cfmerge.align.activation_matching import activation_matching as activation_matching
 from cfmerge.align.checking import check_spaces as check_spaces
 from cfmerge.align.groups import Groups as Groups
 from cfmerge.align.groups import identity_match as identity_match
+from cfmerge.align.merge_many import Many as Many
+from cfmerge.align.merge_many import merge_many as merge_many
 from cfmerge.align.moments import Joint as Joint
 from cfmerge.align.moments import Moments as Moments
 from cfmerge.align.permuting import Permutations as Permutations
