@@ -27,5 +27,8 @@ from cfmerge.align.weight_matching import Matching as Matching
 from cfmerge.align.weight_matching import weight_matching as weight_matching
 from cfmerge.align.zipit import match as match
 from cfmerge.align.zipit import permutation_match as permutation_match
+from cfmerge.align.zipped import Zipped as Zipped
+from cfmerge.align.zipped import load_zipped as load_zipped
+from cfmerge.align.zipping import zip_models as zip_models
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces
