@@ -8,7 +8,7 @@ universe, and models a and b correspond by way of it, P_ab = P_a^-1 P_b. With X_
 
 over doubly stochastic P, by Frank and Wolfe's method (a step for all models and spaces at once):
 
-    G = df/dP       of model m, space s:  sum over (tensor, axis) of s   (S - X_m)_(axis) (W_m, other axes mapped)_(axis)^T
+    G = df/dP   of model m and space s:   sum over (tensor, axis) of s   (S - X_m)_(axis) (W_m, others mapped)_(axis)^T
     Q = argmax over permutations  <G, Q>                                       (linear assignments)
     P <- (1 - t) P + t Q,       t = argmax over [0, 1]  f
 
@@ -200,19 +200,27 @@ class _Search:
     ) -> Polynomial:
         """The objective of `(1 - t) maps + t ahead`, a polynomial in t."""
         points = np.linspace(0, 1, self.degree + 1) if points is None else points
-        ways = [blended(maps, ahead, t) for t in points]
-        products = np.zeros((len(points), len(points)))
+        ways, products = [blended(maps, ahead, t) for t in points], np.zeros((len(points), len(points)))
         for tensor, axes in self.spaces.axes.items():
-            weights = self.weights(tensor)
-            there = [[mapped(axes, w, way[name]) for name, w in zip(maps, weights, strict=False)] for way in ways]
-            for (k, one), (l, other) in itertools.product(enumerate(there), enumerate(there)):
-                if one:
-                    own = sum(float(inner(x, y)) for x, y in zip(one, other, strict=True))
-                    products[k, l] += (float(inner(sum(one), sum(other))) - own) / 2
-        return sum((products[k, l] * p * q for k, p in enumerate(lagrange(points)) for l, q in enumerate(lagrange(points))),
-                   Polynomial([0.0]))  # fmt: skip
+            if weights := self.weights(tensor):
+                products += _agreement([[mapped(axes, w, way[name]) for name, w in zip(maps, weights, strict=True)]
+                                        for way in ways])  # fmt: skip
+        polynomials = lagrange(points)
+        pairs = itertools.product(range(len(points)), repeat=2)
+        return sum((products[k, l] * polynomials[k] * polynomials[l] for k, l in pairs), Polynomial([0.0]))
 
 
+@jax.jit
+def _agreement(there: list[list[jax.Array]]) -> jax.Array:
+    """`sum over a != b <X_a, X'_b> / 2` of one tensor, of all models at every two points of a step."""
+
+    def pair(one: list[jax.Array], other: list[jax.Array]) -> jax.Array:
+        return (inner(sum(one), sum(other)) - sum(inner(x, y) for x, y in zip(one, other, strict=True))) / 2
+
+    return jnp.array([[pair(one, other) for other in there] for one in there])
+
+
+@jax.jit
 def blended(
     maps: Mapping[str, Mapping[str, Maps]], ahead: Mapping[str, Mapping[str, Maps]], t: float
 ) -> dict[str, dict[str, dict[tuple[str, ...], Any]]]:

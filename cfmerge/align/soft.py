@@ -5,6 +5,7 @@ permutation is the map `M[k, sigma(k)] = 1`. A space with children has a map for
 axis, as gains have (`assignment`): `M[k, l, i, j]` for one child, whose element i in k comes from j in l.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,32 +32,43 @@ def mapped(
         maps: `{space: its maps}`. A space that is not there stays, and a child for which there is no map.
         but: the number of an axis, and a space that stays on this axis.
     """
-    tensor = jnp.asarray(tensor)
+    plan, arrays = [], []
     for number, axis in enumerate(axes):
-        if maps.keys().isdisjoint(axis.spaces):
-            continue
-        pieces, start = [], 0
+        parts = []
         for part in axis.parts:
-            sizes = tuple(factor.size for factor in part)
-            piece = jax.lax.slice_in_dim(tensor, start, start + math.prod(sizes), axis=number)
-            piece = piece.reshape(*tensor.shape[:number], *sizes, *tensor.shape[number + 1 :])
-            for space in dict.fromkeys(factor.name for factor in part if factor.name in maps):
-                if (number, space) != but:
-                    piece = _mapped(piece, number, part, space, maps[space])
-            pieces.append(piece.reshape(*tensor.shape[:number], -1, *tensor.shape[number + 1 :]))
-            start += math.prod(sizes)
-        tensor = jnp.concatenate(pieces, axis=number) if len(pieces) > 1 else pieces[0]
-    return tensor
+            own = [_chosen(part, space, maps[space]) for space in dict.fromkeys(factor.name for factor in part)
+                   if space in maps and (number, space) != but]  # fmt: skip
+            arrays += [array for _, array in own]
+            parts.append((tuple(factor.size for factor in part), tuple(places for places, _ in own)))
+        if any(chosen for _, chosen in parts):
+            plan.append((number, tuple(parts)))
+    return _contracted(tensor, arrays, plan=tuple(plan))
 
 
-def _mapped(piece: jax.Array, first: int, part: Sequence[Factor], space: str, maps: Maps) -> jax.Array:
-    """One space of a part mapped; the part's factors are axes from `first` on."""
+def _chosen(part: Sequence[Factor], space: str, maps: Maps) -> tuple[tuple[int, ...], Any]:
+    """Places of a part's factors that a space's map takes, and this map."""
     key = tuple(factor.name for factor in part if factor.parent == space)
     names = (space, *(key if key in maps else ()))
-    places = [first + place for place, factor in enumerate(part) if factor.name in names]
-    own = maps[names[1:]]
-    found = jnp.tensordot(own, piece, (list(range(1, own.ndim, 2)), places), precision=linalg.HIGHEST)
-    return jnp.moveaxis(found, list(range(len(places))), places)
+    return tuple(place for place, factor in enumerate(part) if factor.name in names), maps[names[1:]]
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _contracted(tensor: Any, arrays: Sequence[Any], *, plan: tuple[Any, ...]) -> jax.Array:
+    """The tensor with the maps applied in turn; the plan is `((axis, ((sizes, places of each map), ...)), ...)`."""
+    left = list(arrays)
+    for number, parts in plan:
+        pieces, start = [], 0
+        for sizes, chosen in parts:
+            piece = jax.lax.slice_in_dim(tensor, start, start + math.prod(sizes), axis=number)
+            piece = piece.reshape(*tensor.shape[:number], *sizes, *tensor.shape[number + 1 :])
+            for places in chosen:
+                own, axes = left.pop(0), [number + place for place in places]
+                piece = jnp.tensordot(own, piece, (list(range(1, own.ndim, 2)), axes), precision=linalg.HIGHEST)
+                piece = jnp.moveaxis(piece, list(range(len(axes))), axes)
+            pieces.append(piece.reshape(*tensor.shape[:number], -1, *tensor.shape[number + 1 :]))
+            start += math.prod(sizes)
+        tensor = jnp.concatenate(pieces, axis=number)
+    return jnp.asarray(tensor)
 
 
 def hard(key: tuple[str, ...], space: str, permutations: Mapping[str, np.ndarray], dtype: Any) -> np.ndarray:
