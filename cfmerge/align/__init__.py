@@ -13,5 +13,9 @@ from cfmerge.align.permuting import inverse as inverse
 from cfmerge.align.permuting import permute as permute
 from cfmerge.align.permuting import permute_tensor as permute_tensor
 from cfmerge.align.permuting import random_permutations as random_permutations
+from cfmerge.models.space_tables import Described as Described
+from cfmerge.models.space_tables import describe as describe
+from cfmerge.models.space_tables import read_table as read_table
+from cfmerge.models.space_tables import spaces_of as spaces_of
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces
