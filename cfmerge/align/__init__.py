@@ -33,5 +33,9 @@ from cfmerge.align.zipit import permutation_match as permutation_match
 from cfmerge.align.zipped import Zipped as Zipped
 from cfmerge.align.zipped import load_zipped as load_zipped
 from cfmerge.align.zipping import zip_models as zip_models
+from cfmerge.models.space_tables import Described as Described
+from cfmerge.models.space_tables import describe as describe
+from cfmerge.models.space_tables import read_table as read_table
+from cfmerge.models.space_tables import spaces_of as spaces_of
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces
