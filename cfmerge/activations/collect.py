@@ -10,13 +10,10 @@ Linear, LinearGeneral and Conv of nnx, those inside attention among them. Embedd
 grouped convolutions no common ones: these are left out.
 """
 
-import contextlib
 import fnmatch
-import functools
 import itertools
 import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +23,12 @@ import numpy as np
 
 from cfmerge import covariance
 from cfmerge.activations.inputs import Seen, see, together, wide
+from cfmerge.activations.looking import LINEAR, Call, Forward, Look, in_linen, in_nnx, kernel_of
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import safetensors, shards
 from cfmerge.formats.pytree import flatten
 
 Grams = dict[str, Any]  # {kernel's name: (in, in), or (stack, in, in) where layers are stacked}
-Forward = Callable[[Any, Any], dict[str, Seen]]  # (variables or state, batch) -> what was seen
-
-FIELD = "cfmerge_inputs"  # of a layer, while the model runs
-COLLECTION = "intermediates"  # of linen: models that scan over layers often carry it along
-PATCHING = threading.Lock()
 
 
 def collect_linen(
@@ -115,87 +108,31 @@ def load(path: str | Path) -> dict[str, np.ndarray]:
 
 def linen_forward(model: Any, wanted: Callable[[str], bool], options: Mapping[str, Any]) -> Forward:
     """`f(variables, batch)`: what the wanted kernels of a linen model are given. To be jitted."""
-    from flax import linen, traverse_util
-
-    kinds = (linen.Dense, linen.DenseGeneral, linen.Conv)
-    mutable = options.get("mutable") or ()
-    mutable = mutable if mutable is True else [COLLECTION, *([mutable] if isinstance(mutable, str) else mutable)]
-
-    def forward(variables: Any, batch: Any) -> dict[str, Seen]:
-        order = itertools.count()
-
-        def look(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            layer = context.module
-            known = isinstance(layer, kinds) and context.method_name == "__call__"
-            if known and layer.is_mutable_collection(COLLECTION) and wanted("/".join((*layer.path, "kernel"))):
-                seen = see(layer, args[0] if args else kwargs["inputs"], order)
-                if seen is not None:
-                    layer.sow(COLLECTION, FIELD, seen, reduce_fn=together, init_fn=lambda: None)
-            return following(*args, **kwargs)
-
-        args, kwargs = _arguments(batch)
-        with linen.intercept_methods(look):
-            _, changed = model.apply(variables, *args, **kwargs, **{**options, "mutable": mutable})
-        flat = traverse_util.flatten_dict(changed.get(COLLECTION, {}))
-        return {"/".join((*path[:-1], "kernel")): seen for path, seen in flat.items() if path[-1] == FIELD}
-
-    return forward
+    return _named(in_linen(model, LINEAR, lambda: _look(wanted), together, options), wanted)
 
 
 def nnx_forward(graph: Any, wanted: Callable[[str], bool], method: str, options: Mapping[str, Any]) -> Forward:
     """`f(state, batch)`: what the wanted kernels of an nnx model are given. To be jitted."""
-    from flax import nnx
+    return _named(in_nnx(graph, LINEAR, lambda: _look(wanted), together, method, options), wanted)
 
-    def forward(state: Any, batch: Any) -> dict[str, Seen]:
-        model = nnx.merge(graph, state)
-        args, kwargs = _arguments(batch)
-        with _looking_on(nnx, itertools.count()):
-            getattr(model, method)(*args, **kwargs, **options)
-        found = {
-            "/".join(map(str, (*path[:-1], "kernel"))): _value(variable)
-            for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Intermediate))
-            if path[-1] == FIELD
-        }
+
+def _look(wanted: Callable[[str], bool]) -> Look:
+    order = itertools.count()
+
+    def look(call: Call) -> tuple[Any, Seen | None]:
+        own = call.name is None or wanted(kernel_of(call.name))
+        seen = see(call.layer, call.inputs, order) if own else None
+        return call.run(), seen
+
+    return look
+
+
+def _named(forward: Forward, wanted: Callable[[str], bool]) -> Forward:
+    def named(variables: Any, batch: Any) -> dict[str, Seen]:
+        found = {kernel_of(name): seen for name, seen in forward(variables, batch).items()}
         return {name: seen for name, seen in found.items() if wanted(name)}
 
-    return forward
-
-
-def _value(variable: Any) -> Seen:
-    return variable.get_value() if hasattr(variable, "get_value") else variable.value  # older flax
-
-
-@contextlib.contextmanager
-def _looking_on(nnx: Any, order: Iterator[int]) -> Iterator[None]:
-    """While it is open, layers of nnx keep what they are given, in a variable of their own."""
-    kinds = (nnx.Linear, nnx.LinearGeneral, nnx.Conv)
-
-    def looking(call: Any) -> Any:
-        @functools.wraps(call)
-        def look(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            seen = see(layer, args[0] if args else kwargs["inputs"], order)
-            if seen is not None:
-                known = getattr(layer, FIELD, None)
-                setattr(layer, FIELD, nnx.Intermediate(together(None if known is None else _value(known), seen)))
-            return call(layer, *args, **kwargs)
-
-        return look
-
-    with PATCHING:
-        calls = [kind.__call__ for kind in kinds]
-        try:
-            for kind, call in zip(kinds, calls, strict=True):
-                kind.__call__ = looking(call)
-            yield
-        finally:
-            for kind, call in zip(kinds, calls, strict=True):
-                kind.__call__ = call
-
-
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+    return named
 
 
 def collect(forward: Forward, variables: Any, batches: Iterable[Any]) -> dict[str, Seen]:

@@ -28,14 +28,27 @@ def see(layer: Any, inputs: Any, order: Iterator[int]) -> Seen | None:
             return None
         rows, own = _patches(layer, wide(inputs)), len(_tuple(layer.kernel_size)) + 2
     else:
-        axes = sorted(axis % inputs.ndim for axis in _tuple(getattr(layer, "axis", -1)))
         stacked = len(getattr(layer, "batch_dims", ()) or getattr(layer, "batch_axis", ()))
-        rows = jnp.moveaxis(wide(inputs), axes, range(-len(axes), 0))
-        width = math.prod(inputs.shape[axis] for axis in axes)
-        rows = rows.reshape(*rows.shape[:stacked], -1, width)
-        own = len(axes) + len(_tuple(getattr(layer, "out_features" if hasattr(layer, "out_features") else "features")))
+        rows, inner = _contracted(layer, wide(inputs))
+        rows = rows.reshape(*rows.shape[:stacked], -1, rows.shape[-1])
+        own = inner + len(_tuple(getattr(layer, "out_features" if hasattr(layer, "out_features") else "features")))
     tokens = jnp.asarray(rows.shape[-2], rows.dtype)
     return Seen(linalg.matmul(rows.mT, rows), tokens, jnp.asarray(next(order)), jnp.asarray(own))
+
+
+def rows_of(layer: Any, inputs: Any) -> Any:
+    """The inputs of a layer as `(tokens, width)`, of a convolution every place's channels; None if it is grouped."""
+    if hasattr(layer, "kernel_size"):
+        return inputs.reshape(-1, inputs.shape[-1]) if layer.feature_group_count == 1 else None
+    rows, _ = _contracted(layer, inputs)
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _contracted(layer: Any, inputs: Any) -> tuple[Any, int]:
+    """The inputs with the axes that a dense layer sums over as the last one, and how many they are."""
+    axes = sorted(axis % inputs.ndim for axis in _tuple(getattr(layer, "axis", -1)))
+    rows = jnp.moveaxis(inputs, axes, range(-len(axes), 0))
+    return rows.reshape(*rows.shape[: -len(axes)], math.prod(inputs.shape[axis] for axis in axes)), len(axes)
 
 
 def _patches(layer: Any, inputs: Any) -> Any:

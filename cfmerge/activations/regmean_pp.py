@@ -18,7 +18,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from cfmerge.activations.collect import Forward, collect, linen_forward, nnx_forward, normalised
+from cfmerge.activations.collect import collect, linen_forward, nnx_forward, normalised
+from cfmerge.activations.looking import Forward
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.methods import Method, regmean

@@ -32,6 +32,14 @@ FIXED = "-"
 READS = "in"
 
 
+class SpacesError(CfmergeError):
+    """A line of a table that does not fit its tensor, called `tensor`."""
+
+    def __init__(self, tensor: str, message: str):
+        super().__init__(f"spaces: {message}")
+        self.tensor = tensor
+
+
 class Factor(NamedTuple):
     """One factor of an axis: `size` elements of a space, or of a space's child, or that do not permute (`space` "").
 
@@ -184,16 +192,18 @@ class _Draft(NamedTuple):
         axis = Axis(parts, self.reads)
         if axis.size != length:
             factors = " ".join(f"{word}={known[word]}" for word in dict.fromkeys(self.words) if word in known)
-            raise CfmergeError(
-                f"spaces: tensor {tensor!r}: axis {number} has {length} elements, and the table {self.text!r}"
-                + (f" where {factors}" if factors else "")
+            raise SpacesError(
+                tensor,
+                f"tensor {tensor!r}: axis {number} has {length} elements, and the table {self.text!r}"
+                + (f" where {factors}" if factors else ""),
             )
         for part in axis.parts:
             for place, factor in enumerate(part):
                 if factor.parent and factor.parent not in [other.name for other in part[:place]]:
-                    raise CfmergeError(
-                        f"spaces: tensor {tensor!r}: axis {number}, {self.text!r}: {factor.name!r} permutes within the "
-                        f"elements of {factor.parent!r}, which must stand in front of it"
+                    raise SpacesError(
+                        tensor,
+                        f"tensor {tensor!r}: axis {number}, {self.text!r}: {factor.name!r} permutes within the "
+                        f"elements of {factor.parent!r}, which must stand in front of it",
                     )
         return axis
 
@@ -211,13 +221,14 @@ def _axes_of(tensor: str, text: str, shape: Shape) -> tuple[_Draft, ...]:
         parts = tuple(tuple(part.split()) for part in " ".join(words[reads:]).split("+"))
         wrong = [w for part in parts for w in part or ["+"] if w != FIXED and not w.isdigit() and not WORD.fullmatch(w)]
         if wrong or READS in words[1:]:
-            raise CfmergeError(
-                f"spaces: tensor {tensor!r}: {axis.strip()!r} is no axis: write spaces, numbers and `-`, with `in` in "
-                "front of an axis that the tensor reads, and `+` between what is joined: 'in heads 64 + kv 64'"
+            raise SpacesError(
+                tensor,
+                f"tensor {tensor!r}: {axis.strip()!r} is no axis: write spaces, numbers and `-`, with `in` in "
+                "front of an axis that the tensor reads, and `+` between what is joined: 'in heads 64 + kv 64'",
             )
         drafts.append(_Draft(" ".join(words), parts, reads))
     if len(drafts) != len(shape):
-        raise CfmergeError(f"spaces: tensor {tensor!r}: {text!r} has {len(drafts)} axes, the tensor the shape {shape}")
+        raise SpacesError(tensor, f"tensor {tensor!r}: {text!r} has {len(drafts)} axes, the tensor the shape {shape}")
     return tuple(drafts)
 
 
@@ -236,15 +247,16 @@ def _solved(
                 rest = axis.rest(shapes[name][number], known)
                 if rest is None:
                     axis.axis(name, number, shapes[name][number], {**known, unknown[0]: 1})
-                    raise CfmergeError(f"spaces: tensor {name!r}: axis {number}: no size for {unknown[0]!r}")
+                    raise SpacesError(name, f"tensor {name!r}: axis {number}: no size for {unknown[0]!r}")
                 known[unknown[0]] = rest
             elif set(unknown) - {FIXED} or len(unknown) > 1:
                 left.append((name, number, axis))
         if len(left) == len(pending):
             name, number, axis = left[0]
-            raise CfmergeError(
-                f"spaces: tensor {name!r}: axis {number}, {axis.text!r} of {shapes[name][number]} elements: the sizes "
-                f"of {' and '.join(map(repr, axis.unknown(known)))} do not follow from the shapes; give one of them"
+            raise SpacesError(
+                name,
+                f"tensor {name!r}: axis {number}, {axis.text!r} of {shapes[name][number]} elements: the sizes "
+                f"of {' and '.join(map(repr, axis.unknown(known)))} do not follow from the shapes; give one of them",
             )
         pending = left
     return known
@@ -254,9 +266,10 @@ def _check_used(spaces: Spaces) -> None:
     for name in spaces.sizes:
         places = [(tensor, axis) for tensor, axes in spaces.axes.items() for axis in axes if name in axis.spaces]
         if len(places) == 1:
-            raise CfmergeError(
-                f"spaces: {name!r} is on one axis alone, of tensor {places[0][0]!r}; a permutation of it would change "
-                "what the model does: name it also where it is written or read, or write `-`"
+            raise SpacesError(
+                places[0][0],
+                f"{name!r} is on one axis alone, of tensor {places[0][0]!r}; a permutation of it would change "
+                "what the model does: name it also where it is written or read, or write `-`",
             )
 
 
