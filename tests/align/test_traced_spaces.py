@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from cfmerge.activations.spaces import linen_function, nnx_function, spaces_of_linen, spaces_of_nnx
+from cfmerge.activations import linen_function, nnx_function, spaces_of_linen, spaces_of_nnx
 from cfmerge.align import check_spaces, trace_spaces, why_fixed
 
 KEY = jax.random.key(0)
