@@ -134,9 +134,7 @@ class Zipped:
             CfmergeError: the zip stops before, the tensors are not those of the base, or there is something.
         """
         if head is not None and self.stop_at:
-            raise CfmergeError(
-                f"zip: it stops at {', '.join(self.stop_at)}; write a whole model by save(tensors(NAME))"
-            )
+            raise CfmergeError(f"zip: it stops at {', '.join(self.stop_at)}; write a model by save(tensors(NAME))")
         whole = dataclasses.replace(self, layout=None)
         return write(whole.joint() if head is None else self.tensors(head), Path(output), base)
 

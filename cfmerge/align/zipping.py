@@ -97,10 +97,19 @@ def zip_models(
     if reset_norms and (stale := _running(own[0], flow)):
         notes.append(f"running statistics are those of no model until they are estimated again: {and_more(stale)}")
     sizes = {**own[0].sizes, **{space: groups.width for space, groups in folds.groups.items()}}
+    table = own[0].table()
     return Zipped(
-        tuple(names), trunk, heads, dict(folds.groups), tuple(folds.blocks), {name: own[0].table()[name] for name in flat[0]}, sizes,
-        () if stop_at is None else (stop_at,) if isinstance(stop_at, str) else tuple(stop_at), tuple(notes), layout,
-    )  # fmt: skip
+        models=tuple(names),
+        trunk=trunk,
+        heads=heads,
+        groups=dict(folds.groups),
+        blocks=tuple(folds.blocks),
+        table={name: table[name] for name in flat[0]},
+        sizes=sizes,
+        stop_at=(stop_at,) if isinstance(stop_at, str) else tuple(stop_at or ()),
+        notes=tuple(notes),
+        layout=layout,
+    )
 
 
 def _flat(models: Mapping[str, Any] | Sequence[Any], spaces: Spaces) -> tuple[list[str], list[Model], Any]:
