@@ -25,6 +25,7 @@ ZIPS = {  # of other classes
     "weights": ("weight matching", AMBER, "^"),
     "activations": ("permute", GREEN, "s"),
     "zip": ("ZipIt!", BLUE, "o"),
+    "from weights": ("ZipIt! from weights", PINK, "D"),
 }
 
 
@@ -150,7 +151,7 @@ def zips(rows: Rows) -> Any:
                     mine = of(own, net=net, method=method, repair=repair)
                     if mine:
                         stopped(axes, of(own, net=net, stop=0) + mine, what, colour, line + marker,
-                                label + (" + statistics" if repair else ""))  # fmt: skip
+                                label + (" + REPAIR" if repair else ""))  # fmt: skip
             titled(axes, f"{net}: {'all ten classes' if what == 'joint' else 'each head on its five classes'}")
             axes.axhline(
                 100 * np.mean([np.mean(row[what]) for row in of(own, net=net, stop=0)]), color=GREY, linewidth=1

@@ -24,17 +24,26 @@ KINDS = ("mlp", "conv", "batch", "vit")
 
 
 def tables(rows: Rows) -> str:
-    """All of them, in Markdown."""
+    """All of them, in Markdown; those without rows are left out."""
     parts = [
-        ("Barriers between two models", barriers(rows)),
-        ("Half way between two models", halves(rows)),
-        ("Means of three models", three(rows)),
-        ("Unequal widths", unequal(rows)),
-        ("Zips of other classes", zips(rows)),
-        ("What ZipIt! sees, and its budget", ablation(rows)),
-        ("Seconds", seconds(rows)),
-    ]
-    return "\n".join(f"## {title}\n\n{text}" for title, text in parts if text)
+        ("Barriers between two models", "The barrier in test loss: its mean over pairs, and each pair.", barriers),
+        ("Half way between two models", "Test accuracy in per cent, mean over pairs.", halves),
+        ("Means of three models", "Test accuracy in per cent, and loss. Weight and activation matching match each "
+         "to the first.", three),
+        ("Unequal widths", "Test accuracy in per cent; the result is as wide as the wide model.", unequal),
+        ("Zips of other classes", "Accuracy in per cent over all ten classes (mean of both tasks on their own five), "
+         "mean over replicates, by the number of layers that are one trunk.", zips),
+        ("What ZipIt! sees, and its budget", "As above; 2,000 images and a budget of 0.125 unless said otherwise.",
+         ablation),
+        ("Seconds", "Of rows, with what they had to train first.", seconds),
+    ]  # fmt: skip
+    found = [(title, lead, make(rows)) for title, lead, make in parts]
+    return "\n".join(f"## {title}\n\n{lead}\n\n{text}" for title, lead, text in found if text)
+
+
+def lined(lines: Sequence[dict[str, Any]]) -> str:
+    """A table, or nothing."""
+    return table(lines) if lines else ""
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -77,8 +86,6 @@ def percent(values: Sequence[float], digits: int = 1) -> str:
 def barriers(rows: Rows) -> str:
     """By network and method: the mean over pairs, and each pair."""
     own = of(rows, part="pair")
-    if not own:
-        return ""
     lines = [
         {"network": net}
         | {
@@ -87,7 +94,7 @@ def barriers(rows: Rows) -> str:
         }
         for net in nets(own)
     ]
-    return "The barrier in test loss: its mean over pairs of seeds, and each pair.\n\n" + table(lines)
+    return lined(lines)
 
 
 def halves(rows: Rows) -> str:
@@ -106,7 +113,7 @@ def halves(rows: Rows) -> str:
             found = of(own, net=net, method=method, repair=repair)
             line[title] = f"{100 * np.mean([middle(row['accuracy']) for row in found]):.1f}" if found else ""
         lines.append(line)
-    return "Test accuracy in per cent, mean over pairs.\n\n" + table(lines) if lines else ""
+    return lined(lines)
 
 
 def middle(curve: Sequence[float]) -> float:
@@ -123,9 +130,7 @@ def three(rows: Rows) -> str:
             found = of(own, net=net, method=method, repair=repair)
             line[net] = f"{100 * found[0]['accuracy'][0]:.1f} (loss {found[0]['loss'][0]:.2f})" if found else ""
         lines.append(line)
-    return "Test accuracy in per cent, and loss. Weight and activation matching match each to the first.\n\n" + table(
-        lines
-    )
+    return lined(lines)
 
 
 def unequal(rows: Rows) -> str:
@@ -140,7 +145,7 @@ def unequal(rows: Rows) -> str:
         for row in of(own, net=net, method="ot weights"):
             line.setdefault("OT fusion", []).append(row["accuracy"][0])
         lines.append({key: percent(value) if isinstance(value, list) else value for key, value in line.items()})
-    return "Test accuracy in per cent; the result is as wide as the wide model.\n\n" + table(lines)
+    return lined(lines)
 
 
 # --- other classes ------------------------------------------------------------------------------------------------
@@ -149,18 +154,17 @@ def unequal(rows: Rows) -> str:
 def zips(rows: Rows) -> str:
     """Joint and task accuracy by method and the number of zipped layers."""
     own = [row for row in of(rows, part="zip", inputs=INPUTS, budget=BUDGET) if row["method"] != "from weights"]
-    return "Accuracy in per cent over all ten classes (mean of both tasks), mean over replicates.\n\n" + "\n".join(
-        f"`{net}`: layers in the trunk\n\n{by_stop(of(own, net=net))}" for net in nets(own)
-    )
+    return "\n".join(f"`{net}`\n\n{by_stop(of(own, net=net))}" for net in nets(own))
 
 
 def by_stop(own: Rows) -> str:
-    """A line for each method, a column for each stop."""
-    stops = sorted({row["stop"] for row in own})
+    """A line for each method, a column for each stop; nothing zipped is the ensemble."""
+    stops, both = sorted({row["stop"] for row in own}), of(own, method="ensemble")
     lines = []
     for method, repair, title in ways(own):
-        found = of(own, method=method, repair=repair)
-        lines.append({"": title} | {str(stop): joint_and_task(of(found, stop=stop)) for stop in stops})
+        if method != "ensemble":
+            found = both + of(own, method=method, repair=repair)
+            lines.append({"layers": title} | {str(stop): joint_and_task(of(found, stop=stop)) for stop in stops})
     return table(lines)
 
 
@@ -187,12 +191,12 @@ def ablation(rows: Rows) -> str:
             (f"budget {budget}", {"method": "zip", "inputs": INPUTS, "budget": budget}) for budget in (0.0, 0.5, 1.0)
         ]
         lines = [
-            {"": title} | {str(stop): joint_and_task(of(mine, stop=stop, **fields)) for stop in stops}
+            {"layers": title} | {str(stop): joint_and_task(of(mine, stop=stop, **fields)) for stop in stops}
             for title, fields in kinds
             if of(mine, **fields)
         ]
-        text.append(f"`{net}`: layers in the trunk\n\n{table(lines)}")
-    return "As above; 2,000 images and a budget of 0.125 unless said otherwise.\n\n" + "\n".join(text)
+        text.append(f"`{net}`\n\n{table(lines)}")
+    return "\n".join(text)
 
 
 def seconds(rows: Rows) -> str:
@@ -205,4 +209,4 @@ def seconds(rows: Rows) -> str:
              "seconds": round(sum(row["seconds"] for row in of(own, net=net)))}
             for net in nets(own)
         ]  # fmt: skip
-    return table(lines)
+    return lined(lines)
