@@ -18,7 +18,7 @@ CURVES = {  # of two models of the same classes: colour, line, marker
     ("weights", True): ("weight matching + REPAIR", BLUE, ":", "o"),
     ("activations", False): ("activation matching", GREEN, "-", "s"),
     ("activations", True): ("activation matching + REPAIR", GREEN, ":", "s"),
-    ("ot weights", False): ("OT fusion", PINK, "-", "^"),
+    ("ot", False): ("OT fusion", PINK, "-", "^"),
 }
 ZIPS = {  # of other classes
     "none": ("average", ORANGE, "v"),

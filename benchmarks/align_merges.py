@@ -96,7 +96,7 @@ def orders(net: str, who: Who, method: str, inputs: int) -> list[Permutations]:
     if method == "merge_many":
         return [*align.merge_many(spaces, named).permutations.values()]
     if method == "c2m3":
-        return [*align.c2m3(spaces, named).permutations.values()]
+        return [*align.universe(spaces, named).permutations.values()]
     return [{} for _ in flats]
 
 
@@ -135,8 +135,25 @@ def scored(net: str, variables: Variables) -> tuple[float, float]:
 
 def pair(net: str, who: Who, method: str, repair: bool, inputs: int) -> dict[str, Any]:
     """Loss and accuracy along the line between two models in one order."""
-    ends = aligned(net, who, method, inputs)
+    ends = transported(net, net, who) if method == "ot" else aligned(net, who, method, inputs)
     return _curve(net, who, ends, repair, inputs)
+
+
+def unequal(nets: str, who: Who, method: str, inputs: int) -> dict[str, Any]:
+    """Two models of other widths: each by itself, or the line from the first, transported onto the second, to it."""
+    first, second = nets.split()
+    if method == "members":
+        ends = (models(first, who)[0], models(second, who)[1])
+        losses, accuracies = zip(*(scored(n, end) for n, end in zip((first, second), ends, strict=True)), strict=True)
+        return {"loss": rounded(losses), "accuracy": rounded(accuracies)}
+    return _curve(second, who, transported(first, second, who), False, inputs)
+
+
+def transported(first: str, second: str, who: Who) -> list[Flat]:
+    """A model transported onto another by OT fusion, and this one."""
+    a, b = align_nets.flat(models(first, who)[0]), align_nets.flat(models(second, who)[1])
+    fused = align.ot_fusion(spaces_of(second), a, b, spaces_a=spaces_of(first), share=0.0)
+    return [fused.tensors, b]
 
 
 def _curve(net: str, who: Who, ends: Sequence[Flat], repair: bool, inputs: int) -> dict[str, Any]:

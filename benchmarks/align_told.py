@@ -12,7 +12,7 @@ NAMES = {
     "none": "as they are",
     "weights": "weight matching",
     "activations": "activation matching",
-    "ot weights": "OT fusion",
+    "ot": "OT fusion",
     "merge_many": "MergeMany",
     "c2m3": "C2M3",
     "members": "each by itself",
@@ -30,7 +30,8 @@ def tables(rows: Rows) -> str:
         ("Half way between two models", "Test accuracy in per cent, mean over pairs.", halves),
         ("Means of three models", "Test accuracy in per cent, and loss. Weight and activation matching match each "
          "to the first.", three),
-        ("Unequal widths", "Test accuracy in per cent; the result is as wide as the wide model.", unequal),
+        ("Unequal widths", "OT fusion of models of other widths, as wide as the second: test accuracy in per cent.",
+         unequal),
         ("Zips of other classes", "Accuracy in per cent over all ten classes (mean of both tasks on their own five), "
          "mean over replicates, by the number of layers that are one trunk.", zips),
         ("What ZipIt! sees, and its budget", "As above; 2,000 images and a budget of 0.125 unless said otherwise.",
@@ -134,17 +135,16 @@ def three(rows: Rows) -> str:
 
 
 def unequal(rows: Rows) -> str:
-    """OT fusion of a narrow and a wide model."""
-    own = of(rows, part="unequal")
-    lines = []
-    for net in nets(own):
-        line: dict[str, Any] = {"networks": " + ".join(net.split())}
-        for row in of(own, net=net, method="members"):
-            line.setdefault("narrow", []).append(row["accuracy"][0])
-            line.setdefault("wide", []).append(row["accuracy"][1])
-        for row in of(own, net=net, method="ot weights"):
-            line.setdefault("OT fusion", []).append(row["accuracy"][0])
-        lines.append({key: percent(value) if isinstance(value, list) else value for key, value in line.items()})
+    """OT fusion of two models of other widths."""
+    own, lines = of(rows, part="unequal"), []
+    for net in dict.fromkeys(row["net"] for row in own):
+        alone, fused = ([row["accuracy"] for row in of(own, net=net, method=method)] for method in ("members", "ot"))
+        lines.append(
+            {"first, second": net.replace(" ", ", ")}
+            | {"first": percent([one[0] for one in alone]), "second": percent([one[1] for one in alone])}
+            | {"first, transported": percent([one[0] for one in fused])}
+            | {"half of each": percent([middle(one) for one in fused])}
+        )
     return lined(lines)
 
 
