@@ -14,7 +14,7 @@ Part = tuple[Factor, ...]
 
 
 class Block(NamedTuple):
-    """Inputs of a kernel from `first` on, an array of `sizes`; and spaces, each with its own and its children's axes."""
+    """Inputs of a kernel from `first` on, an array of `sizes`; and spaces, with the axes of each and its children."""
 
     first: int
     sizes: tuple[int, ...]
