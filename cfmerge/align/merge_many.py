@@ -1,7 +1,7 @@
 r"""MergeMany: several models of different initialisation, each permuted to the mean of the others, and their mean.
 
 Samuel K. Ainsworth, Jonathan Hayase, Siddhartha Srinivasa, "Git Re-Basin: Merging Models modulo Permutation
-Symmetries", ICLR 2023, https://arxiv.org/abs/2209.04836, algorithm 3. With the permuted models X_i = P_i W_i of T models:
+Symmetries", ICLR 2023, https://arxiv.org/abs/2209.04836, algorithm 3. With T models, permuted X_i = P_i W_i:
 
     for i in random order, until no model gains:
         P_i = argmax_P  <mean of X_j, j != i;  P W_i>                               (weight matching, from P_i)
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.align.gains import Tensors, check_names, read
@@ -132,9 +133,9 @@ def _mean_of(
         values = every[name]
         for who, model in models.items():
             tensor = model[name]
-            if tensor.dtype.kind in "iub":
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
                 if not np.array_equal(tensor, values):
-                    raise CfmergeError(f"tensor {name!r}: integers differ between models, and are not averaged")
+                    raise CfmergeError(f"tensor {name!r}: differs between models, and {tensor.dtype} is not averaged")
                 continue
             with jax.enable_x64(True):
                 apart = permute_tensor(spaces, name, tensor, permutations[who]).astype(values.dtype) - values

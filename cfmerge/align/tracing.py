@@ -11,6 +11,7 @@ from cfmerge.align.atoms import Atom, fix
 from cfmerge.align.values import Along, Facts, Value, fix_all, fixed, meet, shape
 
 RULES = {**rules.RULES, **indexing.RULES}
+
 CALLS = {  # primitives that call a function: its place among their parameters
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -19,6 +20,7 @@ CALLS = {  # primitives that call a function: its place among their parameters
     "remat": "jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
+    "composite": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",

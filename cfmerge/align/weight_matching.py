@@ -137,9 +137,7 @@ class _Search:
             known.add(space)
         return permutations, early
 
-    def run(
-        self, start: Permutations, dirty: Iterable[str], generator: np.random.Generator, sweeps: int
-    ) -> Matching:
+    def run(self, start: Permutations, dirty: Iterable[str], generator: np.random.Generator, sweeps: int) -> Matching:
         """The permutations after sweeps over the spaces until none gains; at first over the dirty ones."""
         permutations, dirty, gains = dict(start), set(dirty), list[float]()
         while dirty and len(gains) < sweeps:

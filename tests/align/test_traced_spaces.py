@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from cfmerge.activations.spaces import linen_function, nnx_function, spaces_of_linen, spaces_of_nnx
+from cfmerge.activations import linen_function, nnx_function, spaces_of_linen, spaces_of_nnx
 from cfmerge.align import check_spaces, trace_spaces, why_fixed
 
 KEY = jax.random.key(0)
@@ -16,20 +16,20 @@ IDS = jnp.array([[1, 4, 2, 9, 0], [3, 3, 8, 7, 5]])
 
 
 def checked(model, *inputs, **options):
-    """The spaces of a linen model, named without `params/`; they were tried."""
-    params = model.init(KEY, *inputs)
-    params = params if "batch_stats" in params else params["params"]
+    """The spaces of a linen model, of its parameters alone if it has no others; they were tried."""
+    shapes = jax.eval_shape(model.init, KEY, *inputs)
+    shapes = shapes if "batch_stats" in shapes else shapes["params"]
+    generator = np.random.default_rng(0)
+    low = {1: 0.5}  # of norms
+    params = jax.tree.map(lambda leaf: generator.uniform(low.get(leaf.ndim, -1), 1, leaf.shape).astype("f"), shapes)
     spaces = spaces_of_linen(model, params, *inputs, **options)
     check_spaces(spaces, linen_function(model, params, **options), params, *inputs)
     return spaces
 
 
 def weights(**shapes):
-    keys = jax.random.split(KEY, len(shapes))
-    return {
-        name: jax.random.normal(key, shape) / shape[0] ** 0.5
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    generator = np.random.default_rng(0)
+    return {name: (generator.normal(size=shape) / shape[0] ** 0.5).astype(np.float32) for name, shape in shapes.items()}
 
 
 def tried(f, params, *inputs):
@@ -293,19 +293,22 @@ def test_loops_and_branches_are_followed():
     }
 
 
-@pytest.mark.parametrize(("use", "reason"), [
-    (lambda h: jnp.fft.rfft(h).real, "`fft` is not followed"),
-    (lambda h: jnp.sort(h, axis=-1), "`sort` along it"),
-    (lambda h: h[:, ::-1], "`rev` along it"),
-    (lambda h: jnp.cumsum(h, axis=-1), "`cumsum` along it"),
-    (lambda h: jax.nn.one_hot(h.argmax(-1), 8), "`argmax` over it"),
-    (lambda h: h * jnp.arange(8.0), "positions"),
-    (lambda h: h * np.arange(8.0), "a constant of the model"),
-    (lambda h: h[:, ::2], "every other element of it is taken"),
-    (lambda h: jnp.pad(h, ((0, 0), (1, 0))), "`pad` along it"),
-    (lambda h: h @ h.T @ h[:, [3, 1, 2]], "an index into it"),
-    (lambda h: jnp.roll(h, 1, axis=-1) + h, "a single element"),
-], ids=["fft", "sort", "rev", "cumsum", "argmax", "iota", "constant", "stride", "pad", "gather", "roll"])  # fmt: skip
+IN_ORDER = {
+    "fft": (lambda h: jnp.fft.rfft(h).real, "`fft` is not followed"),
+    "sort": (lambda h: jnp.sort(h, axis=-1), "`sort` along it"),
+    "rev": (lambda h: h[:, ::-1], "`rev` along it"),
+    "cumsum": (lambda h: jnp.cumsum(h, axis=-1), "`cumsum` along it"),
+    "argmax": (lambda h: jax.nn.one_hot(h.argmax(-1), 8), "`argmax` over it"),
+    "iota": (lambda h: h * jnp.arange(8.0), "positions"),
+    "constant": (lambda h: h * np.arange(8.0), "a constant of the model"),
+    "stride": (lambda h: h[:, ::2], "every other element of it is taken"),
+    "pad": (lambda h: jnp.pad(h, ((0, 0), (1, 0))), "`pad` along it"),
+    "gather": (lambda h: h @ h.T @ h[:, [3, 1, 2]], "an index into it"),
+    "roll": (lambda h: jnp.roll(h, 1, axis=-1) + h, "a single element"),
+}
+
+
+@pytest.mark.parametrize(("use", "reason"), IN_ORDER.values(), ids=IN_ORDER)
 def test_an_axis_whose_order_counts_is_fixed_and_the_reason_is_told(use, reason):
     x = jax.random.normal(KEY, (4, 5))
     width = jax.eval_shape(use, jnp.ones((4, 8))).shape[1]
@@ -318,6 +321,30 @@ def test_an_axis_whose_order_counts_is_fixed_and_the_reason_is_told(use, reason)
     assert table == {"w": "in 5, -", "v": f"in {width}, v", "u": "in v, -"}
     assert reason in why_fixed(model, params, x)["w"][1]
     assert list(why_fixed(model, params, x)["v"]) == [0]
+
+
+ALONG_ANOTHER = {
+    "stack": lambda h: jnp.stack([h, jnp.sin(h)], 1).max(1),
+    "unstack": lambda h: sum(jnp.unstack(jnp.stack([h, jnp.sin(h)]))),
+    "tile": lambda h: jnp.tile(h[:, :], (2, 1))[:4],
+    "set": lambda h: h.at[2].set(jnp.ones(8)),
+    "add": lambda h: h.at[jnp.array([0, 2])].add(h[:2]),
+    "update": lambda h: jax.lax.dynamic_update_slice(h, h[:1] ** 2, (2, 0)),
+    "slice": lambda h: jax.lax.dynamic_slice_in_dim(h, 1, 2) + h[0],
+    "top_k": lambda h: jax.lax.top_k(h.T, 2)[0].T,
+    "take": lambda h: jnp.take_along_axis(h, jnp.argsort(h.sum(-1))[:, None], axis=0),
+    "pool": lambda h: jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (2, 1), (1, 1), "SAME"),
+    "join": lambda h: jnp.concatenate([h, jnp.zeros((1, 8))]),
+    "norm": lambda h: jnp.linalg.norm(h, axis=0, keepdims=True) * jax.nn.standardize(h) + jnp.where(h > 0, h.mean(), 0),
+    "vmap": jax.vmap(lambda row: jax.lax.optimization_barrier(jnp.where(row > 0, row, -row))),
+}
+
+
+@pytest.mark.parametrize("use", ALONG_ANOTHER.values(), ids=ALONG_ANOTHER)
+def test_an_axis_is_followed_through_what_is_done_along_another(use):
+    params = weights(w=(5, 8), v=(8, 2))
+    table = tried(lambda p, x: use(jnp.tanh(x @ p["w"])) @ p["v"], params, jax.random.normal(KEY, (4, 5)))
+    assert table == {"w": "in 5, w", "v": "in w, -"}
 
 
 def test_an_axis_with_one_element_taken_out_permutes_among_the_others():

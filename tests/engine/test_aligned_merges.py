@@ -32,8 +32,9 @@ def mlps(here, make_model):
     order = generator.permutation(12)
     noisy = {name: tensor + 0.01 * np.asarray(generator.normal(size=tensor.shape), np.float32)
              for name, tensor in base.items()}  # fmt: skip
-    twin = {"up.weight": noisy["up.weight"][order], "up.bias": noisy["up.bias"][order],
-            "down.weight": np.ascontiguousarray(noisy["down.weight"][:, order]), "down.bias": noisy["down.bias"]}  # fmt: skip
+    down = np.ascontiguousarray(noisy["down.weight"][:, order])  # the library writes arrays as they lie
+    twin = {"up.weight": noisy["up.weight"][order], "up.bias": noisy["up.bias"][order], "down.weight": down,
+            "down.bias": noisy["down.bias"]}  # fmt: skip
     make_model(here / "base", base, config={})
     make_model(here / "twin", twin, config={})
     (here / "spaces.yaml").write_text(TABLE)
@@ -143,3 +144,14 @@ def test_models_of_other_widths_are_refused(mlps, here, make_model):
     make_model(here / "wide", wide, config={})
     with pytest.raises(cfmerge.CfmergeError, match=r"shape|13 elements in the space 'hidden'"):
         cfmerge.merge("base", ["wide"], "average", output="out", **HOW)
+
+
+def test_batch_norms_are_refused_without_leave(here):
+    saved(here / "base", "ResNetForImageClassification", **RESNET)
+    with pytest.raises(cfmerge.CfmergeError, match=r"running statistics of BatchNorm.*--allow batch-norm"):
+        cfmerge.merge("base", ["base"], "average", output="out", align={}, allow=["one-expert"])
+    allowed = ["one-expert", "batch-norm"]
+    cfmerge.merge("base", ["base"], "average", output="out", align={}, allow=allowed)
+
+
+RESNET = {"num_channels": 3, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"}

@@ -12,7 +12,10 @@ from cfmerge.models.space_tables import reading
 from cfmerge.models.space_tables.table import OWN, Described, Table
 from cfmerge.models.spaces import Spaces
 
-FAMILIES = ("bert", "llama")  # in the order in which they are tried for models without a model type
+# In the order in which they are tried for models without a model type.
+FAMILIES = (
+    "bert", "distilbert", "mpnet", "llama", "gpt2", "t5", "vit", "clip", "resnet", "torch_resnet", "convnext",
+)  # fmt: skip
 Headers = Mapping[str, Shape]
 
 
