@@ -11,6 +11,8 @@ import pytest
 from cfmerge import align
 from cfmerge.demo.data import Split
 
+CACHES = (align_merges.models, align_merges.moments, align_merges.spaces_of)
+
 
 def stripes(seed, count):
     """Images of ten classes, whose bright rows tell the class."""
@@ -37,8 +39,8 @@ def small(monkeypatch, tmp_path_factory):
     for module in (align_told, align_drawn):
         monkeypatch.setattr(module, "INPUTS", 60)
     yield
-    for kept in (align_merges.models, align_merges.moments, align_merges.spaces_of):
-        kept.cache_clear()
+    for cache in CACHES:
+        cache.cache_clear()
 
 
 def test_a_barrier_is_the_most_that_the_loss_lies_above_the_line_between_its_ends():
