@@ -6,6 +6,7 @@ or merges features within and across the models (ZipIt!).
 """
 
 from cfmerge.align.activation_matching import activation_matching as activation_matching
+from cfmerge.align.chains import chain_spaces as chain_spaces
 from cfmerge.align.checking import check_spaces as check_spaces
 from cfmerge.align.groups import Groups as Groups
 from cfmerge.align.groups import identity_match as identity_match
