@@ -9,6 +9,7 @@ from cfmerge.align.activation_matching import activation_matching as activation_
 from cfmerge.align.c2m3 import Universe as Universe
 from cfmerge.align.c2m3 import between as between
 from cfmerge.align.c2m3 import universe as universe
+from cfmerge.align.chains import chain_spaces as chain_spaces
 from cfmerge.align.checking import check_spaces as check_spaces
 from cfmerge.align.groups import Groups as Groups
 from cfmerge.align.groups import identity_match as identity_match

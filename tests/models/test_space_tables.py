@@ -74,6 +74,7 @@ MODELS = [  # (class, its config, the spaces)
     ("MPNetForSequenceClassification", TEXT, f"{SHARED_HEADS} classifier"),
     ("GPT2LMHeadModel", GPT2, ENCODER),
     ("GPT2ForSequenceClassification", {**GPT2, "num_labels": 3, "pad_token_id": 0}, ENCODER),
+    ("GPTNeoXForCausalLM", {**UNTIED, "rotary_pct": 0.5}, "hidden heads{l} mlp{l}"),
     ("T5ForConditionalGeneration", T5, STACKS),
     ("MT5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, STACKS),
     ("ViTForImageClassification", IMAGE, ENCODER),
