@@ -23,7 +23,7 @@ import numpy as np
 
 from cfmerge import covariance
 from cfmerge.activations.inputs import Seen, see, together, wide
-from cfmerge.activations.looking import LINEAR, Forward, Look, in_linen, in_nnx, kernel_of
+from cfmerge.activations.looking import LINEAR, Call, Forward, Look, in_linen, in_nnx, kernel_of
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import safetensors, shards
 from cfmerge.formats.pytree import flatten
@@ -119,9 +119,10 @@ def nnx_forward(graph: Any, wanted: Callable[[str], bool], method: str, options:
 def _look(wanted: Callable[[str], bool]) -> Look:
     order = itertools.count()
 
-    def look(layer: Any, name: str | None, inputs: Any, run: Callable[..., Any]) -> tuple[Any, Seen | None]:
-        seen = see(layer, inputs, order) if name is None or wanted(kernel_of(name)) else None
-        return run(), seen
+    def look(call: Call) -> tuple[Any, Seen | None]:
+        own = call.name is None or wanted(kernel_of(call.name))
+        seen = see(call.layer, call.inputs, order) if own else None
+        return call.run(), seen
 
     return look
 

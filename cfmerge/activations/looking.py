@@ -1,7 +1,7 @@
 """Running a Flax model on a batch, and looking on: what layers of some kinds are given, and what they make of it.
 
-A look stands between a layer and the model: it gets the layer, its inputs and how to run it, and returns the layer's
-outputs, which may be others, and what is kept of them. Linen hands every call to it (`intercept_methods`, kept by
+A look stands between a layer and the model: it gets a call of the layer, and returns the outputs, which may be others
+than the layer's, and what is kept of them. Linen hands every call to it (`intercept_methods`, kept by
 `sow`), in nnx the layers' `__call__` is replaced while the model runs. Both work inside `nn.scan` and `nnx.scan`.
 """
 
@@ -9,11 +9,20 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-# look(layer, name, inputs, run) -> (outputs, kept): `name` is the layer's, None inside a scan of nnx; `run(**options)`
-# is the layer's own call; `kept` is a pytree of arrays, or None.
-Look = Callable[[Any, str | None, Any, Callable[..., Any]], tuple[Any, Any]]
+
+class Call(NamedTuple):
+    """A call of a layer: `run()` makes it, `run(option=value)` with an option changed. Scans of nnx know no names."""
+
+    layer: Any
+    name: str | None
+    inputs: Any
+    options: Mapping[str, Any]
+    run: Callable[..., Any]
+
+
+Look = Callable[[Call], tuple[Any, Any]]  # the outputs, and what is kept: a pytree of arrays, or None
 Join = Callable[[Any, Any], Any]  # what was kept of one layer in several calls
 Forward = Callable[..., dict[str, Any]]  # (variables or state, batch, ...) -> {layer's name: what was kept}
 
@@ -41,8 +50,7 @@ def in_linen(
             known = isinstance(layer, _kinds(linen, kinds)) and context.method_name == "__call__"
             if not (known and layer.is_mutable_collection(COLLECTION)):
                 return following(*args, **kwargs)
-            run = functools.partial(following, *args, **kwargs)
-            outputs, kept = own(layer, "/".join(layer.path), _inputs(args, kwargs), run)
+            outputs, kept = own(_call(layer, "/".join(layer.path), following, args, kwargs))
             if kept is not None:
                 layer.sow(COLLECTION, FIELD, kept, reduce_fn=_joined(join), init_fn=lambda: None)
             return outputs
@@ -85,8 +93,8 @@ def _replaced(kinds: tuple[Any, ...], names: Mapping[int, str], look: Look, join
     def looking(call: Any) -> Any:
         @functools.wraps(call)
         def looked(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            run = functools.partial(call, layer, *args, **kwargs)
-            outputs, kept = look(layer, names.get(id(layer)), _inputs(args, kwargs), run)
+            bound = functools.partial(call, layer)
+            outputs, kept = look(_call(layer, names.get(id(layer)), bound, args, kwargs))
             if kept is not None:
                 known = getattr(layer, FIELD, None)
                 kept = _joined(join)(None if known is None else _value(known), kept)
@@ -110,8 +118,12 @@ def _kinds(library: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(getattr(library, name) for name in names if hasattr(library, name))
 
 
-def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else kwargs["inputs"] if "inputs" in kwargs else kwargs["x"]
+def _call(layer: Any, name: str | None, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def run(**options: Any) -> Any:  # an option by place, `use_running_average` of BatchNorm alone, gives way
+        return call(*(args[:1] if options else args), **{**kwargs, **options})
+
+    given = args[0] if args else kwargs["inputs"] if "inputs" in kwargs else kwargs["x"]
+    return Call(layer, name, given, kwargs, run)
 
 
 def _joined(join: Join) -> Join:

@@ -34,7 +34,7 @@ def check_spaces(
         f: a pure function, such as `model.apply` of linen.
         params: a tree or a flat mapping of arrays.
         inputs: of the model, such as a batch of random numbers; of one that is all zeros nothing may be seen.
-        tolerance: what outputs may differ by, as a share of the largest of them: rounding. 1e-4 is for float32.
+        tolerance: what an output may differ by, as a share of its largest entry: rounding. 1e-4 is for float32.
         seed: of the permutations.
 
     Raises:
@@ -95,15 +95,17 @@ def _compare(
 ) -> None:
     """Raises `CfmergeError` if the permuted model's outputs differ."""
     after = _outputs(run(permute(spaces, tensors, permutations)))
+    everywhere = max(np.abs(output).max(initial=0) for output in before.values())
     for name, output in before.items():
         largest = np.abs(output).max(initial=0)
+        allowed = tolerance * max(largest, tolerance * everywhere)
         difference = np.abs(after[name] - output).max(initial=0)
-        if not difference <= tolerance * largest:
+        if not difference <= allowed:
             only = next(iter(permutations)) if len(permutations) == 1 else ""
             who = f"a permutation of {only!r}" if only else "a permutation of all spaces together"
             raise CfmergeError(
                 f"spaces: {who} changes output {name or 'of the model'!r} by up to {difference:.3g}, where its largest "
-                f"entry is {largest:.3g} and {tolerance:g} of that may be rounding"
+                f"entry is {largest:.3g}, and rounding may be {allowed:.3g}"
                 + (f"; it is on {and_more([_told(use) for use in spaces.uses(only)])}. " if only else ". ")
                 + "Write `-` for an axis that does not permute; `cfmerge.align.trace_spaces` finds the spaces itself"
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from cfmerge.align.atoms import Atom, factors, fix, is_fixed, leaves, parts, products
-from cfmerge.align.rules import Facts, Origin
+from cfmerge.align.values import Facts, Origin
 from cfmerge.models.layouts import Shape
 from cfmerge.models.spaces import FIXED, READS, Spaces, parse_spaces
 

@@ -83,14 +83,17 @@ class Groups:
         return self.unmerged(values, model, axis) / (self.sizes + self.bias).reshape(shape)
 
     def unmerged(self, values: Any, model: int, axis: int) -> np.ndarray:
-        """`U_i^T` applied along an axis, along which a model reads: the sums over the members of each group."""
+        """`U_i^T` applied along an axis that a tensor of the model reads: the sums over the members of each group."""
         part = self.parts[model]
-        values = np.asarray(values).take(np.flatnonzero(part >= 0), axis=axis)
-        part = part[part >= 0]
-        if len(part) == self.width == len(np.unique(part)):
-            return values.take(np.argsort(part), axis=axis)
-        result = np.zeros((*values.shape[:axis], self.width, *values.shape[axis + 1 :]), values.dtype)
-        np.add.at(result, (slice(None),) * axis + (part,), values)
+        order = np.argsort(part, kind="stable")[(part < 0).sum() :]
+        labels, starts = np.unique(part[order], return_index=True)
+        sums = np.asarray(values).take(order, axis=axis)
+        if len(labels) < len(order):
+            sums = np.add.reduceat(sums, starts, axis=axis)
+        if len(labels) == self.width:
+            return sums
+        result = np.zeros((*sums.shape[:axis], self.width, *sums.shape[axis + 1 :]), sums.dtype)
+        result[(slice(None),) * axis + (labels,)] = sums
         return result
 
 

@@ -13,8 +13,8 @@ import jax
 
 from cfmerge.align.atoms import Atom, fix, leaves
 from cfmerge.align.derived import Axes, spaces_of
-from cfmerge.align.rules import Along, Facts, Value, fixed
 from cfmerge.align.tracing import walk
+from cfmerge.align.values import Along, Facts, Value, fixed
 from cfmerge.formats.pytree import named_leaves
 from cfmerge.models.spaces import Spaces
 

@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from cfmerge.align import indexing, rules
 from cfmerge.align.atoms import Atom, fix
-from cfmerge.align.rules import RULES, Along, Facts, Value, fix_all, fixed, meet, shape
+from cfmerge.align.values import Along, Facts, Value, fix_all, fixed, meet, shape
+
+RULES = {**rules.RULES, **indexing.RULES}
 
 CALLS = {  # primitives that call a function: its place among their parameters
     "jit": "jaxpr",
@@ -17,6 +20,7 @@ CALLS = {  # primitives that call a function: its place among their parameters
     "remat": "jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
+    "composite": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",

@@ -84,6 +84,10 @@ RECIPE: dict[str, Any] = {
         option("--method", "-m", metavar="METHOD", panel=HOW, help="A method or chain A >> B. Default: ace."),
     ],
     "parameters": Parameters,
+    "align": Annotated[
+        str | None,
+        option("--align", metavar="METHOD", panel=HOW, help="Other initialisation: weights, many, ..."),
+    ],
     "rules": Annotated[
         list[str] | None,
         option("--rule", "-r", metavar="RULE", panel=HOW, help="'match=GLOB, method=NAME'; repeat."),

@@ -14,6 +14,7 @@ from cfmerge import mergekit
 from cfmerge.errors import CfmergeError
 from cfmerge.recipe import Layers, Recipe, load, parse, parse_rule
 
+RULE = "match=GLOB, method=NAME, parameters.KEY=VALUE"
 PREFIX = "parameters."  # in front of a rule's keys that are parameters of its method
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
 
@@ -130,6 +131,15 @@ def told_run(run: Layers) -> str:
     return f"{where}{f' of {run.base}' if run.base else ''}{with_experts}{f', by {run.method}' if run.method else ''}"
 
 
+def alignment(text: str) -> dict[str, Any]:
+    """How models are aligned from `METHOD`, from `method=METHOD, to=EXPERT`, or from the text of a mapping."""
+    if text.lstrip().startswith("{"):
+        return mapping(text, "--align", "{method: weights, to: base}")
+    if "=" not in text:
+        return {"method": text.strip()}
+    return {key: int(value) if value.isdigit() else value for key, value in _pairs(text, "--align", "method=weights")}
+
+
 def mapping(text: str, option: str, example: str) -> dict[str, Any]:
     """A mapping written in YAML or JSON, with or without braces, or as an item of a list."""
     for form in (text, f"{{{text}}}"):
@@ -164,13 +174,13 @@ def key_values(texts: Sequence[str], option: str = "--param") -> dict[str, Any]:
     return pairs
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
+def _pairs(text: str, option: str = "--rule", example: str = RULE) -> list[tuple[str, str]]:
     pairs = []
     for part in split(text):
         key, separator, value = part.partition("=")
         if not separator or key.strip() in {"", PREFIX}:
             raise CfmergeError(
-                f"--rule {text!r}: {part!r} is not KEY=VALUE; write 'match=GLOB, method=NAME, parameters.KEY=VALUE', "
+                f"{option} {text!r}: {part!r} is not KEY=VALUE; write '{example}', "
                 "with quotes around a value that has a comma in it"
             )
         pairs.append((key.strip(), _unquoted(value.strip())))
@@ -218,6 +228,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "rules": lambda texts: [rule(text) for text in texts],
     "rename": lambda texts: [rename(text) for text in texts],
     "layers": lambda texts: [run_of_layers(text) for text in texts],
+    "align": alignment,
     "parameters": key_values,
     "adapter_out": lambda text: int(text) if text.isdigit() else text,
 }

@@ -129,7 +129,7 @@ def _check_same_files(recipe: Recipe, base: Source, specs: Sequence[Expert], exp
         files = tuple(file.resolve() for file in expert.files)
         if not files:  # in memory
             continue
-        if files == base_files and "base-as-expert" not in recipe.allow:
+        if files == base_files and "base-as-expert" not in recipe.allow and recipe.align is None:
             raise CfmergeError(
                 f"expert {spec.name!r} is the base itself ({spec.path}): its delta is zero. Leave it out, or "
                 "allow it: --allow base-as-expert (recipe: 'allow: [base-as-expert]')"

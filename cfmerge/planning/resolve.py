@@ -12,6 +12,7 @@ from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import Source, open_checkpoint
 from cfmerge.models import Parameter, classify, is_buffer, is_float
+from cfmerge.planning.aligning import check_align, in_one_order
 from cfmerge.planning.assign import Choose, assign, treated_apart
 from cfmerge.planning.beside import beside_of
 from cfmerge.planning.experts import leave_untouched
@@ -58,6 +59,7 @@ def resolve(
     recipe = next(iter(asked.values()))
     check_seed(recipe.seed)
     check_unmerged(recipe, composing is not None)
+    check_align(recipe)
     load_plugins(recipe.plugins)
     made = [methods.make(one.method, one.parameters) for one in asked.values()]
     for method in made:
@@ -123,10 +125,11 @@ def resolve(
         before=earlier, sources=matched[0].sources, aliases=aliases, dtype_of=output_dtype, statistics=statistics,
         sums=sums,
     )  # fmt: skip
+    base, experts, of_order = in_one_order(recipe, base, paired.experts, specs, paired.sources)
     files = [open_checkpoint(spec.moments) if spec.moments else None for spec in specs]
     taking_part = [
         Participant(spec.name, f"expert {spec.name!r} ({spec.path})", expert, file)
-        for spec, expert, file in zip(specs, paired.experts, files, strict=True)
+        for spec, expert, file in zip(specs, experts, files, strict=True)
     ]
     check_moments(jobs, taking_part, lambda file, name: file.tensors.get(name))  # type: ignore[attr-defined]
     jobs = with_ranks(jobs, taking_part, sums or statistics is not None)
@@ -140,8 +143,8 @@ def resolve(
     results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
     beside = beside_of(recipe, base, models, of_vocabulary)
     return Resolved(
-        results, base, tuple(paired.experts), tuple(specs), work, matched[0].exported,
-        (*notes, *beside.notes, *numbers_told, *matched[0].notes, *averaged), parse_size(recipe.shard_size),
+        results, base, tuple(experts), tuple(specs), work, matched[0].exported,
+        (*notes, *beside.notes, *of_order, *numbers_told, *matched[0].notes, *averaged), parse_size(recipe.shard_size),
         beside.files, sums, models.opened, beside.edits,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cfmerge import hub
+from cfmerge.align.source import alignment_of
 from cfmerge.engine import run
 from cfmerge.engine.account import SAFER, Account
 from cfmerge.engine.checks import same_content
@@ -92,7 +93,8 @@ def carried_out(
             raise CfmergeError(f"run: the plan's results are {list(plan.results)}, the sinks are for {list(sinks)}")
         notes = [*dropped, *_check_contents(plan)]
         account = run.merge(plan.work, list(sinks.values()), memory=memory, placement=placement, progress=progress)
-        told = (*plan.notes, *notes, *account.lines())
+        alignment = alignment_of((plan.base, *plan.experts))
+        told = (*plan.notes, *notes, *(alignment.found().told if alignment else ()), *account.lines())
         return {
             label: MergeResult(None, own, told, account.reports_of(n), {}, warnings=_warned(account, n))
             for n, (label, own) in enumerate(plans.items())
@@ -135,7 +137,9 @@ def carried_out(
         if not first:
             joined(plan, outs, journal)
         processes.gathered("joined", None)
-        notes = [*dropped, *journal.header["contents"]]
+        if alignment := alignment_of(checkpoints):
+            alignment.recall(journal.header["alignment"])
+        notes = [*dropped, *journal.header["contents"], *(alignment.found().told if alignment else ())]
         stop, files = threading.Event(), list(dict.fromkeys(inputs))
         with ThreadPoolExecutor(1, "hash") as hasher:
             hashing = hasher.submit(lambda: {file: sha256(file, stop, fresh) for file in my_files(processes, files)})
@@ -231,7 +235,7 @@ def _check_contents(plan: Resolved) -> list[str]:
             first = min(names, key=lambda name: "embed" in name)
             if beginning(other, first) != beginning(expert, names[first]) or not same_content(other, expert, names):
                 continue
-            if allowed not in plan.recipe.allow:
+            if allowed not in plan.recipe.allow and not (other is plan.base and plan.recipe.align):
                 raise CfmergeError(
                     f"expert {spec.name!r} ({spec.path}) holds the same weights as {who} ({other.path}). Leave it "
                     f"out, or allow it: --allow {allowed} (recipe: 'allow: [{allowed}]')"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cfmerge.align.source import alignment_of
 from cfmerge.errors import CfmergeError, NonFiniteError, StoppedError
 from cfmerge.formats import DirectorySink
 from cfmerge.formats.journal import FileJournal, found_beside
@@ -43,7 +44,8 @@ def resumed(
 ) -> tuple[str, ...]:
     """Notes on what was found of an earlier run; the journal goes on from there, or is begun.
 
-    The tensors are declared to the sinks. `journal.header["contents"]` has the notes on the models' contents.
+    The tensors are declared to the sinks. `journal.header` has the notes on the models' contents, and how the models
+    are brought into one order, so that every process and every later run has the same.
 
     Args:
         check: the notes on the models' contents, from a look at their tensors.
@@ -73,9 +75,11 @@ def resumed(
             done = (f"{share} of the merge was done by an earlier run, and is not done again",)
             return done if journal.kept else ()
     contents = check(plan)
+    alignment = alignment_of((plan.base, *plan.experts))
+    found = alignment.as_plain() if alignment else None
     for sink in sinks:
         sink.declare(plan.output)
-    journal.begin(header | {"contents": contents}, sync)
+    journal.begin(header | {"contents": contents, "alignment": found}, sync)
     return (f"what an earlier run had done was done anew: {told}",) if told else ()
 
 

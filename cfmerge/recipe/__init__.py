@@ -4,6 +4,7 @@ A recipe is a YAML file (or the front of a model card that cfmerge wrote, whose 
 relative to the current directory.
 """
 
+from cfmerge.recipe.parts import Align as Align
 from cfmerge.recipe.parts import Expert as Expert
 from cfmerge.recipe.parts import LayerExpert as LayerExpert
 from cfmerge.recipe.parts import Layers as Layers

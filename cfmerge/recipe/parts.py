@@ -1,7 +1,7 @@
 """The parts of a recipe: experts, renames, rules, runs of layers."""
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -108,3 +108,19 @@ class Layers(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         for first, end in filter(None, (self.range, *inner)):
             if not 0 <= first < end:
                 raise ValueError(f"`range: [{first}, {end}]` has no layers; write the first, and one past the last")
+
+
+class Align(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """Models of different initialisation: each is brought into the order of one of them, as it is read.
+
+    >>> recipe = cfmerge.Recipe("base", ["math", "code"], "average", align=cfmerge.Align(method="many", seed=1))
+    >>> recipe.align.to
+    'base'
+    """
+
+    to: str = "base"  # the model whose order all others take: base, or an expert's name
+    method: Literal["weights", "many", "universe", "activations"] = "weights"
+    moments: str = ""  # joint feature moments, for `activations`
+    spaces: str = ""  # a table of one's own; none: the family's, known by the names of the tensors
+    seed: int = 0  # of the order in which spaces are matched
+    sweeps: int = 100  # at most

@@ -10,7 +10,7 @@ import msgspec
 import yaml
 
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.recipe.parts import Expert, LayerExpert, Layers, Rename, Rule
+from cfmerge.recipe.parts import Align, Expert, LayerExpert, Layers, Rename, Rule
 from cfmerge.recipe.recipe import Recipe
 
 
@@ -55,6 +55,7 @@ def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
     key, place = unknown.groups()
     inside: dict[str, type[msgspec.Struct]] = {
         "layers[...].experts": LayerExpert, "layers": Layers, "rename": Rename, "experts": Expert, "rules": Rule,
+        "align": Align,
     }  # fmt: skip
     anywhere = re.sub(r"\[\d+\]", "[...]", place or "")
     found = struct or next((kind for part, kind in inside.items() if part in anywhere), Recipe)

@@ -11,12 +11,12 @@ import yaml
 
 from cfmerge import hub
 from cfmerge.errors import CfmergeError
-from cfmerge.recipe.parts import Expert, Layers, Rename, Rule
+from cfmerge.recipe.parts import Align, Expert, Layers, Rename, Rule
 
 FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".npz"}  # ends that are not in an expert's name
 Heads = Literal["keep-base", "drop", "export"]
 Format = Literal["safetensors", "torch", "msgpack", "npz", "orbax", "orbax-v0", "distributed"]
-Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert", "other-base"]
+Allowed = Literal["duplicate-experts", "one-expert", "base-as-expert", "other-base", "batch-norm"]
 
 
 class Recipe(msgspec.Struct, forbid_unknown_fields=True):
@@ -37,6 +37,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     rename: list[Rename] = []  # for all experts' names
     components: list[str] = []  # folders of a pipeline that are merged; the others are copied; none: all
     heads: Heads | None = None
+    align: Align | None = None  # models of different initialisation are brought into one order first
     on_nonfinite: Literal["error", "skip-expert"] = "error"
     vocabulary: str | None = None  # the output's tokens: base, union, or an expert's name; none: base, if it has all
     unmerged: str | None = None  # whose integers, buffers and objects the output has: an expert, a path; none: the base

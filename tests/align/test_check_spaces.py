@@ -37,7 +37,7 @@ def test_a_table_that_is_right_passes(params):
     ({"c": "in -, -", "b": "in g, g"}, "h"),
     ({"a": "in -, 2 h", "bias": "2 h", "b": "in 2 h, g"}, ""),
     ({"a": "in -, 2 h", "bias": "h 2", "b": "in 2 h, g"}, "h"),
-], ids=["left out", "of another", "one for two", "swapped", "fewer", "not read", "blocks", "blocks of another order"])  # fmt: skip
+], ids=["left out", "of another", "one for two", "swapped", "fewer", "unread", "blocks", "other blocks"])  # fmt: skip
 def test_a_space_that_changes_the_outputs_is_named_with_its_tensors(wrong, space, params):
     """Fewer permutations than there are, with "", are right too."""
     spaces = parse_spaces({**RIGHT, **wrong}, SHAPES)

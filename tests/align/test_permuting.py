@@ -79,7 +79,7 @@ def test_a_composition_does_one_permutation_after_the_other(spaces, model):
 
 
 def test_an_array_that_is_no_permutation_is_refused(spaces):
-    with pytest.raises(CfmergeError, match="no space 'heads'; there is: kv, h, kv.q, kv.v"):
+    with pytest.raises(CfmergeError, match=r"no space 'heads'; there is: kv, h, kv.q, kv.v"):
         check_permutations(spaces, {"heads": np.arange(3)})
     with pytest.raises(CfmergeError, match=r"'h': expected each of 0 \.\. 9 once.* \(10,\); found .*\(9,\)"):
         check_permutations(spaces, {"h": np.arange(9)})

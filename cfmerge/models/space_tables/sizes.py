@@ -34,6 +34,4 @@ def _number(word: str, config: Mapping[str, Any]) -> int | None:
     found: Any = config
     for key in word.split("."):
         found = found.get(key) if isinstance(found, Mapping) else None
-    if found is None and "." not in word and isinstance(config.get("text_config"), Mapping):
-        found = config["text_config"].get(word)
     return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None

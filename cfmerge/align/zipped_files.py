@@ -1,0 +1,160 @@
+"""Files of a zip: its directory, written and read strictly, and a checkpoint where all is zipped."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cfmerge.align.groups import Groups
+from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats import DirectorySink, Folder, Totals, open_checkpoint, open_sink
+from cfmerge.formats.layout import read_json
+from cfmerge.formats.safetensors import SafetensorsFile
+from cfmerge.formats.sinks import HEADS
+
+if TYPE_CHECKING:
+    from cfmerge.align.zipped import Zipped
+
+TABLE, TRUNK = "zip.json", "trunk"
+KIND, VERSION = "cfmerge-zip", 1
+NESTED = "/"  # the layout of a tree that was loaded: dicts, by the parts of names
+FILE_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
+
+
+def save(zipped: "Zipped", directory: Path) -> Path:
+    """The directory, made whole or not at all; nothing is overwritten.
+
+    Raises:
+        CfmergeError: there is something, or a model's name cannot be a file's.
+    """
+    for name in zipped.models:
+        if not FILE_NAME.fullmatch(name):
+            raise CfmergeError(f"zip: model {name!r} cannot be a file's name; give models as {{name: model}}")
+    trunk = {name: np.asarray(leaf) for name, leaf in zipped.trunk.items()}
+    heads = [(model, {name: np.asarray(leaf) for name, leaf in own.items()}) for model, own in zipped.heads.items()]
+    with DirectorySink(directory, [Folder(stem=TRUNK, sharded=False)]) as sink:
+        sink.declare({name: (array.shape, array.dtype) for name, array in trunk.items()})
+        for name, array in trunk.items():
+            sink.write(name, array)
+        sink.finish(Totals(heads=[one for one in heads if one[1]], files={TABLE: _text(zipped)}))
+        sink.commit()
+    return sink.target
+
+
+def _text(zipped: "Zipped") -> str:
+    content = {
+        "format": KIND,
+        "version": VERSION,
+        "models": list(zipped.models),
+        "stop_at": list(zipped.stop_at),
+        "nested": zipped.layout is not None,
+        "spaces": dict(zipped.table),
+        "sizes": dict(zipped.sizes),
+        "heads": list(zipped.heads[zipped.models[0]]),
+        "groups": {
+            space: {"partition": groups.partition.tolist(), "widths": list(groups.widths), "bias": groups.bias}
+            for space, groups in zipped.groups.items()
+        },
+        "blocks": [{name: order.tolist() for name, order in one.items()} for one in zipped.blocks],
+        "notes": list(zipped.notes),
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def load(directory: Path) -> dict[str, Any]:
+    """The fields of the `Zipped` that lies in a directory; its arrays are views of the mapped files.
+
+    Raises:
+        CfmergeError: there is none, its table is none, or its files are not whole.
+    """
+    table = directory / TABLE
+    if not table.is_file():
+        raise CfmergeError(f"{directory}: holds no zip: there is no {TABLE}")
+    content = read_json(table)
+    if content.get("format") != KIND or content.get("version") != VERSION:
+        found = f"{content.get('format')!r}, version {content.get('version')!r}"
+        raise CfmergeError(f"{table}: should be {KIND!r}, version {VERSION}; found {found}")
+    try:
+        fields = {
+            "models": _texts(content["models"]),
+            "groups": {space: _groups(one) for space, one in content["groups"].items()},
+            "blocks": tuple({n: np.array(order, np.intp) for n, order in one.items()} for one in content["blocks"]),
+            "table": dict(zip(content["spaces"], _texts(content["spaces"].values()), strict=True)),
+            "sizes": {space: int(size) for space, size in content["sizes"].items()},
+            "stop_at": _texts(content["stop_at"]),
+            "notes": _texts(content["notes"]),
+            "layout": NESTED if content["nested"] else None,
+        }
+        own = _texts(content["heads"])
+        if not fields["models"] or len(fields["blocks"]) != len(fields["models"]) or set(own) - set(fields["table"]):
+            raise ValueError("models, blocks and heads do not fit together")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CfmergeError(f"{table}: is not whole, or was changed: {type(error).__name__}: {error}") from None
+    trunk = [name for name in fields["table"] if name not in set(own)]
+    for model in fields["models"]:
+        if not FILE_NAME.fullmatch(model):
+            raise CfmergeError(f"{table}: model {model!r} cannot be a file's name")
+    fields["trunk"] = _tensors(directory / f"{TRUNK}.safetensors", trunk, TABLE)
+    fields["heads"] = {
+        model: _tensors(directory / HEADS / f"{model}.safetensors", own, TABLE) if own else {}
+        for model in fields["models"]
+    }
+    return fields
+
+
+def _groups(told: Mapping[str, Any]) -> Groups:
+    partition, widths = np.array(told["partition"], np.intp), tuple(map(int, told["widths"]))
+    if partition.ndim != 1 or len(partition) != sum(widths) or partition.min() < -1:
+        raise ValueError(f"a partition of {len(partition)} features, and widths {widths}")
+    return Groups(partition, widths, float(told["bias"]))
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    found = () if isinstance(values, str) else tuple(values)
+    if isinstance(values, str) or not all(isinstance(value, str) for value in found):
+        raise ValueError(f"a list of names is expected, found {values!r}")
+    return found
+
+
+def _tensors(path: Path, names: list[str] | tuple[str, ...], table: str) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise CfmergeError(f"{path}: is not there, and {table} tells of its tensors: the zip is not whole")
+    file = SafetensorsFile(path)
+    if set(file.tensors) != set(names):
+        lost, more = [n for n in names if n not in file.tensors], [n for n in file.tensors if n not in set(names)]
+        told = f"lacks {and_more(lost)}" if lost else f"has {and_more(more)} too"
+        raise CfmergeError(f"{path}: {told}, not as {table} tells")
+    return {name: file.read(name) for name in names}
+
+
+def write(tensors: Mapping[str, Any], output: Path, base: str | Path) -> Path:
+    """A checkpoint of some tensors, which lies as its base does, with its side files; whole or not at all.
+
+    Raises:
+        CfmergeError: the tensors are not those of the base, in its shapes; or there is something.
+    """
+    source = open_checkpoint(base)
+    missing = [name for name in source.tensors if name not in tensors]
+    if missing or (set(tensors) - set(source.tensors)):
+        more = [name for name in tensors if name not in source.tensors]
+        told = f"has tensor {and_more(missing)}" if missing else f"has no tensor {and_more(more)}"
+        raise CfmergeError(f"{source.path}: {told}, unlike the zip; give base= the files of a model that was zipped")
+    for name, info in source.tensors.items():
+        if info.shape != np.shape(tensors[name]):
+            raise CfmergeError(
+                f"{source.path}: tensor {name!r} has shape {info.shape}, in the zip {np.shape(tensors[name])}; zip to "
+                "the model's own width, and give base= the model whose head is written"
+            )
+    with open_sink(
+        output, source.folders, shard_bytes=5 * 10**9, side_files=source.side_files, edits={},
+        inputs=[*source.files, source.path],
+    ) as sink:  # fmt: skip
+        sink.declare({name: (info.shape, tensors[name].dtype) for name, info in source.tensors.items()})
+        for name in source.tensors:
+            sink.write(name, np.asarray(tensors[name]))
+        sink.finish(Totals())
+        sink.commit()
+        return sink.target

@@ -1,0 +1,260 @@
+"""Models of different initialisation zipped on their spaces: ZipIt! for whole models, as far as a space or all through.
+
+The features of each zipped space become groups (zipit.py), the tensors that write it are merged by M, those that read
+it take U (folding.py). Where the zip stops, the trunk is one for all models, and each model keeps its head, whose first
+tensors have U folded in (flow.py).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfmerge.align.flow import Flow, divided, reads, writes
+from cfmerge.align.folding import Folds, computing
+from cfmerge.align.permuting import Permutations
+from cfmerge.align.zip_matches import Rule, matched, similarity_of
+from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
+from cfmerge.align.zipped import Zipped
+from cfmerge.errors import CfmergeError, and_more
+from cfmerge.formats.pytree import flatten
+from cfmerge.models.buffers import is_buffer, is_counter
+from cfmerge.models.layouts import Shape
+from cfmerge.models.spaces import Spaces, parse_spaces, same_spaces
+
+RUNNING = re.compile(r"(^|[./])(running_mean|running_var|moving_mean|moving_variance|mean|var)$")  # of BatchNorm
+Model = Mapping[str, Any]
+
+
+def zip_models(
+    spaces: Spaces | Sequence[Spaces],
+    models: Mapping[str, Any] | Sequence[Any],
+    similarity: Any,
+    *,
+    stop_at: str | Sequence[str] | None = None,
+    method: str = "zip",
+    width: Mapping[str, int] | float | None = None,
+    budget: float = 0.125,
+    penalty: float = 0.3,
+    permutations: Sequence[Permutations] | None = None,
+    tied: Sequence[str] = (),
+    reset_norms: bool = False,
+    compat: str | None = None,
+) -> Zipped:
+    """Several models as one, or as one trunk with a head for each.
+
+        >>> table = {"up": "hidden, in -", "down": "-, in hidden"}
+        >>> spaces = cfmerge.align.parse_spaces(table, {"up": (3, 2), "down": (1, 3)})
+        >>> a = {"up": np.array([[1.0, 2.0], [3.0, -1.0], [0.0, 2.0]]), "down": np.array([[1.0, 2.0, 4.0]])}
+        >>> b = cfmerge.align.permute(spaces, a, {"hidden": np.array([2, 0, 1])})
+        >>> zipped = cfmerge.align.zip_models(spaces, {"a": a, "b": b}, "weights")
+        >>> zipped.model("b")["up"].tolist() == a["up"].tolist()
+        True
+        >>> zipped.groups["hidden"].partition
+        array([0, 1, 2, 2, 0, 1])
+
+    Args:
+        spaces: of all models; or those of each, where sizes do not follow from shapes.
+        models: by name, or in order; each a mapping of arrays by name, which may read an array when it is asked for, or
+            a tree whose leaves are called as `formats.pytree` calls them (`Dense_0/kernel`).
+        similarity: how alike the features of a space are, all models side by side: joint `Moments`, whose correlation
+            is taken; or `{space: (O, O)}`. `"weights"`, an extension: the cosine of their weights, see zip_weights.py.
+        stop_at: the last space that is zipped, or some: all in front of it are zipped too. None: all spaces.
+        method: "zip"; "permute": the assignment of each model to the first; "identity": the same order.
+        width: how many groups are left, `{space: n}`, or a factor of the first model's; None: as many as it has.
+        budget, penalty, compat: see `match`.
+        permutations: for each model, the order of spaces that are not matched by similarity; they are averaged.
+        tied: tensors that are also the model's output layer, under one name.
+        reset_norms: running statistics of BatchNorm in the trunk will be estimated again with inputs.
+
+    Raises:
+        CfmergeError: other tensors than the spaces'; no such space; no similarity of one; a tensor that cannot be
+            zipped; statistics of BatchNorm that will be wrong.
+    """
+    names, flat, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
+    own = _spaces(spaces, names, flat)
+    flow = divided(own[0], stop_at)
+    _check_norms(own[0], flow, reset_norms)
+    if isinstance(similarity, str) and similarity == "weights":
+        found = matched_by_weights(own, flat, flow.zipped)
+        order, by = flow.zipped if found else order_of_flow(own[0], flow.zipped), WeightSimilarity(flat, found)
+        permutations = _with_blocks(own[0], found, permutations)
+        notes = ["similarities are from weights, an extension of ZipIt!, whose authors take activations"]
+    else:
+        by = None if similarity is None else similarity_of(similarity, names)
+        order, notes = flow.zipped, []
+    folds = matched(own, order, by, Rule(method, width, budget, penalty, compat, permutations))
+    _check_tied(own[0], flow, folds, tied)
+    if flow.plain:
+        notes.append(f"{and_more(flow.plain)}: of no space, averaged as they are")
+    trunk = {name: _shared(name, flow, folds, names, flat, notes) for name in flow.trunk}
+    heads = {
+        model: {name: _kept(name, folds, number, tensors[name]) for name in flow.heads}
+        for number, (model, tensors) in enumerate(zip(names, flat, strict=True))
+    }
+    if reset_norms and (stale := _running(own[0], flow)):
+        notes.append(f"running statistics are those of no model until they are estimated again: {and_more(stale)}")
+    sizes = {**own[0].sizes, **{space: groups.width for space, groups in folds.groups.items()}}
+    table = own[0].table()
+    return Zipped(
+        models=tuple(names),
+        trunk=trunk,
+        heads=heads,
+        groups=dict(folds.groups),
+        blocks=tuple(folds.blocks),
+        table={name: table[name] for name in flat[0]},
+        sizes=sizes,
+        stop_at=(stop_at,) if isinstance(stop_at, str) else tuple(stop_at or ()),
+        notes=tuple(notes),
+        layout=layout,
+    )
+
+
+def _flat(models: Mapping[str, Any] | Sequence[Any], spaces: Spaces) -> tuple[list[str], list[Model], Any]:
+    """Names, mappings by name, and the structure of a tree, which is None of a mapping."""
+    pairs = list(models.items() if isinstance(models, Mapping) else ((f"model_{i}", m) for i, m in enumerate(models)))
+    if len(pairs) < 2:
+        raise CfmergeError(f"zip: {len(pairs)} models; give two or more")
+    names, flat, layouts = [str(name) for name, _ in pairs], [], []
+    for _, model in pairs:
+        is_flat = isinstance(model, Mapping) and any(name in spaces.axes for name in model)
+        mapping, layout = (model, None) if is_flat else flatten(model)
+        flat.append(mapping)
+        layouts.append(layout)
+    return names, flat, layouts[0]
+
+
+def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Sequence[Model]) -> list[Spaces]:
+    """The spaces of each model, whose tensors have the shapes that they tell."""
+    if not isinstance(spaces, Spaces) and len(spaces) != len(models):
+        raise CfmergeError(f"zip: spaces of {len(spaces)} models, expected of {len(models)}, or those of all")
+    result = []
+    for number, (name, model) in enumerate(zip(names, models, strict=True)):
+        one = spaces if isinstance(spaces, Spaces) else spaces[number]
+        expected = {tensor: tuple(axis.size for axis in axes) for tensor, axes in one.axes.items()}
+        shapes = {tensor: _shape(model, tensor) for tensor in model}
+        same_spaces(expected, shapes, "zip: the table of spaces", f"model {name!r}")
+        try:
+            result.append(one if shapes == expected else parse_spaces(one.table(), shapes, _told(one)))
+        except CfmergeError as error:
+            raise CfmergeError(f"model {name!r}: {error}") from None
+    return result
+
+
+def _shape(model: Model, tensor: str) -> Shape:
+    headers = getattr(model, "tensors", None)  # of a model in files, whose tensors are not read for it
+    return tuple(headers[tensor].shape if headers is not None else np.shape(model[tensor]))
+
+
+def _told(spaces: Spaces) -> dict[str, int]:
+    """The sizes that do not follow from shapes: those of spaces that stand beside another space on all their axes."""
+    alone = {
+        factor.name for axes in spaces.axes.values() for axis in axes for part in axis.parts for factor in part
+        if factor.name and sum(bool(other.name) for other in part) == 1
+    }  # fmt: skip
+    return {name: size for name, size in spaces.sizes.items() if name not in alone}
+
+
+def _with_blocks(
+    spaces: Spaces, found: Sequence[Permutations] | None, given: Sequence[Permutations] | None
+) -> Sequence[Permutations] | None:
+    """The user's permutations, and where they have none those of spaces with children, found by weights."""
+    if found is None:
+        return given
+    blocks = [name for name in spaces.names if spaces.children(name) and not any(name in one for one in given or ())]
+    names = [name for block in blocks for name in (block, *spaces.children(block))]
+    own = given or [{}] * len(found)
+    return [
+        {**mine, **{n: one[n] for n in names if n in one}} for mine, one in zip(own, found, strict=True)
+    ]  # fmt: skip
+
+
+def _running(spaces: Spaces, flow: Flow) -> list[str]:
+    return [name for name in flow.trunk if RUNNING.search(name) and writes(spaces, name) and not reads(spaces, name)]
+
+
+def _check_norms(spaces: Spaces, flow: Flow, reset: bool) -> None:
+    if not reset and (stale := _running(spaces, flow)):
+        raise CfmergeError(
+            f"zip: {and_more([repr(name) for name in stale])}: running statistics of BatchNorm are those of no zipped "
+            "feature; say reset_norms=True and estimate them again with inputs (cfmerge.activations.reset_norms_linen, "
+            "reset_norms_nnx), or stop in front of them"
+        )
+
+
+def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Sequence[str]) -> None:
+    for name in tied:
+        if name not in spaces.axes:
+            raise CfmergeError(f"zip: tied: there is no tensor {name!r}")
+        wide = [
+            space for space in sorted(writes(spaces, name))
+            if space in folds.groups and not folds.groups[space].is_permutation
+        ]  # fmt: skip
+        if wide and name in flow.trunk:
+            raise CfmergeError(
+                f"zip: tensor {name!r} writes {wide[0]!r} and, as the output layer, reads it: it would have to be "
+                "merged by M and by U; store the output layer by itself, or match by permutations: method='permute'"
+            )
+        if name in flow.trunk and set(flow.heads):
+            raise CfmergeError(
+                f"zip: tensor {name!r} is of the trunk and, as the output layer, of each model's head; store the "
+                "output layer by itself"
+            )
+
+
+def _shared(
+    name: str, flow: Flow, folds: Folds, names: Sequence[str], models: Sequence[Model], notes: list[str]
+) -> Any:
+    """One tensor of the trunk."""
+    first = models[0][name]
+    if not jnp.issubdtype(first.dtype, jnp.floating):
+        return _same(name, names, models, notes)
+    if name in flow.plain:
+        shapes = {np.shape(model[name]) for model in models}
+        if len(shapes) > 1:
+            raise CfmergeError(f"zip: tensor {name!r} has the shapes {' and '.join(map(str, sorted(shapes)))}")
+        return _as(sum(computing(model[name]) for model in models) / len(models), first)
+    return _as(folds.written(name, [_Later(model, name) for model in models]), first)
+
+
+class _Later:
+    """A tensor that is read when it is computed with."""
+
+    def __init__(self, model: Model, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.model[self.name], dtype)
+
+
+def _same(name: str, names: Sequence[str], models: Sequence[Model], notes: list[str]) -> Any:
+    """Integers, which are kept where they are the same, or where no parameter hangs on them."""
+    first = models[0][name]
+    if is_counter(name):
+        return first
+    for who, model in zip(names[1:], models[1:], strict=True):
+        if not np.array_equal(np.asarray(first), np.asarray(model[name])):
+            if not is_buffer(name, np.shape(first)):
+                raise CfmergeError(
+                    f"zip: tensor {name!r} holds integers, which are others in model {who!r} than in {names[0]!r}, and "
+                    "are not averaged"
+                )
+            notes.append(f"{name}: kept from {names[0]}; {who} has others")
+    return first
+
+
+def _kept(name: str, folds: Folds, model: int, tensor: Any) -> Any:
+    """One tensor of a model's head, with U of the zipped spaces that it reads."""
+    spaces = folds.spaces[model]
+    if not any(space in folds.groups or space in folds.blocks[model] for space in reads(spaces, name)):
+        return tensor
+    return _as(folds.read(name, computing(tensor), model), tensor)
+
+
+def _as(values: Any, example: Any) -> Any:
+    """An array of the dtype and the kind, NumPy's or JAX's, of another."""
+    array = np.asarray(values).astype(example.dtype)
+    return jnp.asarray(array) if isinstance(example, jax.Array) else array

@@ -1,0 +1,197 @@
+"""The recipe's key `align`: base and experts brought into the order of one of them, as they are read."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cfmerge import align
+from cfmerge.align.source import Aligned, Alignment, Found, Tensors, check_same_sizes
+from cfmerge.errors import CfmergeError, nearest
+from cfmerge.formats import Source
+from cfmerge.formats.adapters import AdapterSource
+from cfmerge.models import is_float
+from cfmerge.models.patterns import tell
+from cfmerge.models.space_tables import Described, describe, read_table
+from cfmerge.models.spaces import Spaces
+from cfmerge.recipe import Align, Expert, Recipe
+
+BASE = "base"  # its name among the models
+
+
+class Model(NamedTuple):
+    """A model that takes part: its source, its tensors by the base's names, and how messages call it."""
+
+    source: Source
+    names: Mapping[str, str]
+    told: str
+
+
+class InOrder(NamedTuple):
+    """Base and experts in one order, and notes."""
+
+    base: Source
+    experts: list[Source]
+    notes: list[str]
+
+
+def check_align(recipe: Recipe) -> None:
+    """Raises `CfmergeError` where other keys of the recipe leave no common order, or the key lacks something."""
+    how = recipe.align
+    if how is None:
+        return
+    if how.to != BASE and recipe.unmerged not in (None, BASE):
+        raise CfmergeError(
+            "align: `unmerged` takes what is not merged into the base; align to the base, or leave it out"
+        )
+    if recipe.layers:
+        raise CfmergeError("align: layers of several models have no common order; leave `align` or `layers` out")
+    if (how.method == "activations") != bool(how.moments):
+        raise CfmergeError(
+            "align: method activations needs `moments: FILE`, joint moments as cfmerge.activations.collect_joint_linen "
+            "collects them"
+            if how.method == "activations"
+            else f"align: method {how.method} looks at weights, and takes no `moments`; write `method: activations`"
+        )
+
+
+def in_one_order(
+    recipe: Recipe, base: Source, experts: Sequence[Source], specs: Sequence[Expert],
+    sources: Sequence[Mapping[str, str]],
+) -> InOrder:  # fmt: skip
+    """Base and experts, in the order that the recipe asks for.
+
+    Args:
+        sources: `{the base's name: the expert's}`, of each expert.
+
+    Raises:
+        CfmergeError: the architecture is not known, or models differ in the number of neurons, or there are running
+            statistics of BatchNorm, which would be wrong.
+    """
+    how = recipe.align
+    if how is None:
+        return InOrder(base, list(experts), [])
+    models = {BASE: Model(base, {name: name for name in base.tensors}, f"base ({base.path})")}
+    for spec, expert, names in zip(specs, experts, sources, strict=True):
+        models[spec.name] = Model(expert, names, f"expert {spec.name!r} ({spec.path})")
+    _check_to(how, models)
+    of_base = [
+        name for name, one in models.items() if isinstance(one.source, AdapterSource) and not one.source.own_base
+    ]
+    if of_base and how.to != BASE:
+        raise CfmergeError(
+            f"align: expert {of_base[0]!r} is an adapter over the base, and has its order; align to the base: "
+            "'align: {to: base}'"
+        )
+    taken = {name: one for name, one in models.items() if name not in of_base}
+    described = {name: _described_spaces(how, one, base.config) for name, one in taken.items()}
+    spaces = {name: one.spaces for name, one in described.items()}
+    _check_norms(recipe, spaces[how.to])
+    for name, one in taken.items():
+        check_same_sizes(models[how.to].told, spaces[how.to], one.told, spaces[name])
+    common, left_out = _common(taken, spaces[how.to])
+    alignment = Alignment(spaces[how.to], functools.partial(_found, how, taken, common), _described(how))
+
+    def seen(name: str, source: Source) -> Source:
+        if name == how.to or name in of_base:
+            return source
+        back = {theirs: ours for ours, theirs in models[name].names.items()}
+        axes = {own: spaces[name].axes[back.get(own, own)] for own in source.tensors}
+        return Aligned(source, alignment, name, Spaces(axes, spaces[name].sizes))
+
+    notes = [f"align: {note.removeprefix('spaces: ')}" for note in described[how.to].notes]
+    if left_out:
+        notes.append(f"align: {tell(left_out, list(base.tensors))}: not in all models in one shape, so not matched")
+    notes += [f"expert {name!r} is an adapter over the base, and is in its order already" for name in of_base]
+    return InOrder(seen(BASE, base), [seen(s.name, e) for s, e in zip(specs, experts, strict=True)], notes)
+
+
+def _check_to(how: Align, models: Mapping[str, Model]) -> None:
+    if how.to not in models:
+        raise CfmergeError(f"align: to: expected base or an expert's name, found {how.to!r}{nearest(how.to, models)}")
+
+
+def _described_spaces(how: Align, model: Model, config: Mapping[str, Any]) -> Described:
+    """The spaces of a model by the base's names; tensors that the base lacks by their own."""
+    back = {theirs: ours for ours, theirs in model.names.items()}
+    headers = {back.get(name, name): info.shape for name, info in model.source.tensors.items()}
+    try:
+        return describe(headers, model.source.config or config, read_table(how.spaces) if how.spaces else None)
+    except CfmergeError as error:
+        raise CfmergeError(f"align: {model.told}: {error}") from None
+
+
+def _check_norms(recipe: Recipe, spaces: Spaces) -> None:
+    running = [name for name in spaces.axes if name.rpartition(".")[2] in {"running_mean", "running_var"}]
+    if running and "batch-norm" not in recipe.allow:
+        raise CfmergeError(
+            f"align: {tell(running, list(spaces.axes))}: running statistics of BatchNorm, which are wrong for weights "
+            "that are averaged, whatever their order; they must be estimated again with inputs "
+            "(cfmerge.activations.reset_norms_linen, or a pass of the merged model in training mode). To merge all the "
+            "same: --allow batch-norm (recipe: 'allow: [batch-norm]')"
+        )
+
+
+def _common(models: Mapping[str, Model], spaces: Spaces) -> tuple[Spaces, list[str]]:
+    """The spaces with the floating-point tensors that all models have in one shape alone; the names of the others."""
+    kept, left_out = {}, []
+    for name, axes in spaces.axes.items():
+        infos = [one.source.tensors.get(one.names.get(name, "")) for one in models.values()]
+        alike = {(info.shape, is_float(info.dtype.name)) for info in infos if info is not None}
+        if None not in infos and len(alike) == 1 and next(iter(alike))[1]:
+            kept[name] = axes
+        elif any(axis.spaces for axis in axes):
+            left_out.append(name)
+    return Spaces(kept, spaces.sizes), left_out
+
+
+def _described(how: Align) -> str:
+    """How models are aligned, and the state of the files that decide it."""
+    states = [Path(file).expanduser().stat() for file in (how.moments, how.spaces) if file]
+    return repr((how, [(state.st_size, state.st_mtime_ns) for state in states]))
+
+
+def _found(how: Align, models: Mapping[str, Model], spaces: Spaces) -> Found:
+    """The permutations of all models into the order of one."""
+    tensors = {name: Tensors(one.source, {n: one.names[n] for n in spaces.axes}) for name, one in models.items()}
+    others = [name for name in models if name != how.to]
+    for one in models.values():
+        one.source.prepare()
+    if how.method in {"many", "universe"}:
+        return _jointly(how, tensors, spaces)
+    moments = align.Moments.load(Path(how.moments).expanduser()) if how.moments else None
+    permutations, told = {}, []
+    for name in others:
+        if moments is None:
+            found = align.weight_matching(spaces, tensors[how.to], tensors[name], seed=how.seed, sweeps=how.sweeps)
+            worth = f"inner product {found.before:.4g} before, {found.objective:.4g} after {found.sweeps} sweeps"
+        else:
+            numbers = (_place(how, moments, how.to), _place(how, moments, name))
+            found = align.activation_matching(spaces, moments, models=numbers)
+            worth = f"sum of correlations {found.before:.4g} before, {found.objective:.4g} after"
+        permutations[name] = found.permutations
+        told.append(f"align: {name!r} to {how.to!r} by {how.method}: {worth}")
+    return Found(permutations, tuple(told))
+
+
+def _place(how: Align, moments: align.Moments, model: str) -> int:
+    if model not in moments.models:
+        raise CfmergeError(
+            f"align: {how.moments}: has moments of {', '.join(moments.models)}, none of {model!r}; they go by the "
+            "names of the experts, and `base`"
+        )
+    return moments.models.index(model)
+
+
+def _jointly(how: Align, tensors: Mapping[str, Tensors], spaces: Spaces) -> Found:
+    """All models matched at once; then all in the order of the reference."""
+    if how.method == "many":
+        own = align.merge_many(spaces, tensors, seed=how.seed, sweeps=how.sweeps, keep_mean=False)
+        worth = f"sum of squared distances from the mean {own.history[0]:.4g} at first, {own.history[-1]:.4g} after"
+        into = own.permutations
+    else:
+        found = align.universe(spaces, tensors, seed=how.seed, steps=how.sweeps)
+        worth = f"inner products of all pairs {found.before:.4g} before, {found.objective:.4g} after"
+        into = found.permutations
+    back = {name: align.between(spaces, into[name], into[how.to]) for name in tensors if name != how.to}
+    return Found(back, (f"align: {len(tensors)} models at once to {how.to!r} by {how.method}: {worth}",))

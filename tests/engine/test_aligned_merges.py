@@ -1,0 +1,192 @@
+"""Merges of models of different initialisation: the recipe's key `align`."""
+
+import numpy as np
+import pytest
+from space_models import GROUPED, TEXT, config_of, headers_of, outputs, saved, tensors_of, with_tensors
+
+import cfmerge
+from cfmerge.align import permute, random_permutations
+from cfmerge.models.space_tables import spaces_of
+
+MLP = {"up.weight": (12, 6), "up.bias": (12,), "down.weight": (3, 12), "down.bias": (3,)}
+TABLE = """
+spaces:
+  up.weight: hidden, in -
+  up.bias: hidden
+  down.weight: -, in hidden
+  down.bias: "-"
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mlps(here, make_model):
+    """A base, an expert that is the base with noise and its neurons in another order, and a table of the spaces."""
+    generator = np.random.default_rng(0)
+    base = {name: np.asarray(generator.normal(size=shape), np.float32) for name, shape in MLP.items()}
+    order = generator.permutation(12)
+    noisy = {name: tensor + 0.01 * np.asarray(generator.normal(size=tensor.shape), np.float32)
+             for name, tensor in base.items()}  # fmt: skip
+    down = np.ascontiguousarray(noisy["down.weight"][:, order])  # the library writes arrays as they lie
+    twin = {"up.weight": noisy["up.weight"][order], "up.bias": noisy["up.bias"][order], "down.weight": down,
+            "down.bias": noisy["down.bias"]}  # fmt: skip
+    make_model(here / "base", base, config={})
+    make_model(here / "twin", twin, config={})
+    (here / "spaces.yaml").write_text(TABLE)
+    return base, noisy
+
+
+def merged(name="out"):
+    from safetensors.numpy import load_file
+
+    return load_file(f"{name}/model.safetensors")
+
+
+HOW = {"allow": ["one-expert"], "align": {"spaces": "spaces.yaml"}}
+
+
+def test_an_expert_is_brought_into_the_order_of_the_base(mlps):
+    result = cfmerge.merge("base", ["twin"], "average", output="out", **HOW)
+    for name, tensor in merged().items():
+        np.testing.assert_allclose(tensor, mlps[1][name], atol=1e-6)
+    assert any("'twin' to 'base' by weights: inner product" in note for note in result.notes)
+    assert "align:" in cfmerge.recipe.load("out/README.md").to_yaml()
+
+
+def test_the_base_may_be_one_of_the_experts(mlps):
+    cfmerge.merge("base", ["base", "twin"], "average", output="out", align=HOW["align"])
+    for name, tensor in merged().items():
+        np.testing.assert_allclose(tensor, (mlps[0][name] + mlps[1][name]) / 2, atol=1e-6)
+
+
+def test_all_models_take_the_order_of_an_expert(mlps):
+    cfmerge.merge("base", ["base", "twin"], "average", output="out", align={"spaces": "spaces.yaml", "to": "twin"})
+    cfmerge.merge("base", ["base", "twin"], "average", output="ours", align=HOW["align"])
+    theirs, ours = merged(), merged("ours")
+    for name in ("up.weight", "up.bias"):
+        np.testing.assert_allclose(np.sort(theirs[name].ravel()), np.sort(ours[name].ravel()), atol=1e-6)
+    assert not np.allclose(theirs["up.bias"], ours["up.bias"])
+
+
+@pytest.mark.parametrize("method", ["ties", "ace", "task_arithmetic", "tsv_m"])
+def test_any_method_follows_and_small_memory_changes_nothing(mlps, here, make_model, method):
+    make_model(here / "aligned", mlps[1], config={})
+    make_model(here / "third", {name: tensor * 1.5 for name, tensor in mlps[0].items()}, config={})
+    cfmerge.merge("base", ["third", "aligned"], method, output="expected")
+    cfmerge.plan("base", ["third", "twin"], method, align=HOW["align"]).run(
+        "out", memory="1KB" if method in {"ties", "task_arithmetic"} else None
+    )
+    for name, tensor in merged("expected").items():
+        np.testing.assert_allclose(merged()[name], tensor, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("BertForSequenceClassification", TEXT), ("LlamaForCausalLM", GROUPED)],
+    ids=["bert", "llama"],
+)
+def test_a_permuted_twin_merges_to_what_the_base_computes(here, kind, settings):
+    base = saved(here / "base", kind, **settings)
+    spaces = spaces_of(headers_of(base), config_of(base))
+    twin = with_tensors(base, here / "twin", permute(spaces, tensors_of(base), random_permutations(spaces, 3)))
+    cfmerge.merge("base", ["base", "twin"], "average", output="out", align={}, allow=["duplicate-experts"])
+    np.testing.assert_allclose(outputs(here / "out", kind), outputs(twin, kind), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["many", "universe"])
+def test_several_models_are_matched_at_once(mlps, here, make_model, method):
+    order = np.random.default_rng(5).permutation(12)
+    down = np.ascontiguousarray(mlps[0]["down.weight"][:, order])
+    third = {"up.weight": mlps[0]["up.weight"][order], "up.bias": mlps[0]["up.bias"][order], "down.weight": down,
+             "down.bias": mlps[0]["down.bias"]}  # fmt: skip
+    make_model(here / "third", third, config={})
+    result = cfmerge.merge(
+        "base", ["third", "twin"], "average", output="out", align={"spaces": "spaces.yaml", "method": method}
+    )
+    for name, tensor in merged().items():
+        np.testing.assert_allclose(tensor, (mlps[0][name] + mlps[1][name]) / 2, atol=1e-6)
+    assert any(f"align: 3 models at once to 'base' by {method}:" in note for note in result.notes)
+
+
+def test_models_are_matched_by_their_activations(mlps, here):
+    def hidden(path):
+        model = cfmerge.open_checkpoint(here / path)
+        return np.maximum(x @ model.read("up.weight").T + model.read("up.bias"), 0)
+
+    x = np.random.default_rng(1).normal(size=(200, 6))
+    moments = cfmerge.align.Moments(("base", "twin"))
+    moments.add("hidden", [hidden("base"), hidden("twin")])
+    moments.save("joint.safetensors")
+    how = {"spaces": "spaces.yaml", "method": "activations", "moments": "joint.safetensors"}
+    cfmerge.merge("base", ["twin"], "average", output="out", align=how, allow=["one-expert"])
+    for name, tensor in merged().items():
+        np.testing.assert_allclose(tensor, mlps[1][name], atol=1e-6)
+    with pytest.raises(cfmerge.CfmergeError, match="has moments of base, twin, none of 'other'; they go by the names"):
+        cfmerge.merge("base", {"other": "twin"}, "average", output="again", align=how, allow=["one-expert"])
+    assert not (here / "again").exists()
+
+
+def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
+    base = saved(here / "base", "BertForSequenceClassification", **TEXT)
+    spaces = spaces_of(headers_of(base), config_of(base))
+    twin = permute(spaces, tensors_of(base), random_permutations(spaces, 3))
+    twin["classifier.weight"] = np.concatenate([twin["classifier.weight"]] * 2)
+    twin["classifier.bias"] = np.concatenate([twin["classifier.bias"]] * 2)
+    with_tensors(base, here / "twin", twin)
+    result = cfmerge.merge(
+        "base", ["twin"], "average", output="out", align={}, allow=["one-expert"], heads="export"
+    )  # fmt: skip
+    exported = next((here / "out").rglob("*twin*/*.safetensors"), None) or next(
+        (here / "out").rglob("*twin*.safetensors")
+    )
+    from safetensors.numpy import load_file
+
+    head = next(tensor for name, tensor in load_file(exported).items() if name.endswith("classifier.weight"))
+    np.testing.assert_allclose(head[:2], tensors_of(base)["classifier.weight"], atol=1e-6)
+    assert any("not in all models in one shape, so not matched" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"align": {"to": "tvin", "spaces": "spaces.yaml"}},
+            "expected base or an expert's name, found 'tvin'; did you",
+        ),
+        ({"align": {"spaces": "nowhere.yaml"}}, r"align: base .*nowhere\.yaml"),
+        ({"align": {}}, "spaces: no table is for this model"),
+        ({"align": {"spaces": "spaces.yaml"}, "layers": [{"range": [0, 1]}]}, "leave `align` or `layers` out"),
+        ({"align": {"methods": "weights"}}, "unknown key 'methods'"),
+        ({"align": {"method": "activations"}}, "method activations needs `moments: FILE`"),
+        ({"align": {"moments": "joint.safetensors"}}, "method weights looks at weights, and takes no `moments`"),
+    ],
+    ids=["to", "file", "family", "layers", "key", "no moments", "moments"],
+)
+def test_what_cannot_be_aligned_is_refused_before_anything_is_written(mlps, here, changes, message):
+    with pytest.raises(cfmerge.CfmergeError, match=message):
+        cfmerge.merge("base", ["twin"], "average", output="out", **{"allow": ["one-expert"], **changes})
+    assert not (here / "out").exists()
+
+
+def test_models_of_other_widths_are_refused(mlps, here, make_model):
+    wide = {"up.weight": np.ones((13, 6), np.float32), "up.bias": np.ones(13, np.float32),
+            "down.weight": np.ones((3, 13), np.float32), "down.bias": np.ones(3, np.float32)}  # fmt: skip
+    make_model(here / "wide", wide, config={})
+    with pytest.raises(cfmerge.CfmergeError, match=r"shape|13 elements in the space 'hidden'"):
+        cfmerge.merge("base", ["wide"], "average", output="out", **HOW)
+
+
+def test_batch_norms_are_refused_without_leave(here):
+    saved(here / "base", "ResNetForImageClassification", **RESNET)
+    with pytest.raises(cfmerge.CfmergeError, match=r"running statistics of BatchNorm.*--allow batch-norm"):
+        cfmerge.merge("base", ["base"], "average", output="out", align={}, allow=["one-expert"])
+    allowed = ["one-expert", "batch-norm"]
+    cfmerge.merge("base", ["base"], "average", output="out", align={}, allow=allowed)
+
+
+RESNET = {"num_channels": 3, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"}
