@@ -52,7 +52,7 @@ def classes_in(who: Who) -> int:
 def batches(count: int, replicate: int) -> list[np.ndarray]:
     """Unlabelled inputs in batches."""
     found = align_nets.unlabelled(align_nets.fashion(), count, replicate)
-    return [found[first : first + BATCH] for first in range(0, count, BATCH)]
+    return [found[first : first + BATCH] for first in range(0, len(found), BATCH)]
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,6 +23,7 @@ from zoo_models import keep, kept, write_tables
 TITLE = "Models of different initialisation: our measurements"
 INPUTS, BUDGET = 2000, 0.125
 SEEDS = (0, 1, 2)
+REPLICATES = (0, 1, 2)
 PAIRS = ((0, 1), (0, 2), (1, 2))
 SAME = ("mlp-256", "conv-16", "vit-64", "mlp-64", "mlp-128", "mlp-512", "conv-8", "conv-32", "batch-16")
 THREE = ("mlp-256", "conv-16", "mlp-512", "conv-32")
@@ -59,7 +60,12 @@ class Run:
             if time.monotonic() > self.end:
                 return False
             begun = time.perf_counter()
-            row = {**cell._asdict(), **measured(cell), "seconds": round(time.perf_counter() - begun, 2)}
+            row = {
+                **cell._asdict(),
+                "who": [*cell.who],
+                **measured(cell),
+                "seconds": round(time.perf_counter() - begun, 2),
+            }
             self.rows.append(row)
             self.done.add(cell)
             keep(self.file, row)
@@ -86,7 +92,7 @@ def measured(cell: Cell) -> dict[str, Any]:
 
 def cells() -> Iterator[Cell]:
     """All of them, by what they are worth."""
-    for replicate, net in itertools.product(SEEDS, OTHER):
+    for replicate, net in itertools.product(REPLICATES, OTHER):
         yield from other_classes(net, (replicate,))
     for which, net in itertools.product(PAIRS, SAME):
         yield from same_classes(net, which)

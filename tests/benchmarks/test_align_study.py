@@ -32,12 +32,10 @@ def small(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(align_nets, "STEPS", dict.fromkeys(align_nets.STEPS, 60))
     monkeypatch.setattr(align_nets, "BATCH", 16)
     monkeypatch.setattr(align_merges, "POINTS", np.linspace(0, 1, 3))
-    for name, value in {"SEEDS": (0, 1), "PAIRS": ((0, 1),), "SAME": ("mlp-8",), "INPUTS": 60}.items():
+    for name, value in {"SEEDS": (0, 1), "REPLICATES": (0,), "PAIRS": ((0, 1),), "SAME": ("mlp-8",)}.items():
         monkeypatch.setattr(align_study, name, value)
     for name, value in {"THREE": ("mlp-8",), "OTHER": ("mlp-8",), "UNEQUAL": ("mlp-6 mlp-8",)}.items():
         monkeypatch.setattr(align_study, name, value)
-    for module in (align_told, align_drawn):
-        monkeypatch.setattr(module, "INPUTS", 60)
     yield
     for cache in CACHES:
         cache.cache_clear()
