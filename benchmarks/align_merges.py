@@ -81,6 +81,7 @@ def shared(*flats: Mapping[str, Any], weights: Sequence[float] | None = None) ->
 # --- matching -----------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=16)
 def orders(net: str, who: Who, method: str, inputs: int) -> list[Permutations]:
     """The permutations that a method gives each model."""
     spaces, flats = spaces_of(net, classes_in(who)), [align_nets.flat(one) for one in models(net, who)]

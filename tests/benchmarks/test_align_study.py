@@ -11,7 +11,7 @@ import pytest
 from cfmerge import align
 from cfmerge.demo.data import Split
 
-CACHES = (align_merges.models, align_merges.moments, align_merges.spaces_of)
+CACHES = (align_merges.models, align_merges.moments, align_merges.spaces_of, align_merges.orders)
 
 
 def stripes(seed, count):
@@ -59,7 +59,6 @@ def test_a_pair_of_a_model_and_its_permuted_copy_has_no_barrier_once_matched(mon
     spaces = align_merges.spaces_of("mlp-8")
     copy = align.permute(spaces, align_nets.flat(model), align.random_permutations(spaces, 3))
     monkeypatch.setattr(align_merges, "models", lambda net, who: (model, align_merges.tree(copy)))
-    monkeypatch.setattr(align_merges, "moments", align_merges.moments.__wrapped__)
     apart = align_merges.pair("mlp-8", (0, 1), "none", False, 60)
     assert apart["barrier"] > 0.05
     for method in ("weights", "activations"):
