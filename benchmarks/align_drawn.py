@@ -89,13 +89,17 @@ def curves(axes: Any, own: Rows, title: str) -> None:
             points = np.linspace(0, 1, len(losses[0]))
             axes.fill_between(points, np.min(losses, 0), np.max(losses, 0), color=colour, alpha=0.1, linewidth=0)
             axes.plot(points, np.mean(losses, 0), line, color=colour, marker=marker, markersize=4, label=label)
-    axes.set_yscale("log")
-    ticks = [0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20]
-    low, high = axes.get_ylim()
-    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
-    axes.set_yticklabels([f"{tick:g}" for tick in ticks if low <= tick <= high])
-    axes.minorticks_off()
+    logarithmic(axes, (0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20))
     titled(axes, title, "share of the second model")
+
+
+def logarithmic(axes: Any, ticks: Sequence[float]) -> None:
+    """The y axis, with those of the ticks that lie on it."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
+    axes.minorticks_off()
 
 
 def widths(axes: Any, own: Rows, kind: str) -> None:
@@ -109,7 +113,7 @@ def widths(axes: Any, own: Rows, kind: str) -> None:
             for place, each in enumerate(found):
                 axes.plot([place] * len(each), each, marker, color=colour, markersize=3, alpha=0.45)
     axes.set_xticks(range(len(places)), [net.removeprefix(f"{kind}-") for net in places])
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    logarithmic(axes, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10))
     titled(axes, "barrier by width; small marks: pairs", f"W of {kind}-W", "barrier in test loss")
 
 
