@@ -23,7 +23,7 @@ from cfmerge.models.spaces import FIXED, READS, Spaces, SpacesError, parse_space
 
 FILLED = re.compile(r"\{(\w+)([+-]\d+)?\}")
 LEFT_OVER = re.compile(r"[{}]")
-OWN = "a table of your own, `spaces: FILE` (see docs/align.md)"
+OWN = "a table of your own, `spaces: FILE` (see docs/align_spaces.md; `cfmerge spaces MODEL --blank` prints one to begin from)"
 
 
 class Line(NamedTuple):
