@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cfmerge.align import Moments
+
 ROOT = Path(__file__).resolve().parents[1]
 QUICKLY = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")  # see conftest.py
 
@@ -209,3 +211,16 @@ def test_time_torch():
     red, green, blue = (printed[name] for name in ("red", "green", "blue"))
     assert red[0] < green[0] < blue[0]
     assert red[1] < blue[1]
+
+
+def test_zipit_torch(tmp_path):
+    """Correlations tell the order of the neurons; one trunk and two heads compute what both models do."""
+    pytest.importorskip("torch")
+    found = {
+        name: numbers[0] for name, numbers in rows(run("zipit_torch.py", tmp_path / "moments.safetensors")).items()
+    }
+    assert found["neurons of c that are found"] == found["neurons of h that are found"] == 1
+    for model in ("first", "second"):
+        assert found[f"{model}, zipped, off by"] < 1e-5 < 0.1 < found[f"{model}, averaged, off by"]
+    assert found["numbers of the zip"] < 0.7 * found["numbers of both models"]
+    assert Moments.load(tmp_path / "moments.safetensors").models == ("first", "second")
