@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.activations.channels import Channels, channels_of, over_batches, together
-from cfmerge.activations.joint import prefix_of
 from cfmerge.activations.looking import LINEAR, Call, Forward, Look, in_linen, in_nnx, kernel_of
 from cfmerge.activations.norms import STATISTICS
+from cfmerge.activations.readers import prefix_of
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.models.spaces import Spaces

@@ -116,7 +116,7 @@ def objective(spaces: Spaces, a: Tensors, b: Tensors, permutations: Permutations
     for name in spaces.axes if names is None else names:
         pair = pair_of(spaces, name, a, b)
         if pair is not None:
-            part = float(_inner(pair[0], permute_tensor(spaces, name, pair[1], permutations)))
+            part = float(inner(pair[0], permute_tensor(spaces, name, pair[1], permutations)))
             if not math.isfinite(part):
                 side = "b" if np.isfinite(np.asarray(pair[0])).all() else "a"
                 raise CfmergeError(f"tensor {name!r} of model {side}: has a NaN or an infinity; nothing can be matched")
@@ -125,7 +125,7 @@ def objective(spaces: Spaces, a: Tensors, b: Tensors, permutations: Permutations
 
 
 @jax.jit
-def _inner(a: Any, b: Any) -> jax.Array:
+def inner(a: Any, b: Any) -> jax.Array:
     return jnp.sum(a.astype(jnp.float64) * b.astype(jnp.float64))
 
 
