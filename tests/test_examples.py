@@ -71,6 +71,22 @@ def test_one_layer():
     assert found["forgotten"] < 1e-2
 
 
+def test_zipit_flax():
+    """A zip keeps more than the average and the permuted average; in part it keeps nearly all, run from one trunk."""
+    found = rows(run("zipit_flax.py"))
+    for task in range(2):
+        average, permuted, whole, part, less, apart = (
+            found[name][task] for name in (
+                "average", "permuted, then averaged", "zipped all through", "zipped, two layers of three",
+                "zipped, the first layer", "two networks",
+            )
+        )  # fmt: skip
+        assert average + 0.1 < permuted < whole < part < less < apart < part + 0.05
+    assert found["two layers, saved and loaded"] == found["zipped, two layers of three"]
+    assert found["zipped, two layers of three"][2] < 0.75
+    assert found["operations from one trunk of two layers, of those of two networks"][0] < 0.75
+
+
 def test_sharded_trees():
     """The result lies as the base does, an eighth of it on each device, and is the merge on one device."""
     printed = run("sharded_trees.py", quickly=True)

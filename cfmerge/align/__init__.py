@@ -9,12 +9,15 @@ from cfmerge.align.activation_matching import activation_matching as activation_
 from cfmerge.align.c2m3 import Universe as Universe
 from cfmerge.align.c2m3 import between as between
 from cfmerge.align.c2m3 import universe as universe
+from cfmerge.align.chains import chain_spaces as chain_spaces
 from cfmerge.align.checking import check_spaces as check_spaces
 from cfmerge.align.groups import Groups as Groups
 from cfmerge.align.groups import identity_match as identity_match
 from cfmerge.align.merge_many import Many as Many
 from cfmerge.align.merge_many import merge_many as merge_many
 from cfmerge.align.moments import Moments as Moments
+from cfmerge.align.ot_fusion import Fused as Fused
+from cfmerge.align.ot_fusion import ot_fusion as ot_fusion
 from cfmerge.align.moments import SpaceMoments as SpaceMoments
 from cfmerge.align.permuting import Permutations as Permutations
 from cfmerge.align.permuting import check_permutations as check_permutations

@@ -105,10 +105,12 @@ def unstack(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[Valu
 
 def tile(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[Value]:
     """Repeats, end to end: a first factor along which the array is constant."""
-    (value,), axes = operands, []
+    (value,) = operands
+    axes = []
     for axis, count in zip(value.axes, equation.params["reps"], strict=True):
-        repeated = axis.atom is not None and count > 1
-        axes.append(Along(product([Atom(count), axis.atom]), axis.origins) if repeated else axis)
+        if axis.atom is not None and count > 1:
+            axis = axis._replace(atom=product([Atom(count), axis.atom]))
+        axes.append(axis)
     return [Value(tuple(axes), value.data)]
 
 

@@ -1,19 +1,65 @@
 """Similarities from weights alone: an extension of ZipIt!, whose authors take activations.
 
-A feature is described by the weights that write it: its rows of all matrices whose inputs are matched already, brought
-to common coordinates by U, and its entries of biases and norms. Two are as alike as the cosine of these rows. Weights
-that read the feature are not looked at, since what they write is not matched yet.
+A feature is described by weights, brought to coordinates that all models share. Two are as alike as the cosine of their
+descriptions, which are
+
+    models of one shape     all weights that write or read it, after each model is permuted to match the first
+                            (weight_matching.py)
+    models of other widths  the weights that write it, of tensors whose inputs are zipped already, by U; what reads it
+                            is not looked at, since the features that it writes are not zipped yet
+
+Spaces whose elements have others within take their order from that matching.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.align.flow import reads, writes
 from cfmerge.align.folding import Folds, computing
+from cfmerge.align.permuting import Permutations, permute_tensor
+from cfmerge.align.weight_matching import weight_matching
 from cfmerge.errors import CfmergeError
-from cfmerge.models.spaces import Spaces
+from cfmerge.models.spaces import Axis, Spaces, Use
+
+Models = Sequence[Mapping[str, Any]]
+
+
+def matched_by_weights(own: Sequence[Spaces], models: Models, zipped: Sequence[str]) -> list[Permutations] | None:
+    """The permutations that bring each model near the first; None: a zipped space is wider in one of them.
+
+    Tensors that are no numbers, or of other shapes, as the models' outputs may be, are not looked at.
+    """
+    first = own[0]
+    if any(spaces.sizes[name] != first.sizes[name] for spaces in own for name in zipped):
+        return None
+    axes = {
+        name: line for name, line in first.axes.items()
+        if all(spaces.axes[name] == line for spaces in own)
+        and all(jnp.issubdtype(model[name].dtype, jnp.floating) for model in models)
+    }  # fmt: skip
+    there = {name for line in axes.values() for axis in line for name in axis.spaces}
+    known = Spaces(axes, {name: size for name, size in first.sizes.items() if name in there})
+    chosen = [_Chosen(model, axes) for model in models]
+    return [{}, *(weight_matching(known, chosen[0], other).permutations for other in chosen[1:])]
+
+
+class _Chosen(Mapping[str, Any]):
+    """Some of a model's tensors, each read when it is asked for."""
+
+    def __init__(self, model: Mapping[str, Any], names: Mapping[str, Any]) -> None:
+        self.model, self.names = model, names
+
+    def __getitem__(self, name: str) -> Any:
+        return self.model[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def order_of_flow(spaces: Spaces, zipped: Sequence[str]) -> tuple[str, ...]:
@@ -28,62 +74,76 @@ def order_of_flow(spaces: Spaces, zipped: Sequence[str]) -> tuple[str, ...]:
         if ready is None:
             raise CfmergeError(
                 f"zip: similarity='weights': every matrix that writes space {left[0]!r} reads a space that is not "
-                "matched before; give joint moments of the features"
+                "zipped before, and the models have different widths; give joint moments of the features"
             )
         done.append(ready)
     return tuple(done)
 
 
 class WeightSimilarity:
-    """The similarity of the features of a space, from the weights that write it."""
+    """The similarity of the features of a space by their weights.
 
-    def __init__(self, models: Sequence[Mapping[str, Any]]) -> None:
-        self.models = models
+    Args:
+        models: their tensors.
+        permutations: of `matched_by_weights`.
+    """
+
+    def __init__(self, models: Models, permutations: Sequence[Permutations] | None) -> None:
+        self.models, self.permutations = models, permutations
 
     def __call__(self, space: str, folds: Folds) -> np.ndarray:
-        """`(O, O)`: cosines.
+        """`(O, O)`: cosines."""
+        total: np.ndarray | None = None
+        for name, number in self._places(space, folds):
+            rows = [self._values(name, number, model, folds) for model in range(len(self.models))]
+            for part in zip(
+                *(_rows(folds.spaces[m].axes[name][number], number, space, v) for m, v in rows), strict=True
+            ):
+                joined = np.concatenate(part, dtype=np.float64)
+                gram = joined @ joined.T
+                total = gram if total is None else total + gram
+        if total is None:
+            raise CfmergeError(f"zip: similarity='weights': no weights tell the features of space {space!r}")
+        length = np.sqrt(np.diagonal(total))
+        return total / np.maximum(np.outer(length, length), 1e-30)
 
-        Raises:
-            CfmergeError: the space has others within its elements.
-        """
-        if folds.spaces[0].children(space):
-            raise CfmergeError(
-                f"zip: similarity='weights' does not tell the order of space {space!r}, whose elements have others "
-                "within; give it in permutations, of cfmerge.align.weight_matching say"
-            )
+    def _places(self, space: str, folds: Folds) -> list[Use]:
+        """The tensors, and their axes, that are looked at."""
+        first = folds.spaces[0]
+        if self.permutations is not None:
+            alike = [name for name in first.axes if all(one.axes[name] == first.axes[name] for one in folds.spaces)]
+            return [use for use in first.uses(space) if use.tensor in alike]
         done = [*folds.groups, *(name for name in folds.blocks[0] if "." not in name)]
-        rows = []
-        for model, tensors in enumerate(self.models):
-            spaces = folds.spaces[model]
-            own = [
-                _rows(spaces, space, name, folds.read(name, computing(tensors[name]), model))
-                for name in _writers(spaces, space, done)
-            ]
-            rows.append(np.concatenate(own, axis=1, dtype=np.float64))
-        if len({own.shape[1] for own in rows}) > 1:
-            raise CfmergeError(f"zip: space {space!r}: the models' weights that write it have inputs of several sizes")
-        joined = np.concatenate(rows)
-        joined /= np.maximum(np.linalg.norm(joined, axis=1, keepdims=True), 1e-30)
-        return joined @ joined.T
+        return [
+            Use(name, number) for name in _writers(first, space, done)
+            for number, axis in enumerate(first.axes[name]) if space in axis.spaces
+        ]  # fmt: skip
+
+    def _values(self, name: str, number: int, model: int, folds: Folds) -> tuple[int, np.ndarray]:
+        values = computing(self.models[model][name])
+        if self.permutations is None:
+            return model, folds.read(name, values, model)
+        return model, permute_tensor(folds.spaces[model], name, values, self.permutations[model], but=number)
 
 
 def _writers(spaces: Spaces, space: str, done: Sequence[str]) -> list[str]:
-    """The tensors that write a space and nothing else, and read only spaces that are matched; a matrix among them."""
+    """The tensors that write a space and nothing else, and read only spaces that are zipped; a matrix among them."""
     found = [
         name for name in spaces.axes if writes(spaces, name) == {space} and not reads(spaces, name) - set(done)
     ]  # fmt: skip
     return found if any(len(spaces.axes[name]) > 1 for name in found) else []
 
 
-def _rows(spaces: Spaces, space: str, name: str, values: np.ndarray) -> np.ndarray:
-    """`(n, d)`: a tensor's entries of each feature."""
-    for number, axis in enumerate(spaces.axes[name]):
-        if space in axis.spaces:
-            part = axis.parts[0] if len(axis.parts) == 1 else ()
-            place = [factor.name for factor in part].index(space) if part else None
-            if place is None:
-                break
-            sizes = [factor.size for factor in part]
-            split = values.reshape(*values.shape[:number], *sizes, *values.shape[number + 1 :])
-            return np.moveaxis(split, number + place, 0).reshape(sizes[place], -1)
-    raise CfmergeError(f"zip: similarity='weights': tensor {name!r} writes {space!r} in parts that lie end to end")
+def _rows(axis: Axis, number: int, space: str, values: np.ndarray) -> Iterator[np.ndarray]:
+    """`(n, d)`, for each part of an axis where a space stands: a tensor's entries of each feature."""
+    start = 0
+    for part in axis.parts:
+        sizes = [factor.size for factor in part]
+        stop = start + int(np.prod(sizes))
+        names = [factor.name for factor in part]
+        if [name for name in names if name] == [space]:
+            piece = values[(slice(None),) * number + (slice(start, stop),)]
+            split = piece.reshape(*values.shape[:number], *sizes, *values.shape[number + 1 :])
+            place = names.index(space)
+            yield np.moveaxis(split, number + place, 0).reshape(sizes[place], -1)
+        start = stop

@@ -21,6 +21,7 @@ from cfmerge.align.permuting import Permutations
 from cfmerge.align.zipped_files import NESTED, load, save, write
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats.pytree import unflatten
+from cfmerge.models.buffers import is_counter
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ class Zipped:
         if (differs := self._differing()) is not None:
             shapes = " and ".join(str(np.shape(self.heads[name][differs])) for name in self.models)
             raise CfmergeError(f"zip: the heads have no mean: {differs!r} has the shapes {shapes}; take model(NAME)")
-        mean = {name: _mean([self.heads[model][name] for model in self.models]) for name in self.heads[self.models[0]]}
+        mean = {name: _mean(name, [self.heads[model][name] for model in self.models]) for name in self.heads[self.models[0]]}
         return built(self.layout, _ordered(self.table, self.trunk, mean))
 
     def apply(self, function: Callable[..., Any], *inputs: Any) -> dict[str, Any]:
@@ -206,11 +207,13 @@ def _ordered(order: Any, trunk: Mapping[str, Any], own: Mapping[str, Any]) -> di
     return {name: trunk[name] if name in trunk else own[name] for name in order}
 
 
-def _mean(leaves: list[Any]) -> Any:
+def _mean(name: str, leaves: list[Any]) -> Any:
     first = leaves[0]
     if not jnp.issubdtype(first.dtype, jnp.floating):
-        if any(not np.array_equal(np.asarray(first), np.asarray(leaf)) for leaf in leaves):
-            raise CfmergeError("zip: the heads hold integers that differ, and have no mean; take model(NAME)")
+        if not is_counter(name) and any(not np.array_equal(np.asarray(first), np.asarray(leaf)) for leaf in leaves):
+            raise CfmergeError(
+                f"zip: the heads' {name!r} holds integers that differ and have no mean; take model(NAME)"
+            )
         return first
     mean = np.asarray(sum(map(computing, leaves)) / len(leaves)).astype(first.dtype)
     return jnp.asarray(mean) if isinstance(first, jax.Array) else mean

@@ -17,7 +17,7 @@ from cfmerge.align.flow import Flow, divided, reads, writes
 from cfmerge.align.folding import Folds, computing
 from cfmerge.align.permuting import Permutations
 from cfmerge.align.zip_matches import Rule, matched, similarity_of
-from cfmerge.align.zip_weights import WeightSimilarity, order_of_flow
+from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.pytree import flatten
@@ -61,7 +61,7 @@ def zip_models(
         models: by name, or in order; each a mapping of arrays by name, which may read an array when it is asked for, or
             a tree whose leaves are called as `formats.pytree` calls them (`Dense_0/kernel`).
         similarity: how alike the features of a space are, all models side by side: joint `Moments`, whose correlation
-            is taken; or `{space: (O, O)}`. `"weights"`, an extension: the cosine of the weights that write them.
+            is taken; or `{space: (O, O)}`. `"weights"`, an extension: the cosine of their weights, see zip_weights.py.
         stop_at: the last space that is zipped, or some: all in front of it are zipped too. None: all spaces.
         method: "zip"; "permute": the assignment of each model to the first; "identity": the same order.
         width: how many groups are left, `{space: n}`, or a factor of the first model's; None: as many as it has.
@@ -77,15 +77,16 @@ def zip_models(
     names, flat, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
     own = _spaces(spaces, names, flat)
     flow = divided(own[0], stop_at)
-    _check_norms(own[0], flow, method, reset_norms)
-    rule = Rule(method, width, budget, penalty, compat, permutations)
+    _check_norms(own[0], flow, reset_norms)
     if isinstance(similarity, str) and similarity == "weights":
-        order, by = order_of_flow(own[0], flow.zipped), WeightSimilarity(flat)
+        found = matched_by_weights(own, flat, flow.zipped)
+        order, by = flow.zipped if found else order_of_flow(own[0], flow.zipped), WeightSimilarity(flat, found)
+        permutations = _with_blocks(own[0], found, permutations)
         notes = ["similarities are from weights, an extension of ZipIt!, whose authors take activations"]
     else:
         by = None if similarity is None else similarity_of(similarity, names)
         order, notes = flow.zipped, []
-    folds = matched(own, order, by, rule)
+    folds = matched(own, order, by, Rule(method, width, budget, penalty, compat, permutations))
     _check_tied(own[0], flow, folds, tied)
     if flow.plain:
         notes.append(f"{and_more(flow.plain)}: of no space, averaged as they are")
@@ -157,15 +158,30 @@ def _told(spaces: Spaces) -> dict[str, int]:
     return {name: size for name, size in spaces.sizes.items() if name not in alone}
 
 
+def _with_blocks(
+    spaces: Spaces, found: Sequence[Permutations] | None, given: Sequence[Permutations] | None
+) -> Sequence[Permutations] | None:
+    """The user's permutations, and where they have none those of spaces with children, found by weights."""
+    if found is None:
+        return given
+    blocks = [name for name in spaces.names if spaces.children(name) and not any(name in one for one in given or ())]
+    names = [name for block in blocks for name in (block, *spaces.children(block))]
+    own = given or [{}] * len(found)
+    return [
+        {**mine, **{n: one[n] for n in names if n in one}} for mine, one in zip(own, found, strict=True)
+    ]  # fmt: skip
+
+
 def _running(spaces: Spaces, flow: Flow) -> list[str]:
     return [name for name in flow.trunk if RUNNING.search(name) and writes(spaces, name) and not reads(spaces, name)]
 
 
-def _check_norms(spaces: Spaces, flow: Flow, method: str, reset: bool) -> None:
+def _check_norms(spaces: Spaces, flow: Flow, reset: bool) -> None:
     if not reset and (stale := _running(spaces, flow)):
         raise CfmergeError(
             f"zip: {and_more([repr(name) for name in stale])}: running statistics of BatchNorm are those of no zipped "
-            "feature; estimate them again with inputs afterwards and say so, reset_norms=True, or stop in front of them"
+            "feature; say reset_norms=True and estimate them again with inputs (cfmerge.activations.reset_norms_linen, "
+            "reset_norms_nnx), or stop in front of them"
         )
 
 
@@ -217,9 +233,11 @@ class _Later:
 def _same(name: str, names: Sequence[str], models: Sequence[Model], notes: list[str]) -> Any:
     """Integers, which are kept where they are the same, or where no parameter hangs on them."""
     first = models[0][name]
+    if is_counter(name):
+        return first
     for who, model in zip(names[1:], models[1:], strict=True):
         if not np.array_equal(np.asarray(first), np.asarray(model[name])):
-            if not (is_counter(name) or is_buffer(name, np.shape(first))):
+            if not is_buffer(name, np.shape(first)):
                 raise CfmergeError(
                     f"zip: tensor {name!r} holds integers, which are others in model {who!r} than in {names[0]!r}, and "
                     "are not averaged"

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cfmerge import align
 from cfmerge.align.source import Tensors
 from cfmerge.errors import CfmergeError
@@ -69,11 +71,16 @@ def zip_checkpoints(
         tied=_tied(sources[first]),
         **options,
     )
-    if stop_at is None and zipped.is_joint(head):
+    if stop_at is None and (head is not None or _alike(zipped)):
         zipped.write(output, models[head or first], head)
     else:
         zipped.save(output)
     return zipped
+
+
+def _alike(zipped: align.Zipped) -> bool:
+    """Whether the heads have one shape, so that their mean is a head."""
+    return len({tuple(np.shape(leaf) for leaf in own.values()) for own in zipped.heads.values()}) == 1
 
 
 def _shapes(source: Source) -> dict[str, tuple[int, ...]]:

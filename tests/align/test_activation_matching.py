@@ -65,7 +65,5 @@ def test_moments_that_do_not_fit_are_refused():
         activation_matching(spaces, moments)
     moments.add("h", [features, features])
     moments.add("heads", [features[:, :5], features[:, :5]])
-    with pytest.raises(
-        CfmergeError, match=r"'heads': expected 3 features of each model, or .* heads\.v; found 5"
-    ):
+    with pytest.raises(CfmergeError, match=r"'heads': expected 3 features of each model, or .* heads\.v; found 5"):
         activation_matching(spaces, moments)

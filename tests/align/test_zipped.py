@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cfmerge
-from cfmerge.align import inverse, load_zipped, parse_spaces, permute, random_permutations, zip_models
+from cfmerge.align import load_zipped, parse_spaces, permute, random_permutations, zip_models
 from cfmerge.errors import CfmergeError
 
 INPUTS, HIDDEN, TOP = 16, 32, 4
@@ -175,8 +175,7 @@ def test_a_checkpoint_that_is_zipped_all_through_is_read_by_transformers(tmp_pat
     order = random_permutations(spaces, 1)
     b = permute(spaces, {name: a[name] for name in a}, order)
     b["classifier.weight"] = -b["classifier.weight"]
-    heads = {name: one for name, one in inverse(spaces, order).items() if name.startswith("heads")}
-    zipped = zip_models(spaces, {"a": a, "b": b}, "weights", permutations=[{}, heads])
+    zipped = zip_models(spaces, {"a": a, "b": b}, "weights")
     ids = torch.arange(8)[None]
 
     def logits(place):
@@ -191,9 +190,9 @@ def test_a_checkpoint_that_is_zipped_all_through_is_read_by_transformers(tmp_pat
     np.testing.assert_allclose(logits(zipped.write(tmp_path / "mean", tmp_path / "a")), 0 * expected, atol=1e-6)
     with pytest.raises(CfmergeError, match="exists already"):
         zipped.write(tmp_path / "mean", tmp_path / "a")
-    part = zip_models(spaces, {"a": a, "b": b}, "weights", permutations=[{}, heads], stop_at="h")
+    part = zip_models(spaces, {"a": a, "b": b}, "weights", stop_at="h")
     with pytest.raises(CfmergeError, match=r"it stops at h; write a model by"):
         part.write(tmp_path / "part", tmp_path / "a", "a")
-    wider = zip_models(spaces, {"a": a, "b": b}, "weights", permutations=[{}, heads], width={"p": 20})
+    wider = zip_models(spaces, {"a": a, "b": b}, "weights", width={"p": 20})
     with pytest.raises(CfmergeError, match=r"tensor 'bert.pooler.dense.bias' has shape \(12,\), in the zip \(20,\)"):
         wider.write(tmp_path / "wider", tmp_path / "a")

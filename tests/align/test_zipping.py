@@ -289,6 +289,27 @@ def test_models_of_other_widths_are_zipped_to_the_first_ones_width_or_another(sp
         zip_models(spaces, [narrow, wide], None, method="identity")
 
 
+def test_the_wide_copy_of_a_network_is_zipped_to_it_by_weights_alone():
+    """The second model has two copies of each neuron, in another order: their inputs are brought together by U."""
+    first = mlp(0)
+    spaces = parse_spaces(MLP, shapes())
+    wide = doubled(first)
+    of_wide = parse_spaces(MLP, {name: values.shape for name, values in wide.items()})
+    other = permute(of_wide, wide, random_permutations(of_wide, 3))
+    zipped = zip_models([spaces, of_wide], [first, other], "weights", penalty=1)
+    for tensor, values in zipped.model("model_1").items():
+        np.testing.assert_allclose(values, first[tensor], atol=1e-12)
+    assert zipped.groups["c2"].within == (0, 8)
+
+
+def test_models_of_other_widths_whose_weights_tell_nothing_are_refused():
+    table = {"up": "u, in h", "down": "h, in u", "scale": "h"}
+    a, b = ({"up": np.ones((n, 4)), "down": np.ones((4, n)), "scale": np.ones(4)} for n in (3, 5))
+    spaces = parse_spaces(table, {name: values.shape for name, values in a.items()})
+    with pytest.raises(CfmergeError, match=r"every matrix that writes space 'u' reads a space that is not zipped bef"):
+        zip_models(spaces, [a, b], "weights")
+
+
 class Files(dict):
     """A model that is read tensor by tensor."""
 
@@ -311,6 +332,7 @@ def test_models_in_files_are_read_a_tensor_at_a_time(spaces):
     zip_models(spaces, [a, b], similarities([dict(mlp(0)), dict(mlp(1))]), stop_at="c2")
     assert max(map(b.read.count, MLP)) == 1
     assert set(b.read) == set(MLP)
+    zip_models(spaces, [Files(mlp(0)), Files(mlp(1))], "weights", stop_at="c2")
 
 
 def test_dtypes_and_kinds_of_arrays_are_kept(spaces):

@@ -74,6 +74,7 @@ MODELS = [  # (class, its config, the spaces)
     ("MPNetForSequenceClassification", TEXT, f"{SHARED_HEADS} classifier"),
     ("GPT2LMHeadModel", GPT2, ENCODER),
     ("GPT2ForSequenceClassification", {**GPT2, "num_labels": 3, "pad_token_id": 0}, ENCODER),
+    ("GPTNeoXForCausalLM", {**UNTIED, "rotary_pct": 0.5}, "hidden heads{l} mlp{l}"),
     ("T5ForConditionalGeneration", T5, STACKS),
     ("MT5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, STACKS),
     ("ViTForImageClassification", IMAGE, ENCODER),
@@ -91,6 +92,13 @@ MODELS = [  # (class, its config, the spaces)
      "stage0 stage1 mlp0:0 mlp0:1 mlp1:0 mlp1:1"),
 ]  # fmt: skip
 CONFIGS = {"Gemma3ForCausalLM": "Gemma3TextConfig"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_clients():
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def moved(spaces, seed=0):

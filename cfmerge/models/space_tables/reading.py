@@ -21,9 +21,18 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.models.names.rules import PIECES, Name
 from cfmerge.models.space_tables.table import Line, Table
 
-KEYS = {"like": yaml.ScalarNode, "model_types": yaml.SequenceNode, "sizes": yaml.MappingNode,
-        "spaces": yaml.MappingNode, "fixed": yaml.SequenceNode}  # fmt: skip
-KINDS = {yaml.ScalarNode: "a word", yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}
+KEYS: dict[str, type[yaml.Node]] = {
+    "like": yaml.ScalarNode,
+    "model_types": yaml.SequenceNode,
+    "sizes": yaml.MappingNode,
+    "spaces": yaml.MappingNode,
+    "fixed": yaml.SequenceNode,
+}
+KINDS: dict[type[yaml.Node], str] = {
+    yaml.ScalarNode: "a word",
+    yaml.SequenceNode: "a list",
+    yaml.MappingNode: "a mapping",
+}
 SIZE = re.compile(r"[\w.]+( / [\w.]+)*( or [\w.]+( / [\w.]+)*)*")
 EXAMPLE = "    spaces:\n      blocks.{l}.up.weight: mlp{l}, in hidden"
 
@@ -63,19 +72,19 @@ def parse_table(text: str, name: str, known: Callable[[str], Table] | None = Non
         known: the project's table of a name, in a user's table.
         lines: messages tell the line.
     """
-    parts = _parts(text, name, lines)
+    parts, users = _parts(text, name, lines), known is not None
     like = _like(parts["like"][0], known) if known and "like" in parts else None
-    own = [_line(entry, known is not None) for entry in parts.get("spaces", ())]
-    own += [Line(_name(entry), None, entry.where, None, known is not None) for entry in parts.get("fixed", ())]
+    own = [_line(entry, users) for entry in parts.get("spaces", ())]
+    own += [Line(_name(entry), None, entry.where, own=users) for entry in parts.get("fixed", ())]
     if not own and like is None:
         raise CfmergeError(f"spaces: {name} has no lines; a table is\n{EXAMPLE}")
     sizes = {entry.key: _size(entry) for entry in parts.get("sizes", ())}
     return Table(
         name,
         (*own, *(like.lines if like else ())),
-        {**sizes, **{key: size for key, size in (like.sizes if like else {}).items() if key not in sizes}},
+        sizes | {key: size for key, size in (like.sizes if like else {}).items() if key not in sizes},
         tuple(entry.key for entry in parts.get("model_types", ())),
-        name if known is None else like.name if like else "",
+        like.name if like else "" if users else name,
     )
 
 
@@ -99,8 +108,8 @@ def _parts(text: str, name: str, lines: bool) -> dict[str, list[Entry]]:
     for key, value in root.value:
         where = entry(key).where
         if key.value not in KEYS or key.value in parts:
-            twice = f"{key.value!r} stands there twice" if key.value in parts else f"unknown key {key.value!r}"
-            raise CfmergeError(f"spaces: {where}: {twice}{'' if key.value in parts else nearest(key.value, KEYS)}")
+            unknown = f"unknown key {key.value!r}{nearest(key.value, KEYS)}"
+            raise CfmergeError(f"spaces: {where}: {f'{key.value!r} is there twice' if key.value in parts else unknown}")
         if not isinstance(value, KEYS[key.value]):
             raise CfmergeError(f"spaces: {where}: {key.value!r} is {KINDS[KEYS[key.value]]}")
         if isinstance(value, yaml.MappingNode):
