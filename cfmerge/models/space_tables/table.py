@@ -23,6 +23,7 @@ from cfmerge.models.spaces import FIXED, READS, Spaces, SpacesError, parse_space
 
 FILLED = re.compile(r"\{(\w+)([+-]\d+)?\}")
 LEFT_OVER = re.compile(r"[{}]")
+ENDS = {False: "read by no tensor, so that it is an output", True: "written by no tensor, so that it is an input"}
 OWN = "a table of your own, `spaces: FILE` (see docs/align.md)"
 
 
@@ -243,8 +244,7 @@ def _ends(texts: Mapping[str, str]) -> dict[str, tuple[bool, str]]:
 def _told(ends: Mapping[str, tuple[bool, str]]) -> list[str]:
     """A note for each pattern of spaces that end."""
     notes = []
-    for reads, why in ((False, "read by no tensor, so that it is an output"),
-                       (True, "written by no tensor, so that it is an input")):  # fmt: skip
+    for reads, why in ENDS.items():
         for pattern in patterns([space for space, (read, _) in ends.items() if read == reads]):
             first, count = ends[pattern.names[0]][1], len(pattern.names)
             where = f" of {first!r}" if count == 1 else f" ({count} spaces, such as that of {first!r})"
