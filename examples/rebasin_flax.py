@@ -4,7 +4,8 @@
 
 Both learn the digits of a seven-segment display, drawn small, shifted and noisy. Half-way between the two there is a
 barrier, for neuron 7 of one does not do what neuron 7 of the other does. `weight_matching` permutes the second
-network's neurons, which leaves its outputs as they are, and most of the barrier is gone. `merge_many` does so for three.
+network's neurons, which leaves its outputs as they are, and most of the barrier is gone. `merge_many` does so for
+three networks.
 """
 
 import flax.linen as nn
