@@ -59,7 +59,7 @@ def collect_joint_linen(
         CfmergeError: no batches; a space that no layer is seen to read; spaces that do not fit the models.
     """
     modules = list(model) if isinstance(model, list | tuple) else [model] * len(variables)
-    tables = list(spaces) if isinstance(spaces, list | tuple) else [spaces] * len(variables)
+    tables = [spaces] * len(variables) if isinstance(spaces, Spaces) else list(spaces)
     _check_numbers(len(variables), {"modules": modules, "spaces": tables})
     lines = [lines_of(own, table, match) for own, table in zip(_params(variables), tables, strict=True)]
 
@@ -100,7 +100,7 @@ def collect_joint_nnx(
     """
     from flax import nnx
 
-    tables = list(spaces) if isinstance(spaces, list | tuple) else [spaces] * len(models)
+    tables = [spaces] * len(models) if isinstance(spaces, Spaces) else list(spaces)
     _check_numbers(len(models), {"spaces": tables})
     graphs, states = zip(*(nnx.split(model) for model in models), strict=True)
     params = [flatten(nnx.state(model, nnx.Param))[0] for model in models]

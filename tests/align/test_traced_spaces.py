@@ -1,5 +1,6 @@
 """Spaces that a trace of a function finds: as many as there are, and no permutation of theirs changes an output."""
 
+import functools
 import random
 
 import jax
@@ -196,6 +197,7 @@ ALONG_ANOTHER = {
     "pool": lambda h: jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (2, 1), (1, 1), "SAME"),
     "join": lambda h: jnp.concatenate([h, jnp.zeros((1, 8))]),
     "norm": lambda h: jnp.linalg.norm(h, axis=0, keepdims=True) * jax.nn.standardize(h) + jnp.where(h > 0, h.mean(), 0),
+    "mask": lambda h: h * np.arange(4.0)[:, None] + np.outer(np.arange(4.0), np.ones(8)),
     "vmap": jax.vmap(lambda row: jax.lax.optimization_barrier(jnp.where(row > 0, row, -row))),
 }
 
@@ -267,7 +269,7 @@ def test_no_permutation_that_is_found_changes_what_a_random_function_computes():
             return jnp.tanh(x @ par(x.shape[-1], 3)).sum(0)
 
         x = jax.random.normal(KEY, (2, 6))
-        model(None, x)
+        jax.eval_shape(functools.partial(model, None), x)  # makes the tensors
         spaces = trace_spaces(model, params, x)
         check_spaces(spaces, model, params, x, tolerance=1e-3)
         found += spaces.sizes

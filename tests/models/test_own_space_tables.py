@@ -100,6 +100,14 @@ def test_two_towers_of_one_family_are_not_one_model():
     refused({**bert("bert."), **bert("")}, CONFIG, "would be one tensor 'embeddings.word_embeddings.weight'")
 
 
+def test_the_modules_of_sentence_transformers_read_the_hidden_states():
+    headers = {**bert("0_Transformer/"), "2_Dense/linear.weight": (5, 16), "2_Dense/linear.bias": (5,)}
+    headers |= {"3_Dense/linear.weight": (6, 5)}
+    table = spaces_of(headers, CONFIG).table()
+    assert table["0_Transformer/encoder.layer.0.output.dense.weight"] == "hidden, in mlp0"
+    assert [table[f"{number}_Dense/linear.weight"] for number in (2, 3)] == ["-, in hidden", "-, -"]
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from cfmerge.models.spaces import FIXED, READS, Spaces, SpacesError, parse_space
 
 FILLED = re.compile(r"\{(\w+)([+-]\d+)?\}")
 LEFT_OVER = re.compile(r"[{}]")
-OWN = "a table of your own, `spaces: FILE` (see docs/align.md)"
+OWN = "a table of your own, `spaces: FILE` (see docs/align_spaces.md; `cfmerge spaces MODEL --blank` prints one to begin from)"
 
 
 class Line(NamedTuple):
@@ -152,7 +152,7 @@ class Table:
         """What stands in front of most names, in addition to the table's."""
         found: Counter[str] = Counter()
         for name in {re.sub(r"\d+", "0", name): name for name in names}.values():
-            starts = ["", *(name[: dot.end()] for dot in re.finditer(r"\.", name))]
+            starts = ["", *(name[: dot.end()] for dot in re.finditer(r"[./]", name))]
             tails = (start for start in starts if self._any(name.removeprefix(start)))
             found[next(tails, "")] += 1
         del found[""]
@@ -207,8 +207,8 @@ class Table:
 
 
 def longest_start(name: str, prefix: str) -> str:
-    """The longest part of a prefix, cut at its dots, that a name begins with: of `module.bert.`, also `module.`."""
-    starts = [prefix[: dot.end()] for dot in re.finditer(r"\.", prefix)]
+    """The longest part of a prefix, cut behind a part, that a name begins with: of `module.bert.`, also `module.`."""
+    starts = [prefix[: dot.end()] for dot in re.finditer(r"[./]", prefix)]
     return max((start for start in starts if name.startswith(start)), key=len, default="")
 
 
