@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from cfmerge.products.state_dicts import merge_state_dicts as merge_state_dicts
     from cfmerge.products.sweep import grid as grid
     from cfmerge.products.sweep import sweep as sweep
+    from cfmerge.products.zipping import zip_checkpoints as zip_checkpoints
     from cfmerge.recipe import Align as Align
     from cfmerge.recipe import Expert as Expert
     from cfmerge.recipe import LayerExpert as LayerExpert
@@ -78,6 +79,7 @@ _PUBLIC = {
     "Statistics": "cfmerge.statistics",
     "grid": "cfmerge.products.sweep",
     "sweep": "cfmerge.products.sweep",
+    "zip_checkpoints": "cfmerge.products.zipping",
     "CfmergeError": "cfmerge.errors",
     "Align": "cfmerge.recipe",
     "Expert": "cfmerge.recipe",

@@ -16,3 +16,7 @@ from cfmerge.activations.norms import reset_norms_nnx as reset_norms_nnx
 from cfmerge.activations.regmean_pp import regmean_pp as regmean_pp
 from cfmerge.activations.repair import repair_linen as repair_linen
 from cfmerge.activations.repair import repair_nnx as repair_nnx
+from cfmerge.activations.spaces import linen_function as linen_function
+from cfmerge.activations.spaces import nnx_function as nnx_function
+from cfmerge.activations.spaces import spaces_of_linen as spaces_of_linen
+from cfmerge.activations.spaces import spaces_of_nnx as spaces_of_nnx

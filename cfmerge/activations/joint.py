@@ -9,25 +9,23 @@ given the channels of every place. Several layers that read a space, such as a r
 layers that `collect_linen` and `collect_nnx` see.
 """
 
-import fnmatch
 import functools
-import math
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cfmerge.activations.inputs import rows_of
 from cfmerge.activations.looking import LINEAR, Call, Forward, in_linen, in_nnx, kernel_of
+from cfmerge.activations.readers import Lines, features_of, lines_of, spaces_in
 from cfmerge.align import Moments
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.pytree import flatten
-from cfmerge.models.spaces import Axis, Factor, Spaces
+from cfmerge.models.spaces import Spaces
 
-Part = tuple[Factor, ...]
-Lines = dict[str, tuple[Part, ...]]  # {kernel: what its inputs are: parts that lie end to end}
 Features = dict[str, dict[str, list[Any]]]  # {kernel: {space: arrays (tokens, elements of the space)}}
 Run = Callable[[Any], Features]  # of one model, on a batch
 
@@ -55,16 +53,16 @@ def collect_joint_linen(
         options: of `model.apply`, the same for all models and batches: `method`, `rngs`, `train=False`, ...
 
     Returns:
-        Moments of the spaces that match. A space with children is left out: the models share no order within its
-        elements.
+        Moments of the spaces that match. Features of a space with children are those of all its children, in order,
+        element by element.
 
     Raises:
         CfmergeError: no batches; a space that no layer is seen to read; spaces that do not fit the models.
     """
     modules = list(model) if isinstance(model, list | tuple) else [model] * len(variables)
-    tables = list(spaces) if isinstance(spaces, list | tuple) else [spaces] * len(variables)
+    tables = [spaces] * len(variables) if isinstance(spaces, Spaces) else list(spaces)
     _check_numbers(len(variables), {"modules": modules, "spaces": tables})
-    lines = [_lines(own, table, match) for own, table in zip(_params(variables), tables, strict=True)]
+    lines = [lines_of(own, table, match) for own, table in zip(_params(variables), tables, strict=True)]
 
     def forward(number: int) -> Forward:
         return in_linen(modules[number], LINEAR, lambda: _look, _joined, options)
@@ -103,11 +101,11 @@ def collect_joint_nnx(
     """
     from flax import nnx
 
-    tables = list(spaces) if isinstance(spaces, list | tuple) else [spaces] * len(models)
+    tables = [spaces] * len(models) if isinstance(spaces, Spaces) else list(spaces)
     _check_numbers(len(models), {"spaces": tables})
     graphs, states = zip(*(nnx.split(model) for model in models), strict=True)
     params = [flatten(nnx.state(model, nnx.Param))[0] for model in models]
-    lines = [_lines(own, table, match) for own, table in zip(params, tables, strict=True)]
+    lines = [lines_of(own, table, match) for own, table in zip(params, tables, strict=True)]
 
     def forward(number: int) -> Forward:
         return in_nnx(graphs[number], LINEAR, lambda: _look, _joined, method, options)
@@ -124,97 +122,6 @@ def _check_numbers(models: int, given: Mapping[str, Sequence[Any]]) -> None:
     for what, found in given.items():
         if len(found) != models:
             raise CfmergeError(f"joint moments: {models} models and {len(found)} {what}; give one for all, or one each")
-
-
-# --- which layers read which spaces -------------------------------------------------------------------------------
-
-
-def _lines(params: Mapping[str, Any], spaces: Spaces, match: str | Sequence[str]) -> Lines:
-    """`{kernel: its line}` of the kernels that read a space which is wanted."""
-    wanted, prefix = _wanted(spaces, match), prefix_of(params, spaces)
-    lines: Lines = {}
-    for name, leaf in params.items():
-        tensor = prefix + name
-        _check_shape(name, tuple(leaf.shape), tensor, spaces)
-        parts = _parts(tensor, [axis for axis in spaces.axes[tensor] if axis.reads])
-        if wanted.intersection(_names(parts)):
-            lines[name] = tuple(_only(part, wanted) for part in parts)
-    read = {name for parts in lines.values() for name in _names(parts)}
-    if wanted - read:
-        told = and_more([repr(name) for name in spaces.names if name in wanted - read])
-        raise CfmergeError(f"joint moments: no tensor reads space {told}; leave it out: match={sorted(wanted & read)}")
-    return lines
-
-
-def _wanted(spaces: Spaces, match: str | Sequence[str]) -> set[str]:
-    patterns = [match] if isinstance(match, str) else match
-    names = [name for name in spaces.names if not spaces.children(name)]
-    found = {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
-    if not found:
-        raise CfmergeError(f"joint moments: no space without children matches {match!r}; there is: {', '.join(names)}")
-    return found
-
-
-def prefix_of(params: Mapping[str, Any], spaces: Spaces) -> str:
-    """What stands before the names of parameters in the table of the spaces.
-
-    Raises:
-        CfmergeError: the table has no line for a parameter.
-    """
-    first = next(iter(params))
-    found = [tensor.removesuffix(first) for tensor in spaces.axes if tensor.endswith(first)]
-    missing = {prefix: [name for name in params if prefix + name not in spaces.axes] for prefix in found or [""]}
-    best = min(missing, key=lambda prefix: len(missing[prefix]))
-    if missing[best]:
-        raise CfmergeError(
-            f"the spaces have no line for parameter {and_more([repr(n) for n in missing[best]])}; their "
-            f"tensors are {and_more([repr(name) for name in spaces.axes])}: are they those of this model?"
-        )
-    return best
-
-
-def _check_shape(name: str, shape: tuple[int, ...], tensor: str, spaces: Spaces) -> None:
-    expected = tuple(axis.size for axis in spaces.axes[tensor])
-    if shape != expected:
-        raise CfmergeError(
-            f"joint moments: parameter {name!r} has shape {shape}, and {expected} in the spaces, where it is "
-            f"{spaces.table()[tensor]!r}; models of other widths have spaces of their own: spaces=[of_a, of_b]"
-        )
-
-
-def _parts(tensor: str, reads: Sequence[Axis]) -> tuple[Part, ...]:
-    """The inputs of a kernel, whose axes that read are one behind the other."""
-    if not reads:
-        return ()
-    first, *others = reads
-    if any(len(axis.parts) > 1 for axis in others):
-        raise CfmergeError(f"joint moments: tensor {tensor!r}: only the first axis that it reads may have parts (`+`)")
-    inner = tuple(factor for axis in others for factor in axis.parts[0])
-    return tuple(part + inner for part in first.parts)
-
-
-def _names(parts: Sequence[Part]) -> set[str]:
-    return {factor.name for part in parts for factor in part} - {""}
-
-
-def _only(part: Part, wanted: set[str]) -> Part:
-    """A part in which all that is not wanted counts as tokens."""
-    return tuple(factor if factor.name in wanted else Factor(factor.size) for factor in part)
-
-
-def _features(rows: Any, parts: Sequence[Part]) -> dict[str, list[Any]]:
-    """`{space: arrays (tokens, elements)}` out of a kernel's inputs `(tokens, width)`."""
-    found: dict[str, list[Any]] = {}
-    start = 0
-    for part in parts:
-        sizes = tuple(factor.size for factor in part)
-        block = rows[:, start : start + math.prod(sizes)].reshape(-1, *sizes)
-        start += math.prod(sizes)
-        for place, factor in enumerate(part, 1):
-            if factor.name:
-                own = jnp.moveaxis(block, place, -1).reshape(-1, factor.size)
-                found.setdefault(factor.name, []).append(own)
-    return found
 
 
 # --- running the models -------------------------------------------------------------------------------------------
@@ -239,7 +146,7 @@ def _runs(
         def features(state: Any, batch: Any) -> Features:
             seen = {kernel_of(name): rows for name, rows in look(state, batch).items()}
             flat = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in seen.items() if name in own}
-            return {name: _features(rows, own[name]) for name, rows in flat.items()}
+            return {name: features_of(rows, own[name]) for name, rows in flat.items()}
 
         return jax.jit(features)
 
@@ -254,13 +161,24 @@ def _collected(
     for batch in batches:
         found = [run(batch) for run in runs]
         _check_seen(found, lines, moments.models)
-        for kernel in found[0]:
-            for space, arrays in found[0][kernel].items():
-                for number in range(len(arrays)):
-                    moments.add(space, [own[kernel][space][number] for own in found])
+        known: dict[str, tuple[list[np.ndarray], Moments]] = {}
+        for space, features in _of_batch(found):
+            if space not in known or not all(map(np.array_equal, known[space][0], features)):
+                own = Moments(moments.models)
+                own.add(space, features)
+                known[space] = features, own
+            moments.merge(known[space][1])  # queries, keys and values are of one input, whose product is taken once
     if not moments.spaces:
         raise CfmergeError("no batches: joint moments need at least one")
     return moments
+
+
+def _of_batch(found: Sequence[Features]) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """A space, and an array of each model, for each reader of the space."""
+    for kernel, spaces in found[0].items():
+        for space, arrays in spaces.items():
+            for number in range(len(arrays)):
+                yield space, [np.asarray(own[kernel][space][number]) for own in found]
 
 
 def _letter(number: int) -> str:
@@ -273,13 +191,12 @@ def _check_seen(found: Sequence[Features], lines: Sequence[Lines], models: Seque
         if other := sorted(own.keys() ^ found[0].keys()):
             who, lacks = (model, models[0]) if other[0] in own else (models[0], model)
             raise CfmergeError(f"joint moments: model {who!r} calls the layer of {other[0]!r}, and {lacks!r} does not")
-    seen = {space for own in found[0].values() for space in own}
-    readers = {kernel: _names(parts) - seen for kernel, parts in lines[0].items()}
-    unseen = sorted(set().union(*readers.values()))
-    if unseen:
-        own = [repr(kernel) for kernel, names in readers.items() if unseen[0] in names]
+    seen, wanted = {space for own in found[0].values() for space in own}, spaces_in(lines[0].values())
+    if wanted - seen:
+        unseen = sorted(wanted - seen)
+        readers = [repr(kernel) for kernel, blocks in lines[0].items() if unseen[0] in spaces_in([blocks])]
         raise CfmergeError(
             f"joint moments: no layer was seen to read space {and_more([repr(name) for name in unseen])}; its readers, "
-            f"{and_more(own)}, were not called as layers Dense, DenseGeneral or Conv, Linear or LinearGeneral; leave "
-            f"such a space out: match={sorted(seen)}, or give its features by Moments.add"
+            f"{and_more(readers)}, were not called as layers Dense, DenseGeneral or Conv, Linear or LinearGeneral; "
+            f"leave such a space out: match={sorted(seen)}, or give its features by Moments.add"
         )

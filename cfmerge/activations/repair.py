@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.activations.channels import Channels, channels_of, over_batches, together
-from cfmerge.activations.joint import prefix_of
 from cfmerge.activations.looking import LINEAR, Call, Forward, Look, in_linen, in_nnx, kernel_of
 from cfmerge.activations.norms import STATISTICS
+from cfmerge.activations.readers import prefix_of
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.pytree import flatten, unflatten
 from cfmerge.models.spaces import Spaces
@@ -165,7 +165,7 @@ def _look(wanted: Sequence[str], goals: Mapping[str, Goal]) -> Look:
 
     def look(call: Call) -> tuple[Any, Channels | None]:
         outputs = call.run()
-        if call.name not in wanted:
+        if call.name is None or call.name not in wanted:
             return outputs, None
         found = channels_of(outputs, tuple(range(-_outer(call.layer), 0)))
         if call.name in goals:
@@ -204,7 +204,7 @@ def _goals(
     goals = {}
     for name in wanted:
         own = [statistics[name] for statistics in found if name in statistics]
-        if len(own) < len(found) or np.ndim(own[0].count):
+        if len(own) < len(found) or np.ndim(own[0].tokens):
             why = (
                 "is stacked by a scan"
                 if own

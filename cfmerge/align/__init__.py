@@ -6,13 +6,19 @@ or merges features within and across the models (ZipIt!).
 """
 
 from cfmerge.align.activation_matching import activation_matching as activation_matching
+from cfmerge.align.c2m3 import Universe as Universe
+from cfmerge.align.c2m3 import between as between
+from cfmerge.align.c2m3 import universe as universe
+from cfmerge.align.chains import chain_spaces as chain_spaces
 from cfmerge.align.checking import check_spaces as check_spaces
 from cfmerge.align.groups import Groups as Groups
 from cfmerge.align.groups import identity_match as identity_match
 from cfmerge.align.merge_many import Many as Many
 from cfmerge.align.merge_many import merge_many as merge_many
-from cfmerge.align.moments import Joint as Joint
 from cfmerge.align.moments import Moments as Moments
+from cfmerge.align.ot_fusion import Fused as Fused
+from cfmerge.align.ot_fusion import ot_fusion as ot_fusion
+from cfmerge.align.moments import SpaceMoments as SpaceMoments
 from cfmerge.align.permuting import Permutations as Permutations
 from cfmerge.align.permuting import check_permutations as check_permutations
 from cfmerge.align.permuting import compose as compose
@@ -30,5 +36,9 @@ from cfmerge.align.zipit import permutation_match as permutation_match
 from cfmerge.align.zipped import Zipped as Zipped
 from cfmerge.align.zipped import load_zipped as load_zipped
 from cfmerge.align.zipping import zip_models as zip_models
+from cfmerge.models.space_tables import Described as Described
+from cfmerge.models.space_tables import describe as describe
+from cfmerge.models.space_tables import read_table as read_table
+from cfmerge.models.space_tables import spaces_of as spaces_of
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces

@@ -100,7 +100,8 @@ def first_factor(atom: Atom, size: int) -> None:
 
 def refactored(atoms: Sequence[Atom], sizes: Sequence[int]) -> list[Atom]:
     """One atom for each size of a reshape, all above 1, of the same product."""
-    rest, result = [f for atom in atoms for f in factors(atom)], []
+    rest = [f for atom in atoms for f in factors(atom)]
+    result: list[Atom] = []
     for number, size in enumerate(sizes):
         own: list[Atom] = []
         while size > 1:

@@ -9,7 +9,7 @@ import numpy as np
 
 from cfmerge.align.permuting import Permutations, identity_of, permute
 from cfmerge.errors import CfmergeError, and_more
-from cfmerge.formats.pytree import named_leaves, unflatten
+from cfmerge.formats.pytree import flatten, named_leaves, unflatten
 from cfmerge.models.spaces import Spaces, Use
 
 
@@ -34,14 +34,14 @@ def check_spaces(
         f: a pure function, such as `model.apply` of linen.
         params: a tree or a flat mapping of arrays.
         inputs: of the model, such as a batch of random numbers; of one that is all zeros nothing may be seen.
-        tolerance: what outputs may differ by, as a share of the largest of them: rounding. 1e-4 is for float32.
+        tolerance: what an output may differ by, as a share of its largest entry: rounding. 1e-4 is for float32.
         seed: of the permutations.
 
     Raises:
         CfmergeError: a space whose permutation changes the outputs; tensors that are not the table's; an output that is
             not finite.
     """
-    named, tree = named_leaves(params)
+    named, tree = flatten(params)
     _check_tensors(spaces, named)
     generator = np.random.default_rng(seed)
     tensors = {name: _noisy(tensor, generator) for name, tensor in named.items()}
@@ -69,9 +69,12 @@ def _check_tensors(spaces: Spaces, named: Mapping[str, Any]) -> None:
 
 def _noisy(tensor: Any, generator: np.random.Generator) -> Any:
     """A tensor in which the order of entries is to be seen; variances remain positive."""
-    if not jnp.issubdtype(tensor.dtype, jnp.floating) or not (tensor == tensor.reshape(-1)[:1]).all():
-        return tensor
-    return tensor + jnp.asarray(generator.uniform(0.1, 0.5, tensor.shape), tensor.dtype)
+    if not jnp.issubdtype(tensor.dtype, np.number):
+        return tensor  # keys of random numbers
+    array = np.asarray(tensor)
+    if not jnp.issubdtype(array.dtype, jnp.floating) or (array != array.reshape(-1)[:1]).any():
+        return array
+    return (array + generator.uniform(0.1, 0.5, array.shape)).astype(array.dtype)
 
 
 def _shuffled(spaces: Spaces, name: str, generator: np.random.Generator) -> np.ndarray:
@@ -95,15 +98,17 @@ def _compare(
 ) -> None:
     """Raises `CfmergeError` if the permuted model's outputs differ."""
     after = _outputs(run(permute(spaces, tensors, permutations)))
+    everywhere = max(np.abs(output).max(initial=0) for output in before.values())
     for name, output in before.items():
         largest = np.abs(output).max(initial=0)
+        allowed = tolerance * max(largest, tolerance * everywhere)
         difference = np.abs(after[name] - output).max(initial=0)
-        if not difference <= tolerance * largest:
+        if not difference <= allowed:
             only = next(iter(permutations)) if len(permutations) == 1 else ""
             who = f"a permutation of {only!r}" if only else "a permutation of all spaces together"
             raise CfmergeError(
                 f"spaces: {who} changes output {name or 'of the model'!r} by up to {difference:.3g}, where its largest "
-                f"entry is {largest:.3g} and {tolerance:g} of that may be rounding"
+                f"entry is {largest:.3g}, and rounding may be {allowed:.3g}"
                 + (f"; it is on {and_more([_told(use) for use in spaces.uses(only)])}. " if only else ". ")
                 + "Write `-` for an axis that does not permute; `cfmerge.align.trace_spaces` finds the spaces itself"
             )

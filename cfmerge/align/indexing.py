@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from cfmerge.align.atoms import Atom, between, fix, joined_parts
+from cfmerge.align.atoms import Atom, between, fix, joined_parts, product
 from cfmerge.align.values import Along, Facts, Rule, Value, fix_axis, fixed, meet, result, shape
 
 
@@ -91,6 +91,29 @@ def concatenate(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[
     return [result(axes, operands)]
 
 
+def stack(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[Value]:
+    axes = [meet(axes) for axes in zip(*(value.axes for value in operands), strict=True)]
+    axes.insert(equation.params["axis"], fixed(len(operands), "a stack along it"))
+    return [result(axes, operands)]
+
+
+def unstack(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[Value]:
+    (value,), place = operands, equation.params["axis"]
+    fix_axis(value.axes[place], "a stack along it")
+    return [value._replace(axes=value.axes[:place] + value.axes[place + 1 :])] * len(equation.outvars)
+
+
+def tile(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[Value]:
+    """Repeats, end to end: a first factor along which the array is constant."""
+    (value,) = operands
+    axes = []
+    for axis, count in zip(value.axes, equation.params["reps"], strict=True):
+        if axis.atom is not None and count > 1:
+            axis = axis._replace(atom=product([Atom(count), axis.atom]))
+        axes.append(axis)
+    return [Value(tuple(axes), value.data)]
+
+
 def dynamic_slice(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[Value]:
     value, sizes = operands[0], equation.params["slice_sizes"]
     axes = []
@@ -139,6 +162,27 @@ def gather(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[Value
     return [result(axes, operands)]
 
 
+def scatter(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[Value]:
+    """Rows that are changed: axes that the changes have whole remain, the others keep their order."""
+    table, places, update = operands
+    numbers, why = equation.params["dimension_numbers"], "an index into it"
+    apart = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    window = iter(numbers.update_window_dims)
+    sizes, lengths = shape(equation.invars[0]), shape(equation.invars[2])
+    axes, whole = [], set()
+    for i, (axis, size) in enumerate(zip(table.axes, sizes, strict=True)):
+        place = None if i in apart else next(window)
+        if place is not None and lengths[place] == size and i not in numbers.scatter_dims_to_operand_dims:
+            axes.append(meet([axis, update.axes[place]]))
+            whole.add(place)
+        else:
+            fix_axis(axis, why)
+            axes.append(fixed(size, why))
+    for axis in (*places.axes, *(axis for place, axis in enumerate(update.axes) if place not in whole)):
+        fix_axis(axis, why)
+    return [result(axes, operands)]
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), cumulative),
     "rev": reverse,
@@ -152,5 +196,9 @@ RULES: dict[str, Rule] = {
     "concatenate": concatenate,
     "dynamic_slice": dynamic_slice,
     "dynamic_update_slice": dynamic_update_slice,
+    "stack": stack,
+    "unstack": unstack,
+    "tile": tile,
     "gather": gather,
+    **dict.fromkeys(("scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub"), scatter),
 }

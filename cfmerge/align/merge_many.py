@@ -51,6 +51,7 @@ def merge_many(
     seed: int = 0,
     sweeps: int = 100,
     start: Mapping[str, Permutations] | None = None,
+    keep_mean: bool = True,
 ) -> Many:
     """The permutations of several models that bring them near their mean, and this mean: Git Re-Basin's MergeMany.
 
@@ -60,6 +61,7 @@ def merge_many(
         seed: of the order of the models, and of the spaces.
         sweeps: over the models, at most.
         start: permutations of each model to start from; by default each is matched to the first model.
+        keep_mean: the result has the mean, in memory; otherwise `{}` in its place.
 
     Raises:
         CfmergeError: fewer than two models; models that do not fit the spaces; a NaN or an infinity; a tensor of
@@ -92,7 +94,7 @@ def merge_many(
             found = weight_matching(spaces, rest, models[name], seed=number, start=permutations[name])
             permutations[name] = found.permutations
             gains[-1] += found.objective - found.history[0]
-    mean, squares = _mean_of(spaces, models, permutations)
+    mean, squares = _mean_of(spaces, models, permutations, keep_mean)
     share = 2 * (len(models) - 1) / len(models)
     history = sum(squares.values()) + share * np.cumsum([0.0, *reversed(gains)])[::-1]
     return Many(permutations, mean, {name: s**0.5 for name, s in squares.items()}, tuple(history.tolist()))
@@ -124,7 +126,7 @@ class _Mean(Mapping[str, Any]):
 
 
 def _mean_of(
-    spaces: Spaces, models: Mapping[str, Tensors], permutations: Mapping[str, Permutations]
+    spaces: Spaces, models: Mapping[str, Tensors], permutations: Mapping[str, Permutations], keep: bool
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The mean of all permuted models, and `{model: its squared distance from it}`."""
     every, mean, squares = _Mean(spaces, models, permutations), {}, dict.fromkeys(models, 0.0)
@@ -140,5 +142,6 @@ def _mean_of(
             with jax.enable_x64(True):
                 apart = permute_tensor(spaces, name, tensor, permutations[who]).astype(values.dtype) - values
                 squares[who] += float((apart.astype(np.float64) ** 2).sum())
-        mean[name] = values.astype(first[name].dtype)
+        if keep:
+            mean[name] = values.astype(first[name].dtype)
     return mean, squares

@@ -14,7 +14,7 @@ import numpy as np
 
 from cfmerge.align.permuting import Permutations, check_permutations, order_of, permute_tensor
 from cfmerge.errors import CfmergeError
-from cfmerge.formats.base import Source
+from cfmerge.formats.base import Source, TensorInfo
 from cfmerge.formats.wrapped import Wrapped
 from cfmerge.models.spaces import Spaces
 
@@ -24,6 +24,11 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, source: Source, names: Mapping[str, str]):
         self.source, self.names = source, names
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The headers."""
+        return {name: self.source.tensors[theirs] for name, theirs in self.names.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.source.read(self.names[name])

@@ -249,6 +249,7 @@ app.command(cls=o.Command)(composing.materialise)
 app.command(cls=o.Command, epilog=o.examples(*files.EXAMPLES))(files.convert)
 app.command(cls=o.Command)(files.inspect)
 app.command(cls=o.Command, epilog=o.examples(*aligning.SPACES))(aligning.spaces)
+app.command("zip", cls=o.Command, epilog=o.examples(*aligning.ZIP))(aligning.zip_models)
 
 
 @app.command(cls=o.Command)

@@ -263,12 +263,15 @@ def _solved(
 
 
 def _check_used(spaces: Spaces) -> None:
-    for name in spaces.sizes:
-        places = [(tensor, axis) for tensor, axes in spaces.axes.items() for axis in axes if name in axis.spaces]
-        if len(places) == 1:
+    places: dict[str, list[str]] = {}
+    for tensor, axes in spaces.axes.items():
+        for name in (name for axis in axes for name in axis.spaces):
+            places.setdefault(name, []).append(tensor)
+    for name, tensors in places.items():
+        if len(tensors) == 1:
             raise SpacesError(
-                places[0][0],
-                f"{name!r} is on one axis alone, of tensor {places[0][0]!r}; a permutation of it would change "
+                tensors[0],
+                f"{name!r} is on one axis alone, of tensor {tensors[0]!r}; a permutation of it would change "
                 "what the model does: name it also where it is written or read, or write `-`",
             )
 

@@ -157,12 +157,41 @@ def _found(how: Align, models: Mapping[str, Model], spaces: Spaces) -> Found:
     others = [name for name in models if name != how.to]
     for one in models.values():
         one.source.prepare()
+    if how.method in {"many", "universe"}:
+        return _jointly(how, tensors, spaces)
+    moments = align.Moments.load(Path(how.moments).expanduser()) if how.moments else None
     permutations, told = {}, []
     for name in others:
-        found = align.weight_matching(spaces, tensors[how.to], tensors[name], seed=how.seed, sweeps=how.sweeps)
-        told.append(
-            f"align: {name!r} to {how.to!r} by its weights: inner product {found.before:.4g} before, "
-            f"{found.objective:.4g} after {found.sweeps} sweeps"
-        )
+        if moments is None:
+            found = align.weight_matching(spaces, tensors[how.to], tensors[name], seed=how.seed, sweeps=how.sweeps)
+            worth = f"inner product {found.before:.4g} before, {found.objective:.4g} after {found.sweeps} sweeps"
+        else:
+            numbers = (_place(how, moments, how.to), _place(how, moments, name))
+            found = align.activation_matching(spaces, moments, models=numbers)
+            worth = f"sum of correlations {found.before:.4g} before, {found.objective:.4g} after"
         permutations[name] = found.permutations
+        told.append(f"align: {name!r} to {how.to!r} by {how.method}: {worth}")
     return Found(permutations, tuple(told))
+
+
+def _place(how: Align, moments: align.Moments, model: str) -> int:
+    if model not in moments.models:
+        raise CfmergeError(
+            f"align: {how.moments}: has moments of {', '.join(moments.models)}, none of {model!r}; they go by the "
+            "names of the experts, and `base`"
+        )
+    return moments.models.index(model)
+
+
+def _jointly(how: Align, tensors: Mapping[str, Tensors], spaces: Spaces) -> Found:
+    """All models matched at once; then all in the order of the reference."""
+    if how.method == "many":
+        own = align.merge_many(spaces, tensors, seed=how.seed, sweeps=how.sweeps, keep_mean=False)
+        worth = f"sum of squared distances from the mean {own.history[0]:.4g} at first, {own.history[-1]:.4g} after"
+        into = own.permutations
+    else:
+        found = align.universe(spaces, tensors, seed=how.seed, steps=how.sweeps)
+        worth = f"inner products of all pairs {found.before:.4g} before, {found.objective:.4g} after"
+        into = found.permutations
+    back = {name: align.between(spaces, into[name], into[how.to]) for name in tensors if name != how.to}
+    return Found(back, (f"align: {len(tensors)} models at once to {how.to!r} by {how.method}: {worth}",))

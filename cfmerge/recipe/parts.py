@@ -113,13 +113,13 @@ class Layers(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 class Align(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """Models of different initialisation: each is brought into the order of one of them, as it is read.
 
-    >>> recipe = cfmerge.Recipe("base", ["math", "code"], "average", align=cfmerge.Align(seed=1))
+    >>> recipe = cfmerge.Recipe("base", ["math", "code"], "average", align=cfmerge.Align(method="many", seed=1))
     >>> recipe.align.to
     'base'
     """
 
     to: str = "base"  # the model whose order all others take: base, or an expert's name
-    method: Literal["weights"] = "weights"
+    method: Literal["weights", "many", "universe", "activations"] = "weights"
     moments: str = ""  # joint feature moments, for `activations`
     spaces: str = ""  # a table of one's own; none: the family's, known by the names of the tensors
     seed: int = 0  # of the order in which spaces are matched

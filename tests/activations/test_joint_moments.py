@@ -72,7 +72,7 @@ def same(moments, space, *batches):
     for features in batches:
         by_hand.add("by hand", [np.asarray(own).reshape(-1, own.shape[-1]) for own in features])
     assert moments.widths(space) == by_hand.widths("by hand")
-    assert moments.of(space).count == by_hand.of("by hand").count
+    assert moments.of(space).tokens == by_hand.of("by hand").tokens
     largest = np.max(np.abs(by_hand.second("by hand")))
     np.testing.assert_allclose(moments.second(space), by_hand.second("by hand"), rtol=0, atol=1e-5 * largest)
     np.testing.assert_allclose(moments.of(space).mean, by_hand.of("by hand").mean, rtol=0, atol=1e-5 * largest)
@@ -155,14 +155,21 @@ def test_all_layers_that_read_a_residual_stream_count_and_heads_are_features_of_
     np.testing.assert_allclose(moments.covariance("heads"), by_hand.covariance("heads"), rtol=0, atol=1e-3)
 
 
-def test_a_space_with_children_is_left_out():
-    """Its elements have no order within that the models share."""
+def test_features_of_a_space_with_children_are_those_of_all_children_in_order():
     model, x = Residual(), draw(1, 2, 3, 5)
     variables = models_of(model, x)
-    table = RESIDUAL | {"up/kernel": "in h, g g.v", "up/bias": "g g.v", "down/kernel": "in g g.v, h"}
     shapes = {name: leaf.shape for name, leaf in flatten(variables[0]["params"])[0].items()}
-    moments = collect_joint_linen(model, variables, [x], parse_spaces(table, shapes, {"g": 2}))
-    assert set(moments.spaces) == {"h", "heads"}
+    hidden = [np.asarray(nn.relu(kept(model, own, x)["up"]["__call__"][0])) for own in variables]
+    table = RESIDUAL | {"up/kernel": "in h, g g.v", "up/bias": "g g.v", "down/kernel": "in g g.v, h"}
+    same(collect_joint_linen(model, variables, [x], parse_spaces(table, shapes, {"g": 2})), "g", hidden)
+    several = {"up/kernel": "in h, g g.a g.b", "up/bias": "g g.a g.b", "down/kernel": "in g g.b g.a, h"}
+    three = parse_spaces(RESIDUAL | several, shapes, {"g": 1, "g.a": 3})  # as the table first names them: a, then b
+    turned = [own.reshape(2, 3, 2, 3).swapaxes(2, 3).reshape(2, 3, 6) for own in hidden]
+    same(collect_joint_linen(model, variables, [x], three), "g", turned)
+    part = RESIDUAL | {"up/kernel": "in h, g g.v", "up/bias": "g g.v", "down/kernel": "in g 3, h"}
+    message = r"no tensor reads space 'g' together with its children g\.v; leave it out: match=\['h', 'heads'\]"
+    with pytest.raises(CfmergeError, match=message):
+        collect_joint_linen(model, variables, [x], parse_spaces(part, shapes))
 
 
 def test_layers_stacked_by_scan_all_count():
@@ -284,7 +291,7 @@ def test_spaces_that_cannot_be_collected_are_told_with_the_way_out():
     with pytest.raises(CfmergeError, match=message):
         collect_joint_linen(model, variables, [x], spaces)
     assert collect_joint_linen(model, variables, [x], spaces, match=["g"]).spaces == ("g",)
-    with pytest.raises(CfmergeError, match="no space without children matches 'f'; there is: h, g"):
+    with pytest.raises(CfmergeError, match="no space matches 'f'; there is: h, g"):
         collect_joint_linen(model, variables, [x], spaces, match="f")
     with pytest.raises(CfmergeError, match="model 'a' calls the layer of 'three/kernel', and 'b' does not"):
         collect_joint_linen([model, Hidden(False)], variables, [x], spaces, match="g")

@@ -57,3 +57,54 @@ def test_a_merge_is_aligned_from_the_command_line(model, tmp_path):
                "-o", tmp_path / "out")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert cfmerge.recipe.load(tmp_path / "out/README.md").align == cfmerge.Align()
+
+
+@pytest.fixture
+def pair(make_model, tmp_path, monkeypatch):
+    """Two MLPs of one architecture, joint moments of their features, and a table."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    shapes = {"up": (6, 4), "mid": (5, 6), "down": (3, 5)}
+    models = {name: {key: np.asarray(generator.normal(size=shape), np.float32) for key, shape in shapes.items()}
+              for name in "ab"}  # fmt: skip
+    x = generator.normal(size=(50, 4))
+    moments = cfmerge.align.Moments(("a", "b"))
+    first = [np.maximum(x @ model["up"].T, 0) for model in models.values()]
+    moments.add("first", first)
+    moments.add("second", [np.maximum(h @ m["mid"].T, 0) for h, m in zip(first, models.values(), strict=True)])
+    moments.save("joint.safetensors")
+    for name, model in models.items():
+        make_model(tmp_path / name, model, config={})
+    (tmp_path / "spaces.yaml").write_text("spaces:\n  up: first, in -\n  mid: second, in first\n  down: -, in second\n")
+    return models
+
+
+def test_models_are_zipped_into_one_checkpoint(pair, tmp_path):
+    done = run("zip", "a", "b", "--moments", "joint.safetensors", "--spaces", "spaces.yaml", "-o", "out", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["spaces"] == {"first": 6, "second": 5}
+    expected = cfmerge.align.zip_models(
+        cfmerge.align.parse_spaces({"up": "first, in -", "mid": "second, in first", "down": "-, in second"},
+                                   {name: tensor.shape for name, tensor in pair["a"].items()}),
+        pair, cfmerge.align.Moments.load("joint.safetensors"),
+    ).joint()  # fmt: skip
+    found = cfmerge.open_checkpoint("out")
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found.read(name), tensor, rtol=1e-6)
+
+
+def test_a_zip_that_stops_is_a_trunk_with_heads(pair):
+    done = run(
+        "zip", "left=a", "right=b", "--from-weights", "--stop-at", "first", "--spaces", "spaces.yaml", "-o", "out"
+    )
+    assert done.exit_code == 0, done.output
+    zipped = cfmerge.align.load_zipped("out")
+    assert (zipped.models, set(zipped.trunk)) == (("left", "right"), {"up"})
+    assert set(zipped.heads["left"]) == {"mid", "down"}
+
+
+def test_a_zip_needs_moments_or_leave_to_take_weights(pair, tmp_path):
+    done = run("zip", "a", "b", "--spaces", "spaces.yaml", "-o", "out")
+    assert isinstance(done.exception, cfmerge.CfmergeError)
+    assert "give joint moments of the models' features" in str(done.exception)
+    assert not (tmp_path / "out").exists()

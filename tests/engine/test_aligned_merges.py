@@ -54,7 +54,7 @@ def test_an_expert_is_brought_into_the_order_of_the_base(mlps):
     result = cfmerge.merge("base", ["twin"], "average", output="out", **HOW)
     for name, tensor in merged().items():
         np.testing.assert_allclose(tensor, mlps[1][name], atol=1e-6)
-    assert any("'twin' to 'base' by its weights: inner product" in note for note in result.notes)
+    assert any("'twin' to 'base' by weights: inner product" in note for note in result.notes)
     assert "align:" in cfmerge.recipe.load("out/README.md").to_yaml()
 
 
@@ -98,6 +98,39 @@ def test_a_permuted_twin_merges_to_what_the_base_computes(here, kind, settings):
     np.testing.assert_allclose(outputs(here / "out", kind), outputs(twin, kind), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["many", "universe"])
+def test_several_models_are_matched_at_once(mlps, here, make_model, method):
+    order = np.random.default_rng(5).permutation(12)
+    down = np.ascontiguousarray(mlps[0]["down.weight"][:, order])
+    third = {"up.weight": mlps[0]["up.weight"][order], "up.bias": mlps[0]["up.bias"][order], "down.weight": down,
+             "down.bias": mlps[0]["down.bias"]}  # fmt: skip
+    make_model(here / "third", third, config={})
+    result = cfmerge.merge(
+        "base", ["third", "twin"], "average", output="out", align={"spaces": "spaces.yaml", "method": method}
+    )
+    for name, tensor in merged().items():
+        np.testing.assert_allclose(tensor, (mlps[0][name] + mlps[1][name]) / 2, atol=1e-6)
+    assert any(f"align: 3 models at once to 'base' by {method}:" in note for note in result.notes)
+
+
+def test_models_are_matched_by_their_activations(mlps, here):
+    def hidden(path):
+        model = cfmerge.open_checkpoint(here / path)
+        return np.maximum(x @ model.read("up.weight").T + model.read("up.bias"), 0)
+
+    x = np.random.default_rng(1).normal(size=(200, 6))
+    moments = cfmerge.align.Moments(("base", "twin"))
+    moments.add("hidden", [hidden("base"), hidden("twin")])
+    moments.save("joint.safetensors")
+    how = {"spaces": "spaces.yaml", "method": "activations", "moments": "joint.safetensors"}
+    cfmerge.merge("base", ["twin"], "average", output="out", align=how, allow=["one-expert"])
+    for name, tensor in merged().items():
+        np.testing.assert_allclose(tensor, mlps[1][name], atol=1e-6)
+    with pytest.raises(cfmerge.CfmergeError, match="has moments of base, twin, none of 'other'; they go by the names"):
+        cfmerge.merge("base", {"other": "twin"}, "average", output="again", align=how, allow=["one-expert"])
+    assert not (here / "again").exists()
+
+
 def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
     base = saved(here / "base", "BertForSequenceClassification", **TEXT)
     spaces = spaces_of(headers_of(base), config_of(base))
@@ -129,8 +162,10 @@ def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
         ({"align": {}}, "spaces: no table is for this model"),
         ({"align": {"spaces": "spaces.yaml"}, "layers": [{"range": [0, 1]}]}, "leave `align` or `layers` out"),
         ({"align": {"methods": "weights"}}, "unknown key 'methods'"),
+        ({"align": {"method": "activations"}}, "method activations needs `moments: FILE`"),
+        ({"align": {"moments": "joint.safetensors"}}, "method weights looks at weights, and takes no `moments`"),
     ],
-    ids=["to", "file", "family", "layers", "key"],
+    ids=["to", "file", "family", "layers", "key", "no moments", "moments"],
 )
 def test_what_cannot_be_aligned_is_refused_before_anything_is_written(mlps, here, changes, message):
     with pytest.raises(cfmerge.CfmergeError, match=message):

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 from space_models import (
     GROUPED,
     IMAGE,
@@ -36,6 +37,7 @@ STACKS = "hidden cross{l} cross{l}.qk cross{l}.v " + " ".join(
     f"{stack}/heads {stack}/heads.qk{{l}} {stack}/heads.v{{l}} {stack}/mlp{{l}}" for stack in ("encoder", "decoder")
 )
 STAGES = {"image_size": 32, "hidden_sizes": [8, 12], "depths": [2, 2], "num_labels": 3}
+BOTTLENECKS = {**STAGES, "hidden_sizes": [16, 24], "layer_type": "bottleneck", "embedding_size": 6}
 UNTIED = {**TEXT, "tie_word_embeddings": False}
 MODELS = [  # (class, its config, the spaces)
     ("BertForSequenceClassification", TEXT, f"{ENCODER} pooler"),
@@ -72,6 +74,7 @@ MODELS = [  # (class, its config, the spaces)
     ("MPNetForSequenceClassification", TEXT, f"{SHARED_HEADS} classifier"),
     ("GPT2LMHeadModel", GPT2, ENCODER),
     ("GPT2ForSequenceClassification", {**GPT2, "num_labels": 3, "pad_token_id": 0}, ENCODER),
+    ("GPTNeoXForCausalLM", {**UNTIED, "rotary_pct": 0.5}, "hidden heads{l} mlp{l}"),
     ("T5ForConditionalGeneration", T5, STACKS),
     ("MT5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, STACKS),
     ("ViTForImageClassification", IMAGE, ENCODER),
@@ -83,12 +86,19 @@ MODELS = [  # (class, its config, the spaces)
      " ".join(f"vision/{space}" for space in ENCODER.split())),
     ("ResNetForImageClassification", {**STAGES, "layer_type": "basic", "embedding_size": 8},
      "stage1 stage2 first0:0 first0:1 first1:0 first1:1"),
-    ("ResNetForImageClassification", {**STAGES, "hidden_sizes": [16, 24], "layer_type": "bottleneck", "embedding_size": 6},
+    ("ResNetForImageClassification", BOTTLENECKS,
      "stage0 stage1 stage2 first0:0 first0:1 first1:0 first1:1 second0:0 second0:1 second1:0 second1:1"),
     ("ConvNextForImageClassification", {**STAGES, "num_stages": 2, "image_size": 16},
      "stage0 stage1 mlp0:0 mlp0:1 mlp1:0 mlp1:1"),
 ]  # fmt: skip
 CONFIGS = {"Gemma3ForCausalLM": "Gemma3TextConfig"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_clients():
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def moved(spaces, seed=0):
@@ -139,6 +149,26 @@ def test_a_resnet_of_torchvision_whose_spaces_are_permuted_computes_the_same(wid
     other.load_state_dict({name: torch.tensor(tensor) for name, tensor in permuted.items()})
     assert not np.array_equal(permuted["layer2.0.conv1.weight"], tensors["layer2.0.conv1.weight"])
     assert difference(other(x).detach().numpy(), expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("ViTForImageClassification", IMAGE), ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 2})],
+)
+def test_names_in_memory_are_known_too(tmp_path, kind, settings):
+    """Those of transformers 5, which packs experts into one array: they share one order."""
+    saved(tmp_path / "model", kind, **settings)
+    model = getattr(transformers, kind).from_pretrained(tmp_path / "model", experts_implementation="eager")
+    model = model.double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64) if settings is IMAGE else torch.randint(3, 20, (2, 7))
+    tensors = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    spaces = spaces_of({name: tensor.shape for name, tensor in tensors.items()}, model.config.to_dict())
+    expected = model(x).logits.detach().numpy()
+    permuted = permute(spaces, tensors, moved(spaces))
+    model.load_state_dict({name: torch.tensor(tensor) for name, tensor in permuted.items()})
+    assert {"mlp0", "mlp1"} <= set(spaces.names)
+    assert all(any(axis.spaces for axis in axes) for name, axes in spaces.axes.items() if name.endswith("proj"))
+    assert difference(model(x).logits.detach().numpy(), expected) < 1e-5
 
 
 def test_each_space_of_a_model_may_be_permuted_alone(tmp_path):

@@ -14,8 +14,19 @@ from cfmerge.models.spaces import Spaces
 
 # In the order in which they are tried for models without a model type.
 FAMILIES = (
-    "bert", "distilbert", "mpnet", "llama", "gpt2", "t5", "vit", "clip", "resnet", "torch_resnet", "convnext",
-)  # fmt: skip
+    "bert",
+    "distilbert",
+    "mpnet",
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "t5",
+    "vit",
+    "clip",
+    "resnet",
+    "torch_resnet",
+    "convnext",
+)
 Headers = Mapping[str, Shape]
 
 
@@ -40,16 +51,28 @@ def spaces_of(headers: Headers, config: Mapping[str, Any]) -> Spaces:
 def describe(headers: Headers, config: Mapping[str, Any], own: Table | None = None) -> Described:
     """The spaces of a model, the table that they are of, and notes.
 
+        >>> shapes = {"h.0.mlp.c_fc.weight": (4, 8), "h.0.mlp.c_proj.weight": (8, 4)}
+        >>> found = cfmerge.align.describe(shapes, {"model_type": "gpt2"})
+        >>> found.table, found.spaces.sizes
+        ('gpt2', {'hidden': 4, 'mlp0': 8})
+
     Args:
         headers: `{name: shape}` of its tensors.
         config: its config.json, or empty.
         own: the user's table (`read_table`), in place of the project's.
+
+    Raises:
+        CfmergeError: as `spaces_of` does.
     """
     return (own or _table_for(headers, config)).spaces(headers, config)
 
 
 def read_table(given: Any) -> Table:
     """A user's table, from a YAML file or from what such a file holds.
+
+        >>> table = cfmerge.align.read_table({"spaces": {"up.{l}.w": "mlp{l}, in h", "down.{l}.w": "h, in mlp{l}"}})
+        >>> cfmerge.align.describe({"up.0.w": (6, 4), "down.0.w": (4, 6)}, {}, table).spaces.sizes
+        {'mlp0': 6, 'h': 4}
 
     Args:
         given: the file's path, or a mapping with its keys: `spaces`, `sizes`, `fixed`, `like`.

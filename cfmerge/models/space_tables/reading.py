@@ -18,12 +18,21 @@ from typing import Any, NamedTuple
 import yaml
 
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.models.names.rules import Name
+from cfmerge.models.names.rules import PIECES, Name
 from cfmerge.models.space_tables.table import Line, Table
 
-KEYS = {"like": yaml.ScalarNode, "model_types": yaml.SequenceNode, "sizes": yaml.MappingNode,
-        "spaces": yaml.MappingNode, "fixed": yaml.SequenceNode}  # fmt: skip
-KINDS = {yaml.ScalarNode: "a word", yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}
+KEYS: dict[str, type[yaml.Node]] = {
+    "like": yaml.ScalarNode,
+    "model_types": yaml.SequenceNode,
+    "sizes": yaml.MappingNode,
+    "spaces": yaml.MappingNode,
+    "fixed": yaml.SequenceNode,
+}
+KINDS: dict[type[yaml.Node], str] = {
+    yaml.ScalarNode: "a word",
+    yaml.SequenceNode: "a list",
+    yaml.MappingNode: "a mapping",
+}
 SIZE = re.compile(r"[\w.]+( / [\w.]+)*( or [\w.]+( / [\w.]+)*)*")
 EXAMPLE = "    spaces:\n      blocks.{l}.up.weight: mlp{l}, in hidden"
 
@@ -63,19 +72,19 @@ def parse_table(text: str, name: str, known: Callable[[str], Table] | None = Non
         known: the project's table of a name, in a user's table.
         lines: messages tell the line.
     """
-    parts = _parts(text, name, lines)
-    like = known(parts["like"][0].key) if known and "like" in parts else None
-    own = [_line(entry, known is not None) for entry in parts.get("spaces", ())]
-    own += [Line(_name(entry), None, entry.where, None, known is not None) for entry in parts.get("fixed", ())]
+    parts, users = _parts(text, name, lines), known is not None
+    like = _like(parts["like"][0], known) if known and "like" in parts else None
+    own = [_line(entry, users) for entry in parts.get("spaces", ())]
+    own += [Line(_name(entry), None, entry.where, own=users) for entry in parts.get("fixed", ())]
     if not own and like is None:
         raise CfmergeError(f"spaces: {name} has no lines; a table is\n{EXAMPLE}")
     sizes = {entry.key: _size(entry) for entry in parts.get("sizes", ())}
     return Table(
         name,
         (*own, *(like.lines if like else ())),
-        {**sizes, **{key: size for key, size in (like.sizes if like else {}).items() if key not in sizes}},
+        sizes | {key: size for key, size in (like.sizes if like else {}).items() if key not in sizes},
         tuple(entry.key for entry in parts.get("model_types", ())),
-        name if known is None else like.name if like else "",
+        like.name if like else "" if users else name,
     )
 
 
@@ -85,13 +94,13 @@ def _parts(text: str, name: str, lines: bool) -> dict[str, list[Entry]]:
     def entry(key: yaml.Node, value: yaml.Node | None = None) -> Entry:
         where = f"{name}, line {key.start_mark.line + 1}" if lines else name
         if not all(isinstance(node, yaml.ScalarNode) for node in (key, value or key)):
-            raise CfmergeError(f"spaces: {where}: expected names and texts alone; a table is\n{EXAMPLE}")
+            raise CfmergeError(f"spaces: {where}: the axes of a tensor are a text; a table is\n{EXAMPLE}")
         return Entry(key.value, value.value if value else "", where)
 
     try:
         root = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
-        hint = "; an axis `-` alone stands in quotes, '-'" if "block sequence" in str(error) else ""
+        hint = "; an axis `-` alone stands in quotes, '-'" if "sequence entries" in str(error) else ""
         raise CfmergeError(f"spaces: {name} is no YAML: {error}{hint}") from None
     if not isinstance(root, yaml.MappingNode):
         raise CfmergeError(f"spaces: {name} is no table, which is\n{EXAMPLE}")
@@ -99,12 +108,14 @@ def _parts(text: str, name: str, lines: bool) -> dict[str, list[Entry]]:
     for key, value in root.value:
         where = entry(key).where
         if key.value not in KEYS or key.value in parts:
-            twice = f"{key.value!r} stands there twice" if key.value in parts else f"unknown key {key.value!r}"
-            raise CfmergeError(f"spaces: {where}: {twice}{'' if key.value in parts else nearest(key.value, KEYS)}")
+            unknown = f"unknown key {key.value!r}{nearest(key.value, KEYS)}"
+            raise CfmergeError(f"spaces: {where}: {f'{key.value!r} is there twice' if key.value in parts else unknown}")
         if not isinstance(value, KEYS[key.value]):
             raise CfmergeError(f"spaces: {where}: {key.value!r} is {KINDS[KEYS[key.value]]}")
-        pairs = value.value if isinstance(value, yaml.MappingNode) else [(item, None) for item in value.value]
-        parts[key.value] = [entry(value)] if isinstance(value, yaml.ScalarNode) else [entry(*pair) for pair in pairs]
+        if isinstance(value, yaml.MappingNode):
+            parts[key.value] = [entry(*pair) for pair in value.value]
+        else:
+            parts[key.value] = [entry(item) for item in ([value] if key.value == "like" else value.value)]
         _check_once(parts[key.value])
     return parts
 
@@ -117,6 +128,13 @@ def _check_once(entries: list[Entry]) -> None:
         seen[entry.key] = entry.where
 
 
+def _like(entry: Entry, known: Callable[[str], Table]) -> Table:
+    try:
+        return known(entry.key)
+    except CfmergeError as error:
+        raise CfmergeError(f"spaces: {entry.where}: {str(error).removeprefix('spaces: ')}") from None
+
+
 def _line(entry: Entry, own: bool) -> Line:
     text, _, needs = entry.key.partition(" if ")
     name = _name(entry._replace(key=text.strip()))
@@ -125,9 +143,12 @@ def _line(entry: Entry, own: bool) -> Line:
 
 def _name(entry: Entry, other: Name | None = None) -> Name:
     try:
-        return Name(entry.key, other.choices if other else None)
+        name = Name(entry.key, other.choices if other else None)
     except re.error as error:
         raise CfmergeError(f"spaces: {entry.where}: {entry.key!r} is no pattern of names: {error}") from None
+    if re.search(r"[{}\[\]]", PIECES.sub("", entry.key)):
+        raise CfmergeError(f"spaces: {entry.where}: {entry.key!r} is no pattern of names: a bracket has no partner")
+    return name
 
 
 def _size(entry: Entry) -> str:

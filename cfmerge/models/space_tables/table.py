@@ -17,13 +17,17 @@ from cfmerge.errors import CfmergeError
 from cfmerge.models.buffers import is_buffer
 from cfmerge.models.layouts import Shape
 from cfmerge.models.names.rules import Name, Values
-from cfmerge.models.patterns import tell
+from cfmerge.models.patterns import patterns, tell
 from cfmerge.models.space_tables.sizes import evaluate
 from cfmerge.models.spaces import FIXED, READS, Spaces, SpacesError, parse_spaces
 
 FILLED = re.compile(r"\{(\w+)([+-]\d+)?\}")
 LEFT_OVER = re.compile(r"[{}]")
-OWN = "a table of your own, `spaces: FILE` (see docs/align.md)"
+ENDS = {False: "read by no tensor, so that it is an output", True: "written by no tensor, so that it is an input"}
+OWN = (
+    "a table of your own, `spaces: FILE` (see docs/align_spaces.md; `cfmerge spaces MODEL --blank` prints one to begin "
+    "from)"
+)
 
 
 class Line(NamedTuple):
@@ -42,6 +46,9 @@ class Line(NamedTuple):
     where: str
     needs: Name | None = None
     own: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where}, `{self.name.text}: {self.axes}`"
 
     def values(self, name: str, present: Collection[str]) -> Values | None:
         """What the variables stand for in a tensor's name; None if the line does not hold for it."""
@@ -97,20 +104,23 @@ class Table:
     like: str = ""
 
     def cover(self, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Covered:
-        """The line of each tensor. Names may have a prefix more than the table's: `bert.`, `model.`."""
+        """The line of each tensor. A name may have a prefix that the line's has not: `bert.`, `model.`."""
         prefix = self._prefix(shapes)
         short = {name: name.removeprefix(longest_start(name, prefix)) for name in shapes}
         twice = [name for name, count in Counter(short.values()).items() if count > 1]
         if twice:
             both = " and ".join(repr(name) for name, own in short.items() if own == twice[0])
             raise CfmergeError(f"spaces: {self.name}: {both} would be one tensor {twice[0]!r}; the way out: {OWN}")
-        present = {*short.values(), *(config.get("architectures") or ()), str(config.get("model_type"))}
-        lines, buffers, open_ = {}, [], []
+        present = {*shapes, *short.values(), *(config.get("architectures") or ()), str(config.get("model_type"))}
+        lines: dict[str, tuple[Line, Values]] = {}
+        buffers: list[str] = []
+        open_: list[str] = []
         for name, own in short.items():
-            found = ((line, line.values(own, present)) for line in self.lines)
-            line = next(((line, values) for line, values in found if values is not None), None)
-            if line:
-                lines[name] = line
+            names = (name, own) if name != own else (name,)
+            found = ((line, line.values(other, present)) for line in self.lines for other in names)
+            first = next(((line, values) for line, values in found if values is not None), None)
+            if first:
+                lines[name] = first
             else:
                 (buffers if is_buffer(name, shapes[name]) else open_).append(name)
         return Covered(lines, tuple(buffers), tuple(open_))
@@ -128,33 +138,25 @@ class Table:
                 f"    {covered.open[0]}: {_fixed(shapes[covered.open[0]])}\n"
                 "with names of spaces in place of `-`, or `fixed: [...]` with its name if it has no neurons' axes"
             )
-        texts = dict.fromkeys(shapes, "")
-        texts |= {name: _fixed(shapes[name]) for name in covered.buffers}
+        texts = {name: _fixed(shape) for name, shape in shapes.items()}
         for name, (line, values) in covered.lines.items():
-            texts[name] = _fixed(shapes[name]) if line.axes is None else self._filled(name, line, values, config)
+            texts[name] = texts[name] if line.axes is None else self._filled(name, line, values, config)
         ends = _ends(texts)
-        texts = {name: " ".join(FIXED if word in ends or word.split(".")[0] in ends else word
-                                for word in _spaced(text).split()) for name, text in texts.items()}  # fmt: skip
-        sizes = {}
-        for word in dict.fromkeys(word for text in texts.values() for word in _words(text)):
-            for pattern, size in self.sizes.items():
-                if Name(pattern).values(word) is not None:
-                    sizes[word] = self._size(word, size, config)
-                    break
+        texts = {name: _without(text, ends) for name, text in texts.items()}
+        words = dict.fromkeys(word for text in texts.values() for word in _words(text))
+        told = {word: size for word in words if (size := self._size_of(word, config)) is not None}
         try:
-            spaces = parse_spaces(texts, shapes, sizes)
+            spaces = parse_spaces(texts, shapes, told)
         except SpacesError as error:
             line = covered.lines[error.tensor][0]
-            raise CfmergeError(
-                f"spaces: {line.where}, {line.name.text!r}: {str(error).removeprefix('spaces: ')}"
-            ) from None
+            raise CfmergeError(f"spaces: {line}: {str(error).removeprefix('spaces: ')}") from None
         return Described(spaces, self.name, (*_told(ends), *self._unused(covered)))
 
     def _prefix(self, names: Iterable[str]) -> str:
         """What stands in front of most names, in addition to the table's."""
         found: Counter[str] = Counter()
         for name in {re.sub(r"\d+", "0", name): name for name in names}.values():
-            starts = ["", *(name[: dot.end()] for dot in re.finditer(r"\.", name))]
+            starts = ["", *(name[: dot.end()] for dot in re.finditer(r"[./]", name))]
             tails = (start for start in starts if self._any(name.removeprefix(start)))
             found[next(tails, "")] += 1
         del found[""]
@@ -166,21 +168,27 @@ class Table:
     def _filled(self, tensor: str, line: Line, values: Values, config: Mapping[str, Any]) -> str:
         def fill(found: re.Match[str]) -> str:
             name, step = found.groups()
-            if name in values:
-                return str(int(values[name]) + int(step)) if step else values[name]
+            if name in values and not step:
+                return values[name]
+            if name in values and values[name].isdigit():
+                return str(int(values[name]) + int(step))
             if name in self.sizes and not step:
                 return str(self._size(name, self.sizes[name], config))
             raise CfmergeError(
-                f"spaces: {line.where}, {line.name.text!r}: tensor {tensor!r}: {found[0]} is neither a variable of the "
-                "pattern nor a size of the table"
+                f"spaces: {line}: tensor {tensor!r}: {found[0]} is neither a variable of the pattern nor a size of the "
+                "table, nor such a number and a step"
             )
 
         filled = FILLED.sub(fill, line.axes or "")
         if LEFT_OVER.search(filled):
-            raise CfmergeError(
-                f"spaces: {line.where}, {line.name.text!r}: tensor {tensor!r}: {filled!r} has a loose brace"
-            )
+            raise CfmergeError(f"spaces: {line}: tensor {tensor!r}: {filled!r} has a loose brace")
         return filled
+
+    def _size_of(self, word: str, config: Mapping[str, Any]) -> int | None:
+        """The size of a space; None where the table has none for it."""
+        found = (size for pattern, size in self.sizes.items() if Name(pattern).values(word) is not None)
+        size = next(found, None)
+        return None if size is None else self._size(word, size, config)
 
     def _size(self, name: str, size: str, config: Mapping[str, Any]) -> int:
         found = evaluate(size, config, f"{self.name}: the size of {name!r}")
@@ -197,14 +205,14 @@ class Table:
         )
 
     def _unused(self, covered: Covered) -> list[str]:
-        used = {line.where for line, _ in covered.lines.values()}
-        lines = [line for line in self.lines if line.own and line.where not in used]
-        return [f"spaces: {line.where}: no tensor has the name {line.name.text!r}" for line in lines]
+        used = {(line.where, line.name.text) for line, _ in covered.lines.values()}
+        lines = [line for line in self.lines if line.own and (line.where, line.name.text) not in used]
+        return [f"spaces: {line.where}: {line.name.text!r} holds for no tensor" for line in lines]
 
 
 def longest_start(name: str, prefix: str) -> str:
-    """The longest part of a prefix, cut at its dots, that a name begins with: of `module.bert.`, also `module.`."""
-    starts = [prefix[: dot.end()] for dot in re.finditer(r"\.", prefix)]
+    """The longest part of a prefix, cut behind a part, that a name begins with: of `module.bert.`, also `module.`."""
+    starts = [prefix[: dot.end()] for dot in re.finditer(r"[./]", prefix)]
     return max((start for start in starts if name.startswith(start)), key=len, default="")
 
 
@@ -214,6 +222,11 @@ def _fixed(shape: Shape) -> str:
 
 def _spaced(text: str) -> str:
     return text.replace(",", " , ").replace("+", " + ")
+
+
+def _without(text: str, spaces: Collection[str]) -> str:
+    """The text with `-` in place of some spaces and their children."""
+    return " ".join(FIXED if word.split(".")[0] in spaces else word for word in _spaced(text).split())
 
 
 def _words(text: str) -> list[str]:
@@ -232,6 +245,11 @@ def _ends(texts: Mapping[str, str]) -> dict[str, tuple[bool, str]]:
 
 
 def _told(ends: Mapping[str, tuple[bool, str]]) -> list[str]:
-    what = {True: "written by no tensor, so that it is an input", False: "read by no tensor, so that it is an output"}
-    return [f"spaces: {space!r} of {tensor!r} is {what[read]} and keeps its order"
-            for space, (read, tensor) in ends.items()]  # fmt: skip
+    """A note for each pattern of spaces that end."""
+    notes = []
+    for reads, why in ENDS.items():
+        for pattern in patterns([space for space, (read, _) in ends.items() if read == reads]):
+            first, count = ends[pattern.names[0]][1], len(pattern.names)
+            where = f" of {first!r}" if count == 1 else f" ({count} spaces, such as that of {first!r})"
+            notes.append(f"spaces: {pattern.text!r}{where} is {why} and keeps its order")
+    return notes

@@ -1,0 +1,92 @@
+"""Checkpoints zipped: ZipIt! of models on disk, written as a checkpoint or as a trunk with heads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfmerge import align
+from cfmerge.align.source import Tensors
+from cfmerge.errors import CfmergeError
+from cfmerge.formats import Source, open_checkpoint
+from cfmerge.models.space_tables import describe, read_table
+
+
+def zip_checkpoints(
+    models: Mapping[str, str | Path],
+    output: str | Path,
+    *,
+    moments: str | Path | None = None,
+    from_weights: bool = False,
+    stop_at: str | None = None,
+    spaces: str | Path | None = None,
+    head: str | None = None,
+    download: bool = False,
+    cache_dir: str | None = None,
+    **options: Any,
+) -> align.Zipped:
+    """The zip of checkpoints that do not share an initialisation, which is written: ZipIt!.
+
+    A zip all through whose heads fit together is a checkpoint like the first model, with its config. Any other is a
+    directory with a trunk and a head for each model, which `cfmerge.align.load_zipped` reads.
+
+        >>> table = {"spaces": {"layer.weight": "hidden, in -", "layer.bias": "hidden"}}
+        >>> try:
+        ...     cfmerge.zip_checkpoints({"math": "math", "code": "code"}, "zipped", spaces=table, from_weights=True)
+        ... except cfmerge.CfmergeError as error:
+        ...     print(error)
+        zip: all spaces of 'math' are inputs or outputs: there is nothing to zip
+
+    Args:
+        models: `{name: path}`, two or more of one architecture.
+        output: the directory to make.
+        moments: a file of joint moments, `cfmerge.align.Moments`, of these models by these names.
+        from_weights: similarities from weights in place of moments, an extension of ZipIt!.
+        stop_at: the last space that is zipped, as `cfmerge spaces` names them; None: all.
+        spaces: a table of one's own; None: that of the family.
+        head: the model whose head a checkpoint has; None: the mean of all heads.
+        download, cache_dir: as in `merge`.
+        **options: of `cfmerge.align.zip_models`: `method`, `width`, `budget`, `penalty`, `reset_norms`, ...
+
+    Raises:
+        CfmergeError: neither moments nor `from_weights`, or both; models that cannot be read, or do not fit together.
+    """
+    if (moments is None) == (not from_weights):
+        raise CfmergeError(
+            "zip: give joint moments of the models' features (examples/zipit_torch.py collects them), or take "
+            "similarities from weights: from_weights"
+        )
+    sources = {name: open_checkpoint(path, download=download, cache_dir=cache_dir) for name, path in models.items()}
+    table = read_table(spaces) if spaces is not None else None
+    own = [describe(_shapes(source), source.config, table).spaces for source in sources.values()]
+    first = next(iter(sources))
+    if not any(one.sizes for one in own):
+        raise CfmergeError(f"zip: all spaces of {first!r} are inputs or outputs: there is nothing to zip")
+    zipped = align.zip_models(
+        own,
+        {name: Tensors(source, {tensor: tensor for tensor in source.tensors}) for name, source in sources.items()},
+        align.Moments.load(Path(moments)) if moments is not None else "weights",
+        stop_at=stop_at,
+        tied=_tied(sources[first]),
+        **options,
+    )
+    if stop_at is None and (head is not None or _alike(zipped)):
+        zipped.write(output, models[head or first], head)
+    else:
+        zipped.save(output)
+    return zipped
+
+
+def _alike(zipped: align.Zipped) -> bool:
+    """Whether the heads have one shape, so that their mean is a head."""
+    return len({tuple(np.shape(leaf) for leaf in own.values()) for own in zipped.heads.values()}) == 1
+
+
+def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in source.tensors.items()}
+
+
+def _tied(source: Source) -> list[str]:
+    """Tensors that a model uses under a second name, which its files do not hold."""
+    return [name for alias, name in source.ties.items() if alias not in source.tensors and name in source.tensors]
