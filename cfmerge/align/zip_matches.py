@@ -76,11 +76,14 @@ def similarity_of(given: Any, models: Sequence[str]) -> Similarity:
     return found
 
 
-def matched(own: Sequence[Spaces], order: Sequence[str], similarity: Similarity | None, rule: Rule) -> Folds:
+def matched(
+    models: Sequence[str], own: Sequence[Spaces], order: Sequence[str], similarity: Similarity | None, rule: Rule
+) -> Folds:
     """The groups of all spaces of `order`, matched one after the other.
 
     Args:
-        own: the spaces of each model.
+        models: their names.
+        own: the spaces of each.
         order: those that are zipped.
         similarity: None: no space needs one.
         rule: how they are matched.
@@ -91,7 +94,7 @@ def matched(own: Sequence[Spaces], order: Sequence[str], similarity: Similarity 
     _check_permutations(own, rule.permutations)
     groups: dict[str, Groups] = {}
     blocks: list[dict[str, np.ndarray]] = [{} for _ in own]
-    folds = Folds(own, groups, blocks)
+    folds = Folds(models, own, groups, blocks)
     for space in order:
         widths = [spaces.sizes[space] for spaces in own]
         names = (space, *own[0].children(space))

@@ -97,7 +97,8 @@ class Zipped:
         if (differs := self._differing()) is not None:
             shapes = " and ".join(str(np.shape(self.heads[name][differs])) for name in self.models)
             raise CfmergeError(f"zip: the heads have no mean: {differs!r} has the shapes {shapes}; take model(NAME)")
-        mean = {name: _mean(name, [self.heads[model][name] for model in self.models]) for name in self.heads[self.models[0]]}
+        heads = [self.heads[model] for model in self.models]
+        mean = {name: _mean(name, [own[name] for own in heads]) for name in heads[0]}
         return built(self.layout, _ordered(self.table, self.trunk, mean))
 
     def apply(self, function: Callable[..., Any], *inputs: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ tensors have U folded in (flow.py).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from cfmerge.align.flow import Flow, divided, reads, writes
 from cfmerge.align.folding import Folds, computing
 from cfmerge.align.permuting import Permutations
-from cfmerge.align.zip_matches import Rule, matched, similarity_of
+from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of
 from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
@@ -24,8 +24,10 @@ from cfmerge.formats.pytree import flatten
 from cfmerge.models.buffers import is_buffer, is_counter
 from cfmerge.models.layouts import Shape
 from cfmerge.models.spaces import Spaces, parse_spaces, same_spaces
+from cfmerge.models.ties import OUTPUTS
 
 RUNNING = re.compile(r"(^|[./])(running_mean|running_var|moving_mean|moving_variance|mean|var)$")  # of BatchNorm
+LANGUAGE = re.compile(r"For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration)$|LMHeadModel$")  # have an output layer
 Model = Mapping[str, Any]
 
 
@@ -67,7 +69,7 @@ def zip_models(
         width: how many groups are left, `{space: n}`, or a factor of the first model's; None: as many as it has.
         budget, penalty, compat: see `match`.
         permutations: for each model, the order of spaces that are not matched by similarity; they are averaged.
-        tied: tensors that are also the model's output layer, under one name.
+        tied: tensors that are also the model's output layer, under one name; of Hugging Face's files that is known.
         reset_norms: running statistics of BatchNorm in the trunk will be estimated again with inputs.
 
     Raises:
@@ -80,14 +82,15 @@ def zip_models(
     _check_norms(own[0], flow, reset_norms)
     if isinstance(similarity, str) and similarity == "weights":
         found = matched_by_weights(own, flat, flow.zipped)
-        order, by = flow.zipped if found else order_of_flow(own[0], flow.zipped), WeightSimilarity(flat, found)
+        order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
+        by: Similarity | None = WeightSimilarity(flat, found)
         permutations = _with_blocks(own[0], found, permutations)
         notes = ["similarities are from weights, an extension of ZipIt!, whose authors take activations"]
     else:
         by = None if similarity is None else similarity_of(similarity, names)
         order, notes = flow.zipped, []
-    folds = matched(own, order, by, Rule(method, width, budget, penalty, compat, permutations))
-    _check_tied(own[0], flow, folds, tied)
+    folds = matched(names, own, order, by, Rule(method, width, budget, penalty, compat, permutations))
+    _check_tied(own[0], flow, folds, {*tied, *_outputs(flat)})
     if flow.plain:
         notes.append(f"{and_more(flow.plain)}: of no space, averaged as they are")
     trunk = {name: _shared(name, flow, folds, names, flat, notes) for name in flow.trunk}
@@ -185,8 +188,17 @@ def _check_norms(spaces: Spaces, flow: Flow, reset: bool) -> None:
         )
 
 
-def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Sequence[str]) -> None:
-    for name in tied:
+def _outputs(models: Sequence[Model]) -> set[str]:
+    """The embeddings of models in files that are their output layers too, and are stored once."""
+    found = set()
+    for source, model in ((getattr(model, "source", None), model) for model in models):
+        if source is not None and any(map(LANGUAGE.search, source.config.get("architectures") or ())):
+            found |= {name for alias, name in source.ties.items() if (alias, name) in OUTPUTS and alias not in model}
+    return found
+
+
+def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Collection[str]) -> None:
+    for name in sorted(tied):
         if name not in spaces.axes:
             raise CfmergeError(f"zip: tied: there is no tensor {name!r}")
         wide = [
@@ -198,7 +210,7 @@ def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Sequence[str]) -
                 f"zip: tensor {name!r} writes {wide[0]!r} and, as the output layer, reads it: it would have to be "
                 "merged by M and by U; store the output layer by itself, or match by permutations: method='permute'"
             )
-        if name in flow.trunk and set(flow.heads):
+        if name in flow.trunk and len(flow.zipped) < len(spaces.names):
             raise CfmergeError(
                 f"zip: tensor {name!r} is of the trunk and, as the output layer, of each model's head; store the "
                 "output layer by itself"

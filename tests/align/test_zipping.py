@@ -202,9 +202,7 @@ def test_all_blocks_of_a_residual_stream_are_zipped_together():
     assert flow.plain == ()
     assert divided(spaces, "m").zipped == spaces.names
     one, two = ({name: np.ones(shape) for name, shape in RESIDUAL_SHAPES.items()} for _ in range(2))
-    with pytest.raises(
-        CfmergeError, match=r"'embed': of the first model it comes out as \(9, 4\), of model 1 as \(7, 4"
-    ):
+    with pytest.raises(CfmergeError, match=r"'embed': of model 'model_0' it comes out as \(9, 4\), of '"):
         zip_models(spaces, [one, {**two, "embed": np.ones((7, 4))}], None, method="identity")
     with pytest.raises(CfmergeError, match=r"stop_at: there is no space 'u2'; did you mean 'u1' or 'u0'"):
         divided(spaces, "u2")
