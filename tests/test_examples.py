@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cfmerge.align import Moments
+
 ROOT = Path(__file__).resolve().parents[1]
 QUICKLY = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")  # see conftest.py
 
@@ -49,6 +51,18 @@ def test_flax_regmean():
         assert errors["RegMean++"][task] < errors["RegMean"][task]
 
 
+def test_rebasin_flax():
+    """Matching takes most of the barrier away, and three networks too have a mean that is nearly as good as each."""
+    found = rows(run("rebasin_flax.py"))
+    models = [found[name][0] for name in "abc"]
+    assert min(models) > 0.85
+    assert min(found["as it is"]) < min(models) - 0.15
+    assert min(found["matched"]) > min(models) - 0.05
+    assert found["average of a and b"][0] < min(models) - 0.15
+    assert found["re-basin of a and b"][0] > min(models) - 0.05
+    assert found["average of three"][0] < found["merge_many of three"][0] - 0.15
+
+
 def test_own_method():
     """The spectral average is nearer than the average, and the same in both forms and by all three ways."""
     distances = {name: numbers[0] for name, numbers in rows(run("own_method.py")).items()}
@@ -67,6 +81,22 @@ def test_one_layer():
     assert found["tuned"] < 0.7 * found["large"]
     assert found["batch"] < 1e-3
     assert found["forgotten"] < 1e-2
+
+
+def test_zipit_flax():
+    """A zip keeps more than the average and the permuted average; in part it keeps nearly all, run from one trunk."""
+    found = rows(run("zipit_flax.py"))
+    for task in range(2):
+        average, permuted, whole, part, less, apart = (
+            found[name][task] for name in (
+                "average", "permuted, then averaged", "zipped all through", "zipped, two layers of three",
+                "zipped, the first layer", "two networks",
+            )
+        )  # fmt: skip
+        assert average + 0.1 < permuted < whole < part < less < apart < part + 0.05
+    assert found["two layers, saved and loaded"] == found["zipped, two layers of three"]
+    assert found["zipped, two layers of three"][2] < 0.75
+    assert found["operations from one trunk of two layers, of those of two networks"][0] < 0.75
 
 
 def test_sharded_trees():
@@ -193,3 +223,16 @@ def test_time_torch():
     red, green, blue = (printed[name] for name in ("red", "green", "blue"))
     assert red[0] < green[0] < blue[0]
     assert red[1] < blue[1]
+
+
+def test_zipit_torch(tmp_path):
+    """Correlations tell the order of the neurons; one trunk and two heads compute what both models do."""
+    pytest.importorskip("torch")
+    found = {
+        name: numbers[0] for name, numbers in rows(run("zipit_torch.py", tmp_path / "moments.safetensors")).items()
+    }
+    assert found["neurons of c that are found"] == found["neurons of h that are found"] == 1
+    for model in ("first", "second"):
+        assert found[f"{model}, zipped, off by"] < 1e-5 < 0.1 < found[f"{model}, averaged, off by"]
+    assert found["numbers of the zip"] < 0.7 * found["numbers of both models"]
+    assert Moments.load(tmp_path / "moments.safetensors").models == ("first", "second")

@@ -165,7 +165,7 @@ def _look(wanted: Sequence[str], goals: Mapping[str, Goal]) -> Look:
 
     def look(call: Call) -> tuple[Any, Channels | None]:
         outputs = call.run()
-        if call.name not in wanted:
+        if call.name is None or call.name not in wanted:
             return outputs, None
         found = channels_of(outputs, tuple(range(-_outer(call.layer), 0)))
         if call.name in goals:
@@ -204,7 +204,7 @@ def _goals(
     goals = {}
     for name in wanted:
         own = [statistics[name] for statistics in found if name in statistics]
-        if len(own) < len(found) or np.ndim(own[0].count):
+        if len(own) < len(found) or np.ndim(own[0].tokens):
             why = (
                 "is stacked by a scan"
                 if own

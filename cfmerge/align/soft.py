@@ -22,7 +22,11 @@ Maps = Mapping[tuple[str, ...], Any]
 
 
 def mapped(
-    axes: Sequence[Axis], tensor: Any, maps: Mapping[str, Maps], but: tuple[int, str] | None = None
+    axes: Sequence[Axis],
+    tensor: Any,
+    maps: Mapping[str, Maps],
+    but: tuple[int, str] | None = None,
+    reads: Mapping[str, Maps] | None = None,
 ) -> jax.Array:
     """A tensor with each of its spaces mapped.
 
@@ -31,16 +35,17 @@ def mapped(
         tensor: the array.
         maps: `{space: its maps}`. A space that is not there stays, and a child for which there is no map.
         but: the number of an axis, and a space that stays on this axis.
+        reads: the maps of axes that the tensor reads, if they are others.
     """
     plan, arrays = [], []
     for number, axis in enumerate(axes):
-        parts = []
+        parts, chosen = [], reads if axis.reads and reads is not None else maps
         for part in axis.parts:
-            own = [_chosen(part, space, maps[space]) for space in dict.fromkeys(factor.name for factor in part)
-                   if space in maps and (number, space) != but]  # fmt: skip
+            own = [_chosen(part, space, chosen[space]) for space in dict.fromkeys(factor.name for factor in part)
+                   if space in chosen and (number, space) != but]  # fmt: skip
             arrays += [array for _, array in own]
             parts.append((tuple(factor.size for factor in part), tuple(places for places, _ in own)))
-        if any(chosen for _, chosen in parts):
+        if any(places for _, places in parts):
             plan.append((number, tuple(parts)))
     return _contracted(tensor, arrays, plan=tuple(plan))
 

@@ -117,7 +117,7 @@ def _classify_one(
     def parameter(kind: Kind, layout: str = "", note: str = "") -> Parameter:
         return Parameter(name, shape, dtype, kind, layout, note)
 
-    if not is_float(dtype) or _is_running(name, shapes) or is_buffer(name, shape):
+    if not is_float(dtype) or is_running(name, shapes) or is_buffer(name, shape):
         return parameter(Kind.OTHER)
     head = is_head(name, shapes)
     if len(shape) < 2:
@@ -166,8 +166,8 @@ def is_float(dtype: str) -> bool:
     return "float" in dtype
 
 
-def _is_running(name: str, shapes: Iterable[str]) -> bool:
-    """Statistics of a batch norm: PyTorch's, linen's `batch_stats`, and nnx's, `mean` beside `var`."""
+def is_running(name: str, shapes: Iterable[str]) -> bool:
+    """Whether a tensor is a statistic of a batch norm: PyTorch's, linen's `batch_stats`, and nnx's, `mean` beside `var`."""
     found = re.search(r"(^|[./])(mean|var)$", name)
     beside = name[: found.start(2)] + {"mean": "var", "var": "mean"}[found[2]] if found else ""
     return bool(RUNNING.search(name)) or (bool(beside) and beside in shapes)
