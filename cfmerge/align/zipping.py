@@ -16,11 +16,11 @@ import numpy as np
 from cfmerge.align.flow import Flow, divided, reads, writes
 from cfmerge.align.folding import Folds, computing
 from cfmerge.align.permuting import Permutations
+from cfmerge.align.trees import flat
 from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of
 from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
-from cfmerge.formats.pytree import flatten
 from cfmerge.models.buffers import is_buffer, is_counter
 from cfmerge.models.layouts import Shape
 from cfmerge.models.spaces import Spaces, parse_spaces, same_spaces
@@ -76,27 +76,27 @@ def zip_models(
         CfmergeError: other tensors than the spaces'; no such space; no similarity of one; a tensor that cannot be
             zipped; statistics of BatchNorm that will be wrong.
     """
-    names, flat, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
-    own = _spaces(spaces, names, flat)
+    names, mappings, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
+    own = _spaces(spaces, names, mappings)
     flow = divided(own[0], stop_at)
     _check_norms(own[0], flow, reset_norms)
     if isinstance(similarity, str) and similarity == "weights":
-        found = matched_by_weights(own, flat, flow.zipped)
+        found = matched_by_weights(own, mappings, flow.zipped)
         order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
-        by: Similarity | None = WeightSimilarity(flat, found)
+        by: Similarity | None = WeightSimilarity(mappings, found)
         permutations = _with_blocks(own[0], found, permutations)
         notes = ["similarities are from weights, an extension of ZipIt!, whose authors take activations"]
     else:
         by = None if similarity is None else similarity_of(similarity, names)
         order, notes = flow.zipped, []
     folds = matched(names, own, order, by, Rule(method, width, budget, penalty, compat, permutations))
-    _check_tied(own[0], flow, folds, {*tied, *_outputs(flat)})
+    _check_tied(own[0], flow, folds, {*tied, *_outputs(mappings)})
     if flow.plain:
         notes.append(f"{and_more(flow.plain)}: of no space, averaged as they are")
-    trunk = {name: _shared(name, flow, folds, names, flat, notes) for name in flow.trunk}
+    trunk = {name: _shared(name, flow, folds, names, mappings, notes) for name in flow.trunk}
     heads = {
         model: {name: _kept(name, folds, number, tensors[name]) for name in flow.heads}
-        for number, (model, tensors) in enumerate(zip(names, flat, strict=True))
+        for number, (model, tensors) in enumerate(zip(names, mappings, strict=True))
     }
     if reset_norms and (stale := _running(own[0], flow)):
         notes.append(f"running statistics are those of no model until they are estimated again: {and_more(stale)}")
@@ -108,7 +108,7 @@ def zip_models(
         heads=heads,
         groups=dict(folds.groups),
         blocks=tuple(folds.blocks),
-        table={name: table[name] for name in flat[0]},
+        table={name: table[name] for name in mappings[0]},
         sizes=sizes,
         stop_at=(stop_at,) if isinstance(stop_at, str) else tuple(stop_at or ()),
         notes=tuple(notes),
@@ -121,13 +121,12 @@ def _flat(models: Mapping[str, Any] | Sequence[Any], spaces: Spaces) -> tuple[li
     pairs = list(models.items() if isinstance(models, Mapping) else ((f"model_{i}", m) for i, m in enumerate(models)))
     if len(pairs) < 2:
         raise CfmergeError(f"zip: {len(pairs)} models; give two or more")
-    names, flat, layouts = [str(name) for name, _ in pairs], [], []
+    names, mappings, layouts = [str(name) for name, _ in pairs], [], []
     for _, model in pairs:
-        is_flat = isinstance(model, Mapping) and any(name in spaces.axes for name in model)
-        mapping, layout = (model, None) if is_flat else flatten(model)
-        flat.append(mapping)
+        mapping, layout = flat(spaces, model)
+        mappings.append(mapping)
         layouts.append(layout)
-    return names, flat, layouts[0]
+    return names, mappings, layouts[0]
 
 
 def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Sequence[Model]) -> list[Spaces]:
