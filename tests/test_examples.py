@@ -51,6 +51,18 @@ def test_flax_regmean():
         assert errors["RegMean++"][task] < errors["RegMean"][task]
 
 
+def test_rebasin_flax():
+    """Matching takes most of the barrier away, and three networks too have a mean that is nearly as good as each."""
+    found = rows(run("rebasin_flax.py"))
+    models = [found[name][0] for name in "abc"]
+    assert min(models) > 0.85
+    assert min(found["as it is"]) < min(models) - 0.15
+    assert min(found["matched"]) > min(models) - 0.05
+    assert found["average of a and b"][0] < min(models) - 0.15
+    assert found["re-basin of a and b"][0] > min(models) - 0.05
+    assert found["average of three"][0] < found["merge_many of three"][0] - 0.15
+
+
 def test_own_method():
     """The spectral average is nearer than the average, and the same in both forms and by all three ways."""
     distances = {name: numbers[0] for name, numbers in rows(run("own_method.py")).items()}

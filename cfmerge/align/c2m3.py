@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import Polynomial
 
@@ -159,7 +158,7 @@ class _Search:
 
     def hard(self, permutations: Permutations) -> dict[str, Maps]:
         """The maps that are permutations."""
-        return {space: {key: jnp.asarray(hard(key, space, permutations, self.dtype)) for key in keys}
+        return {space: {key: hard(key, space, permutations, self.dtype) for key in keys}
                 for space, keys in self.keys.items()}  # fmt: skip
 
     def best(self, gains: Mapping[str, Maps], current: Permutations) -> dict[str, np.ndarray]:
@@ -181,7 +180,7 @@ class _Search:
 
     def gradients(self, maps: Mapping[str, Mapping[str, Maps]]) -> dict[str, dict[str, dict[tuple[str, ...], Any]]]:
         """`df/dP` of each model and space."""
-        sums = {name: {space: {key: jnp.zeros_like(m) for key, m in own.items()} for space, own in each.items()}
+        sums = {name: {space: {key: np.zeros_like(m) for key, m in own.items()} for space, own in each.items()}
                 for name, each in maps.items()}  # fmt: skip
         for tensor, terms in self.terms.items():
             if terms:
@@ -210,17 +209,16 @@ class _Search:
         return sum((products[k, l] * polynomials[k] * polynomials[l] for k, l in pairs), Polynomial([0.0]))
 
 
-@jax.jit
-def _agreement(there: list[list[jax.Array]]) -> jax.Array:
+def _agreement(there: list[list[Any]]) -> np.ndarray:
     """`sum over a != b <X_a, X'_b> / 2` of one tensor, of all models at every two points of a step."""
 
-    def pair(one: list[jax.Array], other: list[jax.Array]) -> jax.Array:
-        return (inner(sum(one), sum(other)) - sum(inner(x, y) for x, y in zip(one, other, strict=True))) / 2
+    def pair(one: list[Any], other: list[Any]) -> float:
+        own = sum(float(inner(x, y)) for x, y in zip(one, other, strict=True))
+        return (float(inner(sum(one), sum(other))) - own) / 2
 
-    return jnp.array([[pair(one, other) for other in there] for one in there])
+    return np.array([[pair(one, other) for other in there] for one in there])
 
 
-@jax.jit
 def blended(
     maps: Mapping[str, Mapping[str, Maps]], ahead: Mapping[str, Mapping[str, Maps]], t: float
 ) -> dict[str, dict[str, dict[tuple[str, ...], Any]]]:

@@ -153,8 +153,6 @@ def pair_of(spaces: Spaces, name: str, a: Tensors, b: Tensors) -> tuple[Any, Any
 
 def read(name: str, tensors: Tensors, shape: tuple[int, ...], who: str) -> Any:
     """One tensor of a model as it is stored; None if it holds no real floating-point numbers."""
-    if name not in tensors:
-        raise CfmergeError(f"model {who}: has no tensor {name!r}, which the table of spaces has")
     tensor = tensors[name]
     tensor = tensor if isinstance(tensor, jax.Array) else np.asarray(tensor)
     if tensor.shape != shape:
@@ -164,7 +162,8 @@ def read(name: str, tensors: Tensors, shape: tuple[int, ...], who: str) -> Any:
 
 def check_names(spaces: Spaces, tensors: Tensors, who: str) -> None:
     """Raises `CfmergeError` unless a model has the tensors of the table, no more and no less."""
-    missing, added = [n for n in spaces.axes if n not in tensors], [n for n in tensors if n not in spaces.axes]
+    names = dict.fromkeys(tensors)  # `in` would read a tensor of a mapping that reads
+    missing, added = [n for n in spaces.axes if n not in names], [n for n in names if n not in spaces.axes]
     if missing or added:
         raise CfmergeError(
             f"model {who}: has no tensor {and_more(missing)}, which the table of spaces has" if missing else

@@ -35,7 +35,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge import linalg
 from cfmerge.align.gains import Tensors, check_names, read
 from cfmerge.align.soft import Maps, mapped
 from cfmerge.align.transport import transport
@@ -195,16 +194,14 @@ class _Fusion:
                 moved = self.moved(name, self.tensor(name, "a"), plans, but)
                 x = _rows(self.spaces_a.axes[name][writer.axis], writer, space, moved)
                 y = _rows(self.spaces.axes[name][writer.axis], writer, space, self.tensor(name, "b"))
-                inner += np.asarray(linalg.matmul(x, y.T))
+                inner += np.asarray(x @ y.T)
                 own, other = own + np.asarray((x**2).sum(1)), other + np.asarray((y**2).sum(1))
         cost = _costs(self.cost, inner, own, other)
         alpha, beta = (_histogram(self.histogram, np.sqrt(squares)) for squares in (own, other))
         plan = transport(cost, alpha, beta, self.reg)
         return plan, float((plan * cost).sum())
 
-    def moved(
-        self, name: str, tensor: Any, plans: Mapping[str, np.ndarray], but: tuple[int, str] | None = None
-    ) -> jax.Array:
+    def moved(self, name: str, tensor: Any, plans: Mapping[str, np.ndarray], but: tuple[int, str] | None = None) -> Any:
         """A tensor of a with its spaces transported."""
         writes: dict[str, Maps] = {space: {(): _shares(plan, axis=0).T} for space, plan in plans.items()}
         reads = writes if self.outgoing == "mean" else {s: {(): _shares(p, axis=1).T} for s, p in plans.items()}
@@ -218,8 +215,7 @@ class _Fusion:
             if not np.array_equal(self.a[name], stored):
                 raise CfmergeError(f"tensor {name!r}: differs between the models, and {stored.dtype} is not averaged")
             return stored
-        fused = ((1 - share) * self.moved(name, one, plans) + share * other).astype(stored.dtype)
-        return fused if isinstance(stored, jax.Array) else np.asarray(fused)
+        return ((1 - share) * self.moved(name, one, plans) + share * other).astype(stored.dtype)
 
     def tensor(self, name: str, who: str) -> Any:
         """One tensor of a model in float64; None for integers."""
@@ -233,18 +229,18 @@ class _Fusion:
         tensor = read(name, tensors, shape, who)
         if tensor is not None and not jnp.isfinite(tensor).all():
             raise CfmergeError(f"tensor {name!r} of model {who}: has a NaN or an infinity; nothing can be fused")
-        return None if tensor is None else jnp.asarray(tensor).astype(jnp.float64)
+        return None if tensor is None else tensor.astype(np.float64)
 
 
-def _rows(axis: Axis, writer: Writer, space: str, tensor: Any) -> jax.Array:
+def _rows(axis: Axis, writer: Writer, space: str, tensor: Any) -> Any:
     """One row for each element of a space: `(n, all other entries of the part)`."""
     part = axis.parts[writer.part]
     start = sum(math.prod(factor.size for factor in other) for other in axis.parts[: writer.part])
     sizes = [factor.size for factor in part]
-    piece = jax.lax.slice_in_dim(tensor, start, start + math.prod(sizes), axis=writer.axis)
+    piece = tensor[(slice(None),) * writer.axis + (slice(start, start + math.prod(sizes)),)]
     piece = piece.reshape(*tensor.shape[: writer.axis], *sizes, *tensor.shape[writer.axis + 1 :])
     place = writer.axis + [factor.name for factor in part].index(space)
-    return jnp.moveaxis(piece, place, 0).reshape(piece.shape[place], -1)
+    return piece.transpose(place, *range(place), *range(place + 1, piece.ndim)).reshape(piece.shape[place], -1)
 
 
 def _costs(kind: str, inner: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
