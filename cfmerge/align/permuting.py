@@ -39,11 +39,11 @@ def permute(spaces: Spaces, tensors: Mapping[str, Any], permutations: Permutatio
 def permute_tensor(spaces: Spaces, name: str, tensor: Any, permutations: Permutations, but: int | None = None) -> Any:
     """One tensor of the permuted model; the axis `but` keeps its order.
 
-        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
-        >>> cfmerge.align.permute_tensor(spaces, "up", np.array([[1, 2], [3, 4], [5, 6]]), {"h": np.array([2, 0, 1])})
-        array([[5, 6],
-               [1, 2],
-               [3, 4]])
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+    >>> cfmerge.align.permute_tensor(spaces, "up", np.array([[1, 2], [3, 4], [5, 6]]), {"h": np.array([2, 0, 1])})
+    array([[5, 6],
+           [1, 2],
+           [3, 4]])
     """
     for number, axis in enumerate(spaces.axes[name]):
         if number != but and any(space in permutations for space in axis.spaces):
