@@ -12,6 +12,7 @@ from cfmerge.align.groups import Groups
 from cfmerge.align.trees import NESTED
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats import DirectorySink, Folder, Totals, open_checkpoint, open_sink
+from cfmerge.formats.composed import ZIP as TABLE
 from cfmerge.formats.layout import read_json
 from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.formats.sinks import HEADS
@@ -20,7 +21,7 @@ from cfmerge.models.ties import likely_ties
 if TYPE_CHECKING:
     from cfmerge.align.zipped import Zipped
 
-TABLE, TRUNK = "zip.json", "trunk"
+TRUNK = "trunk"
 KIND, VERSION = "cfmerge-zip", 1
 FILE_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 

@@ -137,7 +137,7 @@ def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Seq
     for number, (name, model) in enumerate(zip(names, models, strict=True)):
         one = spaces if isinstance(spaces, Spaces) else spaces[number]
         expected = {tensor: tuple(axis.size for axis in axes) for tensor, axes in one.axes.items()}
-        shapes = {tensor: _shape(model, tensor) for tensor in model}
+        shapes = _shapes(model)
         same_spaces(expected, shapes, "zip: the table of spaces", f"model {name!r}")
         try:
             result.append(one if shapes == expected else parse_spaces(one.table(), shapes, _told(one)))
@@ -146,9 +146,9 @@ def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Seq
     return result
 
 
-def _shape(model: Model, tensor: str) -> Shape:
+def _shapes(model: Model) -> dict[str, Shape]:
     headers = getattr(model, "tensors", None)  # of a model in files, whose tensors are not read for it
-    return tuple(headers[tensor].shape if headers is not None else np.shape(model[tensor]))
+    return {name: tuple(np.shape(model[name]) if headers is None else headers[name].shape) for name in model}
 
 
 def _told(spaces: Spaces) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,8 @@ def test_a_zip_is_saved_and_loaded(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.apply(run, X), zipped.apply(run, X)))
     with pytest.raises(CfmergeError, match="exists already"):
         zipped.save(place)
+    with pytest.raises(CfmergeError, match=r"is a zip of several models, not a model; cfmerge.save\("):
+        cfmerge.open(place)
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again/zip.json").read_text() == (place / "zip.json").read_text()
 
@@ -193,6 +196,11 @@ def test_a_checkpoint_that_is_zipped_all_through_is_read_by_transformers(tmp_pat
     part = zip_models(spaces, {"a": a, "b": b}, "weights", stop_at="h")
     with pytest.raises(CfmergeError, match=r"it stops at h; write a model by"):
         part.write(tmp_path / "part", tmp_path / "a", "a")
+    cfmerge.save(b, tmp_path / "b")
+    shutil.copy(tmp_path / "a/config.json", tmp_path / "b")
+    paths = {name: tmp_path / name for name in "ab"}
+    kept = cfmerge.zip_checkpoints(paths, tmp_path / "files", from_weights=True, stop_at="hidden")
+    assert set(load_zipped(tmp_path / "files").heads["b"]) == set(kept.heads["b"]) == set(part.heads["b"])
     wider = zip_models(spaces, {"a": a, "b": b}, "weights", width={"p": 20})
     with pytest.raises(CfmergeError, match=r"tensor 'bert.pooler.dense.bias' has shape \(12,\), in the zip \(20,\)"):
         wider.write(tmp_path / "wider", tmp_path / "a")
