@@ -19,6 +19,7 @@ from cfmerge.align.permuting import Permutations
 from cfmerge.align.trees import flat
 from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of
 from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
+from cfmerge.align.zipit import OFFICIAL
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.buffers import is_buffer, is_counter
@@ -87,7 +88,7 @@ def zip_models(
         permutations = _with_blocks(own[0], found, permutations)
         notes = ["similarities are from weights, an extension of ZipIt!, whose authors take activations"]
     else:
-        by = None if similarity is None else similarity_of(similarity, names)
+        by = None if similarity is None else similarity_of(similarity, names, compat == OFFICIAL)
         order, notes = flow.zipped, []
     folds = matched(names, own, order, by, Rule(method, width, budget, penalty, compat, permutations))
     _check_tied(own[0], flow, folds, {*tied, *_outputs(mappings)})
