@@ -133,7 +133,7 @@ class _Search:
         for space in spaces.names:
             for term in terms_of(spaces, space):
                 self.terms[term.tensor].append((space, term))
-        self.keys = {space: {()} for space in spaces.names}
+        self.keys: dict[str, set[tuple[str, ...]]] = {space: {()} for space in spaces.names}
         for terms in self.terms.values():
             for space, term in terms:
                 self.keys[space].add(term.names[1:])
@@ -146,7 +146,9 @@ class _Search:
     ) -> tuple[dict[str, dict[str, np.ndarray]], tuple[float, ...]]:
         """The rounded permutations of each model after Frank and Wolfe's steps, and the objective after each."""
         corners = {name: dict(permutations) for name, permutations in begin.items()}
-        maps = {name: self.hard(permutations) for name, permutations in corners.items()}
+        maps: Mapping[str, Mapping[str, Maps]] = {
+            name: self.hard(permutations) for name, permutations in corners.items()
+        }
         history = [self.objective(maps)]
         for _ in range(steps):
             corners = {name: self.best(grads, corners[name]) for name, grads in self.gradients(maps).items()}

@@ -122,7 +122,7 @@ class _Mean(Mapping[str, Any]):
         return len(self.spaces.axes)
 
     def __getitem__(self, name: str) -> Any:
-        shape, total = tuple(axis.size for axis in self.spaces.axes[name]), None
+        shape, total = tuple(axis.size for axis in self.spaces.axes[name]), np.float32(0)
         for who, model in self.models.items():
             tensor = read(name, model, shape, who)
             if tensor is None:
@@ -130,7 +130,7 @@ class _Mean(Mapping[str, Any]):
             with jax.enable_x64(True):
                 tensor = tensor if tensor.dtype == np.float64 else tensor.astype(np.float32)
                 tensor = permute_tensor(self.spaces, name, tensor, self.permutations[who])
-                total = tensor if total is None else total + tensor
+                total = total + tensor
         return total / np.float32(len(self.models))
 
 

@@ -207,7 +207,9 @@ class _Fusion:
     def moved(self, name: str, tensor: Any, plans: Mapping[str, np.ndarray], but: tuple[int, str] | None = None) -> Any:
         """A tensor of a with its spaces transported."""
         writes: dict[str, Maps] = {space: {(): _shares(plan, axis=0).T} for space, plan in plans.items()}
-        reads = writes if self.outgoing == "mean" else {s: {(): _shares(p, axis=1).T} for s, p in plans.items()}
+        reads: dict[str, Maps] = (
+            writes if self.outgoing == "mean" else {s: {(): _shares(p, axis=1).T} for s, p in plans.items()}
+        )
         return mapped(self.spaces_a.axes[name], tensor, writes, but, reads)
 
     def fused(self, name: str, plans: Mapping[str, np.ndarray], share: float) -> Any:

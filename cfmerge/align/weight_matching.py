@@ -161,7 +161,7 @@ class _Search:
         if any(space in term.others for term in self.terms[space]):
             names = {term.tensor for term in self.terms[space]}
             old, new = (objective(self.spaces, self.a, self.b, p, names) for p in (permutations, found))
-            gain, noise = new - old, np.finfo(np.float32).eps * abs(old)
+            gain, noise = new - old, float(np.finfo(np.float32).eps) * abs(old)
         if gain <= noise:
             return 0.0
         permutations |= found
