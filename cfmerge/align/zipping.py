@@ -16,7 +16,7 @@ import numpy as np
 from cfmerge.align.flow import Flow, divided, reads, writes
 from cfmerge.align.folding import Folds, computing
 from cfmerge.align.permuting import Permutations
-from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of
+from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of, told_by
 from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
@@ -80,15 +80,7 @@ def zip_models(
     own = _spaces(spaces, names, flat)
     flow = divided(own[0], stop_at)
     _check_norms(own[0], flow, reset_norms)
-    if isinstance(similarity, str) and similarity == "weights":
-        found = matched_by_weights(own, flat, flow.zipped)
-        order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
-        by: Similarity | None = WeightSimilarity(flat, found)
-        permutations = _with_blocks(own[0], found, permutations)
-        notes = ["similarities are from weights, an extension of ZipIt!, whose authors take activations"]
-    else:
-        by = None if similarity is None else similarity_of(similarity, names)
-        order, notes = flow.zipped, []
+    order, by, permutations, notes = _told(similarity, names, own, flat, flow, method, permutations)
     folds = matched(names, own, order, by, Rule(method, width, budget, penalty, compat, permutations))
     _check_tied(own[0], flow, folds, {*tied, *_outputs(flat)})
     if flow.plain:
@@ -116,6 +108,28 @@ def zip_models(
     )
 
 
+def _told(
+    similarity: Any, names: Sequence[str], own: Sequence[Spaces], models: Sequence[Model], flow: Flow, method: str,
+    permutations: Sequence[Permutations] | None,
+) -> tuple[Sequence[str], Similarity | None, Sequence[Permutations] | None, list[str]]:  # fmt: skip
+    """The order in which spaces are matched, the similarity of their features, permutations that are known, notes."""
+    blocks = [name for name in flow.zipped if own[0].children(name)]
+    if isinstance(similarity, str) and similarity == "weights":
+        found = matched_by_weights(own, models, flow.zipped)
+        order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
+        note = "similarities are from weights, an extension of ZipIt!, whose authors take activations"
+        return order, WeightSimilarity(models, found), _with(blocks, found, permutations), [note]
+    if similarity is None:
+        return flow.zipped, None, permutations, []
+    by = similarity_of(similarity, names)
+    known = set(told_by(similarity)).union(*(permutations or ()))
+    untold = [name for name in blocks if name not in known]
+    if untold and method != "identity" and (found := matched_by_weights(own, models, flow.zipped)):
+        note = f"{and_more(untold)}: in an order that weights tell, since no similarity does"
+        return flow.zipped, by, _with(untold, found, permutations), [note]
+    return flow.zipped, by, permutations, []
+
+
 def _flat(models: Mapping[str, Any] | Sequence[Any], spaces: Spaces) -> tuple[list[str], list[Model], Any]:
     """Names, mappings by name, and the structure of a tree, which is None of a mapping."""
     pairs = list(models.items() if isinstance(models, Mapping) else ((f"model_{i}", m) for i, m in enumerate(models)))
@@ -141,7 +155,7 @@ def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Seq
         shapes = _shapes(model)
         same_spaces(expected, shapes, "zip: the table of spaces", f"model {name!r}")
         try:
-            result.append(one if shapes == expected else parse_spaces(one.table(), shapes, _told(one)))
+            result.append(one if shapes == expected else parse_spaces(one.table(), shapes, _given(one)))
         except CfmergeError as error:
             raise CfmergeError(f"model {name!r}: {error}") from None
     return result
@@ -152,7 +166,7 @@ def _shapes(model: Model) -> dict[str, Shape]:
     return {name: tuple(np.shape(model[name]) if headers is None else headers[name].shape) for name in model}
 
 
-def _told(spaces: Spaces) -> dict[str, int]:
+def _given(spaces: Spaces) -> dict[str, int]:
     """The sizes that do not follow from shapes: those of spaces that stand beside another space on all their axes."""
     alone = {
         factor.name for axes in spaces.axes.values() for axis in axes for part in axis.parts for factor in part
@@ -161,18 +175,18 @@ def _told(spaces: Spaces) -> dict[str, int]:
     return {name: size for name, size in spaces.sizes.items() if name not in alone}
 
 
-def _with_blocks(
-    spaces: Spaces, found: Sequence[Permutations] | None, given: Sequence[Permutations] | None
+def _with(
+    blocks: Sequence[str], found: Sequence[Permutations] | None, given: Sequence[Permutations] | None
 ) -> Sequence[Permutations] | None:
-    """The user's permutations, and where they have none those of spaces with children, found by weights."""
+    """The user's permutations, and those that were found of some spaces with children, where the user has none."""
     if found is None:
         return given
-    blocks = [name for name in spaces.names if spaces.children(name) and not any(name in one for one in given or ())]
-    names = [name for block in blocks for name in (block, *spaces.children(block))]
-    own = given or [{}] * len(found)
+    mine = given or [{}] * len(found)
+    left = [block for block in blocks if not any(block in one for one in mine)]
     return [
-        {**mine, **{n: one[n] for n in names if n in one}} for mine, one in zip(own, found, strict=True)
-    ]  # fmt: skip
+        {**own, **{name: order for name, order in one.items() if name.partition(".")[0] in left}}
+        for own, one in zip(mine, found, strict=True)
+    ]
 
 
 def _running(spaces: Spaces, flow: Flow) -> list[str]:

@@ -254,6 +254,12 @@ def test_heads_are_permuted_as_blocks_and_values_within_them():
     m, u = np.split(mixed.groups["h"].merge, 2, axis=1), np.split(mixed.groups["h"].unmerge, 2)
     np.testing.assert_allclose(mixed.trunk["v"], (a["v"] @ u[0] + moved["v"] @ u[1]) / 2, atol=1e-12)
     np.testing.assert_allclose(mixed.trunk["o"], m[0] @ a["o"] + m[1] @ moved["o"], atol=1e-12)
+    by_weights = zip_models(spaces, [a, b], {"h": given["h"]})
+    assert by_weights.notes == ("heads: in an order that weights tell, since no similarity does",)
+    for name, values in by_weights.joint().items():
+        np.testing.assert_allclose(values, a[name], atol=1e-12)
+    ordered = zip_models(spaces, [a, b], {"h": given["h"]}, permutations=[{}, by_weights.blocks[1]])
+    assert ordered.notes == ()
     with pytest.raises(CfmergeError, match=r"'heads': 1 features of each element do not tell the order of heads.v 5"):
         zip_models(spaces, [a, b], {**given, "heads": np.eye(6)})
 
