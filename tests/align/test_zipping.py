@@ -145,6 +145,16 @@ def test_a_partial_zip_is_that_of_the_equations(spaces, stop):
     assert "out.bias" in zipped.heads["a"]
 
 
+def test_the_authors_groups_are_applied_where_they_are_asked_for(spaces):
+    all_ = [mlp(seed) for seed in range(3)]
+    given = similarities(all_)
+    zipped = zip_models(spaces, all_, given, stop_at="c1", compat="official")
+    groups = match(given["c1"], 3, compat="official")
+    parts = np.split(groups.merge, 3, axis=1)
+    expected = sum(part @ model["one.weight"] for part, model in zip(parts, all_, strict=True))
+    np.testing.assert_allclose(zipped.trunk["one.weight"], expected, rtol=2e-5)
+
+
 CONV = {
     "conv1": "c1, in -, -, -", "norm1.scale": "c1", "norm1.bias": "c1",
     "conv2": "c2, in c1, -, -", "norm2.scale": "c2", "norm2.bias": "c2",
