@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import Polynomial
 
@@ -30,6 +29,7 @@ from cfmerge.align.assignment import assign_space
 from cfmerge.align.gains import Tensors, Term, check_names, inner, product, read, terms_of
 from cfmerge.align.permuting import Permutations, check_permutations, compose, identity, inverse
 from cfmerge.align.soft import Maps, hard, mapped
+from cfmerge.align.trees import flat
 from cfmerge.align.weight_matching import weight_matching
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Spaces
@@ -67,7 +67,8 @@ def universe(
 
     Args:
         spaces: of all models.
-        models: `{name: {tensor: array}}`, two or more. A model may read a tensor when it is asked for.
+        models: `{name: {tensor: array}}`, two or more, or trees of arrays. A mapping may read a tensor when it is
+            asked for.
         seed: of the weight matching that makes the start.
         steps: of Frank and Wolfe, at most.
         start: permutations of each model to start from; by default each is matched to the first model.
@@ -86,6 +87,7 @@ def universe(
     """
     if len(models) < 2:
         raise CfmergeError(f"universe: takes two or more models, found {len(models)}")
+    models = {name: flat(spaces, model)[0] for name, model in models.items()}
     for name, model in models.items():
         check_names(spaces, model, name)
     first, *others = models
@@ -131,7 +133,7 @@ class _Search:
         for space in spaces.names:
             for term in terms_of(spaces, space):
                 self.terms[term.tensor].append((space, term))
-        self.keys = {space: {()} for space in spaces.names}
+        self.keys: dict[str, set[tuple[str, ...]]] = {space: {()} for space in spaces.names}
         for terms in self.terms.values():
             for space, term in terms:
                 self.keys[space].add(term.names[1:])
@@ -144,7 +146,9 @@ class _Search:
     ) -> tuple[dict[str, dict[str, np.ndarray]], tuple[float, ...]]:
         """The rounded permutations of each model after Frank and Wolfe's steps, and the objective after each."""
         corners = {name: dict(permutations) for name, permutations in begin.items()}
-        maps = {name: self.hard(permutations) for name, permutations in corners.items()}
+        maps: Mapping[str, Mapping[str, Maps]] = {
+            name: self.hard(permutations) for name, permutations in corners.items()
+        }
         history = [self.objective(maps)]
         for _ in range(steps):
             corners = {name: self.best(grads, corners[name]) for name, grads in self.gradients(maps).items()}
@@ -159,7 +163,7 @@ class _Search:
 
     def hard(self, permutations: Permutations) -> dict[str, Maps]:
         """The maps that are permutations."""
-        return {space: {key: jnp.asarray(hard(key, space, permutations, self.dtype)) for key in keys}
+        return {space: {key: hard(key, space, permutations, self.dtype) for key in keys}
                 for space, keys in self.keys.items()}  # fmt: skip
 
     def best(self, gains: Mapping[str, Maps], current: Permutations) -> dict[str, np.ndarray]:
@@ -181,7 +185,7 @@ class _Search:
 
     def gradients(self, maps: Mapping[str, Mapping[str, Maps]]) -> dict[str, dict[str, dict[tuple[str, ...], Any]]]:
         """`df/dP` of each model and space."""
-        sums = {name: {space: {key: jnp.zeros_like(m) for key, m in own.items()} for space, own in each.items()}
+        sums = {name: {space: {key: np.zeros_like(m) for key, m in own.items()} for space, own in each.items()}
                 for name, each in maps.items()}  # fmt: skip
         for tensor, terms in self.terms.items():
             if terms:
@@ -210,17 +214,16 @@ class _Search:
         return sum((products[k, l] * polynomials[k] * polynomials[l] for k, l in pairs), Polynomial([0.0]))
 
 
-@jax.jit
-def _agreement(there: list[list[jax.Array]]) -> jax.Array:
+def _agreement(there: list[list[Any]]) -> np.ndarray:
     """`sum over a != b <X_a, X'_b> / 2` of one tensor, of all models at every two points of a step."""
 
-    def pair(one: list[jax.Array], other: list[jax.Array]) -> jax.Array:
-        return (inner(sum(one), sum(other)) - sum(inner(x, y) for x, y in zip(one, other, strict=True))) / 2
+    def pair(one: list[Any], other: list[Any]) -> float:
+        own = sum(float(inner(x, y)) for x, y in zip(one, other, strict=True))
+        return (float(inner(sum(one), sum(other))) - own) / 2
 
-    return jnp.array([[pair(one, other) for other in there] for one in there])
+    return np.array([[pair(one, other) for other in there] for one in there])
 
 
-@jax.jit
 def blended(
     maps: Mapping[str, Mapping[str, Maps]], ahead: Mapping[str, Mapping[str, Maps]], t: float
 ) -> dict[str, dict[str, dict[tuple[str, ...], Any]]]:

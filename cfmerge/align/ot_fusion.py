@@ -35,10 +35,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge import linalg
 from cfmerge.align.gains import Tensors, check_names, read
 from cfmerge.align.soft import Maps, mapped
 from cfmerge.align.transport import transport
+from cfmerge.align.trees import built, flat
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.kinds import is_running
 from cfmerge.models.spaces import Axis, Spaces
@@ -52,12 +52,12 @@ class Fused(NamedTuple):
     """Two models fused.
 
     Attributes:
-        tensors: `{name: array}` in the shapes and dtypes of model b.
+        tensors: as model b was given, in its shapes and dtypes.
         plans: `{space: transport plan (n of a, n of b)}`, each of which sums to 1.
         costs: `{space: what its plan costs}`, `<T, C>`.
     """
 
-    tensors: dict[str, Any]
+    tensors: Any
     plans: dict[str, np.ndarray]
     costs: dict[str, float]
 
@@ -80,8 +80,8 @@ def ot_fusion(
 
     Args:
         spaces: of b; its axes that tensors read are marked `in`.
-        a: `{name: array}`, which is transported.
-        b: `{name: array}`, whose widths the result has.
+        a: `{name: array}` or a tree of arrays, which is transported.
+        b: the same, whose widths the result has.
         spaces_a: of a, where its widths are others: the same table, parsed with a's shapes.
         share: of b in the result.
         cost: of two neurons: the distance of their rows, its square, or one less their cosine.
@@ -108,6 +108,8 @@ def ot_fusion(
         >>> fused.tensors["up"].tolist(), fused.tensors["down"].tolist()
         ([[2.0], [1.0]], [[4.0, 3.0]])
     """
+    a, structure = flat(spaces, a)[0], flat(spaces, b)[1]
+    b = flat(spaces, b)[0]
     for tensors, who in ((a, "a"), (b, "b")):
         check_names(spaces, tensors, who)
     _check_choices(cost=(cost, COSTS), histogram=(histogram, HISTOGRAMS), outgoing=(outgoing, ("sum", "mean")))
@@ -121,8 +123,8 @@ def ot_fusion(
     fusion = _Fusion(spaces, spaces_a or spaces, a, b, cost, histogram, reg, biases, outgoing)
     with jax.enable_x64(True):
         plans, costs = fusion.plans()
-        tensors = {name: fusion.fused(name, plans, share) for name in spaces.axes}
-    return Fused(tensors, plans, costs)
+        tensors = {name: fusion.fused(name, plans, share) for name in b}
+    return Fused(built(structure, tensors), plans, costs)
 
 
 class Writer(NamedTuple):
@@ -195,19 +197,19 @@ class _Fusion:
                 moved = self.moved(name, self.tensor(name, "a"), plans, but)
                 x = _rows(self.spaces_a.axes[name][writer.axis], writer, space, moved)
                 y = _rows(self.spaces.axes[name][writer.axis], writer, space, self.tensor(name, "b"))
-                inner += np.asarray(linalg.matmul(x, y.T))
+                inner += np.asarray(x @ y.T)
                 own, other = own + np.asarray((x**2).sum(1)), other + np.asarray((y**2).sum(1))
         cost = _costs(self.cost, inner, own, other)
         alpha, beta = (_histogram(self.histogram, np.sqrt(squares)) for squares in (own, other))
         plan = transport(cost, alpha, beta, self.reg)
         return plan, float((plan * cost).sum())
 
-    def moved(
-        self, name: str, tensor: Any, plans: Mapping[str, np.ndarray], but: tuple[int, str] | None = None
-    ) -> jax.Array:
+    def moved(self, name: str, tensor: Any, plans: Mapping[str, np.ndarray], but: tuple[int, str] | None = None) -> Any:
         """A tensor of a with its spaces transported."""
         writes: dict[str, Maps] = {space: {(): _shares(plan, axis=0).T} for space, plan in plans.items()}
-        reads = writes if self.outgoing == "mean" else {s: {(): _shares(p, axis=1).T} for s, p in plans.items()}
+        reads: dict[str, Maps] = (
+            writes if self.outgoing == "mean" else {s: {(): _shares(p, axis=1).T} for s, p in plans.items()}
+        )
         return mapped(self.spaces_a.axes[name], tensor, writes, but, reads)
 
     def fused(self, name: str, plans: Mapping[str, np.ndarray], share: float) -> Any:
@@ -218,8 +220,7 @@ class _Fusion:
             if not np.array_equal(self.a[name], stored):
                 raise CfmergeError(f"tensor {name!r}: differs between the models, and {stored.dtype} is not averaged")
             return stored
-        fused = ((1 - share) * self.moved(name, one, plans) + share * other).astype(stored.dtype)
-        return fused if isinstance(stored, jax.Array) else np.asarray(fused)
+        return ((1 - share) * self.moved(name, one, plans) + share * other).astype(stored.dtype)
 
     def tensor(self, name: str, who: str) -> Any:
         """One tensor of a model in float64; None for integers."""
@@ -233,18 +234,18 @@ class _Fusion:
         tensor = read(name, tensors, shape, who)
         if tensor is not None and not jnp.isfinite(tensor).all():
             raise CfmergeError(f"tensor {name!r} of model {who}: has a NaN or an infinity; nothing can be fused")
-        return None if tensor is None else jnp.asarray(tensor).astype(jnp.float64)
+        return None if tensor is None else tensor.astype(np.float64)
 
 
-def _rows(axis: Axis, writer: Writer, space: str, tensor: Any) -> jax.Array:
+def _rows(axis: Axis, writer: Writer, space: str, tensor: Any) -> Any:
     """One row for each element of a space: `(n, all other entries of the part)`."""
     part = axis.parts[writer.part]
     start = sum(math.prod(factor.size for factor in other) for other in axis.parts[: writer.part])
     sizes = [factor.size for factor in part]
-    piece = jax.lax.slice_in_dim(tensor, start, start + math.prod(sizes), axis=writer.axis)
+    piece = tensor[(slice(None),) * writer.axis + (slice(start, start + math.prod(sizes)),)]
     piece = piece.reshape(*tensor.shape[: writer.axis], *sizes, *tensor.shape[writer.axis + 1 :])
     place = writer.axis + [factor.name for factor in part].index(space)
-    return jnp.moveaxis(piece, place, 0).reshape(piece.shape[place], -1)
+    return piece.transpose(place, *range(place), *range(place + 1, piece.ndim)).reshape(piece.shape[place], -1)
 
 
 def _costs(kind: str, inner: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:

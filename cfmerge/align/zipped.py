@@ -18,9 +18,9 @@ import numpy as np
 from cfmerge.align.folding import computing
 from cfmerge.align.groups import Groups
 from cfmerge.align.permuting import Permutations
-from cfmerge.align.zipped_files import NESTED, load, save, write
+from cfmerge.align.trees import built
+from cfmerge.align.zipped_files import load, save, write
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats.pytree import unflatten
 from cfmerge.models.buffers import is_counter
 
 
@@ -186,22 +186,6 @@ def _applied(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(heads[name] for name in fixed.models))
     outputs = jax.vmap(run)(stacked)
     return {name: jax.tree.map(lambda leaf, at=at: leaf[at], outputs) for at, name in enumerate(fixed.models)}
-
-
-def built(layout: Any, tensors: Mapping[str, Any]) -> Any:
-    """A model in the structure that the models had; where it is known by names alone, as dicts."""
-    if layout is None:
-        return dict(tensors)
-    if layout != NESTED:
-        return unflatten(layout, tensors)
-    tree: dict[str, Any] = {}
-    for name, leaf in tensors.items():
-        *path, last = name.split("/")
-        place = tree
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = leaf
-    return tree
 
 
 def _ordered(order: Any, trunk: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

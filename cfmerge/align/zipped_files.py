@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfmerge.align.groups import Groups
+from cfmerge.align.trees import NESTED
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats import DirectorySink, Folder, Totals, open_checkpoint, open_sink
 from cfmerge.formats.composed import ZIP as TABLE
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 TRUNK = "trunk"
 KIND, VERSION = "cfmerge-zip", 1
-NESTED = "/"  # the layout of a tree that was loaded: dicts, by the parts of names
 FILE_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 
 

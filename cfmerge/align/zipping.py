@@ -5,6 +5,7 @@ it take U (folding.py). Where the zip stops, the trunk is one for all models, an
 tensors have U folded in (flow.py).
 """
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,11 +17,12 @@ import numpy as np
 from cfmerge.align.flow import Flow, divided, reads, writes
 from cfmerge.align.folding import Folds, computing
 from cfmerge.align.permuting import Permutations
+from cfmerge.align.trees import flat
 from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of, told_by
 from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
+from cfmerge.align.zipit import OFFICIAL
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
-from cfmerge.formats.pytree import flatten
 from cfmerge.models.buffers import is_buffer, is_counter
 from cfmerge.models.layouts import Shape
 from cfmerge.models.spaces import Spaces, parse_spaces, same_spaces
@@ -76,19 +78,20 @@ def zip_models(
         CfmergeError: other tensors than the spaces'; no such space; no similarity of one; a tensor that cannot be
             zipped; statistics of BatchNorm that will be wrong.
     """
-    names, flat, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
-    own = _spaces(spaces, names, flat)
+    names, mappings, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
+    own = _spaces(spaces, names, mappings)
     flow = divided(own[0], stop_at)
     _check_norms(own[0], flow, reset_norms)
-    order, by, permutations, notes = _told(similarity, names, own, flat, flow, method, permutations)
-    folds = matched(names, own, order, by, Rule(method, width, budget, penalty, compat, permutations))
-    _check_tied(own[0], flow, folds, {*tied, *_outputs(flat)})
+    rule = Rule(method, width, budget, penalty, compat, permutations)
+    order, by, rule, notes = _told(similarity, names, own, mappings, flow, rule)
+    folds = matched(names, own, order, by, rule)
+    _check_tied(own[0], flow, folds, {*tied, *_outputs(mappings)})
     if flow.plain:
         notes.append(f"{and_more(flow.plain)}: of no space, averaged as they are")
-    trunk = {name: _shared(name, flow, folds, names, flat, notes) for name in flow.trunk}
+    trunk = {name: _shared(name, flow, folds, names, mappings, notes) for name in flow.trunk}
     heads = {
         model: {name: _kept(name, folds, number, tensors[name]) for name in flow.heads}
-        for number, (model, tensors) in enumerate(zip(names, flat, strict=True))
+        for number, (model, tensors) in enumerate(zip(names, mappings, strict=True))
     }
     if reset_norms and (stale := _running(own[0], flow)):
         notes.append(f"running statistics are those of no model until they are estimated again: {and_more(stale)}")
@@ -100,7 +103,7 @@ def zip_models(
         heads=heads,
         groups=dict(folds.groups),
         blocks=tuple(folds.blocks),
-        table={name: table[name] for name in flat[0]},
+        table={name: table[name] for name in mappings[0]},
         sizes=sizes,
         stop_at=(stop_at,) if isinstance(stop_at, str) else tuple(stop_at or ()),
         notes=tuple(notes),
@@ -109,25 +112,24 @@ def zip_models(
 
 
 def _told(
-    similarity: Any, names: Sequence[str], own: Sequence[Spaces], models: Sequence[Model], flow: Flow, method: str,
-    permutations: Sequence[Permutations] | None,
-) -> tuple[Sequence[str], Similarity | None, Sequence[Permutations] | None, list[str]]:  # fmt: skip
-    """The order in which spaces are matched, the similarity of their features, permutations that are known, notes."""
+    similarity: Any, names: Sequence[str], own: Sequence[Spaces], models: Sequence[Model], flow: Flow, rule: Rule
+) -> tuple[Sequence[str], Similarity | None, Rule, list[str]]:
+    """The order in which spaces are matched, how alike their features are, a rule with known permutations, notes."""
     blocks = [name for name in flow.zipped if own[0].children(name)]
     if isinstance(similarity, str) and similarity == "weights":
         found = matched_by_weights(own, models, flow.zipped)
         order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
         note = "similarities are from weights, an extension of ZipIt!, whose authors take activations"
-        return order, WeightSimilarity(models, found), _with(blocks, found, permutations), [note]
+        return order, WeightSimilarity(models, found), _with(blocks, found, rule), [note]
     if similarity is None:
-        return flow.zipped, None, permutations, []
-    by = similarity_of(similarity, names)
-    known = set(told_by(similarity)).union(*(permutations or ()))
+        return flow.zipped, None, rule, []
+    by = similarity_of(similarity, names, rule.compat == OFFICIAL)
+    known = set(told_by(similarity)).union(*(rule.permutations or ()))
     untold = [name for name in blocks if name not in known]
-    if untold and method != "identity" and (found := matched_by_weights(own, models, flow.zipped)):
+    if untold and rule.method != "identity" and (found := matched_by_weights(own, models, flow.zipped)):
         note = f"{and_more(untold)}: in an order that weights tell, since no similarity does"
-        return flow.zipped, by, _with(untold, found, permutations), [note]
-    return flow.zipped, by, permutations, []
+        return flow.zipped, by, _with(untold, found, rule), [note]
+    return flow.zipped, by, rule, []
 
 
 def _flat(models: Mapping[str, Any] | Sequence[Any], spaces: Spaces) -> tuple[list[str], list[Model], Any]:
@@ -135,13 +137,12 @@ def _flat(models: Mapping[str, Any] | Sequence[Any], spaces: Spaces) -> tuple[li
     pairs = list(models.items() if isinstance(models, Mapping) else ((f"model_{i}", m) for i, m in enumerate(models)))
     if len(pairs) < 2:
         raise CfmergeError(f"zip: {len(pairs)} models; give two or more")
-    names, flat, layouts = [str(name) for name, _ in pairs], [], []
+    names, mappings, layouts = [str(name) for name, _ in pairs], [], []
     for _, model in pairs:
-        is_flat = isinstance(model, Mapping) and any(name in spaces.axes for name in model)
-        mapping, layout = (model, None) if is_flat else flatten(model)
-        flat.append(mapping)
+        mapping, layout = flat(spaces, model)
+        mappings.append(mapping)
         layouts.append(layout)
-    return names, flat, layouts[0]
+    return names, mappings, layouts[0]
 
 
 def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Sequence[Model]) -> list[Spaces]:
@@ -175,18 +176,17 @@ def _given(spaces: Spaces) -> dict[str, int]:
     return {name: size for name, size in spaces.sizes.items() if name not in alone}
 
 
-def _with(
-    blocks: Sequence[str], found: Sequence[Permutations] | None, given: Sequence[Permutations] | None
-) -> Sequence[Permutations] | None:
-    """The user's permutations, and those that were found of some spaces with children, where the user has none."""
+def _with(blocks: Sequence[str], found: Sequence[Permutations] | None, rule: Rule) -> Rule:
+    """The rule, and the permutations that were found of some spaces with children, where the user has none."""
     if found is None:
-        return given
-    mine = given or [{}] * len(found)
+        return rule
+    mine = rule.permutations or [{}] * len(found)
     left = [block for block in blocks if not any(block in one for one in mine)]
-    return [
+    both = [
         {**own, **{name: order for name, order in one.items() if name.partition(".")[0] in left}}
         for own, one in zip(mine, found, strict=True)
     ]
+    return dataclasses.replace(rule, permutations=both)
 
 
 def _running(spaces: Spaces, flow: Flow) -> list[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import NETWORKS, model_of, spaces_of
@@ -72,3 +73,11 @@ def test_one_model_is_refused():
     spaces, model = spaces_of("MLP"), model_of("MLP")
     with pytest.raises(CfmergeError, match=r"two or more models, found 1"):
         universe(spaces, {"only": model})
+
+
+def test_arrays_of_jax_have_the_same_universe():
+    spaces = spaces_of("grouped")
+    models = {name: model_of("grouped", seed, np.float32) for seed, name in enumerate("ab")}
+    found = universe(spaces, models)
+    there = universe(spaces, {name: {n: jnp.asarray(t) for n, t in model.items()} for name, model in models.items()})
+    assert there.objective == pytest.approx(found.objective, rel=1e-6)
