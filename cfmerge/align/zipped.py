@@ -65,6 +65,11 @@ class Zipped:
     notes: tuple[str, ...] = ()
     layout: Any = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all spaces are zipped, so that no head has features of its own."""
+        return all(name in self.groups or name in self.blocks[0] for name in self.sizes if "." not in name)
+
     def tensors(self, name: str) -> dict[str, Any]:
         """All tensors of one model by name: the trunk's and its own.
 
@@ -89,7 +94,7 @@ class Zipped:
         Raises:
             CfmergeError: the zip stops before, or heads have different shapes.
         """
-        if self.stop_at:
+        if not self.is_whole:
             raise CfmergeError(
                 f"zip: it stops at {', '.join(self.stop_at)}, and behind it the models' features are not matched: they "
                 "have no common head; take model(NAME) or apply"
@@ -135,7 +140,7 @@ class Zipped:
         Raises:
             CfmergeError: the zip stops before, the tensors are not those of the base, or there is something.
         """
-        if head is not None and self.stop_at:
+        if head is not None and not self.is_whole:
             raise CfmergeError(f"zip: it stops at {', '.join(self.stop_at)}; write a model by save(tensors(NAME))")
         whole = dataclasses.replace(self, layout=None)
         return write(whole.joint() if head is None else self.tensors(head), Path(output), base)
