@@ -26,10 +26,10 @@ import numpy as np
 from numpy.polynomial import Polynomial
 
 from cfmerge.align.assignment import assign_space
-from cfmerge.align.gains import Tensors, Term, check_names, inner, product, read, terms_of
+from cfmerge.align.gains import Tensors, Term, check_model, inner, product, read, terms_of
 from cfmerge.align.permuting import Permutations, check_permutations, compose, identity, inverse
 from cfmerge.align.soft import Maps, hard, mapped
-from cfmerge.align.weight_matching import weight_matching
+from cfmerge.align.weight_matching import search as match_weights
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Spaces
 
@@ -86,11 +86,11 @@ def universe(
     if len(models) < 2:
         raise CfmergeError(f"universe: takes two or more models, found {len(models)}")
     for name, model in models.items():
-        check_names(spaces, model, name)
+        check_model(spaces, model, name)
     first, *others = models
     begin = {name: {**identity(spaces), **(start or {}).get(name, {})} for name in models}
     for name in others if start is None else ():
-        begin[name] = weight_matching(spaces, models[first], models[name], seed=seed).permutations
+        begin[name] = match_weights(spaces, models[first], models[name], seed=seed).permutations
     for permutations in begin.values():
         check_permutations(spaces, permutations)
     with jax.enable_x64(True):
@@ -172,9 +172,8 @@ class _Search:
 
     def weights(self, name: str) -> list[Any]:
         """One tensor of every model."""
-        shape = tuple(axis.size for axis in self.spaces.axes[name])
-        read_all = [read(name, model, shape, who) for who, model in self.models.items()]
-        return [tensor.astype(self.dtype) for tensor in read_all if tensor is not None]
+        stored = [read(self.spaces, name, model, who) for who, model in self.models.items()]
+        return [tensor.astype(self.dtype) for tensor in stored if tensor is not None]
 
     def objective(self, maps: Mapping[str, Mapping[str, Maps]]) -> float:
         """`sum over a < b <X_a, X_b>`."""

@@ -32,10 +32,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.align.gains import Tensors, check_names, read
+from cfmerge.align.gains import Tensors, check_model, read
 from cfmerge.align.soft import Maps, mapped
 from cfmerge.align.transport import transport
 from cfmerge.errors import CfmergeError, and_more
@@ -107,10 +106,11 @@ def ot_fusion(
         >>> fused.tensors["up"].tolist(), fused.tensors["down"].tolist()
         ([[2.0], [1.0]], [[4.0, 3.0]])
     """
-    for tensors, who in ((a, "a"), (b, "b")):
-        check_names(spaces, tensors, who)
     _check_choices(cost=(cost, COSTS), histogram=(histogram, HISTOGRAMS), outgoing=(outgoing, ("sum", "mean")))
     _check_alike(spaces, spaces_a or spaces)
+    _check_widths(spaces, a, spaces_a)
+    for tensors, own, who in ((a, spaces_a or spaces, "a"), (b, spaces, "b")):
+        check_model(own, tensors, who)
     found = [name for name in spaces.axes if is_running(name, spaces.axes) or name in statistics]
     if found:
         raise CfmergeError(
@@ -222,15 +222,7 @@ class _Fusion:
     def tensor(self, name: str, who: str) -> Any:
         """One tensor of a model in float64; None for integers."""
         spaces, tensors = (self.spaces_a, self.a) if who == "a" else (self.spaces, self.b)
-        shape = tuple(axis.size for axis in spaces.axes[name])
-        if self.spaces is self.spaces_a and who == "a" and np.shape(tensors[name]) != shape:
-            raise CfmergeError(
-                f"tensor {name!r}: model a has the shape {np.shape(tensors[name])}, model b {shape}; for other widths "
-                "give `spaces_a=parse_spaces(spaces.table(), shapes of a)`"
-            )
-        tensor = read(name, tensors, shape, who)
-        if tensor is not None and not jnp.isfinite(tensor).all():
-            raise CfmergeError(f"tensor {name!r} of model {who}: has a NaN or an infinity; nothing can be fused")
+        tensor = read(spaces, name, tensors, who)
         return None if tensor is None else tensor.astype(np.float64)
 
 
@@ -286,3 +278,14 @@ def _check_alike(spaces: Spaces, spaces_a: Spaces) -> None:
                     f"ot_fusion: tensor {name!r}, {axis}: {what} has {there.size} elements in model a and {here.size} "
                     "in b; only spaces may differ in size, and not what permutes within their elements"
                 )
+
+
+def _check_widths(spaces: Spaces, a: Tensors, spaces_a: Spaces | None) -> None:
+    """Raises `CfmergeError` where model a has other widths than b, and no spaces of its own."""
+    for name in spaces.axes if spaces_a is None else ():
+        shape = tuple(axis.size for axis in spaces.axes[name])
+        if name in a and len(shape) == np.ndim(a[name]) and np.shape(a[name]) != shape:
+            raise CfmergeError(
+                f"tensor {name!r}: model a has the shape {np.shape(a[name])}, model b {shape}; for other widths give "
+                "`spaces_a=parse_spaces(spaces.table(), shapes of a)`"
+            )
