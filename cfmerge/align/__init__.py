@@ -16,9 +16,9 @@ from cfmerge.align.groups import identity_match as identity_match
 from cfmerge.align.merge_many import Many as Many
 from cfmerge.align.merge_many import merge_many as merge_many
 from cfmerge.align.moments import Moments as Moments
+from cfmerge.align.moments import SpaceMoments as SpaceMoments
 from cfmerge.align.ot_fusion import Fused as Fused
 from cfmerge.align.ot_fusion import ot_fusion as ot_fusion
-from cfmerge.align.moments import SpaceMoments as SpaceMoments
 from cfmerge.align.permuting import Permutations as Permutations
 from cfmerge.align.permuting import check_permutations as check_permutations
 from cfmerge.align.permuting import compose as compose

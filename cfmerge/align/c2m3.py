@@ -29,6 +29,7 @@ from cfmerge.align.assignment import assign_space
 from cfmerge.align.gains import Tensors, Term, check_model, inner, product, read, terms_of
 from cfmerge.align.permuting import Permutations, check_permutations, compose, identity, inverse
 from cfmerge.align.soft import Maps, hard, mapped
+from cfmerge.align.trees import flat
 from cfmerge.align.weight_matching import search as match_weights
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Spaces
@@ -66,7 +67,8 @@ def universe(
 
     Args:
         spaces: of all models.
-        models: `{name: {tensor: array}}`, two or more. A model may read a tensor when it is asked for.
+        models: `{name: {tensor: array}}`, two or more, or trees of arrays. A mapping may read a tensor when it is
+            asked for.
         seed: of the weight matching that makes the start.
         steps: of Frank and Wolfe, at most.
         start: permutations of each model to start from; by default each is matched to the first model.
@@ -85,6 +87,7 @@ def universe(
     """
     if len(models) < 2:
         raise CfmergeError(f"universe: takes two or more models, found {len(models)}")
+    models = {name: flat(spaces, model)[0] for name, model in models.items()}
     for name, model in models.items():
         check_model(spaces, model, name)
     first, *others = models

@@ -23,6 +23,7 @@ import numpy as np
 
 from cfmerge.align.gains import Tensors, check_model, read
 from cfmerge.align.permuting import Permutations, identity, permute_tensor
+from cfmerge.align.trees import built, flat
 from cfmerge.align.weight_matching import search
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Spaces
@@ -33,13 +34,13 @@ class Many(NamedTuple):
 
     Attributes:
         permutations: `{model: {space: permutation}}`.
-        mean: of the permuted models, `{tensor: array}` in the dtype of the first model.
+        mean: of the permuted models, as the first model was given and in its dtype.
         distances: `{model: its distance from the mean}`, the root of the sum of squares over all tensors.
         history: the sum of squared distances where the search started, and after each sweep over the models.
     """
 
     permutations: dict[str, dict[str, np.ndarray]]
-    mean: dict[str, Any]
+    mean: Any
     distances: dict[str, float]
     history: tuple[float, ...]
 
@@ -57,7 +58,8 @@ def merge_many(
 
     Args:
         spaces: of all models.
-        models: `{name: {tensor: array}}`, two or more. A model may read a tensor when it is asked for.
+        models: `{name: {tensor: array}}`, two or more, or trees of arrays. A mapping may read a tensor when it is
+            asked for.
         seed: of the order of the models, and of the spaces.
         sweeps: over the models, at most.
         start: permutations of each model to start from; by default each is matched to the first model.
@@ -78,6 +80,8 @@ def merge_many(
     """
     if len(models) < 2:
         raise CfmergeError(f"merge_many: takes two or more models, found {len(models)}")
+    structure = flat(spaces, next(iter(models.values())))[1]
+    models = {name: flat(spaces, model)[0] for name, model in models.items()}
     for name, model in models.items():
         check_model(spaces, model, name)
     first, *others = models
@@ -97,7 +101,12 @@ def merge_many(
     mean, squares = _mean_of(spaces, models, permutations, keep_mean)
     share = 2 * (len(models) - 1) / len(models)
     history = sum(squares.values()) + share * np.cumsum([0.0, *reversed(gains)])[::-1]
-    return Many(permutations, mean, {name: s**0.5 for name, s in squares.items()}, tuple(history.tolist()))
+    return Many(
+        permutations,
+        built(structure, mean) if keep_mean else {},
+        {name: s**0.5 for name, s in squares.items()},
+        tuple(history.tolist()),
+    )
 
 
 class _Mean(Mapping[str, Any]):

@@ -112,11 +112,22 @@ class Moments:
         joint = self.of(space)
         return joint.covariance + np.outer(joint.mean, joint.mean)
 
-    def correlation(self, space: str) -> np.ndarray:
-        """Pearson's correlation of every two features, `(O, O)`; 0 for a dead one, with itself too."""
+    def correlation(self, space: str, *, dead: float = 0.0) -> np.ndarray:
+        """Pearson's correlation of every two features, `(O, O)`; 0 for a dead one, with itself too.
+
+        Args:
+            space: its name.
+            dead: the entry of two dead features of one value. With 1 they are alike, as behind a ReLU that never fires:
+                they can be merged at no loss, and are, in place of features that live.
+        """
         covariance = self.covariance(space)
         deviation = np.sqrt(np.diagonal(covariance))
-        return covariance / np.maximum(np.outer(deviation, deviation), SMALLEST)
+        correlation = covariance / np.maximum(np.outer(deviation, deviation), SMALLEST)
+        if dead:
+            places = np.flatnonzero(self.dead(space))
+            value = self.of(space).mean[places]
+            correlation[np.ix_(places, places)] = np.where(value[:, None] == value, dead, 0.0)
+        return correlation
 
     def dead(self, space: str) -> np.ndarray:
         """Which features never changed, `(O,)` of bool."""

@@ -37,6 +37,7 @@ import numpy as np
 from cfmerge.align.gains import Tensors, check_model, read
 from cfmerge.align.soft import Maps, mapped
 from cfmerge.align.transport import transport
+from cfmerge.align.trees import built, flat
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.kinds import is_running
 from cfmerge.models.spaces import Axis, Spaces
@@ -50,12 +51,12 @@ class Fused(NamedTuple):
     """Two models fused.
 
     Attributes:
-        tensors: `{name: array}` in the shapes and dtypes of model b.
+        tensors: as model b was given, in its shapes and dtypes.
         plans: `{space: transport plan (n of a, n of b)}`, each of which sums to 1.
         costs: `{space: what its plan costs}`, `<T, C>`.
     """
 
-    tensors: dict[str, Any]
+    tensors: Any
     plans: dict[str, np.ndarray]
     costs: dict[str, float]
 
@@ -78,8 +79,8 @@ def ot_fusion(
 
     Args:
         spaces: of b; its axes that tensors read are marked `in`.
-        a: `{name: array}`, which is transported.
-        b: `{name: array}`, whose widths the result has.
+        a: `{name: array}` or a tree of arrays, which is transported.
+        b: the same, whose widths the result has.
         spaces_a: of a, where its widths are others: the same table, parsed with a's shapes.
         share: of b in the result.
         cost: of two neurons: the distance of their rows, its square, or one less their cosine.
@@ -106,6 +107,8 @@ def ot_fusion(
         >>> fused.tensors["up"].tolist(), fused.tensors["down"].tolist()
         ([[2.0], [1.0]], [[4.0, 3.0]])
     """
+    a, structure = flat(spaces, a)[0], flat(spaces, b)[1]
+    b = flat(spaces, b)[0]
     _check_choices(cost=(cost, COSTS), histogram=(histogram, HISTOGRAMS), outgoing=(outgoing, ("sum", "mean")))
     _check_alike(spaces, spaces_a or spaces)
     _check_widths(spaces, a, spaces_a)
@@ -120,8 +123,8 @@ def ot_fusion(
     fusion = _Fusion(spaces, spaces_a or spaces, a, b, cost, histogram, reg, biases, outgoing)
     with jax.enable_x64(True):
         plans, costs = fusion.plans()
-        tensors = {name: fusion.fused(name, plans, share) for name in spaces.axes}
-    return Fused(tensors, plans, costs)
+        tensors = {name: fusion.fused(name, plans, share) for name in b}
+    return Fused(built(structure, tensors), plans, costs)
 
 
 class Writer(NamedTuple):

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from cfmerge.align.trees import built, flat
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Axis, Spaces
 
 Permutations = Mapping[str, np.ndarray]
 
 
-def permute(spaces: Spaces, tensors: Mapping[str, Any], permutations: Permutations) -> dict[str, Any]:
+def permute(spaces: Spaces, tensors: Any, permutations: Permutations) -> Any:
     """The same model with its neurons in another order: it computes the same.
 
         >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
@@ -29,21 +30,22 @@ def permute(spaces: Spaces, tensors: Mapping[str, Any], permutations: Permutatio
 
     Args:
         spaces: of the model.
-        tensors: `{name: array}`, NumPy or JAX.
+        tensors: `{name: array}`, NumPy or JAX, or a tree of arrays.
         permutations: `{space: permutation}`; a space that is not there keeps its order.
     """
     check_permutations(spaces, permutations)
-    return {name: permute_tensor(spaces, name, tensor, permutations) for name, tensor in tensors.items()}
+    named, structure = flat(spaces, tensors)
+    return built(structure, {name: permute_tensor(spaces, name, own, permutations) for name, own in named.items()})
 
 
 def permute_tensor(spaces: Spaces, name: str, tensor: Any, permutations: Permutations, but: int | None = None) -> Any:
     """One tensor of the permuted model; the axis `but` keeps its order.
 
-        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
-        >>> cfmerge.align.permute_tensor(spaces, "up", np.array([[1, 2], [3, 4], [5, 6]]), {"h": np.array([2, 0, 1])})
-        array([[5, 6],
-               [1, 2],
-               [3, 4]])
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+    >>> cfmerge.align.permute_tensor(spaces, "up", np.array([[1, 2], [3, 4], [5, 6]]), {"h": np.array([2, 0, 1])})
+    array([[5, 6],
+           [1, 2],
+           [3, 4]])
     """
     for number, axis in enumerate(spaces.axes[name]):
         if number != but and any(space in permutations for space in axis.spaces):

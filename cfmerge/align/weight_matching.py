@@ -30,6 +30,7 @@ import numpy as np
 from cfmerge.align.assignment import Gains, assign_space, difference
 from cfmerge.align.gains import Tensors, Term, check_model, gain_of, objective, pair_of, terms_of
 from cfmerge.align.permuting import Permutations, check_permutations, identity, random_permutations
+from cfmerge.align.trees import flat
 from cfmerge.models.spaces import Spaces
 
 TINY = 1e7  # products of a sweep; such a model is searched RESTARTS times more
@@ -68,8 +69,8 @@ def weight_matching(
 
     Args:
         spaces: of both models.
-        a: `{name: array}`, which stays as it is.
-        b: `{name: array}` of the same shapes. Both may read a tensor when it is asked for.
+        a: `{name: array}` or a tree of arrays, which stays as it is.
+        b: the same, of the same shapes. Both may read a tensor when it is asked for.
         seed: of the order of the spaces in each sweep.
         sweeps: over all spaces, at most.
         start: permutations to start from; by default they are found in order of knowledge (see the module).
@@ -88,6 +89,7 @@ def weight_matching(
         >>> matching.permutations["h"], matching.before, matching.objective
         (array([1, 2, 0]), 17.0, 23.0)
     """
+    a, b = (flat(spaces, model)[0] for model in (a, b))
     check_permutations(spaces, start or {})
     for tensors, who in ((a, "a"), (b, "b")):
         check_model(spaces, tensors, who)

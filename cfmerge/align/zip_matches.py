@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from cfmerge.align.folding import Folds
 from cfmerge.align.groups import Groups, identity_match
+from cfmerge.align.moments import Moments
 from cfmerge.align.permuting import Permutations, check_permutations, identity_of
 from cfmerge.align.zipit import match, permutation_match
 from cfmerge.errors import CfmergeError, and_more
@@ -45,7 +46,7 @@ class Rule:
         return max(round(first * self.width), 1)
 
 
-def similarity_of(given: Any, models: Sequence[str]) -> Similarity:
+def similarity_of(given: Any, models: Sequence[str], official: bool = False) -> Similarity:
     """What says how alike the features of a space are: moments, or a mapping by space.
 
     Raises:
@@ -71,16 +72,21 @@ def similarity_of(given: Any, models: Sequence[str]) -> Similarity:
                 f"zip: nothing says how alike the features of space {space!r} are; collect moments of it, stop in "
                 f"front of it, or give its order in permutations{there}"
             )
+        if isinstance(given, Moments) and not official:
+            return given.correlation(space, dead=1.0)  # two that never fire are one at no loss
         return np.asarray(given[space] if isinstance(given, Mapping) else given.correlation(space))
 
     return found
 
 
-def matched(own: Sequence[Spaces], order: Sequence[str], similarity: Similarity | None, rule: Rule) -> Folds:
+def matched(
+    models: Sequence[str], own: Sequence[Spaces], order: Sequence[str], similarity: Similarity | None, rule: Rule
+) -> Folds:
     """The groups of all spaces of `order`, matched one after the other.
 
     Args:
-        own: the spaces of each model.
+        models: their names.
+        own: the spaces of each.
         order: those that are zipped.
         similarity: None: no space needs one.
         rule: how they are matched.
@@ -91,7 +97,7 @@ def matched(own: Sequence[Spaces], order: Sequence[str], similarity: Similarity 
     _check_permutations(own, rule.permutations)
     groups: dict[str, Groups] = {}
     blocks: list[dict[str, np.ndarray]] = [{} for _ in own]
-    folds = Folds(own, groups, blocks)
+    folds = Folds(models, own, groups, blocks)
     for space in order:
         widths = [spaces.sizes[space] for spaces in own]
         names = (space, *own[0].children(space))

@@ -18,9 +18,9 @@ import numpy as np
 from cfmerge.align.folding import computing
 from cfmerge.align.groups import Groups
 from cfmerge.align.permuting import Permutations
-from cfmerge.align.zipped_files import NESTED, load, save, write
+from cfmerge.align.trees import built
+from cfmerge.align.zipped_files import load, save, write
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats.pytree import unflatten
 from cfmerge.models.buffers import is_counter
 
 
@@ -97,7 +97,8 @@ class Zipped:
         if (differs := self._differing()) is not None:
             shapes = " and ".join(str(np.shape(self.heads[name][differs])) for name in self.models)
             raise CfmergeError(f"zip: the heads have no mean: {differs!r} has the shapes {shapes}; take model(NAME)")
-        mean = {name: _mean(name, [self.heads[model][name] for model in self.models]) for name in self.heads[self.models[0]]}
+        heads = [self.heads[model] for model in self.models]
+        mean = {name: _mean(name, [own[name] for own in heads]) for name in heads[0]}
         return built(self.layout, _ordered(self.table, self.trunk, mean))
 
     def apply(self, function: Callable[..., Any], *inputs: Any) -> dict[str, Any]:
@@ -185,22 +186,6 @@ def _applied(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(heads[name] for name in fixed.models))
     outputs = jax.vmap(run)(stacked)
     return {name: jax.tree.map(lambda leaf, at=at: leaf[at], outputs) for at, name in enumerate(fixed.models)}
-
-
-def built(layout: Any, tensors: Mapping[str, Any]) -> Any:
-    """A model in the structure that the models had; where it is known by names alone, as dicts."""
-    if layout is None:
-        return dict(tensors)
-    if layout != NESTED:
-        return unflatten(layout, tensors)
-    tree: dict[str, Any] = {}
-    for name, leaf in tensors.items():
-        *path, last = name.split("/")
-        place = tree
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = leaf
-    return tree
 
 
 def _ordered(order: Any, trunk: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

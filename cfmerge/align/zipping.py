@@ -6,7 +6,7 @@ tensors have U folded in (flow.py).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,16 +16,19 @@ import numpy as np
 from cfmerge.align.flow import Flow, divided, reads, writes
 from cfmerge.align.folding import Folds, computing
 from cfmerge.align.permuting import Permutations
-from cfmerge.align.zip_matches import Rule, matched, similarity_of
+from cfmerge.align.trees import flat
+from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of
 from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
+from cfmerge.align.zipit import OFFICIAL
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
-from cfmerge.formats.pytree import flatten
 from cfmerge.models.buffers import is_buffer, is_counter
 from cfmerge.models.layouts import Shape
 from cfmerge.models.spaces import Spaces, parse_spaces, same_spaces
+from cfmerge.models.ties import OUTPUTS
 
 RUNNING = re.compile(r"(^|[./])(running_mean|running_var|moving_mean|moving_variance|mean|var)$")  # of BatchNorm
+LANGUAGE = re.compile(r"For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration)$|LMHeadModel$")  # have an output layer
 Model = Mapping[str, Any]
 
 
@@ -67,33 +70,34 @@ def zip_models(
         width: how many groups are left, `{space: n}`, or a factor of the first model's; None: as many as it has.
         budget, penalty, compat: see `match`.
         permutations: for each model, the order of spaces that are not matched by similarity; they are averaged.
-        tied: tensors that are also the model's output layer, under one name.
+        tied: tensors that are also the model's output layer, under one name; of Hugging Face's files that is known.
         reset_norms: running statistics of BatchNorm in the trunk will be estimated again with inputs.
 
     Raises:
         CfmergeError: other tensors than the spaces'; no such space; no similarity of one; a tensor that cannot be
             zipped; statistics of BatchNorm that will be wrong.
     """
-    names, flat, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
-    own = _spaces(spaces, names, flat)
+    names, mappings, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
+    own = _spaces(spaces, names, mappings)
     flow = divided(own[0], stop_at)
     _check_norms(own[0], flow, reset_norms)
     if isinstance(similarity, str) and similarity == "weights":
-        found = matched_by_weights(own, flat, flow.zipped)
-        order, by = flow.zipped if found else order_of_flow(own[0], flow.zipped), WeightSimilarity(flat, found)
+        found = matched_by_weights(own, mappings, flow.zipped)
+        order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
+        by: Similarity | None = WeightSimilarity(mappings, found)
         permutations = _with_blocks(own[0], found, permutations)
         notes = ["similarities are from weights, an extension of ZipIt!, whose authors take activations"]
     else:
-        by = None if similarity is None else similarity_of(similarity, names)
+        by = None if similarity is None else similarity_of(similarity, names, compat == OFFICIAL)
         order, notes = flow.zipped, []
-    folds = matched(own, order, by, Rule(method, width, budget, penalty, compat, permutations))
-    _check_tied(own[0], flow, folds, tied)
+    folds = matched(names, own, order, by, Rule(method, width, budget, penalty, compat, permutations))
+    _check_tied(own[0], flow, folds, {*tied, *_outputs(mappings)})
     if flow.plain:
         notes.append(f"{and_more(flow.plain)}: of no space, averaged as they are")
-    trunk = {name: _shared(name, flow, folds, names, flat, notes) for name in flow.trunk}
+    trunk = {name: _shared(name, flow, folds, names, mappings, notes) for name in flow.trunk}
     heads = {
         model: {name: _kept(name, folds, number, tensors[name]) for name in flow.heads}
-        for number, (model, tensors) in enumerate(zip(names, flat, strict=True))
+        for number, (model, tensors) in enumerate(zip(names, mappings, strict=True))
     }
     if reset_norms and (stale := _running(own[0], flow)):
         notes.append(f"running statistics are those of no model until they are estimated again: {and_more(stale)}")
@@ -105,7 +109,7 @@ def zip_models(
         heads=heads,
         groups=dict(folds.groups),
         blocks=tuple(folds.blocks),
-        table={name: table[name] for name in flat[0]},
+        table={name: table[name] for name in mappings[0]},
         sizes=sizes,
         stop_at=(stop_at,) if isinstance(stop_at, str) else tuple(stop_at or ()),
         notes=tuple(notes),
@@ -118,13 +122,12 @@ def _flat(models: Mapping[str, Any] | Sequence[Any], spaces: Spaces) -> tuple[li
     pairs = list(models.items() if isinstance(models, Mapping) else ((f"model_{i}", m) for i, m in enumerate(models)))
     if len(pairs) < 2:
         raise CfmergeError(f"zip: {len(pairs)} models; give two or more")
-    names, flat, layouts = [str(name) for name, _ in pairs], [], []
+    names, mappings, layouts = [str(name) for name, _ in pairs], [], []
     for _, model in pairs:
-        is_flat = isinstance(model, Mapping) and any(name in spaces.axes for name in model)
-        mapping, layout = (model, None) if is_flat else flatten(model)
-        flat.append(mapping)
+        mapping, layout = flat(spaces, model)
+        mappings.append(mapping)
         layouts.append(layout)
-    return names, flat, layouts[0]
+    return names, mappings, layouts[0]
 
 
 def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Sequence[Model]) -> list[Spaces]:
@@ -135,7 +138,7 @@ def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Seq
     for number, (name, model) in enumerate(zip(names, models, strict=True)):
         one = spaces if isinstance(spaces, Spaces) else spaces[number]
         expected = {tensor: tuple(axis.size for axis in axes) for tensor, axes in one.axes.items()}
-        shapes = {tensor: _shape(model, tensor) for tensor in model}
+        shapes = _shapes(model)
         same_spaces(expected, shapes, "zip: the table of spaces", f"model {name!r}")
         try:
             result.append(one if shapes == expected else parse_spaces(one.table(), shapes, _told(one)))
@@ -144,9 +147,9 @@ def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Seq
     return result
 
 
-def _shape(model: Model, tensor: str) -> Shape:
+def _shapes(model: Model) -> dict[str, Shape]:
     headers = getattr(model, "tensors", None)  # of a model in files, whose tensors are not read for it
-    return tuple(headers[tensor].shape if headers is not None else np.shape(model[tensor]))
+    return {name: tuple(np.shape(model[name]) if headers is None else headers[name].shape) for name in model}
 
 
 def _told(spaces: Spaces) -> dict[str, int]:
@@ -185,8 +188,17 @@ def _check_norms(spaces: Spaces, flow: Flow, reset: bool) -> None:
         )
 
 
-def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Sequence[str]) -> None:
-    for name in tied:
+def _outputs(models: Sequence[Model]) -> set[str]:
+    """The embeddings of models in files that are their output layers too, and are stored once."""
+    found = set()
+    for source, model in ((getattr(model, "source", None), model) for model in models):
+        if source is not None and any(map(LANGUAGE.search, source.config.get("architectures") or ())):
+            found |= {name for alias, name in source.ties.items() if (alias, name) in OUTPUTS and alias not in model}
+    return found
+
+
+def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Collection[str]) -> None:
+    for name in sorted(tied):
         if name not in spaces.axes:
             raise CfmergeError(f"zip: tied: there is no tensor {name!r}")
         wide = [
@@ -198,7 +210,7 @@ def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Sequence[str]) -
                 f"zip: tensor {name!r} writes {wide[0]!r} and, as the output layer, reads it: it would have to be "
                 "merged by M and by U; store the output layer by itself, or match by permutations: method='permute'"
             )
-        if name in flow.trunk and set(flow.heads):
+        if name in flow.trunk and len(flow.zipped) < len(spaces.names):
             raise CfmergeError(
                 f"zip: tensor {name!r} is of the trunk and, as the output layer, of each model's head; store the "
                 "output layer by itself"

@@ -85,6 +85,17 @@ def test_dead_features_correlate_with_nothing():
     np.testing.assert_allclose(np.delete(np.diagonal(correlation), [1, 9]), 1)
 
 
+def test_dead_features_of_one_value_are_alike_where_that_is_asked_for():
+    batch = features(1, 7)
+    batch[0][:, 1], batch[0][:, 3], batch[1][:, 0], batch[2][:, 2] = 0, 5, 0, 5
+    moments = moments_of(batch)
+    found = moments.correlation("h", dead=1.0) - moments.correlation("h")
+    expected = np.zeros((13, 13))
+    for same_value in ([1, 4], [3, 9]):
+        expected[np.ix_(same_value, same_value)] = 1
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_merged_moments_are_those_of_all_batches():
     batches = [features(seed, 5 + seed) for seed in range(4)]
     one, two = moments_of(*batches[:2]), moments_of(*batches[2:])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cfmerge.align import match, parse_spaces, permute, random_permutations, zip_models
+from cfmerge.align import Moments, match, parse_spaces, permute, random_permutations, zip_models
 from cfmerge.align.flow import divided
 from cfmerge.errors import CfmergeError
 
@@ -202,9 +202,7 @@ def test_all_blocks_of_a_residual_stream_are_zipped_together():
     assert flow.plain == ()
     assert divided(spaces, "m").zipped == spaces.names
     one, two = ({name: np.ones(shape) for name, shape in RESIDUAL_SHAPES.items()} for _ in range(2))
-    with pytest.raises(
-        CfmergeError, match=r"'embed': of the first model it comes out as \(9, 4\), of model 1 as \(7, 4"
-    ):
+    with pytest.raises(CfmergeError, match=r"'embed': of model 'model_0' it comes out as \(9, 4\), of '"):
         zip_models(spaces, [one, {**two, "embed": np.ones((7, 4))}], None, method="identity")
     with pytest.raises(CfmergeError, match=r"stop_at: there is no space 'u2'; did you mean 'u1' or 'u0'"):
         divided(spaces, "u2")
@@ -406,3 +404,24 @@ def test_a_tensor_that_writes_two_spaces_is_not_zipped():
     zipped = zip_models(spaces, [a, b], "weights", method="permute")
     order = np.ix_(*(np.argsort(zipped.groups[space].parts[1]) for space in "pq"))
     np.testing.assert_allclose(zipped.trunk["both"], (a["both"] + b["both"][order]) / 2)
+
+
+def test_neurons_that_never_fire_are_merged_with_each_other_and_a_permuted_copy_is_the_network():
+    generator = np.random.default_rng(3)
+    table = {"up": "hidden, in -", "bias": "hidden", "down": "-, in hidden"}
+    spaces = parse_spaces(table, {"up": (16, 6), "bias": (16,), "down": (3, 16)})
+    a = {
+        "up": generator.normal(size=(16, 6)),
+        "bias": generator.normal(size=16),
+        "down": generator.normal(size=(3, 16)),
+    }
+    a["bias"][:5] = -100.0
+    models = {"a": a, "b": permute(spaces, a, random_permutations(spaces, 2))}
+    x = generator.normal(size=(200, 6))
+    moments = Moments(("a", "b"))
+    moments.add("hidden", [np.maximum(x @ m["up"].T + m["bias"], 0) for m in models.values()])
+    zipped = zip_models(spaces, models, moments)
+    expected = np.maximum(x @ a["up"].T + a["bias"], 0) @ a["down"].T
+    for name in models:
+        m = zipped.model(name)
+        np.testing.assert_allclose(np.maximum(x @ m["up"].T + m["bias"], 0) @ m["down"].T, expected, atol=1e-10)

@@ -155,6 +155,19 @@ def test_a_space_that_nothing_reads_is_an_output_and_keeps_its_order():
     assert not described.notes
 
 
+def test_spaces_of_one_kind_that_end_are_told_once():
+    table = {"spaces": {"blocks.{l}.up": "mpl{l}, in hidden", "blocks.{l}.down": "hidden, in mlp{l}"}}
+    headers = {f"blocks.{layer}.{name}": (4, 4) for layer in range(9) for name in ("up", "down")}
+    described = describe(headers, {}, read_table(table))
+    assert described.spaces.sizes == {"hidden": 4}
+    assert described.notes == (
+        "spaces: 'mpl{0..8}' (9 spaces, such as that of 'blocks.0.up') is read by no tensor, so that it is an output "
+        "and keeps its order",
+        "spaces: 'mlp{0..8}' (9 spaces, such as that of 'blocks.0.down') is written by no tensor, so that it is an "
+        "input and keeps its order",
+    )
+
+
 def test_a_token_classifier_does_not_read_the_pooler_of_its_old_file():
     headers = {**bert(), "bert.pooler.dense.weight": (16, 16), "classifier.weight": (2, 16)}
     table = spaces_of(headers, {**CONFIG, "architectures": ["BertForTokenClassification"]}).table()
@@ -194,9 +207,7 @@ def test_lines_of_ones_own_stand_before_those_of_the_table_that_they_go_on_from(
     described = describe(headers, CONFIG, read_table({"like": "bert", "spaces": lines}))
     assert described.spaces.sizes["adapter0"] == 3
     assert "mlp1" not in described.spaces.sizes
-    assert described.notes == (
-        "spaces: the table of spaces: no tensor has the name 'encoder.layer.{l}.nothing.weight'",
-    )
+    assert described.notes == ("spaces: the table of spaces: 'encoder.layer.{l}.nothing.weight' holds for no tensor",)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,19 @@ from cfmerge.models.spaces import Spaces
 
 # In the order in which they are tried for models without a model type.
 FAMILIES = (
-    "bert", "distilbert", "mpnet", "llama", "gpt2", "gpt_neox", "t5", "vit", "clip", "resnet", "torch_resnet",
+    "bert",
+    "distilbert",
+    "mpnet",
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "t5",
+    "vit",
+    "clip",
+    "resnet",
+    "torch_resnet",
     "convnext",
-)  # fmt: skip
+)
 Headers = Mapping[str, Shape]
 
 

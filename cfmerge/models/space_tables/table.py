@@ -17,13 +17,17 @@ from cfmerge.errors import CfmergeError
 from cfmerge.models.buffers import is_buffer
 from cfmerge.models.layouts import Shape
 from cfmerge.models.names.rules import Name, Values
-from cfmerge.models.patterns import tell
+from cfmerge.models.patterns import patterns, tell
 from cfmerge.models.space_tables.sizes import evaluate
 from cfmerge.models.spaces import FIXED, READS, Spaces, SpacesError, parse_spaces
 
 FILLED = re.compile(r"\{(\w+)([+-]\d+)?\}")
 LEFT_OVER = re.compile(r"[{}]")
-OWN = "a table of your own, `spaces: FILE` (see docs/align_spaces.md; `cfmerge spaces MODEL --blank` prints one to begin from)"
+ENDS = {False: "read by no tensor, so that it is an output", True: "written by no tensor, so that it is an input"}
+OWN = (
+    "a table of your own, `spaces: FILE` (see docs/align_spaces.md; `cfmerge spaces MODEL --blank` prints one to begin "
+    "from)"
+)
 
 
 class Line(NamedTuple):
@@ -203,7 +207,7 @@ class Table:
     def _unused(self, covered: Covered) -> list[str]:
         used = {(line.where, line.name.text) for line, _ in covered.lines.values()}
         lines = [line for line in self.lines if line.own and (line.where, line.name.text) not in used]
-        return [f"spaces: {line.where}: no tensor has the name {line.name.text!r}" for line in lines]
+        return [f"spaces: {line.where}: {line.name.text!r} holds for no tensor" for line in lines]
 
 
 def longest_start(name: str, prefix: str) -> str:
@@ -241,6 +245,11 @@ def _ends(texts: Mapping[str, str]) -> dict[str, tuple[bool, str]]:
 
 
 def _told(ends: Mapping[str, tuple[bool, str]]) -> list[str]:
-    what = {True: "written by no tensor, so that it is an input", False: "read by no tensor, so that it is an output"}
-    return [f"spaces: {space!r} of {tensor!r} is {what[read]} and keeps its order"
-            for space, (read, tensor) in ends.items()]  # fmt: skip
+    """A note for each pattern of spaces that end."""
+    notes = []
+    for reads, why in ENDS.items():
+        for pattern in patterns([space for space, (read, _) in ends.items() if read == reads]):
+            first, count = ends[pattern.names[0]][1], len(pattern.names)
+            where = f" of {first!r}" if count == 1 else f" ({count} spaces, such as that of {first!r})"
+            notes.append(f"spaces: {pattern.text!r}{where} is {why} and keeps its order")
+    return notes
