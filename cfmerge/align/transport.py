@@ -5,7 +5,7 @@ r"""Optimal transport between two histograms: exact, or smoothed by an entropy (
 
 Exact transport of uniform histograms is an assignment: with n elements here and m there, each is repeated until both
 have lcm(n, m). Other histograms, and widths whose common multiple is large, are a linear program (HiGHS, by scipy):
-seconds for 300 x 300, minutes for 1000 x 1000.
+two seconds for 512 x 512.
 """
 
 import functools
