@@ -36,19 +36,25 @@ import numpy as np
 
 from cfmerge.align.gains import Tensors, check_model, read
 from cfmerge.align.soft import Maps, mapped
-from cfmerge.align.transport import transport
+from cfmerge.align.transport import COSTS, costs, transport
 from cfmerge.align.trees import built, flat
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.kinds import is_running
 from cfmerge.models.spaces import Axis, Spaces
 
 PASSES = 10  # over all spaces, where a stream is read by what writes it
-COSTS = ("euclidean", "squared", "cosine")
 HISTOGRAMS = ("uniform", "norm")
 
 
 class Fused(NamedTuple):
     """Two models fused.
+
+        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
+        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
+        >>> cfmerge.align.ot_fusion(spaces, a, b).plans["h"]
+        array([[0. , 0.5],
+               [0.5, 0. ]])
 
     Attributes:
         tensors: as model b was given, in its shapes and dtypes.
@@ -122,9 +128,9 @@ def ot_fusion(
         )
     fusion = _Fusion(spaces, spaces_a or spaces, a, b, cost, histogram, reg, biases, outgoing)
     with jax.enable_x64(True):
-        plans, costs = fusion.plans()
+        plans, prices = fusion.plans()
         tensors = {name: fusion.fused(name, plans, share) for name in b}
-    return Fused(built(structure, tensors), plans, costs)
+    return Fused(built(structure, tensors), plans, prices)
 
 
 class Writer(NamedTuple):
@@ -153,19 +159,19 @@ class _Fusion:
     def plans(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """`{space: its plan}` and `{space: its cost}`, in order of the flow of data."""
         writers = {space: self.writers(space) for space in self.spaces.names}
-        plans, costs, early = dict[str, np.ndarray](), dict[str, float](), False
+        plans, prices, early = dict[str, np.ndarray](), dict[str, float](), False
         while left := [space for space in writers if space not in plans]:
             known = {s: [w.others <= plans.keys() for w in writers[s]] for s in left}
             space = max(left, key=lambda s: (all(known[s]), sum(known[s])))
             early |= not all(known[space])
-            plans[space], costs[space] = self.plan(space, writers[space], plans)
+            plans[space], prices[space] = self.plan(space, writers[space], plans)
         for _ in range(PASSES if early else 0):
             before = dict(plans)
             for space in before:
-                plans[space], costs[space] = self.plan(space, writers[space], plans)
+                plans[space], prices[space] = self.plan(space, writers[space], plans)
             if all(np.array_equal(before[space], plans[space]) for space in before):
                 break
-        return plans, costs
+        return plans, prices
 
     def writers(self, space: str) -> list[Writer]:
         """Where a space is written."""
@@ -199,7 +205,7 @@ class _Fusion:
                 y = _rows(self.spaces.axes[name][writer.axis], writer, space, self.tensor(name, "b"))
                 inner += np.asarray(x @ y.T)
                 own, other = own + np.asarray((x**2).sum(1)), other + np.asarray((y**2).sum(1))
-        cost = _costs(self.cost, inner, own, other)
+        cost = costs(self.cost, inner, own, other)
         alpha, beta = (_histogram(self.histogram, np.sqrt(squares)) for squares in (own, other))
         plan = transport(cost, alpha, beta, self.reg)
         return plan, float((plan * cost).sum())
@@ -238,15 +244,6 @@ def _rows(axis: Axis, writer: Writer, space: str, tensor: Any) -> Any:
     piece = piece.reshape(*tensor.shape[: writer.axis], *sizes, *tensor.shape[writer.axis + 1 :])
     place = writer.axis + [factor.name for factor in part].index(space)
     return piece.transpose(place, *range(place), *range(place + 1, piece.ndim)).reshape(piece.shape[place], -1)
-
-
-def _costs(kind: str, inner: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The cost `(n, m)` out of inner products and squared norms of rows."""
-    if kind == "cosine":
-        lengths = np.sqrt(np.outer(own, other))
-        return 1 - np.divide(inner, lengths, out=np.zeros_like(inner), where=lengths > 0)
-    squared = np.maximum(own[:, None] + other - 2 * inner, 0)
-    return squared if kind == "squared" else np.sqrt(squared)
 
 
 def _histogram(kind: str, norms: np.ndarray) -> np.ndarray:
