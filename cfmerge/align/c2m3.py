@@ -104,7 +104,7 @@ def universe(
     for permutations in begin.values():
         check_permutations(spaces, permutations)
     with jax.enable_x64(True):
-        search = _Search(spaces, models)
+        search = Search(spaces, models)
         found, history = search.run(begin, steps)
         before, at_start, objective = (
             search.objective({name: search.hard(p[name]) for name in models})
@@ -131,7 +131,7 @@ def between(spaces: Spaces, one: Permutations, other: Permutations) -> dict[str,
     return compose(spaces, one, inverse(spaces, other))
 
 
-class _Search:
+class Search:
     """The objective of maps of each model into the universe, its gradient, and its course along a step."""
 
     def __init__(self, spaces: Spaces, models: Mapping[str, Tensors]):
