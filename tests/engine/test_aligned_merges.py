@@ -5,6 +5,7 @@ import pytest
 from space_models import GROUPED, TEXT, config_of, headers_of, outputs, saved, tensors_of, with_tensors
 
 import cfmerge
+from cfmerge import compose
 from cfmerge.align import permute, random_permutations
 from cfmerge.models.space_tables import spaces_of
 
@@ -164,13 +165,70 @@ def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
         ({"align": {"methods": "weights"}}, "unknown key 'methods'"),
         ({"align": {"method": "activations"}}, "method activations needs `moments: FILE`"),
         ({"align": {"moments": "joint.safetensors"}}, "method weights looks at weights, and takes no `moments`"),
+        (
+            {"align": {"spaces": "spaces.yaml", "method": "activations", "moments": "nowhere.safetensors"}},
+            r"align: nowhere\.safetensors: no such file",
+        ),
+        ({"align": {"spaces": "spaces.yaml", "seed": -1}}, "the seed must lie in"),
+        ({"align": {"spaces": "spaces.yaml", "sweeps": -1}}, "sweeps: expected a number of at least 0, found -1"),
     ],
-    ids=["to", "file", "family", "layers", "key", "no moments", "moments"],
+    ids=["to", "file", "family", "layers", "key", "no moments", "moments", "no file", "seed", "sweeps"],
 )
 def test_what_cannot_be_aligned_is_refused_before_anything_is_written(mlps, here, changes, message):
     with pytest.raises(cfmerge.CfmergeError, match=message):
         cfmerge.merge("base", ["twin"], "average", output="out", **{"allow": ["one-expert"], **changes})
     assert not (here / "out").exists()
+
+
+def test_an_expert_that_is_called_base_and_is_another_model_is_refused(mlps, here, make_model):
+    make_model(here / "other/base", mlps[1], config={})
+    for experts in (["other/base", "twin"], {"base": "twin", "other": "other/base"}):
+        with pytest.raises(cfmerge.CfmergeError, match="expert 'base' .* has the name that stands for the base"):
+            cfmerge.merge("base", experts, "average", output="out", align=HOW["align"])
+
+
+def test_what_changes_the_base_as_it_lies_is_aligned_to_the_base_alone(mlps, here):
+    how = {"align": {"spaces": "spaces.yaml", "to": "twin"}, "allow": ["one-expert"]}
+    for why, make in {
+        "an adapter": lambda: cfmerge.merge("base", ["twin"], "average", output="out", adapter_out=2, **how),
+        "statistics": lambda: cfmerge.accumulate("base", ["twin"], "ace", output="out", **how),
+        "a composed result": lambda: compose.build("base", ["twin"], "emr", output="out", **how),
+        "`unmerged`": lambda: cfmerge.merge("base", ["twin"], "average", output="out", unmerged="twin", **how),
+    }.items():
+        with pytest.raises(cfmerge.CfmergeError, match=f"align: to: twin: {why} .* align to the base"):
+            make()
+    cfmerge.accumulate("base", ["twin"], "ace", output="sums", **HOW)
+    with pytest.raises(cfmerge.CfmergeError, match="align: to: again: statistics are of changes of the base"):
+        how = {"align": {"spaces": "spaces.yaml", "to": "again"}}
+        cfmerge.merge("base", {"again": "twin"}, "ace", statistics="sums", output="out", **how)
+    assert not (here / "out").exists()
+
+
+def test_moments_of_an_expert_that_is_permuted_are_refused(mlps, here, make_model):
+    make_model(here / "moments", {"up.weight": np.eye(6, dtype=np.float32)})
+    experts = [cfmerge.Expert("base"), cfmerge.Expert("twin", moments="moments")]
+    with pytest.raises(
+        cfmerge.CfmergeError, match=r"expert 'twin' has moments \(moments\), which are in its own order"
+    ):
+        cfmerge.merge("base", experts, "regmean", output="out", align=HOW["align"])
+
+
+@pytest.mark.parametrize("method", ["weights", "many", "universe"])
+def test_a_model_that_is_not_finite_is_named_or_left_out(mlps, here, make_model, method):
+    broken = {name: tensor.copy() for name, tensor in mlps[1].items()}
+    broken["up.weight"][2, 3] = np.nan
+    make_model(here / "broken", broken, config={})
+    how = {"output": "out", "align": {"spaces": "spaces.yaml", "method": method}}
+    with pytest.raises(
+        cfmerge.CfmergeError, match=r"expert 'broken' .*'up\.weight' holds NaN or infinity.*skip-expert"
+    ):
+        cfmerge.merge("base", ["base", "twin", "broken"], "average", **how)
+    result = cfmerge.merge("base", ["base", "twin", "broken"], "average", on_nonfinite="skip-expert", **how)
+    assert any("expert 'broken' was left out" in note for note in result.notes)
+    for name, tensor in merged().items():
+        np.testing.assert_allclose(tensor, (mlps[0][name] + mlps[1][name]) / 2, atol=1e-6)
+    with pytest.raises(cfmerge.CfmergeError, match=r"base \(broken\): tensor 'up\.weight' holds NaN"):
+        cfmerge.merge("broken", {"first": "base", "second": "twin"}, "average", **how | {"output": "again"})
 
 
 def test_models_of_other_widths_are_refused(mlps, here, make_model):
