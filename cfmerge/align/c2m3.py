@@ -40,6 +40,14 @@ SMALLEST = 1e-7  # rise of the objective, relative to it, that ends the search
 class Universe(NamedTuple):
     """Models in one universe.
 
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    >>> a = {"up": np.eye(2), "down": np.array([[1.0, 2.0]])}
+    >>> b = cfmerge.align.permute(spaces, a, {"h": np.array([1, 0])})
+    >>> found = cfmerge.align.universe(spaces, {"a": a, "b": b})
+    >>> found.before, found.objective
+    (4.0, 7.0)
+
+
         >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
         >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
         >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}

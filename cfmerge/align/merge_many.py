@@ -32,6 +32,14 @@ from cfmerge.models.spaces import Spaces
 class Many(NamedTuple):
     """Several models, permuted to be near their mean.
 
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    >>> a = {"up": np.eye(2), "down": np.array([[1.0, 2.0]])}
+    >>> b = cfmerge.align.permute(spaces, a, {"h": np.array([1, 0])})
+    >>> many = cfmerge.align.merge_many(spaces, {"a": a, "b": b})
+    >>> many.mean["down"].tolist(), many.history[-1]
+    ([[1.0, 2.0]], 0.0)
+
+
         >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
         >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
         >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}

@@ -49,6 +49,14 @@ HISTOGRAMS = ("uniform", "norm")
 class Fused(NamedTuple):
     """Two models fused.
 
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    >>> a = {"up": np.eye(2), "down": np.array([[1.0, 2.0]])}
+    >>> b = cfmerge.align.permute(spaces, a, {"h": np.array([1, 0])})
+    >>> fused = cfmerge.align.ot_fusion(spaces, b, a)
+    >>> fused.plans["h"].tolist(), fused.costs
+    ([[0.0, 0.5], [0.5, 0.0]], {'h': 0.0})
+
+
         >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
         >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
         >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}

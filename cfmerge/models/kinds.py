@@ -167,7 +167,7 @@ def is_float(dtype: str) -> bool:
 
 
 def is_running(name: str, shapes: Iterable[str]) -> bool:
-    """Whether a tensor is a statistic of a batch norm: PyTorch's, linen's `batch_stats`, and nnx's, `mean` beside `var`."""
+    """Whether a tensor is a statistic of a batch norm: PyTorch's, linen's `batch_stats`, nnx's `mean` beside `var`."""
     found = re.search(r"(^|[./])(mean|var)$", name)
     beside = name[: found.start(2)] + {"mean": "var", "var": "mean"}[found[2]] if found else ""
     return bool(RUNNING.search(name)) or (bool(beside) and beside in shapes)

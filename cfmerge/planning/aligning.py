@@ -15,6 +15,7 @@ from cfmerge.errors import CfmergeError, NonFiniteError, nearest
 from cfmerge.formats import Source
 from cfmerge.formats.adapters import AdapterSource
 from cfmerge.models import is_float
+from cfmerge.models.kinds import is_running
 from cfmerge.models.patterns import tell
 from cfmerge.models.space_tables import Described, describe, read_table
 from cfmerge.models.spaces import Spaces

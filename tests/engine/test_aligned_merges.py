@@ -183,7 +183,7 @@ def test_what_cannot_be_aligned_is_refused_before_anything_is_written(mlps, here
 def test_an_expert_that_is_called_base_and_is_another_model_is_refused(mlps, here, make_model):
     make_model(here / "other/base", mlps[1], config={})
     for experts in (["other/base", "twin"], {"base": "twin", "other": "other/base"}):
-        with pytest.raises(cfmerge.CfmergeError, match="expert 'base' .* has the name that stands for the base"):
+        with pytest.raises(cfmerge.CfmergeError, match=r"expert 'base' .* has the name that stands for the base"):
             cfmerge.merge("base", experts, "average", output="out", align=HOW["align"])
 
 
@@ -198,8 +198,8 @@ def test_what_changes_the_base_as_it_lies_is_aligned_to_the_base_alone(mlps, her
         with pytest.raises(cfmerge.CfmergeError, match=f"align: to: twin: {why} .* align to the base"):
             make()
     cfmerge.accumulate("base", ["twin"], "ace", output="sums", **HOW)
+    how = {"align": {"spaces": "spaces.yaml", "to": "again"}}
     with pytest.raises(cfmerge.CfmergeError, match="align: to: again: statistics are of changes of the base"):
-        how = {"align": {"spaces": "spaces.yaml", "to": "again"}}
         cfmerge.merge("base", {"again": "twin"}, "ace", statistics="sums", output="out", **how)
     assert not (here / "out").exists()
 
