@@ -9,7 +9,6 @@ import numpy as np
 
 from cfmerge import align
 from cfmerge.align.source import Aligned, Alignment, Found, Tensors, check_same_sizes
-from cfmerge.align.zipping import RUNNING
 from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError, NonFiniteError, nearest
 from cfmerge.formats import Source
@@ -158,8 +157,7 @@ def _described_spaces(how: Align, model: Model, config: Mapping[str, Any]) -> De
 
 
 def _check_norms(recipe: Recipe, spaces: Spaces) -> None:
-    permuted = {name for name, axes in spaces.axes.items() if any(axis.spaces for axis in axes)}
-    running = [name for name in spaces.axes if RUNNING.search(name) and ("running" in name or name in permuted)]
+    running = [name for name in spaces.axes if is_running(name, spaces.axes)]
     if running and "batch-norm" not in recipe.allow:
         raise CfmergeError(
             f"align: {tell(running, list(spaces.axes))}: running statistics of BatchNorm, which are wrong for weights "
