@@ -24,11 +24,11 @@ from cfmerge.align.zipit import OFFICIAL
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.buffers import is_buffer, is_counter
+from cfmerge.models.kinds import is_running
 from cfmerge.models.layouts import Shape
 from cfmerge.models.spaces import Spaces, parse_spaces, same_spaces
 from cfmerge.models.ties import OUTPUTS
 
-RUNNING = re.compile(r"(^|[./])(running_mean|running_var|moving_mean|moving_variance|mean|var)$")  # of BatchNorm
 LANGUAGE = re.compile(r"For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration)$|LMHeadModel$")  # have an output layer
 Model = Mapping[str, Any]
 
@@ -190,7 +190,7 @@ def _with(blocks: Sequence[str], found: Sequence[Permutations] | None, rule: Rul
 
 
 def _running(spaces: Spaces, flow: Flow) -> list[str]:
-    return [name for name in flow.trunk if RUNNING.search(name) and writes(spaces, name) and not reads(spaces, name)]
+    return [name for name in flow.trunk if is_running(name, spaces.axes) and writes(spaces, name)]
 
 
 def _check_norms(spaces: Spaces, flow: Flow, reset: bool) -> None:

@@ -70,7 +70,7 @@ class Parameter:
 
 # --- kinds by name ----------------------------------------------------------------------------------------------
 
-RUNNING = re.compile(r"(running_mean|running_var|num_batches_tracked|batch_stats[./].*)$")
+RUNNING = re.compile(r"(running_mean|running_var|moving_mean|moving_variance|num_batches_tracked|batch_stats[./].*)$")
 CONV1D = re.compile(r"(^|[./])(attn|crossattention|mlp)[./](c_attn|c_proj|c_fc|q_attn)[./]weight$")
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt2-moe"}
 TORCH_MATRIX = re.compile(r"(weight|_weight)$")

@@ -358,14 +358,30 @@ def test_dtypes_and_kinds_of_arrays_are_kept(spaces):
 
 
 def test_statistics_of_batch_norm_are_refused_unless_they_will_be_estimated_again():
-    table = {"conv": "c, in -", "bn/mean": "c", "bn/scale": "c", "bn.num_batches_tracked": "", "out": "-, in c"}
-    given = {"conv": (4, 3), "bn/mean": (4,), "bn/scale": (4,), "bn.num_batches_tracked": (), "out": (2, 4)}
+    table = {
+        "conv": "c, in -",
+        "bn/mean": "c",
+        "bn/var": "c",
+        "bn/scale": "c",
+        "bn.num_batches_tracked": "",
+        "out": "-, in c",
+    }
+    given = {
+        "conv": (4, 3),
+        "bn/mean": (4,),
+        "bn/var": (4,),
+        "bn/scale": (4,),
+        "bn.num_batches_tracked": (),
+        "out": (2, 4),
+    }
     spaces = parse_spaces(table, given)
     a, b = ({name: np.arange(float(np.prod(shape)) + seed, seed, -1).reshape(shape) for name, shape in given.items()}
             for seed in (0, 1))  # fmt: skip
     for model, steps in ((a, 3), (b, 4)):
         model["bn.num_batches_tracked"] = np.array(steps)
-    with pytest.raises(CfmergeError, match=r"'bn/mean': running statistics of BatchNorm .* reset_norms=True"):
+    with pytest.raises(
+        CfmergeError, match=r"'bn/mean' and 1 more: running statistics of BatchNorm .* reset_norms=True"
+    ):
         zip_models(spaces, [a, b], None, method="identity")
     zipped = zip_models(spaces, [a, b], None, method="identity", reset_norms=True)
     assert any("running statistics are those of no model until" in note for note in zipped.notes)
