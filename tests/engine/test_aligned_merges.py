@@ -1,5 +1,8 @@
 """Merges of models of different initialisation: the recipe's key `align`."""
 
+import json
+
+import flax.serialization
 import numpy as np
 import pytest
 from space_models import GROUPED, TEXT, config_of, headers_of, outputs, saved, tensors_of, with_tensors
@@ -207,9 +210,7 @@ def test_what_changes_the_base_as_it_lies_is_aligned_to_the_base_alone(mlps, her
 def test_moments_of_an_expert_that_is_permuted_are_refused(mlps, here, make_model):
     make_model(here / "moments", {"up.weight": np.eye(6, dtype=np.float32)})
     experts = [cfmerge.Expert("base"), cfmerge.Expert("twin", moments="moments")]
-    with pytest.raises(
-        cfmerge.CfmergeError, match=r"expert 'twin' has moments \(moments\), which are in its own order"
-    ):
+    with pytest.raises(cfmerge.CfmergeError, match=r"'twin' has moments \(moments\), which are in its own order"):
         cfmerge.merge("base", experts, "regmean", output="out", align=HOW["align"])
 
 
@@ -219,9 +220,7 @@ def test_a_model_that_is_not_finite_is_named_or_left_out(mlps, here, make_model,
     broken["up.weight"][2, 3] = np.nan
     make_model(here / "broken", broken, config={})
     how = {"output": "out", "align": {"spaces": "spaces.yaml", "method": method}}
-    with pytest.raises(
-        cfmerge.CfmergeError, match=r"expert 'broken' .*'up\.weight' holds NaN or infinity.*skip-expert"
-    ):
+    with pytest.raises(cfmerge.CfmergeError, match=r"'broken' .*'up\.weight' holds NaN or infinity.*skip-expert"):
         cfmerge.merge("base", ["base", "twin", "broken"], "average", **how)
     result = cfmerge.merge("base", ["base", "twin", "broken"], "average", on_nonfinite="skip-expert", **how)
     assert any("expert 'broken' was left out" in note for note in result.notes)
@@ -245,6 +244,21 @@ def test_batch_norms_are_refused_without_leave(here):
         cfmerge.merge("base", ["base"], "average", output="out", align={}, allow=["one-expert"])
     allowed = ["one-expert", "batch-norm"]
     cfmerge.merge("base", ["base"], "average", output="out", align={}, allow=allowed)
+
+
+def test_batch_norms_of_a_flax_checkpoint_are_refused_without_leave(here):
+    tree = {"params": {"Dense_0": {"kernel": np.eye(3)}, "Dense_1": {"kernel": np.eye(3)}},
+            "batch_stats": {"BatchNorm_0": {"mean": np.ones(3), "var": np.ones(3)}}}  # fmt: skip
+    for name in ("base", "other"):
+        (here / f"{name}.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+    own = {"params/Dense_0/kernel": "in -, h", "params/Dense_1/kernel": "in h, -",
+           "batch_stats/BatchNorm_0/mean": "h", "batch_stats/BatchNorm_0/var": "h"}  # fmt: skip
+    (here / "own.yaml").write_text(json.dumps({"spaces": own}))
+    with pytest.raises(cfmerge.CfmergeError, match=r"align: batch_stats/\S+ .*: running statistics of BatchNorm"):
+        cfmerge.merge(
+            "base.msgpack", ["other.msgpack"], "average", output="out.msgpack", align={"spaces": "own.yaml"},
+            allow=["one-expert"],
+        )  # fmt: skip
 
 
 RESNET = {"num_channels": 3, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"}
