@@ -8,7 +8,7 @@ import numpy as np
 
 from cfmerge import align
 from cfmerge.align.source import Tensors
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import Source, open_checkpoint
 from cfmerge.models.space_tables import describe, read_table
 
@@ -50,12 +50,21 @@ def zip_checkpoints(
         **options: of `cfmerge.align.zip_models`: `method`, `width`, `budget`, `penalty`, `reset_norms`, ...
 
     Raises:
-        CfmergeError: neither moments nor `from_weights`, or both; models that cannot be read, or do not fit together.
+        CfmergeError: neither moments nor `from_weights`, or both; an unknown `head`, or one with `stop_at`; models that
+            cannot be read, or do not fit together.
     """
-    if (moments is None) == (not from_weights):
+    if moments is None and not from_weights:
         raise CfmergeError(
-            "zip: give joint moments of the models' features (examples/zipit_torch.py collects them), or take "
-            "similarities from weights: from_weights"
+            "zip: give joint moments of the models' features, moments=FILE (--moments FILE; examples/zipit_torch.py "
+            "collects them), or take similarities from weights, from_weights=True (--from-weights)"
+        )
+    if moments is not None and from_weights:
+        raise CfmergeError("zip: similarities are of moments or of weights; leave `moments` or `from_weights` out")
+    if head is not None and head not in models:
+        raise CfmergeError(f"zip: head: there is no model {head!r}{nearest(head, models)}")
+    if head is not None and stop_at is not None:
+        raise CfmergeError(
+            f"zip: head: a zip that stops at {stop_at!r} keeps the head of every model; leave `head` out, or `stop_at`"
         )
     sources = {name: open_checkpoint(path, download=download, cache_dir=cache_dir) for name, path in models.items()}
     table = read_table(spaces) if spaces is not None else None

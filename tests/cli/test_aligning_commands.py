@@ -108,3 +108,21 @@ def test_a_zip_needs_moments_or_leave_to_take_weights(pair, tmp_path):
     assert isinstance(done.exception, cfmerge.CfmergeError)
     assert "give joint moments of the models' features" in str(done.exception)
     assert not (tmp_path / "out").exists()
+    both = run(
+        "zip", "a", "b", "--moments", "joint.safetensors", "--from-weights", "--spaces", "spaces.yaml", "-o", "out"
+    )
+    assert "leave `moments` or `from_weights` out" in str(both.exception)
+
+
+def test_a_head_is_that_of_one_of_the_models_and_of_a_zip_all_through(pair, tmp_path):
+    options = ["--from-weights", "--spaces", "spaces.yaml", "-o", "out"]
+    unknown = run("zip", "left=a", "right=b", "--head", "lfet", *options)
+    assert "head: there is no model 'lfet'; did you mean 'left'?" in str(unknown.exception)
+    partial = run("zip", "left=a", "right=b", "--head", "left", "--stop-at", "first", *options)
+    assert "stops at 'first' keeps the head of every model" in str(partial.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_how_models_are_aligned(model):
+    done = run("plan", "--base", model, "-e", model, "-m", "average", "--align", "many", "--allow", "one-expert")
+    assert "align   to base by many" in done.stdout, done.output

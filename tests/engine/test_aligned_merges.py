@@ -129,6 +129,15 @@ def test_models_are_matched_by_their_activations(mlps, here):
     with pytest.raises(cfmerge.CfmergeError, match="has moments of base, twin, none of 'other'; they go by the names"):
         cfmerge.merge("base", {"other": "twin"}, "average", output="again", align=how, allow=["one-expert"])
     assert not (here / "again").exists()
+    own = cfmerge.align.Moments(("one", "other"))
+    own.add("hidden", [hidden("base"), hidden("twin")])
+    own.save("own.safetensors")  # of the experts alone, of which the base is one
+    cfmerge.merge(
+        "base", {"one": "base", "other": "twin"}, "average", output="again", align={**how, "moments": "own.safetensors"}
+    )
+    np.testing.assert_allclose(
+        merged("again")["down.weight"], (mlps[0]["down.weight"] + mlps[1]["down.weight"]) / 2, atol=1e-6
+    )
 
 
 def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
@@ -164,8 +173,16 @@ def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
         ({"align": {"methods": "weights"}}, "unknown key 'methods'"),
         ({"align": {"method": "activations"}}, "method activations needs `moments: FILE`"),
         ({"align": {"moments": "joint.safetensors"}}, "method weights looks at weights, and takes no `moments`"),
+        (
+            {"align": {"method": "activations", "moments": "no.file", "spaces": "spaces.yaml"}},
+            "align: no.file: cannot be read: No such file",
+        ),
+        (
+            {"align": {"method": "weigths"}},
+            r"align\.method: expected one of weights, many, universe, activations, found 'weigths'",
+        ),
     ],
-    ids=["to", "file", "family", "layers", "key", "no moments", "moments"],
+    ids=["to", "file", "family", "layers", "key", "no moments", "moments", "no file", "method"],
 )
 def test_what_cannot_be_aligned_is_refused_before_anything_is_written(mlps, here, changes, message):
     with pytest.raises(cfmerge.CfmergeError, match=message):
@@ -190,3 +207,15 @@ def test_batch_norms_are_refused_without_leave(here):
 
 
 RESNET = {"num_channels": 3, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"}
+
+
+def test_batch_norms_of_flax_are_refused_without_leave(here, make_model):
+    shapes = {"params/up/kernel": (3, 4), "params/norm/scale": (4,), "batch_stats/norm/mean": (4,),
+              "batch_stats/norm/var": (4,), "params/down/kernel": (4, 2)}  # fmt: skip
+    make_model(here / "base", {name: np.ones(shape, np.float32) for name, shape in shapes.items()}, config={})
+    (here / "spaces.yaml").write_text(
+        "spaces:\n  params/up/kernel: in -, h\n  params/down/kernel: in h, -\n"
+        "  params/norm/scale: h\n  'batch_stats/norm/{x=mean|var}': h\n"
+    )
+    with pytest.raises(cfmerge.CfmergeError, match=r"batch_stats.*running statistics of BatchNorm"):
+        cfmerge.merge("base", ["base"], "average", output="out", **HOW)
