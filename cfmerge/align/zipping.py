@@ -197,8 +197,8 @@ def _check_norms(spaces: Spaces, flow: Flow, reset: bool) -> None:
     if not reset and (stale := _running(spaces, flow)):
         raise CfmergeError(
             f"zip: {and_more([repr(name) for name in stale])}: running statistics of BatchNorm are those of no zipped "
-            "feature; say reset_norms=True and estimate them again with inputs (cfmerge.activations.reset_norms_linen, "
-            "reset_norms_nnx), or stop in front of them"
+            "feature; say reset_norms=True (--reset-norms) and estimate them again with inputs "
+            "(cfmerge.activations.reset_norms_linen, reset_norms_nnx), or stop in front of them"
         )
 
 
