@@ -26,11 +26,11 @@ import numpy as np
 from numpy.polynomial import Polynomial
 
 from cfmerge.align.assignment import assign_space
-from cfmerge.align.gains import Tensors, Term, check_names, inner, product, read, terms_of
+from cfmerge.align.gains import Tensors, Term, check_model, inner, product, read, terms_of
 from cfmerge.align.permuting import Permutations, check_permutations, compose, identity, inverse
 from cfmerge.align.soft import Maps, hard, mapped
 from cfmerge.align.trees import flat
-from cfmerge.align.weight_matching import weight_matching
+from cfmerge.align.weight_matching import search as match_weights
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Spaces
 
@@ -39,6 +39,21 @@ SMALLEST = 1e-7  # rise of the objective, relative to it, that ends the search
 
 class Universe(NamedTuple):
     """Models in one universe.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    >>> a = {"up": np.eye(2), "down": np.array([[1.0, 2.0]])}
+    >>> b = cfmerge.align.permute(spaces, a, {"h": np.array([1, 0])})
+    >>> found = cfmerge.align.universe(spaces, {"a": a, "b": b})
+    >>> found.before, found.objective
+    (4.0, 7.0)
+
+
+        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
+        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
+        >>> found = cfmerge.align.universe(spaces, {"a": a, "b": b})
+        >>> found.before, found.objective
+        (28.0, 30.0)
 
     Attributes:
         permutations: `{model: {space: permutation}}` into the universe: average the models permuted by these.
@@ -89,15 +104,15 @@ def universe(
         raise CfmergeError(f"universe: takes two or more models, found {len(models)}")
     models = {name: flat(spaces, model)[0] for name, model in models.items()}
     for name, model in models.items():
-        check_names(spaces, model, name)
+        check_model(spaces, model, name)
     first, *others = models
     begin = {name: {**identity(spaces), **(start or {}).get(name, {})} for name in models}
     for name in others if start is None else ():
-        begin[name] = weight_matching(spaces, models[first], models[name], seed=seed).permutations
+        begin[name] = match_weights(spaces, models[first], models[name], seed=seed).permutations
     for permutations in begin.values():
         check_permutations(spaces, permutations)
     with jax.enable_x64(True):
-        search = _Search(spaces, models)
+        search = Search(spaces, models)
         found, history = search.run(begin, steps)
         before, at_start, objective = (
             search.objective({name: search.hard(p[name]) for name in models})
@@ -124,7 +139,7 @@ def between(spaces: Spaces, one: Permutations, other: Permutations) -> dict[str,
     return compose(spaces, one, inverse(spaces, other))
 
 
-class _Search:
+class Search:
     """The objective of maps of each model into the universe, its gradient, and its course along a step."""
 
     def __init__(self, spaces: Spaces, models: Mapping[str, Tensors]):
@@ -175,9 +190,8 @@ class _Search:
 
     def weights(self, name: str) -> list[Any]:
         """One tensor of every model."""
-        shape = tuple(axis.size for axis in self.spaces.axes[name])
-        read_all = [read(name, model, shape, who) for who, model in self.models.items()]
-        return [tensor.astype(self.dtype) for tensor in read_all if tensor is not None]
+        stored = [read(self.spaces, name, model, who) for who, model in self.models.items()]
+        return [tensor.astype(self.dtype) for tensor in stored if tensor is not None]
 
     def objective(self, maps: Mapping[str, Mapping[str, Maps]]) -> float:
         """`sum over a < b <X_a, X_b>`."""

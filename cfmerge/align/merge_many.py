@@ -21,16 +21,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.align.gains import Tensors, check_names, read
+from cfmerge.align.gains import Tensors, check_model, read
 from cfmerge.align.permuting import Permutations, identity, permute_tensor
 from cfmerge.align.trees import built, flat
-from cfmerge.align.weight_matching import weight_matching
+from cfmerge.align.weight_matching import search
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Spaces
 
 
 class Many(NamedTuple):
     """Several models, permuted to be near their mean.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    >>> a = {"up": np.eye(2), "down": np.array([[1.0, 2.0]])}
+    >>> b = cfmerge.align.permute(spaces, a, {"h": np.array([1, 0])})
+    >>> many = cfmerge.align.merge_many(spaces, {"a": a, "b": b})
+    >>> many.mean["down"].tolist(), many.history[-1]
+    ([[1.0, 2.0]], 0.0)
+
+
+        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
+        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
+        >>> cfmerge.align.merge_many(spaces, {"a": a, "b": b}).permutations["b"]
+        {'h': array([1, 0])}
 
     Attributes:
         permutations: `{model: {space: permutation}}`.
@@ -83,19 +97,19 @@ def merge_many(
     structure = flat(spaces, next(iter(models.values())))[1]
     models = {name: flat(spaces, model)[0] for name, model in models.items()}
     for name, model in models.items():
-        check_names(spaces, model, name)
+        check_model(spaces, model, name)
     first, *others = models
     permutations = {name: {**identity(spaces), **(start or {}).get(name, {})} for name in models}
     if start is None:
         for name in others:
-            permutations[name] = weight_matching(spaces, models[first], models[name], seed=seed).permutations
+            permutations[name] = search(spaces, models[first], models[name], seed=seed).permutations
     generator, gains = np.random.default_rng(seed), list[float]()
     while len(gains) < sweeps and (not gains or gains[-1] > 0):
         gains.append(0.0)
         for name in generator.permutation(list(models)):
             rest = _Mean(spaces, {other: model for other, model in models.items() if other != name}, permutations)
             number = int(generator.integers(2**31))
-            found = weight_matching(spaces, rest, models[name], seed=number, start=permutations[name])
+            found = search(spaces, rest, models[name], seed=number, start=permutations[name])
             permutations[name] = found.permutations
             gains[-1] += found.objective - found.history[0]
     mean, squares = _mean_of(spaces, models, permutations, keep_mean)
@@ -122,9 +136,9 @@ class _Mean(Mapping[str, Any]):
         return len(self.spaces.axes)
 
     def __getitem__(self, name: str) -> Any:
-        shape, total = tuple(axis.size for axis in self.spaces.axes[name]), np.float32(0)
+        total = np.float32(0)
         for who, model in self.models.items():
-            tensor = read(name, model, shape, who)
+            tensor = read(self.spaces, name, model, who)
             if tensor is None:
                 return model[name]
             with jax.enable_x64(True):

@@ -209,13 +209,13 @@ class Moments:
             )
         return rows
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Writes them as one safetensors file, which appears when it is complete.
 
         It holds `SPACE:tokens`, `SPACE:mean` and `SPACE:covariance`; its metadata tell that, models and widths.
 
         Raises:
-            CfmergeError: it exists, is not called `.safetensors`, or there is nothing to save.
+            CfmergeError: it exists (without `overwrite`), is not called `.safetensors`, or there is nothing to save.
         """
         path = Path(path)
         if path.suffix != ".safetensors" or not self._spaces:
@@ -228,7 +228,7 @@ class Moments:
         }
         widths = {space: joint.widths for space, joint in self._spaces.items()}
         metadata = {"holds": HOLDS, "models": json.dumps(self.models), "widths": json.dumps(widths)}
-        with FileSink(path, [Folder(stem=path.stem, sharded=False)], metadata=metadata) as sink:
+        with FileSink(path, [Folder(stem=path.stem, sharded=False)], metadata=metadata, overwrite=overwrite) as sink:
             sink.declare({name: (array.shape, array.dtype) for name, array in arrays.items()})
             for name, array in arrays.items():
                 sink.write(name, array)

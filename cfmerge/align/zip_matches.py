@@ -6,7 +6,7 @@ of m elements is assigned within each pair of them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ def similarity_of(given: Any, models: Sequence[str], official: bool = False) -> 
             "zip: similarity should be joint moments, a mapping of similarities by space, or 'weights'; found "
             f"{type(given).__name__}"
         )
-    spaces = given if isinstance(given, Mapping) else given.spaces
+    spaces = told_by(given)
 
     def found(space: str, folds: Folds) -> np.ndarray:
         if space not in spaces:
@@ -77,6 +77,11 @@ def similarity_of(given: Any, models: Sequence[str], official: bool = False) -> 
         return np.asarray(given[space] if isinstance(given, Mapping) else given.correlation(space))
 
     return found
+
+
+def told_by(given: Any) -> Collection[str]:
+    """The spaces of whose features moments, or a mapping, tell."""
+    return given if isinstance(given, Mapping) else given.spaces
 
 
 def matched(

@@ -65,6 +65,11 @@ class Zipped:
     notes: tuple[str, ...] = ()
     layout: Any = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all spaces are zipped, so that no head has features of its own."""
+        return all(name in self.groups or name in self.blocks[0] for name in self.sizes if "." not in name)
+
     def tensors(self, name: str) -> dict[str, Any]:
         """All tensors of one model by name: the trunk's and its own.
 
@@ -89,7 +94,7 @@ class Zipped:
         Raises:
             CfmergeError: the zip stops before, or heads have different shapes.
         """
-        if self.stop_at:
+        if not self.is_whole:
             raise CfmergeError(
                 f"zip: it stops at {', '.join(self.stop_at)}, and behind it the models' features are not matched: they "
                 "have no common head; take model(NAME) or apply"
@@ -116,29 +121,31 @@ class Zipped:
         trunk = {name: jnp.asarray(leaf) for name, leaf in self.trunk.items()}
         return _applied(function, fixed, trunk, {name: dict(own) for name, own in self.heads.items()}, inputs)
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """The directory that the result is written into; it appears when it is complete. `load_zipped` reads it.
 
         Raises:
-            CfmergeError: there is something, or a model's name cannot be a file's.
+            CfmergeError: there is something (without `overwrite`), or a model's name cannot be a file's.
         """
-        return save(self, Path(directory))
+        return save(self, Path(directory), overwrite)
 
-    def write(self, output: str | Path, base: str | Path, head: str | None = None) -> Path:
+    def write(self, output: str | Path, base: str | Path, head: str | None = None, *, overwrite: bool = False) -> Path:
         """The path of a checkpoint of a zip all through, with the config and the other files of its base.
 
         Args:
             output: the directory, or the file, to make.
             base: the files of one of the models.
             head: the model whose head it has; None: the mean of all.
+            overwrite: a model that is there is replaced.
 
         Raises:
-            CfmergeError: the zip stops before, the tensors are not those of the base, or there is something.
+            CfmergeError: the zip stops before, the tensors are not those of the base, or there is something
+                (without `overwrite`).
         """
-        if head is not None and self.stop_at:
+        if head is not None and not self.is_whole:
             raise CfmergeError(f"zip: it stops at {', '.join(self.stop_at)}; write a model by save(tensors(NAME))")
         whole = dataclasses.replace(self, layout=None)
-        return write(whole.joint() if head is None else self.tensors(head), Path(output), base)
+        return write(whole.joint() if head is None else self.tensors(head), Path(output), base, overwrite)
 
     def _differing(self) -> str | None:
         """A tensor whose shape differs between the heads."""

@@ -26,18 +26,18 @@ KIND, VERSION = "cfmerge-zip", 1
 FILE_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 
 
-def save(zipped: "Zipped", directory: Path) -> Path:
-    """The directory, made whole or not at all; nothing is overwritten.
+def save(zipped: "Zipped", directory: Path, overwrite: bool = False) -> Path:
+    """The directory, made whole or not at all; without `overwrite` nothing is replaced.
 
     Raises:
-        CfmergeError: there is something, or a model's name cannot be a file's.
+        CfmergeError: there is something (without `overwrite`), or a model's name cannot be a file's.
     """
     for name in zipped.models:
         if not FILE_NAME.fullmatch(name):
             raise CfmergeError(f"zip: model {name!r} cannot be a file's name; give models as {{name: model}}")
     trunk = {name: np.asarray(leaf) for name, leaf in zipped.trunk.items()}
     heads = [(model, {name: np.asarray(leaf) for name, leaf in own.items()}) for model, own in zipped.heads.items()]
-    with DirectorySink(directory, [Folder(stem=TRUNK, sharded=False)]) as sink:
+    with DirectorySink(directory, [Folder(stem=TRUNK, sharded=False)], overwrite=overwrite) as sink:
         sink.declare({name: (array.shape, array.dtype) for name, array in trunk.items()})
         for name, array in trunk.items():
             sink.write(name, array)
@@ -132,11 +132,11 @@ def _tensors(path: Path, names: list[str] | tuple[str, ...], table: str) -> dict
     return {name: file.read(name) for name in names}
 
 
-def write(tensors: Mapping[str, Any], output: Path, base: str | Path) -> Path:
+def write(tensors: Mapping[str, Any], output: Path, base: str | Path, overwrite: bool = False) -> Path:
     """A checkpoint of some tensors, which lies as its base does, with its side files; whole or not at all.
 
     Raises:
-        CfmergeError: the tensors are not those of the base, in its shapes; or there is something.
+        CfmergeError: the tensors are not those of the base, in its shapes; or there is something (without `overwrite`).
     """
     source = open_checkpoint(base)
     missing = [name for name in source.tensors if name not in tensors]
@@ -158,7 +158,7 @@ def write(tensors: Mapping[str, Any], output: Path, base: str | Path) -> Path:
             )
     with open_sink(
         output, source.folders, shard_bytes=5 * 10**9, side_files=source.side_files, edits={},
-        inputs=[*source.files, source.path],
+        inputs=[*source.files, source.path], overwrite=overwrite,
     ) as sink:  # fmt: skip
         sink.declare({name: (info.shape, tensors[name].dtype) for name, info in source.tensors.items()})
         for name in source.tensors:

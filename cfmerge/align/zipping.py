@@ -5,6 +5,7 @@ it take U (folding.py). Where the zip stops, the trunk is one for all models, an
 tensors have U folded in (flow.py).
 """
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -17,17 +18,17 @@ from cfmerge.align.flow import Flow, divided, reads, writes
 from cfmerge.align.folding import Folds, computing
 from cfmerge.align.permuting import Permutations
 from cfmerge.align.trees import flat
-from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of
+from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of, told_by
 from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
 from cfmerge.align.zipit import OFFICIAL
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.buffers import is_buffer, is_counter
+from cfmerge.models.kinds import is_running
 from cfmerge.models.layouts import Shape
 from cfmerge.models.spaces import Spaces, parse_spaces, same_spaces
 from cfmerge.models.ties import OUTPUTS
 
-RUNNING = re.compile(r"(^|[./])(running_mean|running_var|moving_mean|moving_variance|mean|var)$")  # of BatchNorm
 LANGUAGE = re.compile(r"For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration)$|LMHeadModel$")  # have an output layer
 Model = Mapping[str, Any]
 
@@ -81,16 +82,9 @@ def zip_models(
     own = _spaces(spaces, names, mappings)
     flow = divided(own[0], stop_at)
     _check_norms(own[0], flow, reset_norms)
-    if isinstance(similarity, str) and similarity == "weights":
-        found = matched_by_weights(own, mappings, flow.zipped)
-        order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
-        by: Similarity | None = WeightSimilarity(mappings, found)
-        permutations = _with_blocks(own[0], found, permutations)
-        notes = ["similarities are from weights, an extension of ZipIt!, whose authors take activations"]
-    else:
-        by = None if similarity is None else similarity_of(similarity, names, compat == OFFICIAL)
-        order, notes = flow.zipped, []
-    folds = matched(names, own, order, by, Rule(method, width, budget, penalty, compat, permutations))
+    rule = Rule(method, width, budget, penalty, compat, permutations)
+    order, by, rule, notes = _told(similarity, names, own, mappings, flow, rule)
+    folds = matched(names, own, order, by, rule)
     _check_tied(own[0], flow, folds, {*tied, *_outputs(mappings)})
     if flow.plain:
         notes.append(f"{and_more(flow.plain)}: of no space, averaged as they are")
@@ -117,6 +111,27 @@ def zip_models(
     )
 
 
+def _told(
+    similarity: Any, names: Sequence[str], own: Sequence[Spaces], models: Sequence[Model], flow: Flow, rule: Rule
+) -> tuple[Sequence[str], Similarity | None, Rule, list[str]]:
+    """The order in which spaces are matched, how alike their features are, a rule with known permutations, notes."""
+    blocks = [name for name in flow.zipped if own[0].children(name)]
+    if isinstance(similarity, str) and similarity == "weights":
+        found = matched_by_weights(own, models, flow.zipped)
+        order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
+        note = "similarities are from weights, an extension of ZipIt!, whose authors take activations"
+        return order, WeightSimilarity(models, found), _with(blocks, found, rule), [note]
+    if similarity is None:
+        return flow.zipped, None, rule, []
+    by = similarity_of(similarity, names, rule.compat == OFFICIAL)
+    known = set(told_by(similarity)).union(*(rule.permutations or ()))
+    untold = [name for name in blocks if name not in known]
+    if untold and rule.method != "identity" and (found := matched_by_weights(own, models, flow.zipped)):
+        note = f"{and_more(untold)}: in an order that weights tell, since no similarity does"
+        return flow.zipped, by, _with(untold, found, rule), [note]
+    return flow.zipped, by, rule, []
+
+
 def _flat(models: Mapping[str, Any] | Sequence[Any], spaces: Spaces) -> tuple[list[str], list[Model], Any]:
     """Names, mappings by name, and the structure of a tree, which is None of a mapping."""
     pairs = list(models.items() if isinstance(models, Mapping) else ((f"model_{i}", m) for i, m in enumerate(models)))
@@ -141,7 +156,7 @@ def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Seq
         shapes = _shapes(model)
         same_spaces(expected, shapes, "zip: the table of spaces", f"model {name!r}")
         try:
-            result.append(one if shapes == expected else parse_spaces(one.table(), shapes, _told(one)))
+            result.append(one if shapes == expected else parse_spaces(one.table(), shapes, _given(one)))
         except CfmergeError as error:
             raise CfmergeError(f"model {name!r}: {error}") from None
     return result
@@ -152,7 +167,7 @@ def _shapes(model: Model) -> dict[str, Shape]:
     return {name: tuple(np.shape(model[name]) if headers is None else headers[name].shape) for name in model}
 
 
-def _told(spaces: Spaces) -> dict[str, int]:
+def _given(spaces: Spaces) -> dict[str, int]:
     """The sizes that do not follow from shapes: those of spaces that stand beside another space on all their axes."""
     alone = {
         factor.name for axes in spaces.axes.values() for axis in axes for part in axis.parts for factor in part
@@ -161,30 +176,29 @@ def _told(spaces: Spaces) -> dict[str, int]:
     return {name: size for name, size in spaces.sizes.items() if name not in alone}
 
 
-def _with_blocks(
-    spaces: Spaces, found: Sequence[Permutations] | None, given: Sequence[Permutations] | None
-) -> Sequence[Permutations] | None:
-    """The user's permutations, and where they have none those of spaces with children, found by weights."""
+def _with(blocks: Sequence[str], found: Sequence[Permutations] | None, rule: Rule) -> Rule:
+    """The rule, and the permutations that were found of some spaces with children, where the user has none."""
     if found is None:
-        return given
-    blocks = [name for name in spaces.names if spaces.children(name) and not any(name in one for one in given or ())]
-    names = [name for block in blocks for name in (block, *spaces.children(block))]
-    own = given or [{}] * len(found)
-    return [
-        {**mine, **{n: one[n] for n in names if n in one}} for mine, one in zip(own, found, strict=True)
-    ]  # fmt: skip
+        return rule
+    mine = rule.permutations or [{}] * len(found)
+    left = [block for block in blocks if not any(block in one for one in mine)]
+    both = [
+        {**own, **{name: order for name, order in one.items() if name.partition(".")[0] in left}}
+        for own, one in zip(mine, found, strict=True)
+    ]
+    return dataclasses.replace(rule, permutations=both)
 
 
 def _running(spaces: Spaces, flow: Flow) -> list[str]:
-    return [name for name in flow.trunk if RUNNING.search(name) and writes(spaces, name) and not reads(spaces, name)]
+    return [name for name in flow.trunk if is_running(name, spaces.axes) and writes(spaces, name)]
 
 
 def _check_norms(spaces: Spaces, flow: Flow, reset: bool) -> None:
     if not reset and (stale := _running(spaces, flow)):
         raise CfmergeError(
             f"zip: {and_more([repr(name) for name in stale])}: running statistics of BatchNorm are those of no zipped "
-            "feature; say reset_norms=True and estimate them again with inputs (cfmerge.activations.reset_norms_linen, "
-            "reset_norms_nnx), or stop in front of them"
+            "feature; say reset_norms=True (--reset-norms) and estimate them again with inputs "
+            "(cfmerge.activations.reset_norms_linen, reset_norms_nnx), or stop in front of them"
         )
 
 

@@ -52,6 +52,7 @@ def zip_models(
     models: Annotated[list[str], o.argument("MODELS", "PATH or NAME=PATH, two or more.")],
     *,
     output: o.Output,
+    overwrite: o.Overwrite = False,
     moments: Annotated[
         str | None, o.option("--moments", metavar="FILE", panel=o.HOW, help="Joint moments of their features.")
     ] = None,
@@ -87,7 +88,7 @@ def zip_models(
     zipped = cfmerge.zip_checkpoints(
         {one.name: one.path for one in experts}, output, moments=moments, from_weights=from_weights, stop_at=stop_at,
         method=method, budget=budget, penalty=penalty, spaces=table, reset_norms=reset_norms, head=head,
-        download=download, cache_dir=cache_dir,
+        overwrite=overwrite, download=download, cache_dir=cache_dir,
     )  # fmt: skip
     told = {
         "output": str(Path(output)),

@@ -183,11 +183,10 @@ def _common(models: Mapping[str, Model], spaces: Spaces) -> tuple[Spaces, list[s
 
 def _described(how: Align) -> str:
     """How models are aligned, and the state of the files that decide it."""
-    files = [Path(file).expanduser() for file in (how.moments, how.spaces) if file]
-    for file in files:
-        if not file.is_file():
-            raise CfmergeError(f"align: {file}: no such file")
-    states = [file.stat() for file in files]
+    try:
+        states = [Path(file).expanduser().stat() for file in (how.moments, how.spaces) if file]
+    except OSError as error:
+        raise CfmergeError(f"align: {error.filename}: cannot be read: {error.strerror}") from None
     return repr((how, [(state.st_size, state.st_mtime_ns) for state in states]))
 
 
@@ -228,9 +227,9 @@ def _matched(how: Align, models: Mapping[str, Model], spaces: Spaces) -> Found:
     for name in others:
         if moments is None:
             found = align.weight_matching(spaces, tensors[how.to], tensors[name], seed=how.seed, sweeps=how.sweeps)
-            worth = f"inner product {found.before:.4g} before, {found.objective:.4g} after {found.sweeps} sweeps"
+            worth = f"inner product {found.before:.4g} before, {found.objective:.4g} after {_sweeps(found.sweeps)}"
         else:
-            numbers = (_place(how, moments, how.to), _place(how, moments, name))
+            numbers = (_place(how, moments, how.to, models), _place(how, moments, name, models))
             found = align.activation_matching(spaces, moments, models=numbers)
             worth = f"sum of correlations {found.before:.4g} before, {found.objective:.4g} after"
         permutations[name] = found.permutations
@@ -238,20 +237,31 @@ def _matched(how: Align, models: Mapping[str, Model], spaces: Spaces) -> Found:
     return Found(permutations, tuple(told))
 
 
-def _place(how: Align, moments: align.Moments, model: str) -> int:
-    if model not in moments.models:
+def _place(how: Align, moments: align.Moments, model: str, models: Mapping[str, Model]) -> int:
+    """Which of the moments' models one is: by its name, or by that of another that is read from the same path."""
+    path = models[model].source.path
+    names = [model, *(name for name, one in models.items() if one.source.path == path)]
+    found = next((name for name in names if name in moments.models), None)
+    if found is None:
         raise CfmergeError(
             f"align: {how.moments}: has moments of {', '.join(moments.models)}, none of {model!r}; they go by the "
-            "names of the experts, and `base`"
+            f"names of the experts, and `base`; here these are {', '.join(models)}"
         )
-    return moments.models.index(model)
+    return moments.models.index(found)
+
+
+def _sweeps(count: int) -> str:
+    return "1 sweep" if count == 1 else f"{count} sweeps"
 
 
 def _jointly(how: Align, tensors: Mapping[str, Tensors], spaces: Spaces) -> Found:
     """All models matched at once; then all in the order of the reference."""
     if how.method == "many":
         own = align.merge_many(spaces, tensors, seed=how.seed, sweeps=how.sweeps, keep_mean=False)
-        worth = f"sum of squared distances from the mean {own.history[0]:.4g} at first, {own.history[-1]:.4g} after"
+        worth = (
+            f"sum of squared distances from the mean {own.history[0]:.4g} with each matched to "
+            f"{next(iter(tensors))!r}, {own.history[-1]:.4g} after"
+        )
         into = own.permutations
     else:
         found = align.universe(spaces, tensors, seed=how.seed, steps=how.sweeps)

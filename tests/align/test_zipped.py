@@ -127,6 +127,7 @@ def test_a_directory_that_is_not_whole_is_refused(tmp_path):
 def test_heads_that_have_no_mean_and_models_that_are_not_there_are_told(tmp_path):
     with pytest.raises(CfmergeError, match=r"it stops at c1, and behind it the models' features are not matched"):
         zipped_of(stop_at="c1").joint()
+    assert zipped_of(stop_at="c2").joint().keys() == tree(0).keys()  # which is all there is
     differing = zipped_of((TOP, TOP + 3), stop_at=None)
     with pytest.raises(CfmergeError, match=r"'Dense_2/kernel' has the shapes \(32, 4\) and .*; take model\(NAME\)"):
         differing.joint()

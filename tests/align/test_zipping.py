@@ -145,6 +145,16 @@ def test_a_partial_zip_is_that_of_the_equations(spaces, stop):
     assert "out.bias" in zipped.heads["a"]
 
 
+def test_the_authors_groups_are_applied_where_they_are_asked_for(spaces):
+    all_ = [mlp(seed) for seed in range(3)]
+    given = similarities(all_)
+    zipped = zip_models(spaces, all_, given, stop_at="c1", compat="official")
+    groups = match(given["c1"], 3, compat="official")
+    parts = np.split(groups.merge, 3, axis=1)
+    expected = sum(part @ model["one.weight"] for part, model in zip(parts, all_, strict=True))
+    np.testing.assert_allclose(zipped.trunk["one.weight"], expected, rtol=2e-5)
+
+
 CONV = {
     "conv1": "c1, in -, -, -", "norm1.scale": "c1", "norm1.bias": "c1",
     "conv2": "c2, in c1, -, -", "norm2.scale": "c2", "norm2.bias": "c2",
@@ -254,6 +264,12 @@ def test_heads_are_permuted_as_blocks_and_values_within_them():
     m, u = np.split(mixed.groups["h"].merge, 2, axis=1), np.split(mixed.groups["h"].unmerge, 2)
     np.testing.assert_allclose(mixed.trunk["v"], (a["v"] @ u[0] + moved["v"] @ u[1]) / 2, atol=1e-12)
     np.testing.assert_allclose(mixed.trunk["o"], m[0] @ a["o"] + m[1] @ moved["o"], atol=1e-12)
+    by_weights = zip_models(spaces, [a, b], {"h": given["h"]})
+    assert by_weights.notes == ("heads: in an order that weights tell, since no similarity does",)
+    for name, values in by_weights.joint().items():
+        np.testing.assert_allclose(values, a[name], atol=1e-12)
+    ordered = zip_models(spaces, [a, b], {"h": given["h"]}, permutations=[{}, by_weights.blocks[1]])
+    assert ordered.notes == ()
     with pytest.raises(CfmergeError, match=r"'heads': 1 features of each element do not tell the order of heads.v 5"):
         zip_models(spaces, [a, b], {**given, "heads": np.eye(6)})
 
@@ -342,14 +358,30 @@ def test_dtypes_and_kinds_of_arrays_are_kept(spaces):
 
 
 def test_statistics_of_batch_norm_are_refused_unless_they_will_be_estimated_again():
-    table = {"conv": "c, in -", "bn/mean": "c", "bn/scale": "c", "bn.num_batches_tracked": "", "out": "-, in c"}
-    given = {"conv": (4, 3), "bn/mean": (4,), "bn/scale": (4,), "bn.num_batches_tracked": (), "out": (2, 4)}
+    table = {
+        "conv": "c, in -",
+        "bn/mean": "c",
+        "bn/var": "c",
+        "bn/scale": "c",
+        "bn.num_batches_tracked": "",
+        "out": "-, in c",
+    }
+    given = {
+        "conv": (4, 3),
+        "bn/mean": (4,),
+        "bn/var": (4,),
+        "bn/scale": (4,),
+        "bn.num_batches_tracked": (),
+        "out": (2, 4),
+    }
     spaces = parse_spaces(table, given)
     a, b = ({name: np.arange(float(np.prod(shape)) + seed, seed, -1).reshape(shape) for name, shape in given.items()}
             for seed in (0, 1))  # fmt: skip
     for model, steps in ((a, 3), (b, 4)):
         model["bn.num_batches_tracked"] = np.array(steps)
-    with pytest.raises(CfmergeError, match=r"'bn/mean': running statistics of BatchNorm .* reset_norms=True"):
+    with pytest.raises(
+        CfmergeError, match=r"'bn/mean' and 1 more: running statistics of BatchNorm .* reset_norms=True"
+    ):
         zip_models(spaces, [a, b], None, method="identity")
     zipped = zip_models(spaces, [a, b], None, method="identity", reset_norms=True)
     assert any("running statistics are those of no model until" in note for note in zipped.notes)

@@ -136,6 +136,15 @@ def test_models_are_matched_by_their_activations(mlps, here):
     with pytest.raises(cfmerge.CfmergeError, match="has moments of base, twin, none of 'other'; they go by the names"):
         cfmerge.merge("base", {"other": "twin"}, "average", output="again", align=how, allow=["one-expert"])
     assert not (here / "again").exists()
+    own = cfmerge.align.Moments(("one", "other"))
+    own.add("hidden", [hidden("base"), hidden("twin")])
+    own.save("own.safetensors")  # of the experts alone, of which the base is one
+    cfmerge.merge(
+        "base", {"one": "base", "other": "twin"}, "average", output="again", align={**how, "moments": "own.safetensors"}
+    )
+    np.testing.assert_allclose(
+        merged("again")["down.weight"], (mlps[0]["down.weight"] + mlps[1]["down.weight"]) / 2, atol=1e-6
+    )
 
 
 def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
@@ -191,13 +200,17 @@ def test_a_part_of_a_model_has_a_part_of_the_spaces(here):
         ({"align": {"method": "activations"}}, "method activations needs `moments: FILE`"),
         ({"align": {"moments": "joint.safetensors"}}, "method weights looks at weights, and takes no `moments`"),
         (
-            {"align": {"spaces": "spaces.yaml", "method": "activations", "moments": "nowhere.safetensors"}},
-            r"align: nowhere\.safetensors: no such file",
+            {"align": {"method": "activations", "moments": "no.file", "spaces": "spaces.yaml"}},
+            r"align: no\.file: cannot be read: No such file",
+        ),
+        (
+            {"align": {"method": "weigths"}},
+            r"align\.method: expected one of weights, many, universe, activations, found 'weigths'",
         ),
         ({"align": {"spaces": "spaces.yaml", "seed": -1}}, "the seed must lie in"),
         ({"align": {"spaces": "spaces.yaml", "sweeps": -1}}, "sweeps: expected a number of at least 0, found -1"),
     ],
-    ids=["to", "file", "family", "layers", "key", "no moments", "moments", "no file", "seed", "sweeps"],
+    ids=["to", "file", "family", "layers", "key", "no moments", "moments", "no file", "method", "seed", "sweeps"],
 )
 def test_what_cannot_be_aligned_is_refused_before_anything_is_written(mlps, here, changes, message):
     with pytest.raises(cfmerge.CfmergeError, match=message):
