@@ -65,20 +65,7 @@ def train(seed, x, y):
     for _ in range(STEPS):
         rows = generator.integers(len(y), size=BATCH)
         params, state = update(params, state, x[rows], y[rows])
-    return named(params)
-
-
-def named(params):
-    """`{"Dense_0/kernel": array, ...}`: the names that spaces have."""
-    return {f"{layer}/{name}": array for layer, own in params.items() for name, array in own.items()}
-
-
-def as_tree(tensors):
-    tree = {}
-    for name, array in tensors.items():
-        layer, _, own = name.partition("/")
-        tree.setdefault(layer, {})[own] = array
-    return tree
+    return align.flatten(params)  # {"Dense_0/kernel": array, ...}: the names that spaces have
 
 
 def between(a, b, share=0.5):
@@ -88,12 +75,14 @@ def between(a, b, share=0.5):
 def main():
     x, y = digits(6000, seed=0)
     test = digits(2000, seed=1)
+    like = jax.eval_shape(Network().init, jax.random.key(0), x[:1])["params"]  # the structure of the parameters
 
     def accuracy(tensors):
-        return float(jnp.mean(Network().apply({"params": as_tree(tensors)}, test[0]).argmax(-1) == test[1]))
+        logits = Network().apply({"params": align.unflatten(tensors, like)}, test[0])
+        return float(jnp.mean(logits.argmax(-1) == test[1]))
 
     a, b, c = (train(seed, x, y) for seed in range(3))
-    spaces = spaces_of_linen(Network(), as_tree(a), x[:1])
+    spaces = spaces_of_linen(Network(), like, x[:1])
     print("spaces:", ", ".join(f"{name} of {size}" for name, size in spaces.sizes.items()))
 
     matching = align.weight_matching(spaces, a, b)

@@ -16,9 +16,9 @@ from cfmerge.align.groups import identity_match as identity_match
 from cfmerge.align.merge_many import Many as Many
 from cfmerge.align.merge_many import merge_many as merge_many
 from cfmerge.align.moments import Moments as Moments
+from cfmerge.align.moments import SpaceMoments as SpaceMoments
 from cfmerge.align.ot_fusion import Fused as Fused
 from cfmerge.align.ot_fusion import ot_fusion as ot_fusion
-from cfmerge.align.moments import SpaceMoments as SpaceMoments
 from cfmerge.align.permuting import Permutations as Permutations
 from cfmerge.align.permuting import check_permutations as check_permutations
 from cfmerge.align.permuting import compose as compose
@@ -29,6 +29,8 @@ from cfmerge.align.permuting import permute_tensor as permute_tensor
 from cfmerge.align.permuting import random_permutations as random_permutations
 from cfmerge.align.traced import trace_spaces as trace_spaces
 from cfmerge.align.traced import why_fixed as why_fixed
+from cfmerge.align.trees import flatten as flatten
+from cfmerge.align.trees import unflatten as unflatten
 from cfmerge.align.weight_matching import Matching as Matching
 from cfmerge.align.weight_matching import weight_matching as weight_matching
 from cfmerge.align.zipit import match as match

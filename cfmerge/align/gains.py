@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge import linalg
-from cfmerge.align.permuting import Permutations, order_of, permute_tensor
+from cfmerge.align.permuting import Permutations, is_tree, order_of, permute_tensor
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.spaces import Spaces
 
@@ -162,10 +162,20 @@ def read(name: str, tensors: Tensors, shape: tuple[int, ...], who: str) -> Any:
 
 def check_names(spaces: Spaces, tensors: Tensors, who: str) -> None:
     """Raises `CfmergeError` unless a model has the tensors of the table, no more and no less."""
+    way_out = "a tree becomes `{name: array}` by cfmerge.align.flatten"
+    if not isinstance(tensors, Mapping):
+        raise CfmergeError(f"model {who}: expected {{name: array}}, found {type(tensors).__name__}; {way_out}")
     names = dict.fromkeys(tensors)  # `in` would read a tensor of a mapping that reads
     missing, added = [n for n in spaces.axes if n not in names], [n for n in names if n not in spaces.axes]
     if missing or added:
         raise CfmergeError(
-            f"model {who}: has no tensor {and_more(missing)}, which the table of spaces has" if missing else
+            f"model {who}: has no tensor {and_more(missing)}, which the table of spaces has"
+            f"{f'; {way_out}' if is_tree(spaces, names) else ''}" if missing else
             f"model {who}: has a tensor {and_more(added)}, for which the table of spaces has no line"
         )  # fmt: skip
+
+
+def check_named(models: Any) -> None:
+    """Raises `CfmergeError` unless several models have names."""
+    if not isinstance(models, Mapping):
+        raise CfmergeError(f"models: expected {{name: {{tensor: array}}}}, found {type(models).__name__}; give names")

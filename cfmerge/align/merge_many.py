@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.align.gains import Tensors, check_names, read
+from cfmerge.align.gains import Tensors, check_named, check_names, read
 from cfmerge.align.permuting import Permutations, identity, permute_tensor
 from cfmerge.align.weight_matching import weight_matching
 from cfmerge.errors import CfmergeError
@@ -76,6 +76,7 @@ def merge_many(
         >>> many.mean["down"].tolist(), many.distances
         ([[1.0, 2.0, 3.0]], {'a': 0.0, 'b': 0.0})
     """
+    check_named(models)
     if len(models) < 2:
         raise CfmergeError(f"merge_many: takes two or more models, found {len(models)}")
     for name, model in models.items():

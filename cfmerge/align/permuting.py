@@ -7,12 +7,12 @@ row i is for element i of the *permuted* model. So, for an axis `heads heads.v`,
     permuted[i, j] = model[sigma(i), tau_i(j)]
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.spaces import Axis, Spaces
 
 Permutations = Mapping[str, np.ndarray]
@@ -31,19 +31,32 @@ def permute(spaces: Spaces, tensors: Mapping[str, Any], permutations: Permutatio
         spaces: of the model.
         tensors: `{name: array}`, NumPy or JAX.
         permutations: `{space: permutation}`; a space that is not there keeps its order.
+
+    Raises:
+        CfmergeError: a tensor has no line in the table; what is no permutation.
     """
     check_permutations(spaces, permutations)
+    unknown = [name for name in tensors if name not in spaces.axes]
+    if unknown:
+        way_out = "; a tree becomes `{name: array}` by cfmerge.align.flatten" if is_tree(spaces, tensors) else ""
+        raise CfmergeError(f"permute: the table of spaces has no line for {and_more(unknown)}{way_out}")
     return {name: permute_tensor(spaces, name, tensor, permutations) for name, tensor in tensors.items()}
+
+
+def is_tree(spaces: Spaces, names: Iterable[str]) -> bool:
+    """Whether names are folders of the table's names, as the keys of a tree are, and not tensors."""
+    folders = {tensor[:at] for tensor in spaces.axes for at, letter in enumerate(tensor) if letter == "/"}
+    return bool(folders) and folders.issuperset(map(str, names))
 
 
 def permute_tensor(spaces: Spaces, name: str, tensor: Any, permutations: Permutations, but: int | None = None) -> Any:
     """One tensor of the permuted model; the axis `but` keeps its order.
 
-        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
-        >>> cfmerge.align.permute_tensor(spaces, "up", np.array([[1, 2], [3, 4], [5, 6]]), {"h": np.array([2, 0, 1])})
-        array([[5, 6],
-               [1, 2],
-               [3, 4]])
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+    >>> cfmerge.align.permute_tensor(spaces, "up", np.array([[1, 2], [3, 4], [5, 6]]), {"h": np.array([2, 0, 1])})
+    array([[5, 6],
+           [1, 2],
+           [3, 4]])
     """
     for number, axis in enumerate(spaces.axes[name]):
         if number != but and any(space in permutations for space in axis.spaces):
@@ -130,6 +143,11 @@ def check_permutations(spaces: Spaces, permutations: Permutations) -> None:
     ...     print(error)
     permutations: space 'h': expected each of 0 .. 2 once, in an array of shape (3,); found an array of shape (2,)
     """
+    if not isinstance(permutations, Mapping):
+        raise CfmergeError(
+            f"permutations: expected {{space: permutation}}, found {type(permutations).__name__}"
+            + ("; give its `permutations`" if hasattr(permutations, "permutations") else "")
+        )
     for name, permutation in permutations.items():
         if name not in spaces.sizes:
             raise CfmergeError(f"permutations: there is no space {name!r}; there is: {', '.join(spaces.sizes)}")

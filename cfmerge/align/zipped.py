@@ -97,7 +97,9 @@ class Zipped:
         if (differs := self._differing()) is not None:
             shapes = " and ".join(str(np.shape(self.heads[name][differs])) for name in self.models)
             raise CfmergeError(f"zip: the heads have no mean: {differs!r} has the shapes {shapes}; take model(NAME)")
-        mean = {name: _mean(name, [self.heads[model][name] for model in self.models]) for name in self.heads[self.models[0]]}
+        mean = {
+            name: _mean(name, [self.heads[model][name] for model in self.models]) for name in self.heads[self.models[0]]
+        }
         return built(self.layout, _ordered(self.table, self.trunk, mean))
 
     def apply(self, function: Callable[..., Any], *inputs: Any) -> dict[str, Any]:
@@ -123,9 +125,7 @@ class Zipped:
         """
         return save(self, Path(directory), overwrite)
 
-    def write(
-        self, output: str | Path, base: str | Path, head: str | None = None, *, overwrite: bool = False
-    ) -> Path:
+    def write(self, output: str | Path, base: str | Path, head: str | None = None, *, overwrite: bool = False) -> Path:
         """The path of a checkpoint of a zip all through, with the config and the other files of its base.
 
         Args:
