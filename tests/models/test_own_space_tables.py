@@ -90,6 +90,20 @@ def test_a_model_without_a_table_is_told_its_first_tensors_the_families_and_the_
     )
 
 
+def test_a_model_that_has_no_name_of_a_table_is_told_of_no_nearest_one():
+    with pytest.raises(CfmergeError) as told:
+        describe({"conv_a.weight": (4, 1, 3, 3), "lin.weight": (3, 64)}, {})
+    assert "chain_spaces" in str(told.value)
+    assert "nearest" not in str(told.value)
+    assert "like:" not in str(told.value)
+
+
+def test_a_misspelt_line_is_told_beside_the_tensor_without_one():
+    table = read_table({"spaces": {"up.weight": "h, in -", "dwon.weight": "-, in h"}})
+    with pytest.raises(CfmergeError, match=r"no line for down\.weight(.|\n)*dwon\.weight.*no tensor"):
+        describe({"up.weight": (4, 3), "down.weight": (2, 4)}, {}, table)
+
+
 def test_a_model_with_tensors_more_than_its_table_is_refused():
     refused({**bert(), "bert.encoder.layer.0.adapter.up.weight": (3, 16)}, CONFIG,
             "'bert', has no line for bert.encoder.layer.0.adapter.up.weight", "`like: bert`")  # fmt: skip

@@ -96,7 +96,8 @@ def _table_for(headers: Headers, config: Mapping[str, Any]) -> Table:
     model_type = config.get("model_type")
     tables = [family(name) for name in FAMILIES]
     typed = [table for table in tables if model_type in table.model_types]
-    opened = {table.name: table.cover(headers, config).open for table in typed or tables}
+    covered = {table.name: table.cover(headers, config) for table in typed or tables}
+    opened = {name: one.open for name, one in covered.items()}
     best = min(opened, key=lambda name: len(opened[name]))
     if not opened[best] and (typed or not model_type):
         return family(best)
@@ -106,6 +107,12 @@ def _table_for(headers: Headers, config: Mapping[str, Any]) -> Table:
         raise CfmergeError(
             f"spaces: no table is for models of type {model_type!r}; there are tables for {types}; the way out: "
             f"{OWN}{close if not opened[best] else ''}"
+        )
+    if not covered[best].lines:
+        raise CfmergeError(
+            f"spaces: no table is for this model: all have no line for {tell(opened[best], headers)}; there are tables "
+            f"for {', '.join(FAMILIES)}; the way out: {OWN}, in Python cfmerge.align.chain_spaces for layers that are "
+            "called one after the other"
         )
     raise CfmergeError(
         f"spaces: no table is for this model: the nearest, {best!r}, has no line for {tell(opened[best], headers)}; "

@@ -137,6 +137,7 @@ class Table:
                 f"spaces: {self.name} has no line for {tell(covered.open, shapes)}; a line for the first one is\n"
                 f"    {covered.open[0]}: {_fixed(shapes[covered.open[0]])}\n"
                 "with names of spaces in place of `-`, or `fixed: [...]` with its name if it has no neurons' axes"
+                + "".join(f"\n{note.removeprefix('spaces: ')}" for note in self._unused(covered))
             )
         texts = {name: _fixed(shape) for name, shape in shapes.items()}
         for name, (line, values) in covered.lines.items():
