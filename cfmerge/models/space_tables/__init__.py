@@ -3,7 +3,11 @@
 import functools
 from collections.abc import Mapping
 from importlib import resources
+from os import PathLike
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.models.layouts import Shape
@@ -81,6 +85,23 @@ def read_table(given: Any) -> Table:
         CfmergeError: what is wrong, with the file and the line.
     """
     return reading.read_table(given, family)
+
+
+def write_table(spaces: Spaces, path: str | PathLike[str]) -> None:
+    """Writes the spaces of a model as a YAML file that `read_table`, recipes and the command line take.
+
+        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+        >>> cfmerge.align.write_table(spaces, "spaces.yaml")
+        >>> table = cfmerge.align.read_table("spaces.yaml")
+        >>> cfmerge.align.describe({"up": (3, 2), "down": (2, 3)}, {}, table).spaces == spaces
+        True
+
+    Args:
+        spaces: traced, or parsed.
+        path: the file, which is replaced if it is there.
+    """
+    found = {"sizes": dict(spaces.sizes), "spaces": spaces.table()}
+    Path(path).write_text(yaml.safe_dump(found, sort_keys=False, width=1000), "utf-8")
 
 
 @functools.cache
