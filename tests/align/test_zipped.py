@@ -196,3 +196,13 @@ def test_a_checkpoint_that_is_zipped_all_through_is_read_by_transformers(tmp_pat
     wider = zip_models(spaces, {"a": a, "b": b}, "weights", width={"p": 20})
     with pytest.raises(CfmergeError, match=r"tensor 'bert.pooler.dense.bias' has shape \(12,\), in the zip \(20,\)"):
         wider.write(tmp_path / "wider", tmp_path / "a")
+
+
+def test_spaces_and_zips_tell_what_they_hold_and_not_their_arrays():
+    spaces = parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+    model = {"up": np.array([[1.0], [2.0]]), "down": np.array([[1.0, 1.0]])}
+    assert repr(spaces) == "<Spaces of 2 tensors: h 2>"
+    zipped = zip_models(spaces, {"a": model, "b": model}, "weights", stop_at="h")
+    assert repr(zipped) == "<Zipped of a, b up to h: 1 tensors of all, 1 of each>"
+    with pytest.raises(CfmergeError, match=r"space 'h' are; give joint moments .*, or 'weights'"):
+        zip_models(spaces, {"a": model, "b": model}, None)
