@@ -65,24 +65,22 @@ def train(seed, x, y):
     for _ in range(STEPS):
         rows = generator.integers(len(y), size=BATCH)
         params, state = update(params, state, x[rows], y[rows])
-    return align.flatten(params)  # {"Dense_0/kernel": array, ...}: the names that spaces have
+    return params
 
 
 def between(a, b, share=0.5):
-    return {name: (1 - share) * a[name] + share * b[name] for name in a}
+    return jax.tree.map(lambda one, other: (1 - share) * one + share * other, a, b)
 
 
 def main():
     x, y = digits(6000, seed=0)
     test = digits(2000, seed=1)
-    like = jax.eval_shape(Network().init, jax.random.key(0), x[:1])["params"]  # the structure of the parameters
 
-    def accuracy(tensors):
-        logits = Network().apply({"params": align.unflatten(tensors, like)}, test[0])
-        return float(jnp.mean(logits.argmax(-1) == test[1]))
+    def accuracy(params):
+        return float(jnp.mean(Network().apply({"params": params}, test[0]).argmax(-1) == test[1]))
 
     a, b, c = (train(seed, x, y) for seed in range(3))
-    spaces = spaces_of_linen(Network(), like, x[:1])
+    spaces = spaces_of_linen(Network(), a, x[:1])
     print("spaces:", ", ".join(f"{name} of {size}" for name, size in spaces.sizes.items()))
 
     matching = align.weight_matching(spaces, a, b)
@@ -96,10 +94,10 @@ def main():
     for name, other in (("as it is", b), ("matched", matched)):
         print(f"  {name:20s}", *(f"{accuracy(between(a, other, share)):6.3f}" for share in shares))
     rows = {"a": a, "b": b, "c": c, "average of a and b": between(a, b), "re-basin of a and b": between(a, matched),
-            "average of three": {n: (a[n] + b[n] + c[n]) / 3 for n in a}, "merge_many of three": many.mean}  # fmt: skip
+            "average of three": between(between(a, b), c, 1 / 3), "merge_many of three": many.mean}  # fmt: skip
     print()
-    for name, tensors in rows.items():
-        print(f"  {name:20s}  {accuracy(tensors):6.3f}")
+    for name, params in rows.items():
+        print(f"  {name:20s}  {accuracy(params):6.3f}")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,24 @@ def test_rebasin_flax():
     assert found["average of three"][0] < found["merge_many of three"][0] - 0.15
 
 
+def test_c2m3_flax():
+    """In one universe every neuron comes back, and the mean of three networks works."""
+    found = {name: numbers[0] for name, numbers in rows(run("c2m3_flax.py")).items()}
+    assert found["neurons back after a round, in pairs"] < 0.5
+    assert found["neurons back after a round, universe"] == 1
+    assert found["mean as they are"] < found["mean in the universe"] - 0.05
+    assert found["mean in the universe"] > min(found[f"network {name}"] for name in "abc") - 0.03
+
+
+def test_otfusion_flax():
+    """A wide network that is transported onto a narrow one works in it, and so does the mean of both."""
+    found = {name: numbers[0] for name, numbers in rows(run("otfusion_flax.py")).items()}
+    narrow = found["narrow network"]
+    assert found["mean with a part of the wide"] < narrow - 0.05
+    assert found["wide transported onto narrow"] > narrow - 0.06
+    assert found["fused"] > narrow - 0.03
+
+
 def test_own_method():
     """The spectral average is nearer than the average, and the same in both forms and by all three ways."""
     distances = {name: numbers[0] for name, numbers in rows(run("own_method.py")).items()}

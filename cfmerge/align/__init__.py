@@ -29,8 +29,6 @@ from cfmerge.align.permuting import permute_tensor as permute_tensor
 from cfmerge.align.permuting import random_permutations as random_permutations
 from cfmerge.align.traced import trace_spaces as trace_spaces
 from cfmerge.align.traced import why_fixed as why_fixed
-from cfmerge.align.trees import flatten as flatten
-from cfmerge.align.trees import unflatten as unflatten
 from cfmerge.align.weight_matching import Matching as Matching
 from cfmerge.align.weight_matching import weight_matching as weight_matching
 from cfmerge.align.zipit import match as match

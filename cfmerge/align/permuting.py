@@ -7,18 +7,19 @@ row i is for element i of the *permuted* model. So, for an axis `heads heads.v`,
     permuted[i, j] = model[sigma(i), tau_i(j)]
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from cfmerge.align.trees import built, flat
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.spaces import Axis, Spaces
 
 Permutations = Mapping[str, np.ndarray]
 
 
-def permute(spaces: Spaces, tensors: Mapping[str, Any], permutations: Permutations) -> dict[str, Any]:
+def permute(spaces: Spaces, tensors: Any, permutations: Permutations) -> Any:
     """The same model with its neurons in another order: it computes the same.
 
         >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
@@ -29,24 +30,18 @@ def permute(spaces: Spaces, tensors: Mapping[str, Any], permutations: Permutatio
 
     Args:
         spaces: of the model.
-        tensors: `{name: array}`, NumPy or JAX.
+        tensors: `{name: array}`, NumPy or JAX, or a tree of arrays.
         permutations: `{space: permutation}`; a space that is not there keeps its order.
 
     Raises:
         CfmergeError: a tensor has no line in the table; what is no permutation.
     """
     check_permutations(spaces, permutations)
-    unknown = [name for name in tensors if name not in spaces.axes]
+    named, structure = flat(spaces, tensors)
+    unknown = [name for name in named if name not in spaces.axes]
     if unknown:
-        way_out = "; a tree becomes `{name: array}` by cfmerge.align.flatten" if is_tree(spaces, tensors) else ""
-        raise CfmergeError(f"permute: the table of spaces has no line for {and_more(unknown)}{way_out}")
-    return {name: permute_tensor(spaces, name, tensor, permutations) for name, tensor in tensors.items()}
-
-
-def is_tree(spaces: Spaces, names: Iterable[str]) -> bool:
-    """Whether names are folders of the table's names, as the keys of a tree are, and not tensors."""
-    folders = {tensor[:at] for tensor in spaces.axes for at, letter in enumerate(tensor) if letter == "/"}
-    return bool(folders) and folders.issuperset(map(str, names))
+        raise CfmergeError(f"permute: the table of spaces has no line for {and_more(unknown)}")
+    return built(structure, {name: permute_tensor(spaces, name, own, permutations) for name, own in named.items()})
 
 
 def permute_tensor(spaces: Spaces, name: str, tensor: Any, permutations: Permutations, but: int | None = None) -> Any:

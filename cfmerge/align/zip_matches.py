@@ -6,7 +6,7 @@ of m elements is assigned within each pair of them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from cfmerge.align.folding import Folds
 from cfmerge.align.groups import Groups, identity_match
+from cfmerge.align.moments import Moments
 from cfmerge.align.permuting import Permutations, check_permutations, identity_of
 from cfmerge.align.zipit import match, permutation_match
 from cfmerge.errors import CfmergeError, and_more
@@ -45,7 +46,7 @@ class Rule:
         return max(round(first * self.width), 1)
 
 
-def similarity_of(given: Any, models: Sequence[str]) -> Similarity:
+def similarity_of(given: Any, models: Sequence[str], official: bool = False) -> Similarity:
     """What says how alike the features of a space are: moments, or a mapping by space.
 
     Raises:
@@ -62,7 +63,7 @@ def similarity_of(given: Any, models: Sequence[str]) -> Similarity:
             "zip: similarity should be joint moments, a mapping of similarities by space, or 'weights'; found "
             f"{type(given).__name__}"
         )
-    spaces = given if isinstance(given, Mapping) else given.spaces
+    spaces = told_by(given)
 
     def found(space: str, folds: Folds) -> np.ndarray:
         if space not in spaces:
@@ -71,16 +72,26 @@ def similarity_of(given: Any, models: Sequence[str]) -> Similarity:
                 f"zip: nothing says how alike the features of space {space!r} are; collect moments of it, stop in "
                 f"front of it, or give its order in permutations{there}"
             )
+        if isinstance(given, Moments) and not official:
+            return given.correlation(space, dead=1.0)  # two that never fire are one at no loss
         return np.asarray(given[space] if isinstance(given, Mapping) else given.correlation(space))
 
     return found
 
 
-def matched(own: Sequence[Spaces], order: Sequence[str], similarity: Similarity | None, rule: Rule) -> Folds:
+def told_by(given: Any) -> Collection[str]:
+    """The spaces of whose features moments, or a mapping, tell."""
+    return given if isinstance(given, Mapping) else given.spaces
+
+
+def matched(
+    models: Sequence[str], own: Sequence[Spaces], order: Sequence[str], similarity: Similarity | None, rule: Rule
+) -> Folds:
     """The groups of all spaces of `order`, matched one after the other.
 
     Args:
-        own: the spaces of each model.
+        models: their names.
+        own: the spaces of each.
         order: those that are zipped.
         similarity: None: no space needs one.
         rule: how they are matched.
@@ -91,7 +102,7 @@ def matched(own: Sequence[Spaces], order: Sequence[str], similarity: Similarity 
     _check_permutations(own, rule.permutations)
     groups: dict[str, Groups] = {}
     blocks: list[dict[str, np.ndarray]] = [{} for _ in own]
-    folds = Folds(own, groups, blocks)
+    folds = Folds(models, own, groups, blocks)
     for space in order:
         widths = [spaces.sizes[space] for spaces in own]
         names = (space, *own[0].children(space))

@@ -18,9 +18,9 @@ import numpy as np
 from cfmerge.align.folding import computing
 from cfmerge.align.groups import Groups
 from cfmerge.align.permuting import Permutations
-from cfmerge.align.zipped_files import NESTED, load, save, write
+from cfmerge.align.trees import built
+from cfmerge.align.zipped_files import load, save, write
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats.pytree import unflatten
 from cfmerge.models.buffers import is_counter
 
 
@@ -65,6 +65,11 @@ class Zipped:
     notes: tuple[str, ...] = ()
     layout: Any = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all spaces are zipped, so that no head has features of its own."""
+        return all(name in self.groups or name in self.blocks[0] for name in self.sizes if "." not in name)
+
     def tensors(self, name: str) -> dict[str, Any]:
         """All tensors of one model by name: the trunk's and its own.
 
@@ -94,7 +99,7 @@ class Zipped:
         Raises:
             CfmergeError: the zip stops before, or heads have different shapes.
         """
-        if self.stop_at:
+        if not self.is_whole:
             raise CfmergeError(
                 f"zip: it stops at {', '.join(self.stop_at)}, and behind it the models' features are not matched: they "
                 "have no common head; take model(NAME) or apply"
@@ -102,9 +107,8 @@ class Zipped:
         if (differs := self._differing()) is not None:
             shapes = " and ".join(str(np.shape(self.heads[name][differs])) for name in self.models)
             raise CfmergeError(f"zip: the heads have no mean: {differs!r} has the shapes {shapes}; take model(NAME)")
-        mean = {
-            name: _mean(name, [self.heads[model][name] for model in self.models]) for name in self.heads[self.models[0]]
-        }
+        heads = [self.heads[model] for model in self.models]
+        mean = {name: _mean(name, [own[name] for own in heads]) for name in heads[0]}
         return built(self.layout, _ordered(self.table, self.trunk, mean))
 
     def apply(self, function: Callable[..., Any], *inputs: Any) -> dict[str, Any]:
@@ -143,7 +147,7 @@ class Zipped:
             CfmergeError: the zip stops before, the tensors are not those of the base, or there is something
                 (without `overwrite`).
         """
-        if head is not None and self.stop_at:
+        if head is not None and not self.is_whole:
             raise CfmergeError(f"zip: it stops at {', '.join(self.stop_at)}; write a model by save(tensors(NAME))")
         whole = dataclasses.replace(self, layout=None)
         return write(whole.joint() if head is None else self.tensors(head), Path(output), base, overwrite)
@@ -194,22 +198,6 @@ def _applied(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(heads[name] for name in fixed.models))
     outputs = jax.vmap(run)(stacked)
     return {name: jax.tree.map(lambda leaf, at=at: leaf[at], outputs) for at, name in enumerate(fixed.models)}
-
-
-def built(layout: Any, tensors: Mapping[str, Any]) -> Any:
-    """A model in the structure that the models had; where it is known by names alone, as dicts."""
-    if layout is None:
-        return dict(tensors)
-    if layout != NESTED:
-        return unflatten(layout, tensors)
-    tree: dict[str, Any] = {}
-    for name, leaf in tensors.items():
-        *path, last = name.split("/")
-        place = tree
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = leaf
-    return tree
 
 
 def _ordered(order: Any, trunk: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

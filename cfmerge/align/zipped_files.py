@@ -2,25 +2,27 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cfmerge.align.groups import Groups
+from cfmerge.align.trees import NESTED
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats import DirectorySink, Folder, Totals, open_checkpoint, open_sink
+from cfmerge.formats.composed import ZIP as TABLE
 from cfmerge.formats.layout import read_json
 from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.formats.sinks import HEADS
+from cfmerge.models.ties import likely_ties
 
 if TYPE_CHECKING:
     from cfmerge.align.zipped import Zipped
 
-TABLE, TRUNK = "zip.json", "trunk"
+TRUNK = "trunk"
 KIND, VERSION = "cfmerge-zip", 1
-NESTED = "/"  # the layout of a tree that was loaded: dicts, by the parts of names
 FILE_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 
 
@@ -78,7 +80,7 @@ def load(directory: Path) -> dict[str, Any]:
         found = f"{content.get('format')!r}, version {content.get('version')!r}"
         raise CfmergeError(f"{table}: should be {KIND!r}, version {VERSION}; found {found}")
     try:
-        fields = {
+        fields: dict[str, Any] = {
             "models": _texts(content["models"]),
             "groups": {space: _groups(one) for space, one in content["groups"].items()},
             "blocks": tuple({n: np.array(order, np.intp) for n, order in one.items()} for one in content["blocks"]),
@@ -148,6 +150,12 @@ def write(tensors: Mapping[str, Any], output: Path, base: str | Path, overwrite:
                 f"{source.path}: tensor {name!r} has shape {info.shape}, in the zip {np.shape(tensors[name])}; zip to "
                 "the model's own width, and give base= the model whose head is written"
             )
+    for alias, name in likely_ties(source.tensors, source.config, {}).items():
+        if alias in tensors and name in tensors and not _same(tensors, alias, name) and _same(source.read, alias, name):
+            raise CfmergeError(
+                f"{source.path}: {alias!r} is {name!r} there, and another tensor in the zip, which clients would not "
+                "read; match by permutations (method='permute'), or untie the layers of the models"
+            )
     with open_sink(
         output, source.folders, shard_bytes=5 * 10**9, side_files=source.side_files, edits={},
         inputs=[*source.files, source.path], overwrite=overwrite,
@@ -158,3 +166,9 @@ def write(tensors: Mapping[str, Any], output: Path, base: str | Path, overwrite:
         sink.finish(Totals())
         sink.commit()
         return sink.target
+
+
+def _same(tensors: Mapping[str, Any] | Callable[[str], Any], one: str, other: str) -> bool:
+    """Whether two tensors are equal."""
+    read = tensors if callable(tensors) else tensors.__getitem__
+    return np.array_equal(np.asarray(read(one)), np.asarray(read(other)))

@@ -82,7 +82,6 @@ def zip_checkpoints(
         {name: Tensors(source, {tensor: tensor for tensor in source.tensors}) for name, source in sources.items()},
         align.Moments.load(Path(moments)) if moments is not None else "weights",
         stop_at=stop_at,
-        tied=_tied(sources[first]),
         **options,
     )
     if stop_at is None and (head is not None or _alike(zipped)):
@@ -106,8 +105,3 @@ def _alike(zipped: align.Zipped) -> bool:
 
 def _shapes(source: Source) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in source.tensors.items()}
-
-
-def _tied(source: Source) -> list[str]:
-    """Tensors that a model uses under a second name, which its files do not hold."""
-    return [name for alias, name in source.ties.items() if alias not in source.tensors and name in source.tensors]

@@ -1,80 +1,71 @@
-"""Trees of Flax as mappings by name, and what is said where a tree is given in place of one."""
+"""What takes models by the names of their tensors takes trees too, and gives back what it was given."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from cfmerge import align
 from cfmerge.errors import CfmergeError
 
-TABLE = {"up/kernel": "in -, h", "up/bias": "h", "down/kernel": "in h, -"}
-TREE = {
-    "down": {"kernel": np.arange(8.0).reshape(4, 2)},
-    "up": {"kernel": np.arange(12.0).reshape(3, 4), "bias": np.ones(4)},
-}
+TABLE = {"last/kernel": "in first, -", "first/kernel": "in -, first", "first/bias": "first"}  # not the leaves' order
+SHAPES = {"last/kernel": (6, 2), "first/kernel": (3, 6), "first/bias": (6,)}
+SPACES = align.parse_spaces(TABLE, SHAPES)
 
 
-@pytest.fixture
-def spaces():
-    return align.parse_spaces(TABLE, {name: leaf.shape for name, leaf in align.flatten(TREE).items()})
+def tree(seed):
+    key = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "first": {"kernel": jax.random.normal(key[0], (3, 6)), "bias": jax.random.normal(key[1], (6,))},
+        "last": {"kernel": jax.random.normal(key[2], (6, 2))},
+    }
 
 
-def test_a_tree_and_its_arrays_by_name_are_each_other_s_inverse():
-    named = align.flatten(TREE)
-    assert set(named) == set(TABLE)
-    shapes = jax.eval_shape(lambda: TREE)  # a structure without arrays does
-    back = align.unflatten(dict(reversed(named.items())), shapes)
-    assert jax.tree.structure(back) == jax.tree.structure(TREE)
-    assert back["up"]["kernel"] is TREE["up"]["kernel"]
+def twin(model, seed=1):
+    return align.permute(SPACES, model, align.random_permutations(SPACES, seed))
 
 
-def test_an_nnx_model_has_the_names_of_its_state():
-    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
-    named = align.flatten(nnx.state(model))
-    assert set(named) == {"kernel", "bias"}
-    nnx.update(model, align.unflatten({**named, "bias": named["bias"] + 1}, nnx.state(model)))
-    np.testing.assert_allclose(model.bias[...], np.ones(4))
+def same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found, expected)
 
 
-def test_other_names_than_the_tree_s_are_refused():
-    named = align.flatten(TREE)
-    with pytest.raises(CfmergeError, match=r"unflatten: the tree has no leaf more"):
-        align.unflatten({**named, "more": np.ones(1)}, TREE)
-    del named["up/bias"]
-    with pytest.raises(CfmergeError, match=r"unflatten: no tensor is called up/bias"):
-        align.unflatten(named, TREE)
+def test_a_permuted_tree_is_a_tree():
+    model = tree(0)
+    other = twin(model)
+    assert jax.tree.structure(other) == jax.tree.structure(model)
+    x = jnp.ones(3)
+    run = lambda p: jnp.tanh(x @ p["first"]["kernel"] + p["first"]["bias"]) @ p["last"]["kernel"]  # noqa: E731
+    np.testing.assert_allclose(run(other), run(model), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda spaces: align.weight_matching(spaces, TREE, TREE),
-        lambda spaces: align.merge_many(spaces, {"a": TREE, "b": TREE}),
-        lambda spaces: align.universe(spaces, {"a": TREE, "b": TREE}),
-        lambda spaces: align.ot_fusion(spaces, TREE, TREE),
-        lambda spaces: align.permute(spaces, TREE, {}),
-        lambda spaces: align.weight_matching(spaces, nnx.Linear(3, 4, rngs=nnx.Rngs(0)), {}),
-    ],
-    ids=["weight_matching", "merge_many", "universe", "ot_fusion", "permute", "module"],
-)
-def test_a_tree_in_place_of_arrays_by_name_is_told_the_way_out(spaces, call):
-    with pytest.raises(CfmergeError, match=r"becomes `\{name: array\}` by cfmerge\.align\.flatten"):
-        call(spaces)
+def test_trees_are_matched():
+    model = tree(0)
+    found = align.weight_matching(SPACES, model, twin(model))
+    same(align.permute(SPACES, twin(model), found.permutations), model)
+    found = align.universe(SPACES, {"a": model, "b": twin(model)})
+    a, b = (align.permute(SPACES, one, found.permutations[name]) for name, one in (("a", model), ("b", twin(model))))
+    same(a, b)
 
 
-def test_other_tensors_than_the_table_s_are_not_taken_for_a_tree(spaces):
-    with pytest.raises(CfmergeError, match=r"has no line for head$"):
-        align.permute(spaces, {**align.flatten(TREE), "head": np.ones(2)}, {})
+def test_the_mean_and_the_fusion_of_trees_are_trees():
+    model = tree(0)
+    same(align.merge_many(SPACES, {"a": model, "b": twin(model)}).mean, model)
+    same(align.ot_fusion(SPACES, twin(model), model).tensors, model)
 
 
 @pytest.mark.parametrize("several", [align.merge_many, align.universe])
-def test_several_models_without_names_are_refused(spaces, several):
-    with pytest.raises(CfmergeError, match=r"expected \{name: \{tensor: array\}\}, found list"):
-        several(spaces, [align.flatten(TREE)] * 2)
+def test_several_models_without_names_are_refused(several):
+    with pytest.raises(CfmergeError, match=r"models: expected \{name: model\}, found list; give names"):
+        several(SPACES, [tree(0), tree(1)])
 
 
-def test_a_matching_in_place_of_its_permutations_is_told_the_way_out(spaces):
-    found = align.weight_matching(spaces, align.flatten(TREE), align.flatten(TREE))
+def test_a_matching_in_place_of_its_permutations_is_told_the_way_out():
+    found = align.weight_matching(SPACES, tree(0), tree(1))
     with pytest.raises(CfmergeError, match=r"found Matching; give its `permutations`"):
-        align.permute(spaces, align.flatten(TREE), found)
+        align.permute(SPACES, tree(1), found)
+
+
+def test_a_tensor_without_a_line_is_refused():
+    with pytest.raises(CfmergeError, match=r"permute: the table of spaces has no line for more/kernel"):
+        align.permute(SPACES, {**tree(0), "more": {"kernel": np.ones(2)}}, {})

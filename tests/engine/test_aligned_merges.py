@@ -1,10 +1,14 @@
 """Merges of models of different initialisation: the recipe's key `align`."""
 
+import json
+
+import flax.serialization
 import numpy as np
 import pytest
 from space_models import GROUPED, TEXT, config_of, headers_of, outputs, saved, tensors_of, with_tensors
 
 import cfmerge
+from cfmerge import compose
 from cfmerge.align import permute, random_permutations
 from cfmerge.models.space_tables import spaces_of
 
@@ -175,19 +179,68 @@ def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
         ({"align": {"moments": "joint.safetensors"}}, "method weights looks at weights, and takes no `moments`"),
         (
             {"align": {"method": "activations", "moments": "no.file", "spaces": "spaces.yaml"}},
-            "align: no.file: cannot be read: No such file",
+            r"align: no\.file: cannot be read: No such file",
         ),
         (
             {"align": {"method": "weigths"}},
             r"align\.method: expected one of weights, many, universe, activations, found 'weigths'",
         ),
+        ({"align": {"spaces": "spaces.yaml", "seed": -1}}, "the seed must lie in"),
+        ({"align": {"spaces": "spaces.yaml", "sweeps": -1}}, "sweeps: expected a number of at least 0, found -1"),
     ],
-    ids=["to", "file", "family", "layers", "key", "no moments", "moments", "no file", "method"],
+    ids=["to", "file", "family", "layers", "key", "no moments", "moments", "no file", "method", "seed", "sweeps"],
 )
 def test_what_cannot_be_aligned_is_refused_before_anything_is_written(mlps, here, changes, message):
     with pytest.raises(cfmerge.CfmergeError, match=message):
         cfmerge.merge("base", ["twin"], "average", output="out", **{"allow": ["one-expert"], **changes})
     assert not (here / "out").exists()
+
+
+def test_an_expert_that_is_called_base_and_is_another_model_is_refused(mlps, here, make_model):
+    make_model(here / "other/base", mlps[1], config={})
+    for experts in (["other/base", "twin"], {"base": "twin", "other": "other/base"}):
+        with pytest.raises(cfmerge.CfmergeError, match=r"expert 'base' .* has the name that stands for the base"):
+            cfmerge.merge("base", experts, "average", output="out", align=HOW["align"])
+
+
+def test_what_changes_the_base_as_it_lies_is_aligned_to_the_base_alone(mlps, here):
+    how = {"align": {"spaces": "spaces.yaml", "to": "twin"}, "allow": ["one-expert"]}
+    for why, make in {
+        "an adapter": lambda: cfmerge.merge("base", ["twin"], "average", output="out", adapter_out=2, **how),
+        "statistics": lambda: cfmerge.accumulate("base", ["twin"], "ace", output="out", **how),
+        "a composed result": lambda: compose.build("base", ["twin"], "emr", output="out", **how),
+        "`unmerged`": lambda: cfmerge.merge("base", ["twin"], "average", output="out", unmerged="twin", **how),
+    }.items():
+        with pytest.raises(cfmerge.CfmergeError, match=f"align: to: twin: {why} .* align to the base"):
+            make()
+    cfmerge.accumulate("base", ["twin"], "ace", output="sums", **HOW)
+    how = {"align": {"spaces": "spaces.yaml", "to": "again"}}
+    with pytest.raises(cfmerge.CfmergeError, match="align: to: again: statistics are of changes of the base"):
+        cfmerge.merge("base", {"again": "twin"}, "ace", statistics="sums", output="out", **how)
+    assert not (here / "out").exists()
+
+
+def test_moments_of_an_expert_that_is_permuted_are_refused(mlps, here, make_model):
+    make_model(here / "moments", {"up.weight": np.eye(6, dtype=np.float32)})
+    experts = [cfmerge.Expert("base"), cfmerge.Expert("twin", moments="moments")]
+    with pytest.raises(cfmerge.CfmergeError, match=r"'twin' has moments \(moments\), which are in its own order"):
+        cfmerge.merge("base", experts, "regmean", output="out", align=HOW["align"])
+
+
+@pytest.mark.parametrize("method", ["weights", "many", "universe"])
+def test_a_model_that_is_not_finite_is_named_or_left_out(mlps, here, make_model, method):
+    broken = {name: tensor.copy() for name, tensor in mlps[1].items()}
+    broken["up.weight"][2, 3] = np.nan
+    make_model(here / "broken", broken, config={})
+    how = {"output": "out", "align": {"spaces": "spaces.yaml", "method": method}}
+    with pytest.raises(cfmerge.CfmergeError, match=r"'broken' .*'up\.weight' holds NaN or infinity.*skip-expert"):
+        cfmerge.merge("base", ["base", "twin", "broken"], "average", **how)
+    result = cfmerge.merge("base", ["base", "twin", "broken"], "average", on_nonfinite="skip-expert", **how)
+    assert any("expert 'broken' was left out" in note for note in result.notes)
+    for name, tensor in merged().items():
+        np.testing.assert_allclose(tensor, (mlps[0][name] + mlps[1][name]) / 2, atol=1e-6)
+    with pytest.raises(cfmerge.CfmergeError, match=r"base \(broken\): tensor 'up\.weight' holds NaN"):
+        cfmerge.merge("broken", {"first": "base", "second": "twin"}, "average", **how | {"output": "again"})
 
 
 def test_models_of_other_widths_are_refused(mlps, here, make_model):
@@ -206,16 +259,19 @@ def test_batch_norms_are_refused_without_leave(here):
     cfmerge.merge("base", ["base"], "average", output="out", align={}, allow=allowed)
 
 
+def test_batch_norms_of_a_flax_checkpoint_are_refused_without_leave(here):
+    tree = {"params": {"Dense_0": {"kernel": np.eye(3)}, "Dense_1": {"kernel": np.eye(3)}},
+            "batch_stats": {"BatchNorm_0": {"mean": np.ones(3), "var": np.ones(3)}}}  # fmt: skip
+    for name in ("base", "other"):
+        (here / f"{name}.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+    own = {"params/Dense_0/kernel": "in -, h", "params/Dense_1/kernel": "in h, -",
+           "batch_stats/BatchNorm_0/mean": "h", "batch_stats/BatchNorm_0/var": "h"}  # fmt: skip
+    (here / "own.yaml").write_text(json.dumps({"spaces": own}))
+    with pytest.raises(cfmerge.CfmergeError, match=r"align: batch_stats/\S+ .*: running statistics of BatchNorm"):
+        cfmerge.merge(
+            "base.msgpack", ["other.msgpack"], "average", output="out.msgpack", align={"spaces": "own.yaml"},
+            allow=["one-expert"],
+        )  # fmt: skip
+
+
 RESNET = {"num_channels": 3, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"}
-
-
-def test_batch_norms_of_flax_are_refused_without_leave(here, make_model):
-    shapes = {"params/up/kernel": (3, 4), "params/norm/scale": (4,), "batch_stats/norm/mean": (4,),
-              "batch_stats/norm/var": (4,), "params/down/kernel": (4, 2)}  # fmt: skip
-    make_model(here / "base", {name: np.ones(shape, np.float32) for name, shape in shapes.items()}, config={})
-    (here / "spaces.yaml").write_text(
-        "spaces:\n  params/up/kernel: in -, h\n  params/down/kernel: in h, -\n"
-        "  params/norm/scale: h\n  'batch_stats/norm/{x=mean|var}': h\n"
-    )
-    with pytest.raises(cfmerge.CfmergeError, match=r"batch_stats.*running statistics of BatchNorm"):
-        cfmerge.merge("base", ["base"], "average", output="out", **HOW)
