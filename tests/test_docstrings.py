@@ -17,6 +17,7 @@ ROOMS = (
     "linalg",
     "covariance",
     "least_squares",
+    "align",
     "compose",
     "temporal",
 )  # modules all of whose functions and classes are public

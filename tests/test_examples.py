@@ -51,6 +51,36 @@ def test_flax_regmean():
         assert errors["RegMean++"][task] < errors["RegMean"][task]
 
 
+def test_rebasin_flax():
+    """Matching takes most of the barrier away, and three networks too have a mean that is nearly as good as each."""
+    found = rows(run("rebasin_flax.py"))
+    models = [found[name][0] for name in "abc"]
+    assert min(models) > 0.85
+    assert min(found["as it is"]) < min(models) - 0.15
+    assert min(found["matched"]) > min(models) - 0.05
+    assert found["average of a and b"][0] < min(models) - 0.15
+    assert found["re-basin of a and b"][0] > min(models) - 0.05
+    assert found["average of three"][0] < found["merge_many of three"][0] - 0.15
+
+
+def test_c2m3_flax():
+    """In one universe every neuron comes back, and the mean of three networks works."""
+    found = {name: numbers[0] for name, numbers in rows(run("c2m3_flax.py")).items()}
+    assert found["neurons back after a round, in pairs"] < 0.5
+    assert found["neurons back after a round, universe"] == 1
+    assert found["mean as they are"] < found["mean in the universe"] - 0.05
+    assert found["mean in the universe"] > min(found[f"network {name}"] for name in "abc") - 0.03
+
+
+def test_otfusion_flax():
+    """A wide network that is transported onto a narrow one works in it, and so does the mean of both."""
+    found = {name: numbers[0] for name, numbers in rows(run("otfusion_flax.py")).items()}
+    narrow = found["narrow network"]
+    assert found["mean with a part of the wide"] < narrow - 0.05
+    assert found["wide transported onto narrow"] > narrow - 0.06
+    assert found["fused"] > narrow - 0.03
+
+
 def test_own_method():
     """The spectral average is nearer than the average, and the same in both forms and by all three ways."""
     distances = {name: numbers[0] for name, numbers in rows(run("own_method.py")).items()}
@@ -69,6 +99,22 @@ def test_one_layer():
     assert found["tuned"] < 0.7 * found["large"]
     assert found["batch"] < 1e-3
     assert found["forgotten"] < 1e-2
+
+
+def test_zipit_flax():
+    """A zip keeps more than the average and the permuted average; in part it keeps nearly all, run from one trunk."""
+    found = rows(run("zipit_flax.py"))
+    for task in range(2):
+        average, permuted, whole, part, less, apart = (
+            found[name][task] for name in (
+                "average", "permuted, then averaged", "zipped all through", "zipped, two layers of three",
+                "zipped, the first layer", "two networks",
+            )
+        )  # fmt: skip
+        assert average + 0.1 < permuted < whole < part < less < apart < part + 0.05
+    assert found["two layers, saved and loaded"] == found["zipped, two layers of three"]
+    assert found["zipped, two layers of three"][2] < 0.75
+    assert found["operations from one trunk of two layers, of those of two networks"][0] < 0.75
 
 
 def test_sharded_trees():

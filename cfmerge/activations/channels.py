@@ -12,9 +12,9 @@ from cfmerge.errors import CfmergeError
 
 
 class Channels(NamedTuple):
-    """Of `count` tokens; layers that are stacked have an axis in front of all three."""
+    """Of so many tokens; layers that are stacked have an axis in front of all three."""
 
-    count: Any
+    tokens: Any
     mean: Any
     variance: Any
 
@@ -33,11 +33,11 @@ def channels_of(values: Any, axes: tuple[int, ...], mask: Any = None) -> Channel
 
 def together(one: Channels, two: Channels) -> Channels:
     """Those of the tokens of both."""
-    count = one.count + two.count
-    share = (two.count / count).reshape(np.shape(count) + (1,) * (np.ndim(one.mean) - np.ndim(count)))
+    tokens = one.tokens + two.tokens
+    share = (two.tokens / tokens).reshape(np.shape(tokens) + (1,) * (np.ndim(one.mean) - np.ndim(tokens)))
     apart = two.mean - one.mean
     variance = (1 - share) * one.variance + share * two.variance + share * (1 - share) * apart * apart
-    return Channels(count, one.mean + share * apart, variance)
+    return Channels(tokens, one.mean + share * apart, variance)
 
 
 def over_batches(forward: Forward, variables: Any, batches: Iterable[Any], *more: Any) -> dict[str, Channels]:

@@ -11,11 +11,12 @@ layers that `collect_linen` and `collect_nnx` see.
 
 import functools
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cfmerge.activations.inputs import rows_of
 from cfmerge.activations.looking import LINEAR, Call, Forward, in_linen, in_nnx, kernel_of
@@ -59,7 +60,7 @@ def collect_joint_linen(
         CfmergeError: no batches; a space that no layer is seen to read; spaces that do not fit the models.
     """
     modules = list(model) if isinstance(model, list | tuple) else [model] * len(variables)
-    tables = list(spaces) if isinstance(spaces, list | tuple) else [spaces] * len(variables)
+    tables = [spaces] * len(variables) if isinstance(spaces, Spaces) else list(spaces)
     _check_numbers(len(variables), {"modules": modules, "spaces": tables})
     lines = [lines_of(own, table, match) for own, table in zip(_params(variables), tables, strict=True)]
 
@@ -100,7 +101,7 @@ def collect_joint_nnx(
     """
     from flax import nnx
 
-    tables = list(spaces) if isinstance(spaces, list | tuple) else [spaces] * len(models)
+    tables = [spaces] * len(models) if isinstance(spaces, Spaces) else list(spaces)
     _check_numbers(len(models), {"spaces": tables})
     graphs, states = zip(*(nnx.split(model) for model in models), strict=True)
     params = [flatten(nnx.state(model, nnx.Param))[0] for model in models]
@@ -160,13 +161,24 @@ def _collected(
     for batch in batches:
         found = [run(batch) for run in runs]
         _check_seen(found, lines, moments.models)
-        for kernel in found[0]:
-            for space, arrays in found[0][kernel].items():
-                for number in range(len(arrays)):
-                    moments.add(space, [own[kernel][space][number] for own in found])
+        known: dict[str, tuple[list[np.ndarray], Moments]] = {}
+        for space, features in _of_batch(found):
+            if space not in known or not all(map(np.array_equal, known[space][0], features)):
+                own = Moments(moments.models)
+                own.add(space, features)
+                known[space] = features, own
+            moments.merge(known[space][1])  # queries, keys and values are of one input, whose product is taken once
     if not moments.spaces:
         raise CfmergeError("no batches: joint moments need at least one")
     return moments
+
+
+def _of_batch(found: Sequence[Features]) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """A space, and an array of each model, for each reader of the space."""
+    for kernel, spaces in found[0].items():
+        for space, arrays in spaces.items():
+            for number in range(len(arrays)):
+                yield space, [np.asarray(own[kernel][space][number]) for own in found]
 
 
 def _letter(number: int) -> str:

@@ -67,6 +67,9 @@ def repair_linen(
         CfmergeError: no batches; a layer that is not called, or is stacked by a scan; endpoints of other widths; a
             model with BatchNorm.
     """
+    for one in (merged, *endpoints):
+        if "params" not in one:
+            raise CfmergeError(f"repair: expected variables {{'params': ...}}, found a tree of {', '.join(one)}")
     if merged.get(STATISTICS):
         raise CfmergeError(f"repair: {NORMED}: cfmerge.activations.reset_norms_linen(model, merged, batches)")
     leaves, treedef = flatten(merged["params"])
@@ -165,7 +168,7 @@ def _look(wanted: Sequence[str], goals: Mapping[str, Goal]) -> Look:
 
     def look(call: Call) -> tuple[Any, Channels | None]:
         outputs = call.run()
-        if call.name not in wanted:
+        if call.name is None or call.name not in wanted:
             return outputs, None
         found = channels_of(outputs, tuple(range(-_outer(call.layer), 0)))
         if call.name in goals:
@@ -204,7 +207,7 @@ def _goals(
     goals = {}
     for name in wanted:
         own = [statistics[name] for statistics in found if name in statistics]
-        if len(own) < len(found) or np.ndim(own[0].count):
+        if len(own) < len(found) or np.ndim(own[0].tokens):
             why = (
                 "is stacked by a scan"
                 if own

@@ -15,8 +15,8 @@ from cfmerge.align.groups import Groups as Groups
 from cfmerge.align.groups import identity_match as identity_match
 from cfmerge.align.merge_many import Many as Many
 from cfmerge.align.merge_many import merge_many as merge_many
-from cfmerge.align.moments import Joint as Joint
 from cfmerge.align.moments import Moments as Moments
+from cfmerge.align.moments import SpaceMoments as SpaceMoments
 from cfmerge.align.ot_fusion import Fused as Fused
 from cfmerge.align.ot_fusion import ot_fusion as ot_fusion
 from cfmerge.align.permuting import Permutations as Permutations
@@ -42,5 +42,6 @@ from cfmerge.models.space_tables import Described as Described
 from cfmerge.models.space_tables import describe as describe
 from cfmerge.models.space_tables import read_table as read_table
 from cfmerge.models.space_tables import spaces_of as spaces_of
+from cfmerge.models.space_tables import write_table as write_table
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces

@@ -114,7 +114,7 @@ def _by_turns(names: tuple[str, ...], cells: Gains, taus: Mapping[str, np.ndarra
     for _ in range(TURNS):
         changed = False
         for name in names:
-            gain = sum(_for(name, key, cell, taus) for key, cell in cells.items() if name in key)
+            gain = np.sum([_for(name, key, cell, taus) for key, cell in cells.items() if name in key], axis=0)
             tau = assign(gain)
             if matched(gain, [tau]).sum() > matched(gain, [taus[name]]).sum():
                 taus[name], changed = tau, True

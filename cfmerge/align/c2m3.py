@@ -22,15 +22,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import Polynomial
 
 from cfmerge.align.assignment import assign_space
-from cfmerge.align.gains import Tensors, Term, check_names, inner, product, read, terms_of
+from cfmerge.align.gains import Tensors, Term, check_model, check_named, inner, product, read, terms_of
 from cfmerge.align.permuting import Permutations, check_permutations, compose, identity, inverse
 from cfmerge.align.soft import Maps, hard, mapped
-from cfmerge.align.weight_matching import weight_matching
+from cfmerge.align.trees import flat
+from cfmerge.align.weight_matching import search as match_weights
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Spaces
 
@@ -39,6 +39,21 @@ SMALLEST = 1e-7  # rise of the objective, relative to it, that ends the search
 
 class Universe(NamedTuple):
     """Models in one universe.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    >>> a = {"up": np.eye(2), "down": np.array([[1.0, 2.0]])}
+    >>> b = cfmerge.align.permute(spaces, a, {"h": np.array([1, 0])})
+    >>> found = cfmerge.align.universe(spaces, {"a": a, "b": b})
+    >>> found.before, found.objective
+    (4.0, 7.0)
+
+
+        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
+        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
+        >>> found = cfmerge.align.universe(spaces, {"a": a, "b": b})
+        >>> found.before, found.objective
+        (28.0, 30.0)
 
     Attributes:
         permutations: `{model: {space: permutation}}` into the universe: average the models permuted by these.
@@ -67,7 +82,8 @@ def universe(
 
     Args:
         spaces: of all models.
-        models: `{name: {tensor: array}}`, two or more. A model may read a tensor when it is asked for.
+        models: `{name: {tensor: array}}`, two or more, or trees of arrays. A mapping may read a tensor when it is
+            asked for.
         seed: of the weight matching that makes the start.
         steps: of Frank and Wolfe, at most.
         start: permutations of each model to start from; by default each is matched to the first model.
@@ -84,18 +100,20 @@ def universe(
         >>> [cfmerge.align.permute(spaces, m, found.permutations[n])["down"].tolist() for n, m in zip("abc", (a, b, c))]
         [[[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]]]
     """
+    check_named(models)
     if len(models) < 2:
         raise CfmergeError(f"universe: takes two or more models, found {len(models)}")
+    models = {name: flat(spaces, model)[0] for name, model in models.items()}
     for name, model in models.items():
-        check_names(spaces, model, name)
+        check_model(spaces, model, name)
     first, *others = models
     begin = {name: {**identity(spaces), **(start or {}).get(name, {})} for name in models}
     for name in others if start is None else ():
-        begin[name] = weight_matching(spaces, models[first], models[name], seed=seed).permutations
+        begin[name] = match_weights(spaces, models[first], models[name], seed=seed).permutations
     for permutations in begin.values():
         check_permutations(spaces, permutations)
     with jax.enable_x64(True):
-        search = _Search(spaces, models)
+        search = Search(spaces, models)
         found, history = search.run(begin, steps)
         before, at_start, objective = (
             search.objective({name: search.hard(p[name]) for name in models})
@@ -122,7 +140,7 @@ def between(spaces: Spaces, one: Permutations, other: Permutations) -> dict[str,
     return compose(spaces, one, inverse(spaces, other))
 
 
-class _Search:
+class Search:
     """The objective of maps of each model into the universe, its gradient, and its course along a step."""
 
     def __init__(self, spaces: Spaces, models: Mapping[str, Tensors]):
@@ -131,7 +149,7 @@ class _Search:
         for space in spaces.names:
             for term in terms_of(spaces, space):
                 self.terms[term.tensor].append((space, term))
-        self.keys = {space: {()} for space in spaces.names}
+        self.keys: dict[str, set[tuple[str, ...]]] = {space: {()} for space in spaces.names}
         for terms in self.terms.values():
             for space, term in terms:
                 self.keys[space].add(term.names[1:])
@@ -144,7 +162,9 @@ class _Search:
     ) -> tuple[dict[str, dict[str, np.ndarray]], tuple[float, ...]]:
         """The rounded permutations of each model after Frank and Wolfe's steps, and the objective after each."""
         corners = {name: dict(permutations) for name, permutations in begin.items()}
-        maps = {name: self.hard(permutations) for name, permutations in corners.items()}
+        maps: Mapping[str, Mapping[str, Maps]] = {
+            name: self.hard(permutations) for name, permutations in corners.items()
+        }
         history = [self.objective(maps)]
         for _ in range(steps):
             corners = {name: self.best(grads, corners[name]) for name, grads in self.gradients(maps).items()}
@@ -159,7 +179,7 @@ class _Search:
 
     def hard(self, permutations: Permutations) -> dict[str, Maps]:
         """The maps that are permutations."""
-        return {space: {key: jnp.asarray(hard(key, space, permutations, self.dtype)) for key in keys}
+        return {space: {key: hard(key, space, permutations, self.dtype) for key in keys}
                 for space, keys in self.keys.items()}  # fmt: skip
 
     def best(self, gains: Mapping[str, Maps], current: Permutations) -> dict[str, np.ndarray]:
@@ -171,9 +191,8 @@ class _Search:
 
     def weights(self, name: str) -> list[Any]:
         """One tensor of every model."""
-        shape = tuple(axis.size for axis in self.spaces.axes[name])
-        read_all = [read(name, model, shape, who) for who, model in self.models.items()]
-        return [tensor.astype(self.dtype) for tensor in read_all if tensor is not None]
+        stored = [read(self.spaces, name, model, who) for who, model in self.models.items()]
+        return [tensor.astype(self.dtype) for tensor in stored if tensor is not None]
 
     def objective(self, maps: Mapping[str, Mapping[str, Maps]]) -> float:
         """`sum over a < b <X_a, X_b>`."""
@@ -181,7 +200,7 @@ class _Search:
 
     def gradients(self, maps: Mapping[str, Mapping[str, Maps]]) -> dict[str, dict[str, dict[tuple[str, ...], Any]]]:
         """`df/dP` of each model and space."""
-        sums = {name: {space: {key: jnp.zeros_like(m) for key, m in own.items()} for space, own in each.items()}
+        sums = {name: {space: {key: np.zeros_like(m) for key, m in own.items()} for space, own in each.items()}
                 for name, each in maps.items()}  # fmt: skip
         for tensor, terms in self.terms.items():
             if terms:
@@ -210,17 +229,16 @@ class _Search:
         return sum((products[k, l] * polynomials[k] * polynomials[l] for k, l in pairs), Polynomial([0.0]))
 
 
-@jax.jit
-def _agreement(there: list[list[jax.Array]]) -> jax.Array:
+def _agreement(there: list[list[Any]]) -> np.ndarray:
     """`sum over a != b <X_a, X'_b> / 2` of one tensor, of all models at every two points of a step."""
 
-    def pair(one: list[jax.Array], other: list[jax.Array]) -> jax.Array:
-        return (inner(sum(one), sum(other)) - sum(inner(x, y) for x, y in zip(one, other, strict=True))) / 2
+    def pair(one: list[Any], other: list[Any]) -> float:
+        own = sum(float(inner(x, y)) for x, y in zip(one, other, strict=True))
+        return (float(inner(sum(one), sum(other))) - own) / 2
 
-    return jnp.array([[pair(one, other) for other in there] for one in there])
+    return np.array([[pair(one, other) for other in there] for one in there])
 
 
-@jax.jit
 def blended(
     maps: Mapping[str, Mapping[str, Maps]], ahead: Mapping[str, Mapping[str, Maps]], t: float
 ) -> dict[str, dict[str, dict[tuple[str, ...], Any]]]:

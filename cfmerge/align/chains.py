@@ -44,9 +44,9 @@ def chain_spaces(params: Any, layers: Sequence[str] | None = None) -> Spaces:
         >>> cfmerge.align.chain_spaces(model).table()
         {'0.weight': '_0, in 3, -, -', '0.bias': '_0', '1.weight': '_0', '3.weight': '-, in _0 4'}
 
-    For models whose code is not at hand; `trace_spaces` needs none of this to be guessed. Tensors are named as those of
-    Flax (`kernel`, `bias`, `scale`, `mean`, `var`) or of PyTorch (`weight`, `bias`, `running_mean`). Branches and sums
-    are for tables. GroupNorm is not: its groups are no part of the shapes.
+    It is for models whose code is not at hand: `trace_spaces` guesses nothing. Tensors are named as those of Flax
+    (`kernel`, `bias`, `scale`, `mean`, `var`) or of PyTorch (`weight`, `bias`, `running_mean`). Branches and sums need
+    a table, and so does GroupNorm: names and shapes do not tell its groups, nor, in PyTorch, that it is one.
 
     Args:
         params: a tree, or a flat mapping; of arrays, or `jax.ShapeDtypeStruct`.

@@ -9,7 +9,7 @@ import numpy as np
 
 from cfmerge.align.permuting import Permutations, identity_of, permute
 from cfmerge.errors import CfmergeError, and_more
-from cfmerge.formats.pytree import named_leaves, unflatten
+from cfmerge.formats.pytree import flatten, named_leaves, unflatten
 from cfmerge.models.spaces import Spaces, Use
 
 
@@ -41,7 +41,7 @@ def check_spaces(
         CfmergeError: a space whose permutation changes the outputs; tensors that are not the table's; an output that is
             not finite.
     """
-    named, tree = named_leaves(params)
+    named, tree = flatten(params)
     _check_tensors(spaces, named)
     generator = np.random.default_rng(seed)
     tensors = {name: _noisy(tensor, generator) for name, tensor in named.items()}
@@ -69,9 +69,14 @@ def _check_tensors(spaces: Spaces, named: Mapping[str, Any]) -> None:
 
 def _noisy(tensor: Any, generator: np.random.Generator) -> Any:
     """A tensor in which the order of entries is to be seen; variances remain positive."""
-    if not jnp.issubdtype(tensor.dtype, jnp.floating) or not (tensor == tensor.reshape(-1)[:1]).all():
-        return tensor
-    return tensor + jnp.asarray(generator.uniform(0.1, 0.5, tensor.shape), tensor.dtype)
+    if not jnp.issubdtype(tensor.dtype, np.number):
+        return tensor  # keys of random numbers
+    array = np.asarray(tensor)
+    if not array.size:
+        return array
+    if not jnp.issubdtype(array.dtype, jnp.floating) or (array != array.reshape(-1)[:1]).any():
+        return array
+    return (array + generator.uniform(0.1, 0.5, array.shape)).astype(array.dtype)
 
 
 def _shuffled(spaces: Spaces, name: str, generator: np.random.Generator) -> np.ndarray:

@@ -151,10 +151,9 @@ def _names(axes: Axes, reads: set[Origin], looked_up: set[Origin], parents: Mapp
     names: dict[Atom, str] = {}
     for atom in sorted(_free(place.factors for place in places), key=lambda atom: atom in parents):
         layer = layers[atom]
-        name = f"{names[parents[atom]]}.{layer.rpartition('/')[2]}" if atom in parents else layer
-        taken, count = set(names.values()), 2
-        while name in taken:
-            name, count = f"{layer if atom not in parents else name.partition('_')[0]}_{count}", count + 1
+        plain = f"{names[parents[atom]]}.{layer.rpartition('/')[2]}" if atom in parents else layer
+        taken = set(names.values())
+        name = next(n for n in (plain, *(f"{plain}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
         names[atom] = name
     return names
 

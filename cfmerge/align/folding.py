@@ -26,12 +26,14 @@ class Folds:
     """What became of the zipped spaces.
 
     Attributes:
-        spaces: those of each model.
+        models: their names.
+        spaces: those of each.
         groups: of the spaces whose features are zipped.
         blocks: for each model, the permutations of the spaces whose elements are permuted as blocks, and of their
             children.
     """
 
+    models: Sequence[str]
     spaces: Sequence[Spaces]
     groups: Mapping[str, Groups]
     blocks: Sequence[Permutations]
@@ -61,8 +63,8 @@ class Folds:
             part = self._merged(name, self.read(name, computing(tensor), model), model, mean)
             if total is not None and total.shape != part.shape:
                 raise CfmergeError(
-                    f"zip: tensor {name!r}: of the first model it comes out as {total.shape}, of model {model} as "
-                    f"{part.shape}: axes that are `-` in the table must be as long in all models"
+                    f"zip: tensor {name!r}: of model {self.models[0]!r} it comes out as {total.shape}, of "
+                    f"{self.models[model]!r} as {part.shape}; axes that are `-` in the table must be as long in all"
                 )
             total = part if total is None else total + part
         assert total is not None

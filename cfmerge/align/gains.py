@@ -15,7 +15,7 @@ it under `jax.enable_x64(True)`.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -106,21 +106,15 @@ def product(a: Any, b: Any, *, axis: int, start: int, sizes: tuple[int, ...], ke
     return found.transpose([place + side * len(keep) for place in range(len(keep)) for side in (0, 1)])
 
 
-def objective(spaces: Spaces, a: Tensors, b: Tensors, permutations: Permutations, names: Any = None) -> float:
-    """`sum of <A, permuted B>` over some tensors, by default over all with numbers in them, in float64.
-
-    Raises:
-        CfmergeError: a tensor with a NaN or an infinity.
-    """
+def objective(
+    spaces: Spaces, a: Tensors, b: Tensors, permutations: Permutations, names: Iterable[str] | None = None
+) -> float:
+    """`sum of <A, permuted B>` over some tensors, by default over all with numbers in them, in float64."""
     total = 0.0
     for name in spaces.axes if names is None else names:
         pair = pair_of(spaces, name, a, b)
         if pair is not None:
-            part = float(inner(pair[0], permute_tensor(spaces, name, pair[1], permutations)))
-            if not math.isfinite(part):
-                side = "b" if np.isfinite(np.asarray(pair[0])).all() else "a"
-                raise CfmergeError(f"tensor {name!r} of model {side}: has a NaN or an infinity; nothing can be matched")
-            total += part
+            total += float(inner(pair[0], permute_tensor(spaces, name, pair[1], permutations)))
     return total
 
 
@@ -130,43 +124,48 @@ def inner(a: Any, b: Any) -> jax.Array:
 
 
 def pair_of(spaces: Spaces, name: str, a: Tensors, b: Tensors) -> tuple[Any, Any] | None:
-    """A tensor of both models, in the dtype of the computation; None for integers that do not permute.
-
-    Raises:
-        CfmergeError: other shapes than the spaces have; integers or complex numbers on axes that permute.
-    """
-    axes = spaces.axes[name]
-    shape = tuple(axis.size for axis in axes)
-    pair = [read(name, tensors, shape, who) for tensors, who in ((a, "a"), (b, "b"))]
+    """A tensor of both models, in the dtype of the computation; None for integers, which do not permute."""
+    pair = [read(spaces, name, tensors, who) for tensors, who in ((a, "a"), (b, "b"))]
     if any(tensor is None for tensor in pair):
-        if any(axis.spaces for axis in axes):
-            who, tensors = ("a", a) if pair[0] is None else ("b", b)
-            raise CfmergeError(
-                f"tensor {name!r} of model {who}: has the dtype {np.dtype(tensors[name].dtype)}; a tensor whose axes "
-                "permute holds real floating-point numbers, and others have `-` for each axis"
-            )
         return None
     wide = any(tensor.dtype == np.float64 for tensor in pair)
     left, right = (tensor.astype(np.float64 if wide else np.float32, copy=False) for tensor in pair)
     return left, right
 
 
-def read(name: str, tensors: Tensors, shape: tuple[int, ...], who: str) -> Any:
-    """One tensor of a model as it is stored; None if it holds no real floating-point numbers."""
-    if name not in tensors:
-        raise CfmergeError(f"model {who}: has no tensor {name!r}, which the table of spaces has")
-    tensor = tensors[name]
+def read(spaces: Spaces, name: str, tensors: Tensors, who: str) -> Any:
+    """One tensor of a model as it is stored; None if it holds no real floating-point numbers, and does not permute."""
+    axes, tensor = spaces.axes[name], tensors[name]
     tensor = tensor if isinstance(tensor, jax.Array) else np.asarray(tensor)
+    shape = tuple(axis.size for axis in axes)
     if tensor.shape != shape:
         raise CfmergeError(f"tensor {name!r}: model {who} has the shape {tensor.shape}, the spaces have {shape}")
-    return tensor if jnp.issubdtype(tensor.dtype, jnp.floating) else None
+    if jnp.issubdtype(tensor.dtype, jnp.floating):
+        return tensor
+    if any(axis.spaces for axis in axes):
+        raise CfmergeError(
+            f"tensor {name!r} of model {who}: has the dtype {tensor.dtype}; a tensor whose axes permute holds real "
+            "floating-point numbers, and others have `-` for each axis"
+        )
+    return None
 
 
-def check_names(spaces: Spaces, tensors: Tensors, who: str) -> None:
-    """Raises `CfmergeError` unless a model has the tensors of the table, no more and no less."""
-    missing, added = [n for n in spaces.axes if n not in tensors], [n for n in tensors if n not in spaces.axes]
+def check_model(spaces: Spaces, tensors: Tensors, who: str) -> None:
+    """Raises `CfmergeError` unless a model has the tensors of the table, in their shapes, of finite numbers."""
+    names = dict.fromkeys(tensors)  # `in` would read a tensor of a mapping that reads
+    missing, added = [n for n in spaces.axes if n not in names], [n for n in names if n not in spaces.axes]
     if missing or added:
         raise CfmergeError(
             f"model {who}: has no tensor {and_more(missing)}, which the table of spaces has" if missing else
             f"model {who}: has a tensor {and_more(added)}, for which the table of spaces has no line"
         )  # fmt: skip
+    for name in spaces.axes:
+        tensor = read(spaces, name, tensors, who)
+        if tensor is not None and not (jnp if isinstance(tensor, jax.Array) else np).isfinite(tensor).all():
+            raise CfmergeError(f"tensor {name!r} of model {who}: has a NaN or an infinity")
+
+
+def check_named(models: Any) -> None:
+    """Raises `CfmergeError` unless several models have names."""
+    if not isinstance(models, Mapping):
+        raise CfmergeError(f"models: expected {{name: model}}, found {type(models).__name__}; give names")

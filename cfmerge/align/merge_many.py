@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.align.gains import Tensors, check_names, read
+from cfmerge.align.gains import Tensors, check_model, check_named, read
 from cfmerge.align.permuting import Permutations, identity, permute_tensor
-from cfmerge.align.weight_matching import weight_matching
+from cfmerge.align.trees import built, flat
+from cfmerge.align.weight_matching import search
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Spaces
 
@@ -31,15 +32,29 @@ from cfmerge.models.spaces import Spaces
 class Many(NamedTuple):
     """Several models, permuted to be near their mean.
 
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    >>> a = {"up": np.eye(2), "down": np.array([[1.0, 2.0]])}
+    >>> b = cfmerge.align.permute(spaces, a, {"h": np.array([1, 0])})
+    >>> many = cfmerge.align.merge_many(spaces, {"a": a, "b": b})
+    >>> many.mean["down"].tolist(), many.history[-1]
+    ([[1.0, 2.0]], 0.0)
+
+
+        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
+        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
+        >>> cfmerge.align.merge_many(spaces, {"a": a, "b": b}).permutations["b"]
+        {'h': array([1, 0])}
+
     Attributes:
         permutations: `{model: {space: permutation}}`.
-        mean: of the permuted models, `{tensor: array}` in the dtype of the first model.
+        mean: of the permuted models, as the first model was given and in its dtype.
         distances: `{model: its distance from the mean}`, the root of the sum of squares over all tensors.
         history: the sum of squared distances where the search started, and after each sweep over the models.
     """
 
     permutations: dict[str, dict[str, np.ndarray]]
-    mean: dict[str, Any]
+    mean: Any
     distances: dict[str, float]
     history: tuple[float, ...]
 
@@ -57,7 +72,8 @@ def merge_many(
 
     Args:
         spaces: of all models.
-        models: `{name: {tensor: array}}`, two or more. A model may read a tensor when it is asked for.
+        models: `{name: {tensor: array}}`, two or more, or trees of arrays. A mapping may read a tensor when it is
+            asked for.
         seed: of the order of the models, and of the spaces.
         sweeps: over the models, at most.
         start: permutations of each model to start from; by default each is matched to the first model.
@@ -76,28 +92,36 @@ def merge_many(
         >>> many.mean["down"].tolist(), many.distances
         ([[1.0, 2.0, 3.0]], {'a': 0.0, 'b': 0.0})
     """
+    check_named(models)
     if len(models) < 2:
         raise CfmergeError(f"merge_many: takes two or more models, found {len(models)}")
+    structure = flat(spaces, next(iter(models.values())))[1]
+    models = {name: flat(spaces, model)[0] for name, model in models.items()}
     for name, model in models.items():
-        check_names(spaces, model, name)
+        check_model(spaces, model, name)
     first, *others = models
     permutations = {name: {**identity(spaces), **(start or {}).get(name, {})} for name in models}
     if start is None:
         for name in others:
-            permutations[name] = weight_matching(spaces, models[first], models[name], seed=seed).permutations
+            permutations[name] = search(spaces, models[first], models[name], seed=seed).permutations
     generator, gains = np.random.default_rng(seed), list[float]()
     while len(gains) < sweeps and (not gains or gains[-1] > 0):
         gains.append(0.0)
         for name in generator.permutation(list(models)):
             rest = _Mean(spaces, {other: model for other, model in models.items() if other != name}, permutations)
             number = int(generator.integers(2**31))
-            found = weight_matching(spaces, rest, models[name], seed=number, start=permutations[name])
+            found = search(spaces, rest, models[name], seed=number, start=permutations[name])
             permutations[name] = found.permutations
             gains[-1] += found.objective - found.history[0]
     mean, squares = _mean_of(spaces, models, permutations, keep_mean)
     share = 2 * (len(models) - 1) / len(models)
     history = sum(squares.values()) + share * np.cumsum([0.0, *reversed(gains)])[::-1]
-    return Many(permutations, mean, {name: s**0.5 for name, s in squares.items()}, tuple(history.tolist()))
+    return Many(
+        permutations,
+        built(structure, mean) if keep_mean else {},
+        {name: s**0.5 for name, s in squares.items()},
+        tuple(history.tolist()),
+    )
 
 
 class _Mean(Mapping[str, Any]):
@@ -113,15 +137,15 @@ class _Mean(Mapping[str, Any]):
         return len(self.spaces.axes)
 
     def __getitem__(self, name: str) -> Any:
-        shape, total = tuple(axis.size for axis in self.spaces.axes[name]), None
+        total = np.float32(0)
         for who, model in self.models.items():
-            tensor = read(name, model, shape, who)
+            tensor = read(self.spaces, name, model, who)
             if tensor is None:
                 return model[name]
             with jax.enable_x64(True):
                 tensor = tensor if tensor.dtype == np.float64 else tensor.astype(np.float32)
                 tensor = permute_tensor(self.spaces, name, tensor, self.permutations[who])
-                total = tensor if total is None else total + tensor
+                total = total + tensor
         return total / np.float32(len(self.models))
 
 

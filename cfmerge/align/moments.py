@@ -25,11 +25,11 @@ from cfmerge.formats.safetensors import SafetensorsFile
 
 HOLDS = "joint_moments"  # what the file says that it holds
 SMALLEST = 1e-7  # denominator of a correlation
-PARTS = ("count", "mean", "covariance")  # of a space in the file
+PARTS = ("tokens", "mean", "covariance")  # of a space in the file
 
 
-class Joint(NamedTuple):
-    """The moments of one space: of `O = sum(widths)` features, over `count` tokens.
+class SpaceMoments(NamedTuple):
+    """The moments of one space: of `O = sum(widths)` features, over so many tokens.
 
         >>> moments = cfmerge.align.Moments()
         >>> moments.add("hidden", [np.array([[1.0], [3.0]]), np.array([[0.0, 2.0], [0.0, 4.0]])])
@@ -37,13 +37,13 @@ class Joint(NamedTuple):
         array([2., 0., 3.])
 
     Attributes:
-        count: number of tokens.
+        tokens: their number.
         mean: `(O,)`.
-        covariance: `(O, O)`, divided by the count.
+        covariance: `(O, O)`, divided by the number of tokens.
         widths: the number of features of each model.
     """
 
-    count: int
+    tokens: int
     mean: np.ndarray
     covariance: np.ndarray
     widths: tuple[int, ...]
@@ -73,7 +73,7 @@ class Moments:
         self.models = tuple(models)
         if len(self.models) < 2 or len(set(self.models)) < len(self.models):
             raise CfmergeError(f"moments: joint moments are of two models or more, each of its own name; got {models}")
-        self._spaces: dict[str, Joint] = {}
+        self._spaces: dict[str, SpaceMoments] = {}
 
     def __repr__(self) -> str:
         told = ", ".join(f"{name} {'+'.join(map(str, joint.widths))}" for name, joint in self._spaces.items())
@@ -84,8 +84,8 @@ class Moments:
         """The names of the spaces whose features were added."""
         return tuple(self._spaces)
 
-    def of(self, space: str) -> Joint:
-        """Count, mean, covariance and widths of one space.
+    def of(self, space: str) -> SpaceMoments:
+        """Tokens, mean, covariance and widths of one space.
 
         Raises:
             CfmergeError: no features of it were added.
@@ -112,11 +112,22 @@ class Moments:
         joint = self.of(space)
         return joint.covariance + np.outer(joint.mean, joint.mean)
 
-    def correlation(self, space: str) -> np.ndarray:
-        """Pearson's correlation of every two features, `(O, O)`; 0 for a dead one, with itself too."""
+    def correlation(self, space: str, *, dead: float = 0.0) -> np.ndarray:
+        """Pearson's correlation of every two features, `(O, O)`; 0 for a dead one, with itself too.
+
+        Args:
+            space: its name.
+            dead: the entry of two dead features of one value. With 1 they are alike, as behind a ReLU that never fires:
+                they can be merged at no loss, and are, in place of features that live.
+        """
         covariance = self.covariance(space)
         deviation = np.sqrt(np.diagonal(covariance))
-        return covariance / np.maximum(np.outer(deviation, deviation), SMALLEST)
+        correlation = covariance / np.maximum(np.outer(deviation, deviation), SMALLEST)
+        if dead:
+            places = np.flatnonzero(self.dead(space))
+            value = self.of(space).mean[places]
+            correlation[np.ix_(places, places)] = np.where(value[:, None] == value, dead, 0.0)
+        return correlation
 
     def dead(self, space: str) -> np.ndarray:
         """Which features never changed, `(O,)` of bool."""
@@ -165,7 +176,7 @@ class Moments:
         for space in other.spaces:
             self._put(space, other.of(space))
 
-    def _put(self, space: str, joint: Joint) -> None:
+    def _put(self, space: str, joint: SpaceMoments) -> None:
         self._spaces[space] = _together(self._spaces[space], joint) if space in self._spaces else joint
 
     def _check(self, space: str, widths: tuple[int, ...]) -> None:
@@ -198,13 +209,13 @@ class Moments:
             )
         return rows
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Writes them as one safetensors file, which appears when it is complete.
 
-        It holds `SPACE:count`, `SPACE:mean` and `SPACE:covariance`; its metadata tell what it holds, models and widths.
+        It holds `SPACE:tokens`, `SPACE:mean` and `SPACE:covariance`; its metadata tell that, models and widths.
 
         Raises:
-            CfmergeError: it exists, is not called `.safetensors`, or there is nothing to save.
+            CfmergeError: it exists (without `overwrite`), is not called `.safetensors`, or there is nothing to save.
         """
         path = Path(path)
         if path.suffix != ".safetensors" or not self._spaces:
@@ -217,7 +228,7 @@ class Moments:
         }
         widths = {space: joint.widths for space, joint in self._spaces.items()}
         metadata = {"holds": HOLDS, "models": json.dumps(self.models), "widths": json.dumps(widths)}
-        with FileSink(path, [Folder(stem=path.stem, sharded=False)], metadata=metadata) as sink:
+        with FileSink(path, [Folder(stem=path.stem, sharded=False)], metadata=metadata, overwrite=overwrite) as sink:
             sink.declare({name: (array.shape, array.dtype) for name, array in arrays.items()})
             for name, array in arrays.items():
                 sink.write(name, array)
@@ -244,22 +255,22 @@ class Moments:
         return result
 
 
-def _moments(rows: np.ndarray, widths: tuple[int, ...]) -> Joint:
+def _moments(rows: np.ndarray, widths: tuple[int, ...]) -> SpaceMoments:
     """The moments of one batch `(tokens, O)`, which is changed; a feature that is the same in all rows varies by 0."""
     first = rows[0].copy()
     rows -= first
     mean = rows.mean(axis=0)
     rows -= mean
-    return Joint(len(rows), first + mean, rows.T @ rows / len(rows), widths)
+    return SpaceMoments(len(rows), first + mean, rows.T @ rows / len(rows), widths)
 
 
-def _together(one: Joint, two: Joint) -> Joint:
+def _together(one: SpaceMoments, two: SpaceMoments) -> SpaceMoments:
     """The moments of the tokens of both."""
-    count = one.count + two.count
-    share, apart = two.count / count, two.mean - one.mean
+    tokens = one.tokens + two.tokens
+    share, apart = two.tokens / tokens, two.mean - one.mean
     covariance = (1 - share) * one.covariance + share * two.covariance
     covariance += share * (1 - share) * np.outer(apart, apart)
-    return Joint(count, one.mean + share * apart, covariance, one.widths)
+    return SpaceMoments(tokens, one.mean + share * apart, covariance, one.widths)
 
 
 def _told(widths: Sequence[int]) -> str:
@@ -278,7 +289,7 @@ def _other(file: SafetensorsFile) -> str:
     return f"no joint moments, but {found}; {out}"
 
 
-def _read(file: SafetensorsFile, space: str, widths: tuple[int, ...], models: int) -> Joint:
+def _read(file: SafetensorsFile, space: str, widths: tuple[int, ...], models: int) -> SpaceMoments:
     """The moments of one space in a file."""
     where, size = f"{file.path}: space {space!r}", sum(widths)
     if len(widths) != models:
@@ -293,9 +304,9 @@ def _read(file: SafetensorsFile, space: str, widths: tuple[int, ...], models: in
                 f"{where}: {part} has shape {found}, expected {shape}: the widths {'+'.join(map(str, widths))} are "
                 f"{size} features"
             )
-    count, mean, covariance = (np.asarray(file.read(f"{space}:{part}"), np.float64) for part in PARTS)
+    tokens, mean, covariance = (np.asarray(file.read(f"{space}:{part}"), np.float64) for part in PARTS)
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise CfmergeError(f"{where}: its moments hold a NaN or an infinity; collect them again")
-    if count < 1 or (np.diagonal(covariance) < 0).any():
-        raise CfmergeError(f"{where}: {int(count)} tokens, or a negative variance; the file is no moments' file")
-    return Joint(int(count), mean, covariance, widths)
+    if tokens < 1 or (np.diagonal(covariance) < 0).any():
+        raise CfmergeError(f"{where}: {int(tokens)} tokens, or a negative variance; the file is no moments' file")
+    return SpaceMoments(int(tokens), mean, covariance, widths)

@@ -32,32 +32,45 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cfmerge import linalg
-from cfmerge.align.gains import Tensors, check_names, read
+from cfmerge.align.gains import Tensors, check_model, read
 from cfmerge.align.soft import Maps, mapped
-from cfmerge.align.transport import transport
+from cfmerge.align.transport import COSTS, costs, transport
+from cfmerge.align.trees import built, flat
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.kinds import is_running
 from cfmerge.models.spaces import Axis, Spaces
 
 PASSES = 10  # over all spaces, where a stream is read by what writes it
-COSTS = ("euclidean", "squared", "cosine")
 HISTOGRAMS = ("uniform", "norm")
 
 
 class Fused(NamedTuple):
     """Two models fused.
 
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    >>> a = {"up": np.eye(2), "down": np.array([[1.0, 2.0]])}
+    >>> b = cfmerge.align.permute(spaces, a, {"h": np.array([1, 0])})
+    >>> fused = cfmerge.align.ot_fusion(spaces, b, a)
+    >>> fused.plans["h"].tolist(), fused.costs
+    ([[0.0, 0.5], [0.5, 0.0]], {'h': 0.0})
+
+
+        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
+        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
+        >>> cfmerge.align.ot_fusion(spaces, a, b).plans["h"]
+        array([[0. , 0.5],
+               [0.5, 0. ]])
+
     Attributes:
-        tensors: `{name: array}` in the shapes and dtypes of model b.
+        tensors: as model b was given, in its shapes and dtypes.
         plans: `{space: transport plan (n of a, n of b)}`, each of which sums to 1.
         costs: `{space: what its plan costs}`, `<T, C>`.
     """
 
-    tensors: dict[str, Any]
+    tensors: Any
     plans: dict[str, np.ndarray]
     costs: dict[str, float]
 
@@ -80,8 +93,8 @@ def ot_fusion(
 
     Args:
         spaces: of b; its axes that tensors read are marked `in`.
-        a: `{name: array}`, which is transported.
-        b: `{name: array}`, whose widths the result has.
+        a: `{name: array}` or a tree of arrays, which is transported.
+        b: the same, whose widths the result has.
         spaces_a: of a, where its widths are others: the same table, parsed with a's shapes.
         share: of b in the result.
         cost: of two neurons: the distance of their rows, its square, or one less their cosine.
@@ -108,10 +121,13 @@ def ot_fusion(
         >>> fused.tensors["up"].tolist(), fused.tensors["down"].tolist()
         ([[2.0], [1.0]], [[4.0, 3.0]])
     """
-    for tensors, who in ((a, "a"), (b, "b")):
-        check_names(spaces, tensors, who)
+    a, structure = flat(spaces, a)[0], flat(spaces, b)[1]
+    b = flat(spaces, b)[0]
     _check_choices(cost=(cost, COSTS), histogram=(histogram, HISTOGRAMS), outgoing=(outgoing, ("sum", "mean")))
     _check_alike(spaces, spaces_a or spaces)
+    _check_widths(spaces, a, spaces_a)
+    for tensors, own, who in ((a, spaces_a or spaces, "a"), (b, spaces, "b")):
+        check_model(own, tensors, who)
     found = [name for name in spaces.axes if is_running(name, spaces.axes) or name in statistics]
     if found:
         raise CfmergeError(
@@ -120,9 +136,9 @@ def ot_fusion(
         )
     fusion = _Fusion(spaces, spaces_a or spaces, a, b, cost, histogram, reg, biases, outgoing)
     with jax.enable_x64(True):
-        plans, costs = fusion.plans()
-        tensors = {name: fusion.fused(name, plans, share) for name in spaces.axes}
-    return Fused(tensors, plans, costs)
+        plans, prices = fusion.plans()
+        tensors = {name: fusion.fused(name, plans, share) for name in b}
+    return Fused(built(structure, tensors), plans, prices)
 
 
 class Writer(NamedTuple):
@@ -151,19 +167,19 @@ class _Fusion:
     def plans(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """`{space: its plan}` and `{space: its cost}`, in order of the flow of data."""
         writers = {space: self.writers(space) for space in self.spaces.names}
-        plans, costs, early = dict[str, np.ndarray](), dict[str, float](), False
+        plans, prices, early = dict[str, np.ndarray](), dict[str, float](), False
         while left := [space for space in writers if space not in plans]:
             known = {s: [w.others <= plans.keys() for w in writers[s]] for s in left}
             space = max(left, key=lambda s: (all(known[s]), sum(known[s])))
             early |= not all(known[space])
-            plans[space], costs[space] = self.plan(space, writers[space], plans)
+            plans[space], prices[space] = self.plan(space, writers[space], plans)
         for _ in range(PASSES if early else 0):
             before = dict(plans)
             for space in before:
-                plans[space], costs[space] = self.plan(space, writers[space], plans)
+                plans[space], prices[space] = self.plan(space, writers[space], plans)
             if all(np.array_equal(before[space], plans[space]) for space in before):
                 break
-        return plans, costs
+        return plans, prices
 
     def writers(self, space: str) -> list[Writer]:
         """Where a space is written."""
@@ -195,19 +211,19 @@ class _Fusion:
                 moved = self.moved(name, self.tensor(name, "a"), plans, but)
                 x = _rows(self.spaces_a.axes[name][writer.axis], writer, space, moved)
                 y = _rows(self.spaces.axes[name][writer.axis], writer, space, self.tensor(name, "b"))
-                inner += np.asarray(linalg.matmul(x, y.T))
+                inner += np.asarray(x @ y.T)
                 own, other = own + np.asarray((x**2).sum(1)), other + np.asarray((y**2).sum(1))
-        cost = _costs(self.cost, inner, own, other)
+        cost = costs(self.cost, inner, own, other)
         alpha, beta = (_histogram(self.histogram, np.sqrt(squares)) for squares in (own, other))
         plan = transport(cost, alpha, beta, self.reg)
         return plan, float((plan * cost).sum())
 
-    def moved(
-        self, name: str, tensor: Any, plans: Mapping[str, np.ndarray], but: tuple[int, str] | None = None
-    ) -> jax.Array:
+    def moved(self, name: str, tensor: Any, plans: Mapping[str, np.ndarray], but: tuple[int, str] | None = None) -> Any:
         """A tensor of a with its spaces transported."""
         writes: dict[str, Maps] = {space: {(): _shares(plan, axis=0).T} for space, plan in plans.items()}
-        reads = writes if self.outgoing == "mean" else {s: {(): _shares(p, axis=1).T} for s, p in plans.items()}
+        reads: dict[str, Maps] = (
+            writes if self.outgoing == "mean" else {s: {(): _shares(p, axis=1).T} for s, p in plans.items()}
+        )
         return mapped(self.spaces_a.axes[name], tensor, writes, but, reads)
 
     def fused(self, name: str, plans: Mapping[str, np.ndarray], share: float) -> Any:
@@ -218,42 +234,24 @@ class _Fusion:
             if not np.array_equal(self.a[name], stored):
                 raise CfmergeError(f"tensor {name!r}: differs between the models, and {stored.dtype} is not averaged")
             return stored
-        fused = ((1 - share) * self.moved(name, one, plans) + share * other).astype(stored.dtype)
-        return fused if isinstance(stored, jax.Array) else np.asarray(fused)
+        return ((1 - share) * self.moved(name, one, plans) + share * other).astype(stored.dtype)
 
     def tensor(self, name: str, who: str) -> Any:
         """One tensor of a model in float64; None for integers."""
         spaces, tensors = (self.spaces_a, self.a) if who == "a" else (self.spaces, self.b)
-        shape = tuple(axis.size for axis in spaces.axes[name])
-        if self.spaces is self.spaces_a and who == "a" and np.shape(tensors[name]) != shape:
-            raise CfmergeError(
-                f"tensor {name!r}: model a has the shape {np.shape(tensors[name])}, model b {shape}; for other widths "
-                "give `spaces_a=parse_spaces(spaces.table(), shapes of a)`"
-            )
-        tensor = read(name, tensors, shape, who)
-        if tensor is not None and not jnp.isfinite(tensor).all():
-            raise CfmergeError(f"tensor {name!r} of model {who}: has a NaN or an infinity; nothing can be fused")
-        return None if tensor is None else jnp.asarray(tensor).astype(jnp.float64)
+        tensor = read(spaces, name, tensors, who)
+        return None if tensor is None else tensor.astype(np.float64)
 
 
-def _rows(axis: Axis, writer: Writer, space: str, tensor: Any) -> jax.Array:
+def _rows(axis: Axis, writer: Writer, space: str, tensor: Any) -> Any:
     """One row for each element of a space: `(n, all other entries of the part)`."""
     part = axis.parts[writer.part]
     start = sum(math.prod(factor.size for factor in other) for other in axis.parts[: writer.part])
     sizes = [factor.size for factor in part]
-    piece = jax.lax.slice_in_dim(tensor, start, start + math.prod(sizes), axis=writer.axis)
+    piece = tensor[(slice(None),) * writer.axis + (slice(start, start + math.prod(sizes)),)]
     piece = piece.reshape(*tensor.shape[: writer.axis], *sizes, *tensor.shape[writer.axis + 1 :])
     place = writer.axis + [factor.name for factor in part].index(space)
-    return jnp.moveaxis(piece, place, 0).reshape(piece.shape[place], -1)
-
-
-def _costs(kind: str, inner: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The cost `(n, m)` out of inner products and squared norms of rows."""
-    if kind == "cosine":
-        lengths = np.sqrt(np.outer(own, other))
-        return 1 - np.divide(inner, lengths, out=np.zeros_like(inner), where=lengths > 0)
-    squared = np.maximum(own[:, None] + other - 2 * inner, 0)
-    return squared if kind == "squared" else np.sqrt(squared)
+    return piece.transpose(place, *range(place), *range(place + 1, piece.ndim)).reshape(piece.shape[place], -1)
 
 
 def _histogram(kind: str, norms: np.ndarray) -> np.ndarray:
@@ -288,3 +286,14 @@ def _check_alike(spaces: Spaces, spaces_a: Spaces) -> None:
                     f"ot_fusion: tensor {name!r}, {axis}: {what} has {there.size} elements in model a and {here.size} "
                     "in b; only spaces may differ in size, and not what permutes within their elements"
                 )
+
+
+def _check_widths(spaces: Spaces, a: Tensors, spaces_a: Spaces | None) -> None:
+    """Raises `CfmergeError` where model a has other widths than b, and no spaces of its own."""
+    for name in spaces.axes if spaces_a is None else ():
+        shape = tuple(axis.size for axis in spaces.axes[name])
+        if name in a and len(shape) == np.ndim(a[name]) and np.shape(a[name]) != shape:
+            raise CfmergeError(
+                f"tensor {name!r}: model a has the shape {np.shape(a[name])}, model b {shape}; for other widths give "
+                "`spaces_a=parse_spaces(spaces.table(), shapes of a)`"
+            )

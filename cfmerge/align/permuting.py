@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from cfmerge.errors import CfmergeError
+from cfmerge.align.trees import built, flat
+from cfmerge.errors import CfmergeError, and_more
 from cfmerge.models.spaces import Axis, Spaces
 
 Permutations = Mapping[str, np.ndarray]
 
 
-def permute(spaces: Spaces, tensors: Mapping[str, Any], permutations: Permutations) -> dict[str, Any]:
+def permute(spaces: Spaces, tensors: Any, permutations: Permutations) -> Any:
     """The same model with its neurons in another order: it computes the same.
 
         >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
@@ -29,15 +30,29 @@ def permute(spaces: Spaces, tensors: Mapping[str, Any], permutations: Permutatio
 
     Args:
         spaces: of the model.
-        tensors: `{name: array}`, NumPy or JAX.
+        tensors: `{name: array}`, NumPy or JAX, or a tree of arrays.
         permutations: `{space: permutation}`; a space that is not there keeps its order.
+
+    Raises:
+        CfmergeError: a tensor has no line in the table; what is no permutation.
     """
     check_permutations(spaces, permutations)
-    return {name: permute_tensor(spaces, name, tensor, permutations) for name, tensor in tensors.items()}
+    named, structure = flat(spaces, tensors)
+    unknown = [name for name in named if name not in spaces.axes]
+    if unknown:
+        raise CfmergeError(f"permute: the table of spaces has no line for {and_more(unknown)}")
+    return built(structure, {name: permute_tensor(spaces, name, own, permutations) for name, own in named.items()})
 
 
 def permute_tensor(spaces: Spaces, name: str, tensor: Any, permutations: Permutations, but: int | None = None) -> Any:
-    """One tensor of the permuted model; the axis `but` keeps its order."""
+    """One tensor of the permuted model; the axis `but` keeps its order.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+    >>> cfmerge.align.permute_tensor(spaces, "up", np.array([[1, 2], [3, 4], [5, 6]]), {"h": np.array([2, 0, 1])})
+    array([[5, 6],
+           [1, 2],
+           [3, 4]])
+    """
     for number, axis in enumerate(spaces.axes[name]):
         if number != but and any(space in permutations for space in axis.spaces):
             tensor = tensor.take(order_of(axis, permutations), axis=number)
@@ -62,18 +77,33 @@ def order_of(axis: Axis, permutations: Permutations) -> np.ndarray:
 
 
 def identity(spaces: Spaces) -> dict[str, np.ndarray]:
-    """The permutations that leave every space as it is."""
+    """The permutations that leave every space as it is.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+    >>> cfmerge.align.identity(spaces)
+    {'h': array([0, 1, 2])}
+    """
     return {name: identity_of(spaces, name) for name in spaces.sizes}
 
 
 def random_permutations(spaces: Spaces, seed: int) -> dict[str, np.ndarray]:
-    """A random permutation of every space."""
+    """A random permutation of every space.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+    >>> cfmerge.align.random_permutations(spaces, seed=2)
+    {'h': array([2, 0, 1])}
+    """
     generator = np.random.default_rng(seed)
     return {name: generator.permuted(order, axis=-1) for name, order in identity(spaces).items()}
 
 
 def inverse(spaces: Spaces, permutations: Permutations) -> dict[str, np.ndarray]:
-    """The permutations that undo these: `permute(permute(model, p), inverse(p))` is the model."""
+    """The permutations that undo these: `permute(permute(model, p), inverse(p))` is the model.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+    >>> cfmerge.align.inverse(spaces, {"h": np.array([2, 0, 1])})
+    {'h': array([1, 2, 0])}
+    """
     result = {}
     for name, permutation in permutations.items():
         back = np.argsort(permutation, axis=-1)
@@ -83,7 +113,12 @@ def inverse(spaces: Spaces, permutations: Permutations) -> dict[str, np.ndarray]
 
 
 def compose(spaces: Spaces, first: Permutations, second: Permutations) -> dict[str, np.ndarray]:
-    """The permutations that do the first, then the second: `permute(permute(model, first), second)`."""
+    """The permutations that do the first, then the second: `permute(permute(model, first), second)`.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+    >>> cfmerge.align.compose(spaces, {"h": np.array([2, 0, 1])}, {"h": np.array([2, 0, 1])})
+    {'h': array([1, 2, 0])}
+    """
     one, two, result = {**identity(spaces), **first}, {**identity(spaces), **second}, {}
     for name in spaces.sizes:
         parent = name.rpartition(".")[0]
@@ -94,7 +129,20 @@ def compose(spaces: Spaces, first: Permutations, second: Permutations) -> dict[s
 
 
 def check_permutations(spaces: Spaces, permutations: Permutations) -> None:
-    """Raises `CfmergeError` if a space is unknown, or its array is no permutation of its elements."""
+    """Raises `CfmergeError` if a space is unknown, or its array is no permutation of its elements.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+    >>> try:
+    ...     cfmerge.align.check_permutations(spaces, {"h": np.arange(2)})
+    ... except cfmerge.CfmergeError as error:
+    ...     print(error)
+    permutations: space 'h': expected each of 0 .. 2 once, in an array of shape (3,); found an array of shape (2,)
+    """
+    if not isinstance(permutations, Mapping):
+        raise CfmergeError(
+            f"permutations: expected {{space: permutation}}, found {type(permutations).__name__}"
+            + ("; give its `permutations`" if hasattr(permutations, "permutations") else "")
+        )
     for name, permutation in permutations.items():
         if name not in spaces.sizes:
             raise CfmergeError(f"permutations: there is no space {name!r}; there is: {', '.join(spaces.sizes)}")

@@ -5,7 +5,6 @@ permutation is the map `M[k, sigma(k)] = 1`. A space with children has a map for
 axis, as gains have (`assignment`): `M[k, l, i, j]` for one child, whose element i in k comes from j in l.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,8 +26,8 @@ def mapped(
     maps: Mapping[str, Maps],
     but: tuple[int, str] | None = None,
     reads: Mapping[str, Maps] | None = None,
-) -> jax.Array:
-    """A tensor with each of its spaces mapped.
+) -> Any:
+    """A tensor with each of its spaces mapped, on the host if it is a NumPy array, else by JAX.
 
     Args:
         axes: of the tensor.
@@ -37,43 +36,33 @@ def mapped(
         but: the number of an axis, and a space that stays on this axis.
         reads: the maps of axes that the tensor reads, if they are others.
     """
-    plan, arrays = [], []
     for number, axis in enumerate(axes):
-        parts, chosen = [], reads if axis.reads and reads is not None else maps
+        own = reads if axis.reads and reads is not None else maps
+        before, after = tensor.shape[:number], tensor.shape[number + 1 :]
+        pieces, start = [], 0
         for part in axis.parts:
-            own = [_chosen(part, space, chosen[space]) for space in dict.fromkeys(factor.name for factor in part)
-                   if space in chosen and (number, space) != but]  # fmt: skip
-            arrays += [array for _, array in own]
-            parts.append((tuple(factor.size for factor in part), tuple(places for places, _ in own)))
-        if any(places for _, places in parts):
-            plan.append((number, tuple(parts)))
-    return _contracted(tensor, arrays, plan=tuple(plan))
+            sizes = [factor.size for factor in part]
+            piece = tensor[(slice(None),) * number + (slice(start, start + math.prod(sizes)),)]
+            piece = piece.reshape(*before, *sizes, *after)
+            for space in dict.fromkeys(factor.name for factor in part):
+                if space in own and (number, space) != but:
+                    piece = _mapped(piece, number, part, space, own[space])
+            pieces.append(piece.reshape(*before, math.prod(piece.shape[number : number + len(part)]), *after))
+            start += math.prod(sizes)
+        numpy = jnp if isinstance(tensor, jax.Array) else np
+        tensor = numpy.concatenate(pieces, axis=number) if len(pieces) > 1 else pieces[0]
+    return tensor
 
 
-def _chosen(part: Sequence[Factor], space: str, maps: Maps) -> tuple[tuple[int, ...], Any]:
-    """Places of a part's factors that a space's map takes, and this map."""
+def _mapped(piece: Any, first: int, part: Sequence[Factor], space: str, maps: Maps) -> Any:
+    """One space of a part mapped, whose factors are the axes from `first` on."""
     key = tuple(factor.name for factor in part if factor.parent == space)
     names = (space, *(key if key in maps else ()))
-    return tuple(place for place, factor in enumerate(part) if factor.name in names), maps[names[1:]]
-
-
-@functools.partial(jax.jit, static_argnames="plan")
-def _contracted(tensor: Any, arrays: Sequence[Any], *, plan: tuple[Any, ...]) -> jax.Array:
-    """The tensor with the maps applied in turn; the plan is `((axis, ((sizes, places of each map), ...)), ...)`."""
-    left = list(arrays)
-    for number, parts in plan:
-        pieces, start = [], 0
-        for sizes, chosen in parts:
-            piece = jax.lax.slice_in_dim(tensor, start, start + math.prod(sizes), axis=number)
-            piece = piece.reshape(*tensor.shape[:number], *sizes, *tensor.shape[number + 1 :])
-            for places in chosen:
-                own, axes = left.pop(0), [number + place for place in places]
-                piece = jnp.tensordot(own, piece, (list(range(1, own.ndim, 2)), axes), precision=linalg.HIGHEST)
-                piece = jnp.moveaxis(piece, list(range(len(axes))), axes)
-            pieces.append(piece.reshape(*tensor.shape[:number], -1, *tensor.shape[number + 1 :]))
-            start += math.prod(sizes)
-        tensor = jnp.concatenate(pieces, axis=number)
-    return jnp.asarray(tensor)
+    own, places = maps[names[1:]], [first + place for place, factor in enumerate(part) if factor.name in names]
+    sums, front = (list(range(1, own.ndim, 2)), places), list(range(len(places)))
+    if isinstance(piece, jax.Array):
+        return jnp.moveaxis(jnp.tensordot(own, piece, sums, precision=linalg.HIGHEST), front, places)
+    return np.moveaxis(np.tensordot(own, piece, sums), front, places)
 
 
 def hard(key: tuple[str, ...], space: str, permutations: Mapping[str, np.ndarray], dtype: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
@@ -59,15 +60,15 @@ def step(facts: Facts, equation: Any, operands: Sequence[Value]) -> list[Value]:
 
 
 def constant(array: Any) -> Value:
-    """An array that the model has in its code: one number, or an order that stands."""
+    """An array that the model has in its code: the axes along which it changes keep their order."""
     sizes = np.shape(array)
-    uniform = not sizes or ((np.issubdtype(array.dtype, np.number) or array.dtype == bool) and _uniform(array))
-    return Value(tuple(Along() if uniform else fixed(n, "a constant of the model") for n in sizes))
-
-
-def _uniform(array: Any) -> bool:
-    entries = np.asarray(array).reshape(-1)
-    return not entries.size or bool((entries == entries[0]).all())
+    if not any(n > 1 for n in sizes) or 0 in sizes:
+        return Value((Along(),) * len(sizes))
+    plain = jnp.issubdtype(array.dtype, np.number) or array.dtype == bool
+    entries = np.asarray(array) if plain else None
+    same = [entries is not None and bool((entries == entries.take([0], axis)).all()) for axis in range(len(sizes))]
+    axes = (Along() if s else fixed(n, "a constant of the model") for n, s in zip(sizes, same, strict=True))
+    return Value(tuple(axes))
 
 
 def data(value: Value) -> Value:

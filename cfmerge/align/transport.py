@@ -5,7 +5,7 @@ r"""Optimal transport between two histograms: exact, or smoothed by an entropy (
 
 Exact transport of uniform histograms is an assignment: with n elements here and m there, each is repeated until both
 have lcm(n, m). Other histograms, and widths whose common multiple is large, are a linear program (HiGHS, by scipy):
-seconds for 300 x 300, minutes for 1000 x 1000.
+two seconds for 512 x 512.
 """
 
 import functools
@@ -22,9 +22,23 @@ from scipy.optimize import linprog
 from cfmerge.align.assignment import assign
 from cfmerge.errors import CfmergeError
 
+COSTS = ("euclidean", "squared", "cosine")
 LARGEST = 4096  # common multiple of two widths up to which uniform transport is an assignment
 ROUNDS = 20_000  # of Sinkhorn
 CLOSE = 1e-4  # what Sinkhorn's row sums may be off by, relative to the mean
+
+
+def costs(kind: str, inner: np.ndarray, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The costs `(n, m)` of two sets of rows, out of their inner products and squared norms.
+
+    >>> costs("euclidean", np.array([[3.0]]), np.array([9.0]), np.array([1.0]))
+    array([[2.]])
+    """
+    if kind == "cosine":
+        lengths = np.sqrt(np.outer(own, other))
+        return 1 - np.divide(inner, lengths, out=np.zeros_like(inner), where=lengths > 0)
+    squared = np.maximum(own[:, None] + other - 2 * inner, 0)
+    return squared if kind == "squared" else np.sqrt(squared)
 
 
 def transport(cost: np.ndarray, alpha: np.ndarray, beta: np.ndarray, reg: float | None = None) -> np.ndarray:

@@ -28,8 +28,9 @@ import jax
 import numpy as np
 
 from cfmerge.align.assignment import Gains, assign_space, difference
-from cfmerge.align.gains import Tensors, Term, check_names, gain_of, objective, pair_of, terms_of
+from cfmerge.align.gains import Tensors, Term, check_model, gain_of, objective, pair_of, terms_of
 from cfmerge.align.permuting import Permutations, check_permutations, identity, random_permutations
+from cfmerge.align.trees import flat
 from cfmerge.models.spaces import Spaces
 
 TINY = 1e7  # products of a sweep; such a model is searched RESTARTS times more
@@ -38,6 +39,21 @@ RESTARTS = 20
 
 class Matching(NamedTuple):
     """How model b is permuted to match model a.
+
+    >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    >>> a = {"up": np.eye(2), "down": np.array([[1.0, 2.0]])}
+    >>> b = cfmerge.align.permute(spaces, a, {"h": np.array([1, 0])})
+    >>> found = cfmerge.align.weight_matching(spaces, a, b)
+    >>> found.before, found.objective, found.history[-1]
+    (4.0, 7.0, 7.0)
+
+
+        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
+        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
+        >>> found = cfmerge.align.weight_matching(spaces, a, b)
+        >>> found.before, found.objective, found.permutations["h"]
+        (28.0, 30.0, array([1, 0]))
 
     Attributes:
         permutations: `{space: permutation}` for `permute(spaces, b, permutations)`.
@@ -68,8 +84,8 @@ def weight_matching(
 
     Args:
         spaces: of both models.
-        a: `{name: array}`, which stays as it is.
-        b: `{name: array}` of the same shapes. Both may read a tensor when it is asked for.
+        a: `{name: array}` or a tree of arrays, which stays as it is.
+        b: the same, of the same shapes. Both may read a tensor when it is asked for.
         seed: of the order of the spaces in each sweep.
         sweeps: over all spaces, at most.
         start: permutations to start from; by default they are found in order of knowledge (see the module).
@@ -88,33 +104,41 @@ def weight_matching(
         >>> matching.permutations["h"], matching.before, matching.objective
         (array([1, 2, 0]), 17.0, 23.0)
     """
+    a, b = (flat(spaces, model)[0] for model in (a, b))
     check_permutations(spaces, start or {})
     for tensors, who in ((a, "a"), (b, "b")):
-        check_names(spaces, tensors, who)
+        check_model(spaces, tensors, who)
+    return search(spaces, a, b, seed=seed, sweeps=sweeps, start=start, restarts=restarts)
+
+
+def search(
+    spaces: Spaces, a: Tensors, b: Tensors, *, seed: int, sweeps: int = 100, start: Permutations | None = None,
+    restarts: int | None = None,
+) -> Matching:  # fmt: skip
+    """`weight_matching` of models that have been checked."""
     with jax.enable_x64(True):  # float64 stays so
+        descent, generator = _Descent(spaces, a, b), np.random.default_rng(seed)
         before = objective(spaces, a, b, {})
-        search = _Search(spaces, a, b)
-        generator = np.random.default_rng(seed)
-        tries = [search.run(*one, generator, sweeps) for one in _starts(search, start, restarts, seed)]
+        tries = [descent.run(*one, generator, sweeps) for one in _starts(descent, start, restarts, seed)]
         best = max(tries, key=lambda found: found.objective)
         if best.objective < before:  # b lies near a already
-            best = search.run(identity(spaces), spaces.names, generator, sweeps)
+            best = descent.run(identity(spaces), spaces.names, generator, sweeps)
     return best._replace(before=before)
 
 
 def _starts(
-    search: "_Search", start: Permutations | None, restarts: int | None, seed: int
+    descent: "_Descent", start: Permutations | None, restarts: int | None, seed: int
 ) -> Iterator[tuple[Permutations, Iterable[str]]]:
     """Permutations to start from, and the spaces that are not the best for these."""
     if restarts is None:
-        restarts = RESTARTS if start is None and search.work <= TINY else 0
-    yield search.first() if start is None else ({**identity(search.spaces), **start}, search.spaces.names)
+        restarts = RESTARTS if start is None and descent.work <= TINY else 0
+    yield descent.first() if start is None else ({**identity(descent.spaces), **start}, descent.spaces.names)
     for number in range(restarts):
-        drawn = random_permutations(search.spaces, seed + number) if number else identity(search.spaces)
-        yield drawn, search.spaces.names
+        drawn = random_permutations(descent.spaces, seed + number) if number else identity(descent.spaces)
+        yield drawn, descent.spaces.names
 
 
-class _Search:
+class _Descent:
     """Coordinate descent over the spaces of two models."""
 
     def __init__(self, spaces: Spaces, a: Tensors, b: Tensors):
@@ -159,7 +183,7 @@ class _Search:
         if any(space in term.others for term in self.terms[space]):
             names = {term.tensor for term in self.terms[space]}
             old, new = (objective(self.spaces, self.a, self.b, p, names) for p in (permutations, found))
-            gain, noise = new - old, np.finfo(np.float32).eps * abs(old)
+            gain, noise = new - old, float(np.finfo(np.float32).eps) * abs(old)
         if gain <= noise:
             return 0.0
         permutations |= found

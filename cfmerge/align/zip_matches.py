@@ -6,7 +6,7 @@ of m elements is assigned within each pair of them.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from scipy.optimize import linear_sum_assignment
 
 from cfmerge.align.folding import Folds
 from cfmerge.align.groups import Groups, identity_match
+from cfmerge.align.moments import Moments
 from cfmerge.align.permuting import Permutations, check_permutations, identity_of
-from cfmerge.align.zipit import match, permutation_match
-from cfmerge.errors import CfmergeError, and_more
+from cfmerge.align.zipit import OFFICIAL, match, permutation_match
+from cfmerge.errors import CfmergeError, and_more, nearest
 from cfmerge.models.spaces import Spaces
 
 METHODS = ("zip", "permute", "identity")
@@ -37,6 +38,12 @@ class Rule:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise CfmergeError(f"zip: method should be one of {', '.join(METHODS)}, found {self.method!r}")
+        if self.compat not in {None, OFFICIAL}:
+            raise CfmergeError(f"zip: compat should be None or {OFFICIAL!r}, found {self.compat!r}")
+        if self.width is not None and self.method != "zip":
+            raise CfmergeError(f"zip: method {self.method!r} keeps the models' width; leave out width={self.width}")
+        if not isinstance(self.width, Mapping | None) and not self.width > 0:
+            raise CfmergeError(f"zip: width should be {{space: n}}, or a factor above 0; found {self.width}")
 
     def width_of(self, space: str, first: int) -> int:
         """How many groups are left of a space of which the first model has so many features."""
@@ -45,14 +52,14 @@ class Rule:
         return max(round(first * self.width), 1)
 
 
-def similarity_of(given: Any, models: Sequence[str]) -> Similarity:
+def similarity_of(given: Any, models: Sequence[str], official: bool = False) -> Similarity:
     """What says how alike the features of a space are: moments, or a mapping by space.
 
     Raises:
         CfmergeError: the moments are of other models; when it is called, the space is not there.
     """
     known = getattr(given, "models", None)
-    if known is not None and (len(known) != len(models) or (set(known) == set(models) and known != tuple(models))):
+    if known is not None and (len(known) != len(models) or _swapped(known, models)):
         raise CfmergeError(
             f"zip: the moments are of {', '.join(known)}, the models are {', '.join(models)}; give them in the order "
             "in which their features were added"
@@ -62,7 +69,7 @@ def similarity_of(given: Any, models: Sequence[str]) -> Similarity:
             "zip: similarity should be joint moments, a mapping of similarities by space, or 'weights'; found "
             f"{type(given).__name__}"
         )
-    spaces = given if isinstance(given, Mapping) else given.spaces
+    spaces = told_by(given)
 
     def found(space: str, folds: Folds) -> np.ndarray:
         if space not in spaces:
@@ -71,16 +78,31 @@ def similarity_of(given: Any, models: Sequence[str]) -> Similarity:
                 f"zip: nothing says how alike the features of space {space!r} are; collect moments of it, stop in "
                 f"front of it, or give its order in permutations{there}"
             )
+        if isinstance(given, Moments) and not official:
+            return given.correlation(space, dead=1.0)  # two that never fire are one at no loss
         return np.asarray(given[space] if isinstance(given, Mapping) else given.correlation(space))
 
     return found
 
 
-def matched(own: Sequence[Spaces], order: Sequence[str], similarity: Similarity | None, rule: Rule) -> Folds:
+def told_by(given: Any) -> Collection[str]:
+    """The spaces of whose features moments, or a mapping, tell."""
+    return given if isinstance(given, Mapping) else given.spaces
+
+
+def _swapped(known: Sequence[str], models: Sequence[str]) -> bool:
+    """Whether a model stands at another place among those that have moments; names may be others altogether."""
+    return any(one != other and (one in models or other in known) for one, other in zip(known, models, strict=True))
+
+
+def matched(
+    models: Sequence[str], own: Sequence[Spaces], order: Sequence[str], similarity: Similarity | None, rule: Rule
+) -> Folds:
     """The groups of all spaces of `order`, matched one after the other.
 
     Args:
-        own: the spaces of each model.
+        models: their names.
+        own: the spaces of each.
         order: those that are zipped.
         similarity: None: no space needs one.
         rule: how they are matched.
@@ -89,9 +111,11 @@ def matched(own: Sequence[Spaces], order: Sequence[str], similarity: Similarity 
         CfmergeError: a space has no similarity, or one of other features; widths differ that must not.
     """
     _check_permutations(own, rule.permutations)
+    if unknown := [space for space in (rule.width if isinstance(rule.width, Mapping) else ()) if space not in order]:
+        raise CfmergeError(f"zip: width: no space {unknown[0]!r} is zipped{nearest(unknown[0], order)}")
     groups: dict[str, Groups] = {}
     blocks: list[dict[str, np.ndarray]] = [{} for _ in own]
-    folds = Folds(own, groups, blocks)
+    folds = Folds(models, own, groups, blocks)
     for space in order:
         widths = [spaces.sizes[space] for spaces in own]
         names = (space, *own[0].children(space))
@@ -103,7 +127,10 @@ def matched(own: Sequence[Spaces], order: Sequence[str], similarity: Similarity 
         elif rule.method == "identity":
             orders = [{name: identity_of(own[0], name) for name in names} for _ in own]
         elif similarity is None:
-            raise CfmergeError(f"zip: nothing says how alike the features of space {space!r} are")
+            raise CfmergeError(
+                f"zip: nothing says how alike the features of space {space!r} are; give joint moments "
+                "(cfmerge.activations.collect_joint_linen, collect_joint_nnx), or 'weights'"
+            )
         elif len(names) > 1:
             orders = _blocks(own[0], space, similarity(space, folds), len(own))
         else:

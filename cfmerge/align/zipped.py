@@ -18,13 +18,13 @@ import numpy as np
 from cfmerge.align.folding import computing
 from cfmerge.align.groups import Groups
 from cfmerge.align.permuting import Permutations
-from cfmerge.align.zipped_files import NESTED, load, save, write
+from cfmerge.align.trees import built
+from cfmerge.align.zipped_files import load, save, write
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge.formats.pytree import unflatten
 from cfmerge.models.buffers import is_counter
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Zipped:
     """Several models as one trunk and a head for each.
 
@@ -65,6 +65,11 @@ class Zipped:
     notes: tuple[str, ...] = ()
     layout: Any = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all spaces are zipped, so that no head has features of its own."""
+        return all(name in self.groups or name in self.blocks[0] for name in self.sizes if "." not in name)
+
     def tensors(self, name: str) -> dict[str, Any]:
         """All tensors of one model by name: the trunk's and its own.
 
@@ -74,6 +79,11 @@ class Zipped:
         if name not in self.models:
             raise CfmergeError(f"zip: there is no model {name!r}{nearest(name, self.models)}")
         return _ordered(self.table, self.trunk, self.heads[name])
+
+    def __repr__(self) -> str:
+        own = len(self.heads[self.models[0]])
+        where = f" up to {', '.join(self.stop_at)}" if self.stop_at else ""
+        return f"<Zipped of {', '.join(self.models)}{where}: {len(self.trunk)} tensors of all, {own} of each>"
 
     def model(self, name: str) -> Any:
         """One model as the models were given: a mapping by name, or a tree.
@@ -89,7 +99,7 @@ class Zipped:
         Raises:
             CfmergeError: the zip stops before, or heads have different shapes.
         """
-        if self.stop_at:
+        if not self.is_whole:
             raise CfmergeError(
                 f"zip: it stops at {', '.join(self.stop_at)}, and behind it the models' features are not matched: they "
                 "have no common head; take model(NAME) or apply"
@@ -97,7 +107,8 @@ class Zipped:
         if (differs := self._differing()) is not None:
             shapes = " and ".join(str(np.shape(self.heads[name][differs])) for name in self.models)
             raise CfmergeError(f"zip: the heads have no mean: {differs!r} has the shapes {shapes}; take model(NAME)")
-        mean = {name: _mean(name, [self.heads[model][name] for model in self.models]) for name in self.heads[self.models[0]]}
+        heads = [self.heads[model] for model in self.models]
+        mean = {name: _mean(name, [own[name] for own in heads]) for name in heads[0]}
         return built(self.layout, _ordered(self.table, self.trunk, mean))
 
     def apply(self, function: Callable[..., Any], *inputs: Any) -> dict[str, Any]:
@@ -115,29 +126,31 @@ class Zipped:
         trunk = {name: jnp.asarray(leaf) for name, leaf in self.trunk.items()}
         return _applied(function, fixed, trunk, {name: dict(own) for name, own in self.heads.items()}, inputs)
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """The directory that the result is written into; it appears when it is complete. `load_zipped` reads it.
 
         Raises:
-            CfmergeError: there is something, or a model's name cannot be a file's.
+            CfmergeError: there is something (without `overwrite`), or a model's name cannot be a file's.
         """
-        return save(self, Path(directory))
+        return save(self, Path(directory), overwrite)
 
-    def write(self, output: str | Path, base: str | Path, head: str | None = None) -> Path:
+    def write(self, output: str | Path, base: str | Path, head: str | None = None, *, overwrite: bool = False) -> Path:
         """The path of a checkpoint of a zip all through, with the config and the other files of its base.
 
         Args:
             output: the directory, or the file, to make.
             base: the files of one of the models.
             head: the model whose head it has; None: the mean of all.
+            overwrite: a model that is there is replaced.
 
         Raises:
-            CfmergeError: the zip stops before, the tensors are not those of the base, or there is something.
+            CfmergeError: the zip stops before, the tensors are not those of the base, or there is something
+                (without `overwrite`).
         """
-        if head is not None and self.stop_at:
+        if head is not None and not self.is_whole:
             raise CfmergeError(f"zip: it stops at {', '.join(self.stop_at)}; write a model by save(tensors(NAME))")
         whole = dataclasses.replace(self, layout=None)
-        return write(whole.joint() if head is None else self.tensors(head), Path(output), base)
+        return write(whole.joint() if head is None else self.tensors(head), Path(output), base, overwrite)
 
     def _differing(self) -> str | None:
         """A tensor whose shape differs between the heads."""
@@ -185,22 +198,6 @@ def _applied(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(heads[name] for name in fixed.models))
     outputs = jax.vmap(run)(stacked)
     return {name: jax.tree.map(lambda leaf, at=at: leaf[at], outputs) for at, name in enumerate(fixed.models)}
-
-
-def built(layout: Any, tensors: Mapping[str, Any]) -> Any:
-    """A model in the structure that the models had; where it is known by names alone, as dicts."""
-    if layout is None:
-        return dict(tensors)
-    if layout != NESTED:
-        return unflatten(layout, tensors)
-    tree: dict[str, Any] = {}
-    for name, leaf in tensors.items():
-        *path, last = name.split("/")
-        place = tree
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = leaf
-    return tree
 
 
 def _ordered(order: Any, trunk: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

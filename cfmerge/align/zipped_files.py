@@ -2,40 +2,42 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cfmerge.align.groups import Groups
+from cfmerge.align.trees import NESTED
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats import DirectorySink, Folder, Totals, open_checkpoint, open_sink
+from cfmerge.formats.composed import ZIP as TABLE
 from cfmerge.formats.layout import read_json
 from cfmerge.formats.safetensors import SafetensorsFile
 from cfmerge.formats.sinks import HEADS
+from cfmerge.models.ties import likely_ties
 
 if TYPE_CHECKING:
     from cfmerge.align.zipped import Zipped
 
-TABLE, TRUNK = "zip.json", "trunk"
+TRUNK = "trunk"
 KIND, VERSION = "cfmerge-zip", 1
-NESTED = "/"  # the layout of a tree that was loaded: dicts, by the parts of names
 FILE_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
 
 
-def save(zipped: "Zipped", directory: Path) -> Path:
-    """The directory, made whole or not at all; nothing is overwritten.
+def save(zipped: "Zipped", directory: Path, overwrite: bool = False) -> Path:
+    """The directory, made whole or not at all; without `overwrite` nothing is replaced.
 
     Raises:
-        CfmergeError: there is something, or a model's name cannot be a file's.
+        CfmergeError: there is something (without `overwrite`), or a model's name cannot be a file's.
     """
     for name in zipped.models:
         if not FILE_NAME.fullmatch(name):
             raise CfmergeError(f"zip: model {name!r} cannot be a file's name; give models as {{name: model}}")
     trunk = {name: np.asarray(leaf) for name, leaf in zipped.trunk.items()}
     heads = [(model, {name: np.asarray(leaf) for name, leaf in own.items()}) for model, own in zipped.heads.items()]
-    with DirectorySink(directory, [Folder(stem=TRUNK, sharded=False)]) as sink:
+    with DirectorySink(directory, [Folder(stem=TRUNK, sharded=False)], overwrite=overwrite) as sink:
         sink.declare({name: (array.shape, array.dtype) for name, array in trunk.items()})
         for name, array in trunk.items():
             sink.write(name, array)
@@ -78,7 +80,7 @@ def load(directory: Path) -> dict[str, Any]:
         found = f"{content.get('format')!r}, version {content.get('version')!r}"
         raise CfmergeError(f"{table}: should be {KIND!r}, version {VERSION}; found {found}")
     try:
-        fields = {
+        fields: dict[str, Any] = {
             "models": _texts(content["models"]),
             "groups": {space: _groups(one) for space, one in content["groups"].items()},
             "blocks": tuple({n: np.array(order, np.intp) for n, order in one.items()} for one in content["blocks"]),
@@ -91,6 +93,7 @@ def load(directory: Path) -> dict[str, Any]:
         own = _texts(content["heads"])
         if not fields["models"] or len(fields["blocks"]) != len(fields["models"]) or set(own) - set(fields["table"]):
             raise ValueError("models, blocks and heads do not fit together")
+        _check(fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CfmergeError(f"{table}: is not whole, or was changed: {type(error).__name__}: {error}") from None
     trunk = [name for name in fields["table"] if name not in set(own)]
@@ -103,6 +106,18 @@ def load(directory: Path) -> dict[str, Any]:
         for model in fields["models"]
     }
     return fields
+
+
+def _check(fields: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if the fields contradict each other."""
+    models, sizes = fields["models"], fields["sizes"]
+    if len(set(models)) < len(models):
+        raise ValueError(f"a model is named twice: {', '.join(models)}")
+    if unknown := [space for space in (*fields["stop_at"], *fields["groups"]) if space not in sizes]:
+        raise ValueError(f"there is no space {unknown[0]!r}")
+    for space, groups in fields["groups"].items():
+        if len(groups.widths) != len(models) or groups.width != sizes[space]:
+            raise ValueError(f"space {space!r} has {sizes[space]} features, and {groups.width} groups")
 
 
 def _groups(told: Mapping[str, Any]) -> Groups:
@@ -130,11 +145,11 @@ def _tensors(path: Path, names: list[str] | tuple[str, ...], table: str) -> dict
     return {name: file.read(name) for name in names}
 
 
-def write(tensors: Mapping[str, Any], output: Path, base: str | Path) -> Path:
+def write(tensors: Mapping[str, Any], output: Path, base: str | Path, overwrite: bool = False) -> Path:
     """A checkpoint of some tensors, which lies as its base does, with its side files; whole or not at all.
 
     Raises:
-        CfmergeError: the tensors are not those of the base, in its shapes; or there is something.
+        CfmergeError: the tensors are not those of the base, in its shapes; or there is something (without `overwrite`).
     """
     source = open_checkpoint(base)
     missing = [name for name in source.tensors if name not in tensors]
@@ -148,9 +163,15 @@ def write(tensors: Mapping[str, Any], output: Path, base: str | Path) -> Path:
                 f"{source.path}: tensor {name!r} has shape {info.shape}, in the zip {np.shape(tensors[name])}; zip to "
                 "the model's own width, and give base= the model whose head is written"
             )
+    for alias, name in likely_ties(source.tensors, source.config, {}).items():
+        if alias in tensors and name in tensors and not _same(tensors, alias, name) and _same(source.read, alias, name):
+            raise CfmergeError(
+                f"{source.path}: {alias!r} is {name!r} there, and another tensor in the zip, which clients would not "
+                "read; match by permutations (method='permute'), or untie the layers of the models"
+            )
     with open_sink(
         output, source.folders, shard_bytes=5 * 10**9, side_files=source.side_files, edits={},
-        inputs=[*source.files, source.path],
+        inputs=[*source.files, source.path], overwrite=overwrite,
     ) as sink:  # fmt: skip
         sink.declare({name: (info.shape, tensors[name].dtype) for name, info in source.tensors.items()})
         for name in source.tensors:
@@ -158,3 +179,9 @@ def write(tensors: Mapping[str, Any], output: Path, base: str | Path) -> Path:
         sink.finish(Totals())
         sink.commit()
         return sink.target
+
+
+def _same(tensors: Mapping[str, Any] | Callable[[str], Any], one: str, other: str) -> bool:
+    """Whether two tensors are equal."""
+    read = tensors if callable(tensors) else tensors.__getitem__
+    return np.array_equal(np.asarray(read(one)), np.asarray(read(other)))

@@ -5,8 +5,9 @@ it take U (folding.py). Where the zip stops, the trunk is one for all models, an
 tensors have U folded in (flow.py).
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,16 +17,19 @@ import numpy as np
 from cfmerge.align.flow import Flow, divided, reads, writes
 from cfmerge.align.folding import Folds, computing
 from cfmerge.align.permuting import Permutations
-from cfmerge.align.zip_matches import Rule, matched, similarity_of
+from cfmerge.align.trees import flat
+from cfmerge.align.zip_matches import Rule, Similarity, matched, similarity_of, told_by
 from cfmerge.align.zip_weights import WeightSimilarity, matched_by_weights, order_of_flow
+from cfmerge.align.zipit import OFFICIAL
 from cfmerge.align.zipped import Zipped
 from cfmerge.errors import CfmergeError, and_more
-from cfmerge.formats.pytree import flatten
 from cfmerge.models.buffers import is_buffer, is_counter
+from cfmerge.models.kinds import is_running
 from cfmerge.models.layouts import Shape
 from cfmerge.models.spaces import Spaces, parse_spaces, same_spaces
+from cfmerge.models.ties import OUTPUTS
 
-RUNNING = re.compile(r"(^|[./])(running_mean|running_var|moving_mean|moving_variance|mean|var)$")  # of BatchNorm
+LANGUAGE = re.compile(r"For(CausalLM|MaskedLM|PreTraining|ConditionalGeneration)$|LMHeadModel$")  # have an output layer
 Model = Mapping[str, Any]
 
 
@@ -67,33 +71,27 @@ def zip_models(
         width: how many groups are left, `{space: n}`, or a factor of the first model's; None: as many as it has.
         budget, penalty, compat: see `match`.
         permutations: for each model, the order of spaces that are not matched by similarity; they are averaged.
-        tied: tensors that are also the model's output layer, under one name.
+        tied: tensors that are also the model's output layer, under one name; of Hugging Face's files that is known.
         reset_norms: running statistics of BatchNorm in the trunk will be estimated again with inputs.
 
     Raises:
         CfmergeError: other tensors than the spaces'; no such space; no similarity of one; a tensor that cannot be
             zipped; statistics of BatchNorm that will be wrong.
     """
-    names, flat, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
-    own = _spaces(spaces, names, flat)
+    names, mappings, layout = _flat(models, spaces if isinstance(spaces, Spaces) else spaces[0])
+    own = _spaces(spaces, names, mappings)
     flow = divided(own[0], stop_at)
     _check_norms(own[0], flow, reset_norms)
-    if isinstance(similarity, str) and similarity == "weights":
-        found = matched_by_weights(own, flat, flow.zipped)
-        order, by = flow.zipped if found else order_of_flow(own[0], flow.zipped), WeightSimilarity(flat, found)
-        permutations = _with_blocks(own[0], found, permutations)
-        notes = ["similarities are from weights, an extension of ZipIt!, whose authors take activations"]
-    else:
-        by = None if similarity is None else similarity_of(similarity, names)
-        order, notes = flow.zipped, []
-    folds = matched(own, order, by, Rule(method, width, budget, penalty, compat, permutations))
-    _check_tied(own[0], flow, folds, tied)
+    rule = Rule(method, width, budget, penalty, compat, permutations)
+    order, by, rule, notes = _told(similarity, names, own, mappings, flow, rule)
+    folds = matched(names, own, order, by, rule)
+    _check_tied(own[0], flow, folds, {*tied, *_outputs(mappings)})
     if flow.plain:
         notes.append(f"{and_more(flow.plain)}: of no space, averaged as they are")
-    trunk = {name: _shared(name, flow, folds, names, flat, notes) for name in flow.trunk}
+    trunk = {name: _shared(name, flow, folds, names, mappings, notes) for name in flow.trunk}
     heads = {
-        model: {name: _kept(name, folds, number, tensors[name]) for name in flow.heads}
-        for number, (model, tensors) in enumerate(zip(names, flat, strict=True))
+        model: {name: _kept(name, folds, number, model, tensors) for name in flow.heads}
+        for number, (model, tensors) in enumerate(zip(names, mappings, strict=True))
     }
     if reset_norms and (stale := _running(own[0], flow)):
         notes.append(f"running statistics are those of no model until they are estimated again: {and_more(stale)}")
@@ -105,7 +103,7 @@ def zip_models(
         heads=heads,
         groups=dict(folds.groups),
         blocks=tuple(folds.blocks),
-        table={name: table[name] for name in flat[0]},
+        table={name: table[name] for name in mappings[0]},
         sizes=sizes,
         stop_at=(stop_at,) if isinstance(stop_at, str) else tuple(stop_at or ()),
         notes=tuple(notes),
@@ -113,18 +111,38 @@ def zip_models(
     )
 
 
+def _told(
+    similarity: Any, names: Sequence[str], own: Sequence[Spaces], models: Sequence[Model], flow: Flow, rule: Rule
+) -> tuple[Sequence[str], Similarity | None, Rule, list[str]]:
+    """The order in which spaces are matched, how alike their features are, a rule with known permutations, notes."""
+    blocks = [name for name in flow.zipped if own[0].children(name)]
+    if isinstance(similarity, str) and similarity == "weights":
+        found = matched_by_weights(own, models, flow.zipped)
+        order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
+        note = "similarities are from weights, an extension of ZipIt!, whose authors take activations"
+        return order, WeightSimilarity(models, found), _with(blocks, found, rule), [note]
+    if similarity is None:
+        return flow.zipped, None, rule, []
+    by = similarity_of(similarity, names, rule.compat == OFFICIAL)
+    known = set(told_by(similarity)).union(*(rule.permutations or ()))
+    untold = [name for name in blocks if name not in known]
+    if untold and rule.method != "identity" and (found := matched_by_weights(own, models, flow.zipped)):
+        note = f"{and_more(untold)}: in an order that weights tell, since no similarity does"
+        return flow.zipped, by, _with(untold, found, rule), [note]
+    return flow.zipped, by, rule, []
+
+
 def _flat(models: Mapping[str, Any] | Sequence[Any], spaces: Spaces) -> tuple[list[str], list[Model], Any]:
     """Names, mappings by name, and the structure of a tree, which is None of a mapping."""
     pairs = list(models.items() if isinstance(models, Mapping) else ((f"model_{i}", m) for i, m in enumerate(models)))
     if len(pairs) < 2:
         raise CfmergeError(f"zip: {len(pairs)} models; give two or more")
-    names, flat, layouts = [str(name) for name, _ in pairs], [], []
+    names, mappings, layouts = [str(name) for name, _ in pairs], [], []
     for _, model in pairs:
-        is_flat = isinstance(model, Mapping) and any(name in spaces.axes for name in model)
-        mapping, layout = (model, None) if is_flat else flatten(model)
-        flat.append(mapping)
+        mapping, layout = flat(spaces, model)
+        mappings.append(mapping)
         layouts.append(layout)
-    return names, flat, layouts[0]
+    return names, mappings, layouts[0]
 
 
 def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Sequence[Model]) -> list[Spaces]:
@@ -135,21 +153,21 @@ def _spaces(spaces: Spaces | Sequence[Spaces], names: Sequence[str], models: Seq
     for number, (name, model) in enumerate(zip(names, models, strict=True)):
         one = spaces if isinstance(spaces, Spaces) else spaces[number]
         expected = {tensor: tuple(axis.size for axis in axes) for tensor, axes in one.axes.items()}
-        shapes = {tensor: _shape(model, tensor) for tensor in model}
+        shapes = _shapes(model)
         same_spaces(expected, shapes, "zip: the table of spaces", f"model {name!r}")
         try:
-            result.append(one if shapes == expected else parse_spaces(one.table(), shapes, _told(one)))
+            result.append(one if shapes == expected else parse_spaces(one.table(), shapes, _given(one)))
         except CfmergeError as error:
             raise CfmergeError(f"model {name!r}: {error}") from None
     return result
 
 
-def _shape(model: Model, tensor: str) -> Shape:
+def _shapes(model: Model) -> dict[str, Shape]:
     headers = getattr(model, "tensors", None)  # of a model in files, whose tensors are not read for it
-    return tuple(headers[tensor].shape if headers is not None else np.shape(model[tensor]))
+    return {name: tuple(np.shape(model[name]) if headers is None else headers[name].shape) for name in model}
 
 
-def _told(spaces: Spaces) -> dict[str, int]:
+def _given(spaces: Spaces) -> dict[str, int]:
     """The sizes that do not follow from shapes: those of spaces that stand beside another space on all their axes."""
     alone = {
         factor.name for axes in spaces.axes.values() for axis in axes for part in axis.parts for factor in part
@@ -158,35 +176,43 @@ def _told(spaces: Spaces) -> dict[str, int]:
     return {name: size for name, size in spaces.sizes.items() if name not in alone}
 
 
-def _with_blocks(
-    spaces: Spaces, found: Sequence[Permutations] | None, given: Sequence[Permutations] | None
-) -> Sequence[Permutations] | None:
-    """The user's permutations, and where they have none those of spaces with children, found by weights."""
+def _with(blocks: Sequence[str], found: Sequence[Permutations] | None, rule: Rule) -> Rule:
+    """The rule, and the permutations that were found of some spaces with children, where the user has none."""
     if found is None:
-        return given
-    blocks = [name for name in spaces.names if spaces.children(name) and not any(name in one for one in given or ())]
-    names = [name for block in blocks for name in (block, *spaces.children(block))]
-    own = given or [{}] * len(found)
-    return [
-        {**mine, **{n: one[n] for n in names if n in one}} for mine, one in zip(own, found, strict=True)
-    ]  # fmt: skip
+        return rule
+    mine = rule.permutations or [{}] * len(found)
+    left = [block for block in blocks if not any(block in one for one in mine)]
+    both = [
+        {**own, **{name: order for name, order in one.items() if name.partition(".")[0] in left}}
+        for own, one in zip(mine, found, strict=True)
+    ]
+    return dataclasses.replace(rule, permutations=both)
 
 
 def _running(spaces: Spaces, flow: Flow) -> list[str]:
-    return [name for name in flow.trunk if RUNNING.search(name) and writes(spaces, name) and not reads(spaces, name)]
+    return [name for name in flow.trunk if is_running(name, spaces.axes) and writes(spaces, name)]
 
 
 def _check_norms(spaces: Spaces, flow: Flow, reset: bool) -> None:
     if not reset and (stale := _running(spaces, flow)):
         raise CfmergeError(
             f"zip: {and_more([repr(name) for name in stale])}: running statistics of BatchNorm are those of no zipped "
-            "feature; say reset_norms=True and estimate them again with inputs (cfmerge.activations.reset_norms_linen, "
-            "reset_norms_nnx), or stop in front of them"
+            "feature; say reset_norms=True (--reset-norms) and estimate them again with inputs "
+            "(cfmerge.activations.reset_norms_linen, reset_norms_nnx), or stop in front of them"
         )
 
 
-def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Sequence[str]) -> None:
-    for name in tied:
+def _outputs(models: Sequence[Model]) -> set[str]:
+    """The embeddings of models in files that are their output layers too, and are stored once."""
+    found = set()
+    for source, model in ((getattr(model, "source", None), model) for model in models):
+        if source is not None and any(map(LANGUAGE.search, source.config.get("architectures") or ())):
+            found |= {name for alias, name in source.ties.items() if (alias, name) in OUTPUTS and alias not in model}
+    return found
+
+
+def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Collection[str]) -> None:
+    for name in sorted(tied):
         if name not in spaces.axes:
             raise CfmergeError(f"zip: tied: there is no tensor {name!r}")
         wide = [
@@ -198,7 +224,7 @@ def _check_tied(spaces: Spaces, flow: Flow, folds: Folds, tied: Sequence[str]) -
                 f"zip: tensor {name!r} writes {wide[0]!r} and, as the output layer, reads it: it would have to be "
                 "merged by M and by U; store the output layer by itself, or match by permutations: method='permute'"
             )
-        if name in flow.trunk and set(flow.heads):
+        if name in flow.trunk and len(flow.zipped) < len(spaces.names):
             raise CfmergeError(
                 f"zip: tensor {name!r} is of the trunk and, as the output layer, of each model's head; store the "
                 "output layer by itself"
@@ -217,7 +243,8 @@ def _shared(
         if len(shapes) > 1:
             raise CfmergeError(f"zip: tensor {name!r} has the shapes {' and '.join(map(str, sorted(shapes)))}")
         return _as(sum(computing(model[name]) for model in models) / len(models), first)
-    return _as(folds.written(name, [_Later(model, name) for model in models]), first)
+    whole = _as(folds.written(name, [_Later(model, name) for model in models]), first)
+    return _finite(name, whole, dict(zip(names, models, strict=True)))
 
 
 class _Later:
@@ -246,12 +273,25 @@ def _same(name: str, names: Sequence[str], models: Sequence[Model], notes: list[
     return first
 
 
-def _kept(name: str, folds: Folds, model: int, tensor: Any) -> Any:
+def _kept(name: str, folds: Folds, number: int, who: str, model: Model) -> Any:
     """One tensor of a model's head, with U of the zipped spaces that it reads."""
-    spaces = folds.spaces[model]
-    if not any(space in folds.groups or space in folds.blocks[model] for space in reads(spaces, name)):
+    tensor, spaces = model[name], folds.spaces[number]
+    if not any(space in folds.groups or space in folds.blocks[number] for space in reads(spaces, name)):
         return tensor
-    return _as(folds.read(name, computing(tensor), model), tensor)
+    return _finite(name, _as(folds.read(name, computing(tensor), number), tensor), {who: model})
+
+
+def _finite(name: str, result: Any, models: Mapping[str, Model]) -> Any:
+    """The tensor that was made of the models', if it is finite.
+
+    Raises:
+        CfmergeError: it is not; the message says which model's is not, or that the dtype is too narrow.
+    """
+    if not jnp.isfinite(result).all():
+        broken = [who for who, model in models.items() if not np.isfinite(computing(model[name])).all()]
+        why = f"of model {broken[0]!r} holds NaN or infinity" if broken else f"does not fit {result.dtype} when zipped"
+        raise CfmergeError(f"zip: tensor {name!r} {why}")
+    return result
 
 
 def _as(values: Any, example: Any) -> Any:

@@ -100,6 +100,9 @@ def plan(plan: "Plan", forecast: "Forecast", tensors: bool, json: bool, window: 
     experts = [f"experts {', '.join(map(_described, plan.expert_specs))}"] if plan.experts else []
     for line in (*experts, *(f"layers  {told_run(run)}" for run in plan.recipe.layers)):
         console.print(escape(line), soft_wrap=True)
+    if how := plan.recipe.align:
+        told = f", moments of {how.moments}" if how.moments else ""
+        say(console, f"align   to {how.to} by {how.method}{told}{f', spaces of {how.spaces}' if how.spaces else ''}")
     notes = list(plan.notes)
     if tensors:
         _list_jobs(console, plan)

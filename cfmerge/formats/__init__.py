@@ -9,7 +9,7 @@ from cfmerge.formats.base import Sink as Sink
 from cfmerge.formats.base import Source as Source
 from cfmerge.formats.base import TensorInfo as TensorInfo
 from cfmerge.formats.base import Totals as Totals
-from cfmerge.formats.composed import is_composed
+from cfmerge.formats.composed import is_composed, is_zip
 from cfmerge.formats.download import snapshot_of
 from cfmerge.formats.huggingface import HuggingFaceSource
 from cfmerge.formats.outputs import FileSink as FileSink
@@ -48,6 +48,11 @@ def open_checkpoint(path: str | Path, *, download: bool = False, cache_dir: str 
         raise CfmergeError(
             f"{found}: is a composed result, not a model; `cfmerge materialise {found} --task NAME -o MODEL` makes the "
             "model of a task, `cfmerge inspect` lists the tasks"
+        )
+    if is_zip(found):
+        raise CfmergeError(
+            f"{found}: is a zip of several models, not a model; cfmerge.save(cfmerge.align.load_zipped({str(found)!r})"
+            ".tensors(NAME), OUT) makes one of them"
         )
     return HuggingFaceSource(hub.newest(found), part)
 

@@ -70,7 +70,7 @@ class Parameter:
 
 # --- kinds by name ----------------------------------------------------------------------------------------------
 
-RUNNING = re.compile(r"(running_mean|running_var|num_batches_tracked|batch_stats[./].*)$")
+RUNNING = re.compile(r"(running_mean|running_var|moving_mean|moving_variance|num_batches_tracked|batch_stats[./].*)$")
 CONV1D = re.compile(r"(^|[./])(attn|crossattention|mlp)[./](c_attn|c_proj|c_fc|q_attn)[./]weight$")
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt2-moe"}
 TORCH_MATRIX = re.compile(r"(weight|_weight)$")
@@ -167,7 +167,7 @@ def is_float(dtype: str) -> bool:
 
 
 def is_running(name: str, shapes: Iterable[str]) -> bool:
-    """Whether a tensor is a statistic of a batch norm: PyTorch's, linen's `batch_stats`, and nnx's, `mean` beside `var`."""
+    """Whether a tensor is a statistic of a batch norm: PyTorch's, linen's `batch_stats`, nnx's `mean` beside `var`."""
     found = re.search(r"(^|[./])(mean|var)$", name)
     beside = name[: found.start(2)] + {"mean": "var", "var": "mean"}[found[2]] if found else ""
     return bool(RUNNING.search(name)) or (bool(beside) and beside in shapes)

@@ -59,7 +59,7 @@ def resolve(
     recipe = next(iter(asked.values()))
     check_seed(recipe.seed)
     check_unmerged(recipe, composing is not None)
-    check_align(recipe)
+    check_align(recipe, sums or statistics is not None, composing is not None)
     load_plugins(recipe.plugins)
     made = [methods.make(one.method, one.parameters) for one in asked.values()]
     for method in made:

@@ -45,10 +45,10 @@ def parse_rule(content: Any) -> Rule:
 
 
 def _explain(message: str, struct: type[msgspec.Struct] | None = None) -> str:
-    other = re.fullmatch(r"Invalid enum value '(.*)' - at `\$\.(\w+)`", message, re.DOTALL)
-    if other and other[2] in (hints := get_type_hints(Recipe)):
-        choices = _choices(hints[other[2]])
-        return f"{other[2]}: expected one of {', '.join(choices)}, found {other[1]!r}"
+    other = re.fullmatch(r"Invalid enum value '(.*)' - at `\$\.(align\.)?(\w+)`", message, re.DOTALL)
+    if other and other[3] in (hints := get_type_hints(Align if other[2] else Recipe)):
+        choices = _choices(hints[other[3]])
+        return f"{other[2] or ''}{other[3]}: expected one of {', '.join(choices)}, found {other[1]!r}"
     unknown = re.search(r"unknown field `(.+?)`(?: - at `(.+)`)?", message)
     if not unknown:
         return message

@@ -72,7 +72,7 @@ def same(moments, space, *batches):
     for features in batches:
         by_hand.add("by hand", [np.asarray(own).reshape(-1, own.shape[-1]) for own in features])
     assert moments.widths(space) == by_hand.widths("by hand")
-    assert moments.of(space).count == by_hand.of("by hand").count
+    assert moments.of(space).tokens == by_hand.of("by hand").tokens
     largest = np.max(np.abs(by_hand.second("by hand")))
     np.testing.assert_allclose(moments.second(space), by_hand.second("by hand"), rtol=0, atol=1e-5 * largest)
     np.testing.assert_allclose(moments.of(space).mean, by_hand.of("by hand").mean, rtol=0, atol=1e-5 * largest)

@@ -1,5 +1,7 @@
 """REPAIR: channels of a merged network vary as those of its parents do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from cfmerge.activations import repair_linen, repair_nnx
 from cfmerge.align import parse_spaces
 from cfmerge.errors import CfmergeError
-from cfmerge.formats.pytree import flatten, unflatten
+from cfmerge.formats.pytree import flatten
 
 
 class Network(nn.Module):
@@ -43,23 +45,31 @@ SHAPE = (3, 2, 3, 2)
 
 
 def models(bias=True):
-    """A merged model, its two parents, their spaces."""
+    """A model, merged variables, those of its two parents, their spaces."""
     model = Network(bias)
-    own = [model.init(jax.random.key(seed), jnp.ones(SHAPE)) for seed in range(2)]
-    for seed, variables in enumerate(own):  # biases are 0 at first
-        leaves, treedef = flatten(variables)
-        variables.update(unflatten(treedef, {n: a + 0.2 * draw(seed + 7, *a.shape) for n, a in leaves.items()}))
+    start = jax.eval_shape(model.init, jax.random.key(0), jnp.ones(SHAPE))
+    own = []
+    for seed in range(2):
+        draws = np.random.default_rng(seed)
+        own.append(jax.tree.map(lambda leaf, draws=draws: 0.5 * draws.normal(size=leaf.shape).astype("f"), start))
     shapes = {name: leaf.shape for name, leaf in flatten(own[0]["params"])[0].items()}
     spaces = parse_spaces({name: text for name, text in TABLE.items() if name in shapes}, shapes)
     return model, jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, *own), own, spaces
+
+
+@functools.cache
+def kept_by(model):
+    """The model's run that returns what all of its layers make."""
+    run = functools.partial(model.apply, mutable=["intermediates"], capture_intermediates=True)
+    return jax.jit(lambda variables, x: run(variables, x)[1]["intermediates"])
 
 
 def channels(model, variables, *batches):
     """`{layer: (mean, deviation) of each channel of its outputs}`."""
     rows = {name: [] for name in REPAIRED}
     for x in batches:
-        _, state = model.apply(variables, x, mutable=["intermediates"], capture_intermediates=True)
-        outputs = {"/".join(path[:-1]): out[0] for path, out in flatten_dict(state["intermediates"]).items()}
+        found = flatten_dict(kept_by(model)(variables, x))
+        outputs = {"/".join(path[:-1]): out[0] for path, out in found.items()}
         for name in REPAIRED:
             last = outputs[name].shape[-1 - TABLE[f"{name}/bias"].count(",") :]
             rows[name].append(np.asarray(outputs[name], np.float64).reshape(-1, np.prod(last)))
@@ -125,7 +135,7 @@ def test_channels_that_never_change_get_their_mean_and_a_warning_tells():
     model, merged, own, spaces = models()
     x = draw(5, *SHAPE)
     kernel = merged["params"]["two"]["kernel"]
-    merged["params"]["two"]["kernel"] = kernel.at[:, 2].set(0)
+    merged["params"]["two"]["kernel"] = np.where(np.arange(5) == 2, 0, kernel)
     with pytest.warns(UserWarning, match="repair: two/kernel has channels that never change"):
         result = repair_linen(model, merged, own, [x], spaces, weights=[3, 1])
     found, goals = channels(model, result, x)["two"], goals_of(model, own, x)["two"]
@@ -168,6 +178,8 @@ def test_what_cannot_be_repaired_is_told_with_the_way_out():
         repair_linen(model, merged, own, [x], spaces, weights=[1])
     with pytest.raises(CfmergeError, match="no batches"):
         repair_linen(model, merged, own, [], spaces)
+    with pytest.raises(CfmergeError, match=r"expected variables \{'params': ...\}, found a tree of .*conv"):
+        repair_linen(model, merged, [one["params"] for one in own], [x], spaces)
     with pytest.raises(CfmergeError, match=r"no kernel that writes a space matches 'out\*'"):
         repair_linen(model, merged, own, [x], spaces, match="out*")
     with pytest.raises(CfmergeError, match=r"has BatchNorm.*reset_norms_linen"):

@@ -40,7 +40,7 @@ def test_convolutional_nets_with_batch_norm_are_zipped_and_their_statistics_esti
     with pytest.raises(CfmergeError, match=r"'batch_stats/norm0/mean' and 3 more: running .* reset_norms=True"):
         zip_models(spaces, {"a": a, "b": b}, moments)
     zipped = zip_models(spaces, {"a": a, "b": b}, moments, reset_norms=True)
-    assert {name for name in zipped.heads["b"]} == {"params/out/kernel", "params/out/bias"}
+    assert set(zipped.heads["b"]) == {"params/out/kernel", "params/out/bias"}
     again = load_zipped(zipped.save(tmp_path / "zip"))
     for name, own in (("a", a), ("b", b)):
         reset = reset_norms_linen(model, again.model(name), [images])

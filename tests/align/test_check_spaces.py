@@ -28,6 +28,13 @@ def test_a_table_that_is_right_passes(params):
     check_spaces(parse_spaces(RIGHT, SHAPES), model, params, X)
 
 
+def test_a_tensor_without_entries_changes_nothing(params):
+    params |= {"none": jnp.zeros((0, 8))}
+    shapes = SHAPES | {"none": (0, 8)}
+    check_spaces(parse_spaces(RIGHT | {"none": "-, -"}, shapes), model, params, X)
+    check_spaces(parse_spaces(RIGHT | {"none": "-, h"}, shapes), model, params, X)
+
+
 @pytest.mark.parametrize(("wrong", "space"), [
     ({"bias": "-"}, "h"),
     ({"bias": "g"}, "h"),
@@ -61,3 +68,9 @@ def test_tensors_that_the_table_does_not_know_are_refused(params):
 def test_outputs_that_are_not_finite_show_nothing(params):
     with pytest.raises(CfmergeError, match="output 'logits' of the model is not finite"):
         check_spaces(parse_spaces(RIGHT, SHAPES), model, {**params, "c": jnp.full((8, 2), np.nan)}, X)
+
+
+def test_shapes_alone_cannot_be_tried(params):
+    shapes = {**params, "c": jax.ShapeDtypeStruct((8, 2), jnp.float32)}
+    with pytest.raises(CfmergeError, match="leaf 'c' is not an array"):
+        check_spaces(parse_spaces(RIGHT, SHAPES), model, shapes, X)

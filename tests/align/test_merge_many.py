@@ -68,3 +68,13 @@ def test_one_model_is_refused_and_a_model_that_does_not_fit_is_named():
         merge_many(spaces, {"only": model})
     with pytest.raises(CfmergeError, match=r"model late: has no tensor fc0\.weight and 7 more"):
         merge_many(spaces, {"early": model, "late": {}})
+
+
+def test_a_number_that_is_not_finite_is_told_by_the_name_of_the_model():
+    spaces, model = spaces_of("MLP"), model_of("MLP")
+    with pytest.raises(CfmergeError, match=r"'fc1\.bias' of model late: has a NaN or an infinity"):
+        merge_many(spaces, {"early": model, "late": {**model, "fc1.bias": np.full(9, np.inf)}})
+    with pytest.raises(
+        CfmergeError, match=r"'fc1\.bias' of model late: has the dtype int64; a tensor whose axes permute"
+    ):
+        merge_many(spaces, {"early": model, "late": {**model, "fc1.bias": np.zeros(9, int)}})

@@ -45,7 +45,7 @@ def test_moments_are_those_of_numpy_and_batches_do_not_matter(mean):
         np.testing.assert_allclose(moments.correlation("h"), correlation, rtol=0, atol=1e-14 * (1 + mean) * 100)
         np.testing.assert_allclose(moments.of("h").mean, rows.mean(0), rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(moments.second("h"), rows.T @ rows / 60, rtol=1e-10, atol=1e-10)
-        assert moments.of("h").count == 60
+        assert moments.of("h").tokens == 60
         np.testing.assert_array_equal(moments.covariance("h"), moments.covariance("h").T)
 
 
@@ -83,6 +83,17 @@ def test_dead_features_correlate_with_nothing():
     assert not correlation[[1, 9]].any()
     assert not correlation[:, [1, 9]].any()
     np.testing.assert_allclose(np.delete(np.diagonal(correlation), [1, 9]), 1)
+
+
+def test_dead_features_of_one_value_are_alike_where_that_is_asked_for():
+    batch = features(1, 7)
+    batch[0][:, 1], batch[0][:, 3], batch[1][:, 0], batch[2][:, 2] = 0, 5, 0, 5
+    moments = moments_of(batch)
+    found = moments.correlation("h", dead=1.0) - moments.correlation("h")
+    expected = np.zeros((13, 13))
+    for same_value in ([1, 4], [3, 9]):
+        expected[np.ix_(same_value, same_value)] = 1
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_merged_moments_are_those_of_all_batches():
@@ -155,7 +166,7 @@ def test_saved_moments_are_loaded_as_they_were_and_go_on(tmp_path):
     assert again.models == ("a", "b", "c")
     assert again.spaces == ("h", "blocks/0.v:x")
     for space in again.spaces:
-        assert again.of(space).count == moments.of(space).count
+        assert again.of(space).tokens == moments.of(space).tokens
         assert again.widths(space) == WIDTHS
         np.testing.assert_array_equal(again.covariance(space), moments.covariance(space))
         np.testing.assert_array_equal(again.of(space).mean, moments.of(space).mean)
@@ -200,14 +211,14 @@ def change(name, value):
         (lambda arrays, metadata: arrays.pop("h:mean"), "space 'h': tensor 'h:mean' is missing"),
         (lambda arrays, metadata: metadata.update(widths='{"h": [4, 3, 5]}'), r"mean has shape \(13,\), expected \(12"),
         (lambda arrays, metadata: metadata.update(widths='{"h": [4, 9]}'), "widths of 2 models, and the file is of 3"),
-        (lambda arrays, metadata: metadata.update(widths='{"g": [4, 3, 6]}'), "tensor 'g:count' and 2 more is missing"),
+        (lambda arrays, metadata: metadata.update(widths='{"g": [4, 3, 6]}'), "'g:tokens' and 2 more is missing"),
         (lambda arrays, metadata: metadata.pop("models"), "do not tell models and widths"),
         (lambda arrays, metadata: metadata.update(models="a, b"), "do not tell models and widths"),
         (lambda arrays, metadata: metadata.update(widths="[1]"), "do not tell models and widths"),
         (change("h:covariance", np.eye(12)), r"covariance has shape \(12, 12\), expected \(13, 13\).* 4\+3\+6 are"),
         (change("h:covariance", np.full((13, 13), np.nan)), "NaN"),
         (change("h:covariance", -np.eye(13)), "negative variance"),
-        (change("h:count", np.asarray(0)), "0 tokens"),
+        (change("h:tokens", np.asarray(0)), "0 tokens"),
     ],
 )  # fmt: skip
 def test_a_file_with_a_fault_is_refused_with_its_name(broken, message, tmp_path):

@@ -1,5 +1,7 @@
 """OT fusion: a model transported onto another one, which may have other widths."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import MLP, NETWORKS, mlp, model_of, spaces_of
@@ -129,3 +131,15 @@ def test_models_that_do_not_fit_are_refused():
     many, few = ({**heads, "s": ((n,), "heads")} for n in (4, 2))
     with pytest.raises(CfmergeError, match=r"heads\.v has 4 elements in model a and 2 in b; only spaces may differ"):
         ot_fusion(spaces_of(many), model_of(few), model_of(many), spaces_a=spaces_of(few))
+
+
+def test_arrays_of_jax_are_fused_by_jax():
+    spaces, a, b = spaces_of("grouped"), model_of("grouped", 1, np.float32), model_of("grouped", 2, np.float32)
+    fused = ot_fusion(spaces, a, b).tensors
+    there = ot_fusion(
+        spaces, *({name: jnp.asarray(tensor) for name, tensor in model.items()} for model in (a, b))
+    ).tensors
+    for name, tensor in fused.items():
+        assert isinstance(there[name], jax.Array)
+        assert there[name].dtype == jnp.float32
+        np.testing.assert_allclose(there[name], tensor, rtol=1e-6)

@@ -1,5 +1,6 @@
 """Spaces that a trace of a function finds: as many as there are, and no permutation of theirs changes an output."""
 
+import functools
 import random
 
 import jax
@@ -81,6 +82,21 @@ def test_what_lies_between_queries_and_keys_permutes_within_heads_unless_it_is_r
     assert table == {"q": "in 5, k k.k", "k": "in 5, k k.k", "v": "in 5, k k.v", "o": "in k k.v, -"}
 
 
+ACROSS_HEADS = {
+    "product": lambda h: jnp.einsum("thv,tgv->thg", h, h).sum(-1)[..., None] * h,
+    "pairs": lambda h: (h[:, :, None] * jnp.sin(h[:, None])).sum(2),
+}
+
+
+@pytest.mark.parametrize("use", ACROSS_HEADS.values(), ids=ACROSS_HEADS)
+def test_numbers_of_several_heads_that_meet_have_one_order_in_all_heads(use):
+    def model(p, x):
+        return use((x @ p["a"] + p["bias"]).reshape(-1, 3, 4)).reshape(-1, 12) @ p["b"]
+
+    table = tried(model, weights(a=(5, 12), bias=(12,), b=(12, 2)), jax.random.normal(KEY, (4, 5)))
+    assert table == {"a": "in 5, a a_2", "bias": "a a_2", "b": "in a a_2, -"}
+
+
 @pytest.mark.parametrize("fused", [
     lambda x: [part.reshape(-1, 3, 4) for part in jnp.split(x, 3, -1)],
     lambda x: [part.reshape(-1, 3, 4) for part in (x[:, :12], x[:, 12:24], x[:, 24:])],
@@ -95,6 +111,18 @@ def test_a_fused_projection_of_queries_keys_and_values_has_heads_in_each_part(fu
     table = tried(attention, weights(qkv=(5, 36), bias=(36,), out=(12, 2)), jax.random.normal(KEY, (4, 5)))
     assert table["out"].startswith("in qkv ")
     assert table["qkv"] in ("in 5, qkv 4 + qkv 4 + qkv qkv.qkv", "in 5, 3 qkv 4")
+
+
+def test_two_children_of_one_layer_have_two_names():
+    def attention(p, x):
+        q, k, v = (part.reshape(-1, 3, 4) for part in jnp.split(x @ p["to_qkv"] + p["bias"], 3, axis=-1))
+        weights = jax.nn.softmax(jnp.einsum("thd,shd->hts", q, k))
+        return jnp.einsum("hts,shd->thd", weights, v).reshape(-1, 12) @ p["out"]
+
+    params = weights(to_qkv=(5, 36), bias=(36,), out=(12, 2))
+    table = tried(attention, params, jax.random.normal(KEY, (4, 5)))
+    heads, queries, values = "to_qkv", "to_qkv.to_qkv", "to_qkv.to_qkv_2"
+    assert table["bias"] == f"{heads} {queries} + {heads} {queries} + {heads} {values}"
 
 
 def test_a_fused_projection_of_gates_and_values_has_the_hidden_units_twice():
@@ -196,6 +224,7 @@ ALONG_ANOTHER = {
     "pool": lambda h: jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (2, 1), (1, 1), "SAME"),
     "join": lambda h: jnp.concatenate([h, jnp.zeros((1, 8))]),
     "norm": lambda h: jnp.linalg.norm(h, axis=0, keepdims=True) * jax.nn.standardize(h) + jnp.where(h > 0, h.mean(), 0),
+    "mask": lambda h: h * np.arange(4.0)[:, None] + np.outer(np.arange(4.0), np.ones(8)),
     "vmap": jax.vmap(lambda row: jax.lax.optimization_barrier(jnp.where(row > 0, row, -row))),
 }
 
@@ -267,7 +296,7 @@ def test_no_permutation_that_is_found_changes_what_a_random_function_computes():
             return jnp.tanh(x @ par(x.shape[-1], 3)).sum(0)
 
         x = jax.random.normal(KEY, (2, 6))
-        model(None, x)
+        jax.eval_shape(functools.partial(model, None), x)  # makes the tensors
         spaces = trace_spaces(model, params, x)
         check_spaces(spaces, model, params, x, tolerance=1e-3)
         found += spaces.sizes

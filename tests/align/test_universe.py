@@ -2,12 +2,14 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import NETWORKS, model_of, spaces_of
 
 from cfmerge.align import between, compose, identity, permute, random_permutations, universe
-from cfmerge.align.c2m3 import highest, lagrange
+from cfmerge.align.c2m3 import Search, blended, highest, lagrange
 from cfmerge.errors import CfmergeError
 
 
@@ -72,3 +74,28 @@ def test_one_model_is_refused():
     spaces, model = spaces_of("MLP"), model_of("MLP")
     with pytest.raises(CfmergeError, match=r"two or more models, found 1"):
         universe(spaces, {"only": model})
+
+
+def test_arrays_of_jax_have_the_same_universe():
+    spaces = spaces_of("grouped")
+    models = {name: model_of("grouped", seed, np.float32) for seed, name in enumerate("ab")}
+    found = universe(spaces, models)
+    there = universe(spaces, {name: {n: jnp.asarray(t) for n, t in model.items()} for name, model in models.items()})
+    assert there.objective == pytest.approx(found.objective, rel=1e-6)
+
+
+@pytest.mark.parametrize("network", ["attention", "grouped", "recurrent"])
+def test_the_gradient_is_the_slope_of_a_step_and_the_step_is_a_polynomial(network):
+    spaces = spaces_of(network)
+    models = {name: model_of(network, seed) for seed, name in enumerate("abc")}
+    search = Search(spaces, models)
+    begin, middle, ahead = ({name: search.hard(random_permutations(spaces, 10 * part + seed))
+                             for seed, name in enumerate(models)} for part in range(3))  # fmt: skip
+    begin = blended(begin, middle, 0.3)
+    with jax.enable_x64(True):
+        course, gradients = search.along(begin, ahead), search.gradients(begin)
+        there = search.objective(blended(begin, ahead, 0.7))
+    slope = sum(float(np.vdot(gradients[m][space][key], ahead[m][space][key] - begin[m][space][key]))
+                for m in models for space in gradients[m] for key in gradients[m][space])  # fmt: skip
+    assert course.deriv()(0) == pytest.approx(slope)
+    assert course(0.7) == pytest.approx(there)

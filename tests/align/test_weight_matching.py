@@ -175,3 +175,10 @@ def test_a_space_that_is_twice_in_one_product_is_refused():
     model = {"pairs": np.ones((9, 2)), "out": np.ones((2, 3))}
     with pytest.raises(CfmergeError, match=r"'pairs': 'h' is twice in one product: h h"):
         weight_matching(spaces, model, model)
+
+
+def test_arrays_of_jax_are_matched_as_those_of_numpy():
+    spaces, a, b = spaces_of("grouped"), model_of("grouped", 1, np.float32), model_of("grouped", 2, np.float32)
+    found, there = (weight_matching(spaces, a, b), weight_matching(
+        spaces, {n: jnp.asarray(t) for n, t in a.items()}, {n: jnp.asarray(t) for n, t in b.items()}))  # fmt: skip
+    assert found.history == there.history

@@ -142,9 +142,12 @@ def test_models_of_different_widths_are_matched():
     assert wider.within == (0, 2)
 
 
-def test_groups_are_applied_as_their_matrices_are():
+@pytest.mark.parametrize("dropped", [False, True])
+def test_groups_are_applied_as_their_matrices_are(dropped):
     generator = np.random.default_rng(0)
     groups = match(similar(3, 12), (5, 7), budget=1)
+    if dropped:  # as the official code does
+        groups = Groups(np.array([0, -1, 1, 2, 0, 1, 1, -1, 3, 3, 2, 0]), (5, 7), 1e-5)
     for model, (start, size) in enumerate([(0, 5), (5, 7)]):
         values = generator.normal(size=(3, size, 2))
         own = slice(start, start + size)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,8 @@ def test_a_zip_is_saved_and_loaded(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.apply(run, X), zipped.apply(run, X)))
     with pytest.raises(CfmergeError, match="exists already"):
         zipped.save(place)
+    with pytest.raises(CfmergeError, match=r"is a zip of several models, not a model; cfmerge.save\("):
+        cfmerge.open(place)
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again/zip.json").read_text() == (place / "zip.json").read_text()
 
@@ -108,6 +111,9 @@ def test_a_directory_that_is_not_whole_is_refused(tmp_path):
         ({"version": 2}, "should be 'cfmerge-zip', version 1; found 'cfmerge-zip', version 2"),
         ({"models": []}, "is not whole, or was changed: ValueError"),
         ({"groups": {"c1": {"partition": [0], "widths": [2], "bias": 0}}}, "a partition of 1 features, and widths"),
+        ({"models": ["a", "a"]}, "a model is named twice: a, a"),
+        ({"stop_at": ["c9"]}, "there is no space 'c9'"),
+        ({"sizes": {**table["sizes"], "c1": 2}}, "space 'c1' has 2 features, and 32 groups"),
         ({"models": ["../a", "b"]}, "model '../a' cannot be a file's name"),
         ({"heads": ["Dense_2/kernel"]}, r"trunk.safetensors: lacks Dense_2/bias, not as zip.json tells"),
         ({"spaces": {**table["spaces"], "more": "-"}}, "trunk.safetensors: lacks more, not as zip.json tells"),
@@ -124,6 +130,7 @@ def test_a_directory_that_is_not_whole_is_refused(tmp_path):
 def test_heads_that_have_no_mean_and_models_that_are_not_there_are_told(tmp_path):
     with pytest.raises(CfmergeError, match=r"it stops at c1, and behind it the models' features are not matched"):
         zipped_of(stop_at="c1").joint()
+    assert zipped_of(stop_at="c2").joint().keys() == tree(0).keys()  # which is all there is
     differing = zipped_of((TOP, TOP + 3), stop_at=None)
     with pytest.raises(CfmergeError, match=r"'Dense_2/kernel' has the shapes \(32, 4\) and .*; take model\(NAME\)"):
         differing.joint()
@@ -193,6 +200,49 @@ def test_a_checkpoint_that_is_zipped_all_through_is_read_by_transformers(tmp_pat
     part = zip_models(spaces, {"a": a, "b": b}, "weights", stop_at="h")
     with pytest.raises(CfmergeError, match=r"it stops at h; write a model by"):
         part.write(tmp_path / "part", tmp_path / "a", "a")
+    cfmerge.save(b, tmp_path / "b")
+    shutil.copy(tmp_path / "a/config.json", tmp_path / "b")
+    paths = {name: tmp_path / name for name in "ab"}
+    kept = cfmerge.zip_checkpoints(paths, tmp_path / "files", from_weights=True, stop_at="hidden")
+    assert set(load_zipped(tmp_path / "files").heads["b"]) == set(kept.heads["b"]) == set(part.heads["b"])
     wider = zip_models(spaces, {"a": a, "b": b}, "weights", width={"p": 20})
     with pytest.raises(CfmergeError, match=r"tensor 'bert.pooler.dense.bias' has shape \(12,\), in the zip \(20,\)"):
         wider.write(tmp_path / "wider", tmp_path / "a")
+
+
+def test_spaces_and_zips_tell_what_they_hold_and_not_their_arrays():
+    spaces = parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+    model = {"up": np.array([[1.0], [2.0]]), "down": np.array([[1.0, 1.0]])}
+    assert repr(spaces) == "<Spaces of 2 tensors: h 2>"
+    zipped = zip_models(spaces, {"a": model, "b": model}, "weights", stop_at="h")
+    assert repr(zipped) == "<Zipped of a, b up to h: 1 tensors of all, 1 of each>"
+    with pytest.raises(CfmergeError, match=r"space 'h' are; give joint moments .*, or 'weights'"):
+        zip_models(spaces, {"a": model, "b": model}, None)
+
+
+def test_an_embedding_that_is_stored_once_and_is_the_output_layer_too_is_not_zipped(tmp_path, make_model):
+    """So it is with two names of one tensor, which clients read once."""
+    table = {"transformer.wte.weight": "-, h", "up.weight": "u, in h", "down.weight": "h, in u"}
+    shapes = {"transformer.wte.weight": (9, 6), "up.weight": (5, 6), "down.weight": (6, 5)}
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    generator = np.random.default_rng(0)
+    models = [{name: generator.normal(size=shape) for name, shape in shapes.items()} for _ in range(2)]
+    similarity = {name: np.corrcoef(generator.normal(size=(2 * n, 30))) for name, n in (("h", 6), ("u", 5))}
+    files = {
+        name: cfmerge.open(make_model(tmp_path / name, m, config=config)) for name, m in zip("ab", models, strict=True)
+    }
+    spaces = parse_spaces(table, shapes)
+    with pytest.raises(CfmergeError, match=r"'transformer.wte.weight' writes 'h' and, as the output layer, reads it"):
+        zip_models(spaces, files, similarity, budget=1)
+    both = {**table, "lm_head.weight": "-, in h"}
+    for name, model in zip("cd", models, strict=True):
+        own = {**model, "lm_head.weight": model["transformer.wte.weight"]}
+        files[name] = cfmerge.open(make_model(tmp_path / name, own, config=config))
+    spaces, models = parse_spaces(both, {**shapes, "lm_head.weight": (9, 6)}), {name: files[name] for name in "cd"}
+    zipped = zip_models(spaces, models, similarity, budget=1)
+    with pytest.raises(
+        CfmergeError, match=r"'lm_head.weight' is 'transformer.wte.weight' there, and another tensor in"
+    ):
+        zipped.write(tmp_path / "zip", tmp_path / "c", "c")
+    permuted = zip_models(spaces, models, similarity, method="permute")
+    assert permuted.write(tmp_path / "zip", tmp_path / "c").is_dir()

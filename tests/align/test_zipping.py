@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cfmerge.align import match, parse_spaces, permute, random_permutations, zip_models
+from cfmerge.align import Moments, match, parse_spaces, permute, random_permutations, zip_models
 from cfmerge.align.flow import divided
 from cfmerge.errors import CfmergeError
 
@@ -145,6 +145,16 @@ def test_a_partial_zip_is_that_of_the_equations(spaces, stop):
     assert "out.bias" in zipped.heads["a"]
 
 
+def test_the_authors_groups_are_applied_where_they_are_asked_for(spaces):
+    all_ = [mlp(seed) for seed in range(3)]
+    given = similarities(all_)
+    zipped = zip_models(spaces, all_, given, stop_at="c1", compat="official")
+    groups = match(given["c1"], 3, compat="official")
+    parts = np.split(groups.merge, 3, axis=1)
+    expected = sum(part @ model["one.weight"] for part, model in zip(parts, all_, strict=True))
+    np.testing.assert_allclose(zipped.trunk["one.weight"], expected, rtol=2e-5)
+
+
 CONV = {
     "conv1": "c1, in -, -, -", "norm1.scale": "c1", "norm1.bias": "c1",
     "conv2": "c2, in c1, -, -", "norm2.scale": "c2", "norm2.bias": "c2",
@@ -202,9 +212,7 @@ def test_all_blocks_of_a_residual_stream_are_zipped_together():
     assert flow.plain == ()
     assert divided(spaces, "m").zipped == spaces.names
     one, two = ({name: np.ones(shape) for name, shape in RESIDUAL_SHAPES.items()} for _ in range(2))
-    with pytest.raises(
-        CfmergeError, match=r"'embed': of the first model it comes out as \(9, 4\), of model 1 as \(7, 4"
-    ):
+    with pytest.raises(CfmergeError, match=r"'embed': of model 'model_0' it comes out as \(9, 4\), of '"):
         zip_models(spaces, [one, {**two, "embed": np.ones((7, 4))}], None, method="identity")
     with pytest.raises(CfmergeError, match=r"stop_at: there is no space 'u2'; did you mean 'u1' or 'u0'"):
         divided(spaces, "u2")
@@ -256,6 +264,12 @@ def test_heads_are_permuted_as_blocks_and_values_within_them():
     m, u = np.split(mixed.groups["h"].merge, 2, axis=1), np.split(mixed.groups["h"].unmerge, 2)
     np.testing.assert_allclose(mixed.trunk["v"], (a["v"] @ u[0] + moved["v"] @ u[1]) / 2, atol=1e-12)
     np.testing.assert_allclose(mixed.trunk["o"], m[0] @ a["o"] + m[1] @ moved["o"], atol=1e-12)
+    by_weights = zip_models(spaces, [a, b], {"h": given["h"]})
+    assert by_weights.notes == ("heads: in an order that weights tell, since no similarity does",)
+    for name, values in by_weights.joint().items():
+        np.testing.assert_allclose(values, a[name], atol=1e-12)
+    ordered = zip_models(spaces, [a, b], {"h": given["h"]}, permutations=[{}, by_weights.blocks[1]])
+    assert ordered.notes == ()
     with pytest.raises(CfmergeError, match=r"'heads': 1 features of each element do not tell the order of heads.v 5"):
         zip_models(spaces, [a, b], {**given, "heads": np.eye(6)})
 
@@ -344,14 +358,30 @@ def test_dtypes_and_kinds_of_arrays_are_kept(spaces):
 
 
 def test_statistics_of_batch_norm_are_refused_unless_they_will_be_estimated_again():
-    table = {"conv": "c, in -", "bn/mean": "c", "bn/scale": "c", "bn.num_batches_tracked": "", "out": "-, in c"}
-    given = {"conv": (4, 3), "bn/mean": (4,), "bn/scale": (4,), "bn.num_batches_tracked": (), "out": (2, 4)}
+    table = {
+        "conv": "c, in -",
+        "bn/mean": "c",
+        "bn/var": "c",
+        "bn/scale": "c",
+        "bn.num_batches_tracked": "",
+        "out": "-, in c",
+    }
+    given = {
+        "conv": (4, 3),
+        "bn/mean": (4,),
+        "bn/var": (4,),
+        "bn/scale": (4,),
+        "bn.num_batches_tracked": (),
+        "out": (2, 4),
+    }
     spaces = parse_spaces(table, given)
     a, b = ({name: np.arange(float(np.prod(shape)) + seed, seed, -1).reshape(shape) for name, shape in given.items()}
             for seed in (0, 1))  # fmt: skip
     for model, steps in ((a, 3), (b, 4)):
         model["bn.num_batches_tracked"] = np.array(steps)
-    with pytest.raises(CfmergeError, match=r"'bn/mean': running statistics of BatchNorm .* reset_norms=True"):
+    with pytest.raises(
+        CfmergeError, match=r"'bn/mean' and 1 more: running statistics of BatchNorm .* reset_norms=True"
+    ):
         zip_models(spaces, [a, b], None, method="identity")
     zipped = zip_models(spaces, [a, b], None, method="identity", reset_norms=True)
     assert any("running statistics are those of no model until" in note for note in zipped.notes)
@@ -393,6 +423,38 @@ def test_what_cannot_be_zipped_is_refused_by_name(spaces):
         zip_models(spaces, [a, b], {**given, "c1": np.full((12, 12), np.nan)})
     with pytest.raises(CfmergeError, match=r"should be joint moments, .* found str"):
         zip_models(spaces, [a, b], "activations")
+    with pytest.raises(CfmergeError, match=r"stop_at: no space is named; there is: c1, c2, c3; None zips all"):
+        zip_models(spaces, [a, b], given, stop_at=[])
+    with pytest.raises(CfmergeError, match=r"width: no space 'c4' is zipped; did you mean"):
+        zip_models(spaces, [a, b], given, width={"c4": 3})
+    with pytest.raises(CfmergeError, match=r"width should be \{space: n\}, or a factor above 0; found -1"):
+        zip_models(spaces, [a, b], given, width=-1)
+    for method in ("permute", "identity"):
+        with pytest.raises(CfmergeError, match=rf"method '{method}' keeps the models' width; leave out width=0.5"):
+            zip_models(spaces, [a, b], given, method=method, width=0.5)
+        with pytest.raises(CfmergeError, match=r"compat should be None or 'official', found 'authors'"):
+            zip_models(spaces, [a, b], given, method=method, compat="authors")
+
+
+def test_moments_whose_models_stand_at_other_places_are_refused(spaces):
+    a, b, c = mlp(0), mlp(1), mlp(2)
+    for names in (("b", "a"), ("b", "c"), ("c", "a")):
+        moments = Moments(names)
+        with pytest.raises(CfmergeError, match=f"the moments are of {', '.join(names)}, the models are a, b"):
+            zip_models(spaces, {"a": a, "b": b}, moments)
+    with pytest.raises(CfmergeError, match="are of a, b, the models are a, b, c"):
+        zip_models(spaces, {"a": a, "b": b, "c": c}, Moments(("a", "b")))
+
+
+@pytest.mark.parametrize("stop", ["c1", None])
+def test_weights_that_are_not_finite_are_named(spaces, stop):
+    a, b = mlp(0), mlp(1)
+    broken = {**b, "two.weight": np.where(np.arange(48).reshape(8, 6) == 7, np.inf, b["two.weight"])}
+    with pytest.raises(CfmergeError, match=r"zip: tensor 'two.weight' of model 'b' holds NaN or infinity"):
+        zip_models(spaces, {"a": a, "b": broken}, similarities([a, b]), stop_at=stop)
+    large = [{**one, "two.weight": np.full((8, 6), 6e4, np.float16)} for one in (a, b)]
+    with pytest.raises(CfmergeError, match=r"zip: tensor 'two.weight' does not fit float16 when zipped"):
+        zip_models(spaces, large, similarities([a, b]), stop_at=stop, width={"c1": 2})
 
 
 def test_a_tensor_that_writes_two_spaces_is_not_zipped():
@@ -406,3 +468,24 @@ def test_a_tensor_that_writes_two_spaces_is_not_zipped():
     zipped = zip_models(spaces, [a, b], "weights", method="permute")
     order = np.ix_(*(np.argsort(zipped.groups[space].parts[1]) for space in "pq"))
     np.testing.assert_allclose(zipped.trunk["both"], (a["both"] + b["both"][order]) / 2)
+
+
+def test_neurons_that_never_fire_are_merged_with_each_other_and_a_permuted_copy_is_the_network():
+    generator = np.random.default_rng(3)
+    table = {"up": "hidden, in -", "bias": "hidden", "down": "-, in hidden"}
+    spaces = parse_spaces(table, {"up": (16, 6), "bias": (16,), "down": (3, 16)})
+    a = {
+        "up": generator.normal(size=(16, 6)),
+        "bias": generator.normal(size=16),
+        "down": generator.normal(size=(3, 16)),
+    }
+    a["bias"][:5] = -100.0
+    models = {"a": a, "b": permute(spaces, a, random_permutations(spaces, 2))}
+    x = generator.normal(size=(200, 6))
+    moments = Moments(("a", "b"))
+    moments.add("hidden", [np.maximum(x @ m["up"].T + m["bias"], 0) for m in models.values()])
+    zipped = zip_models(spaces, models, moments)
+    expected = np.maximum(x @ a["up"].T + a["bias"], 0) @ a["down"].T
+    for name in models:
+        m = zipped.model(name)
+        np.testing.assert_allclose(np.maximum(x @ m["up"].T + m["bias"], 0) @ m["down"].T, expected, atol=1e-10)

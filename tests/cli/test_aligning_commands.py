@@ -41,7 +41,9 @@ def test_a_blank_table_fits_a_model_of_any_architecture(make_model, tmp_path):
     other = make_model(tmp_path / "other", {"blocks.0.up": np.ones((3, 2), np.float32)}, config={})
     refused = run("spaces", other)
     assert isinstance(refused.exception, cfmerge.CfmergeError)
-    assert yaml.safe_load(run("spaces", other, "--blank").stdout) == {"spaces": {"blocks.0.up": "-, -"}}
+    blank = run("spaces", other, "--blank").stdout
+    assert yaml.safe_load(blank) == {"spaces": {"blocks.0.up": "-, -"}}
+    assert "blocks.0.up: -, -  # (3, 2)" in blank
 
 
 def test_how_models_are_aligned_as_text():
@@ -108,3 +110,43 @@ def test_a_zip_needs_moments_or_leave_to_take_weights(pair, tmp_path):
     assert isinstance(done.exception, cfmerge.CfmergeError)
     assert "give joint moments of the models' features" in str(done.exception)
     assert not (tmp_path / "out").exists()
+    both = run(
+        "zip", "a", "b", "--moments", "joint.safetensors", "--from-weights", "--spaces", "spaces.yaml", "-o", "out"
+    )
+    assert "leave `moments` or `from_weights` out" in str(both.exception)
+
+
+def test_a_head_is_that_of_one_of_the_models_and_of_a_zip_all_through(pair, tmp_path):
+    options = ["--from-weights", "--spaces", "spaces.yaml", "-o", "out"]
+    unknown = run("zip", "left=a", "right=b", "--head", "lfet", *options)
+    assert "head: there is no model 'lfet'; did you mean 'left'?" in str(unknown.exception)
+    partial = run("zip", "left=a", "right=b", "--head", "left", "--stop-at", "first", *options)
+    assert "stops at 'first' keeps the head of every model" in str(partial.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_how_models_are_aligned(model):
+    done = run("plan", "--base", model, "-e", model, "-m", "average", "--align", "many", "--allow", "one-expert")
+    assert "align   to base by many" in done.stdout, done.output
+
+
+def test_a_zip_replaces_what_is_there_with_leave_and_never_one_of_its_models(pair, tmp_path):
+    def zipped(output, *more):
+        return run(
+            "zip", "a", "b", "--from-weights", "--stop-at", "first", "--spaces", "spaces.yaml", "-o", output, *more
+        )
+
+    assert zipped("out").exit_code == 0
+    assert "exists already" in str(zipped("out").exception)
+    again = zipped("out", "--overwrite")
+    assert again.exit_code == 0, again.output
+    assert "holds an input" in str(zipped("a", "--overwrite").exception)
+    assert set(cfmerge.open("a")) == {"up", "mid", "down"}
+
+
+def test_moments_are_saved_over_others_with_leave(pair):
+    moments = cfmerge.align.Moments.load("joint.safetensors")
+    with pytest.raises(cfmerge.CfmergeError, match="exists already"):
+        moments.save("joint.safetensors")
+    moments.save("joint.safetensors", overwrite=True)
+    assert cfmerge.align.Moments.load("joint.safetensors").spaces == moments.spaces

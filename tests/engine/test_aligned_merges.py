@@ -1,12 +1,19 @@
 """Merges of models of different initialisation: the recipe's key `align`."""
 
+import json
+
+import flax.serialization
 import numpy as np
 import pytest
 from space_models import GROUPED, TEXT, config_of, headers_of, outputs, saved, tensors_of, with_tensors
 
 import cfmerge
+from cfmerge import compose
 from cfmerge.align import permute, random_permutations
+from cfmerge.engine import cutting
+from cfmerge.formats import journal
 from cfmerge.models.space_tables import spaces_of
+from cfmerge.products import carry_out
 
 MLP = {"up.weight": (12, 6), "up.bias": (12,), "down.weight": (3, 12), "down.bias": (3,)}
 TABLE = """
@@ -129,6 +136,15 @@ def test_models_are_matched_by_their_activations(mlps, here):
     with pytest.raises(cfmerge.CfmergeError, match="has moments of base, twin, none of 'other'; they go by the names"):
         cfmerge.merge("base", {"other": "twin"}, "average", output="again", align=how, allow=["one-expert"])
     assert not (here / "again").exists()
+    own = cfmerge.align.Moments(("one", "other"))
+    own.add("hidden", [hidden("base"), hidden("twin")])
+    own.save("own.safetensors")  # of the experts alone, of which the base is one
+    cfmerge.merge(
+        "base", {"one": "base", "other": "twin"}, "average", output="again", align={**how, "moments": "own.safetensors"}
+    )
+    np.testing.assert_allclose(
+        merged("again")["down.weight"], (mlps[0]["down.weight"] + mlps[1]["down.weight"]) / 2, atol=1e-6
+    )
 
 
 def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
@@ -151,6 +167,25 @@ def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
     assert any("not in all models in one shape, so not matched" in note for note in result.notes)
 
 
+def test_a_part_of_a_model_has_a_part_of_the_spaces(here):
+    base = saved(here / "first", "BertForSequenceClassification", **TEXT)
+    spaces = spaces_of(headers_of(base), config_of(base))
+    twin = permute(spaces, tensors_of(base), random_permutations(spaces, 3))
+    lower = {name: tensor for name, tensor in twin.items() if "layer.1." not in name}
+    with_tensors(base, here / "lower", lower)
+    pooled = {name: tensor for name, tensor in twin.items() if "classifier" not in name}
+    with_tensors(base, here / "pooled", pooled)
+    with_tensors(base, here / "encoder", {name: tensor for name, tensor in pooled.items() if "pooler" not in name})
+    for part in ("lower", "encoder"):
+        cfmerge.merge(
+            "first", [cfmerge.Expert(part, partial=True)], "average", output=f"out-{part}", **HOW | {"align": {}}
+        )
+        for name, tensor in merged(f"out-{part}").items():
+            np.testing.assert_allclose(tensor, tensors_of(base)[name], atol=1e-6)
+    with pytest.raises(cfmerge.CfmergeError, match=r"'pooled' .*nothing .* reads the space 'pooler' .*pooler\.dense"):
+        cfmerge.merge("first", [cfmerge.Expert("pooled", partial=True)], "average", output="out", **HOW | {"align": {}})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -164,13 +199,94 @@ def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
         ({"align": {"methods": "weights"}}, "unknown key 'methods'"),
         ({"align": {"method": "activations"}}, "method activations needs `moments: FILE`"),
         ({"align": {"moments": "joint.safetensors"}}, "method weights looks at weights, and takes no `moments`"),
+        (
+            {"align": {"method": "activations", "moments": "no.file", "spaces": "spaces.yaml"}},
+            r"align: no\.file: cannot be read: No such file",
+        ),
+        (
+            {"align": {"method": "weigths"}},
+            r"align\.method: expected one of weights, many, universe, activations, found 'weigths'",
+        ),
+        ({"align": {"spaces": "spaces.yaml", "seed": -1}}, "the seed must lie in"),
+        ({"align": {"spaces": "spaces.yaml", "sweeps": -1}}, "sweeps: expected a number of at least 0, found -1"),
     ],
-    ids=["to", "file", "family", "layers", "key", "no moments", "moments"],
+    ids=["to", "file", "family", "layers", "key", "no moments", "moments", "no file", "method", "seed", "sweeps"],
 )
 def test_what_cannot_be_aligned_is_refused_before_anything_is_written(mlps, here, changes, message):
     with pytest.raises(cfmerge.CfmergeError, match=message):
         cfmerge.merge("base", ["twin"], "average", output="out", **{"allow": ["one-expert"], **changes})
     assert not (here / "out").exists()
+
+
+def test_an_expert_that_is_called_base_and_is_another_model_is_refused(mlps, here, make_model):
+    make_model(here / "other/base", mlps[1], config={})
+    for experts in (["other/base", "twin"], {"base": "twin", "other": "other/base"}):
+        with pytest.raises(cfmerge.CfmergeError, match=r"expert 'base' .* has the name that stands for the base"):
+            cfmerge.merge("base", experts, "average", output="out", align=HOW["align"])
+
+
+def test_what_changes_the_base_as_it_lies_is_aligned_to_the_base_alone(mlps, here):
+    how = {"align": {"spaces": "spaces.yaml", "to": "twin"}, "allow": ["one-expert"]}
+    for why, make in {
+        "an adapter": lambda: cfmerge.merge("base", ["twin"], "average", output="out", adapter_out=2, **how),
+        "statistics": lambda: cfmerge.accumulate("base", ["twin"], "ace", output="out", **how),
+        "a composed result": lambda: compose.build("base", ["twin"], "emr", output="out", **how),
+        "`unmerged`": lambda: cfmerge.merge("base", ["twin"], "average", output="out", unmerged="twin", **how),
+    }.items():
+        with pytest.raises(cfmerge.CfmergeError, match=f"align: to: twin: {why} .* align to the base"):
+            make()
+    cfmerge.accumulate("base", ["twin"], "ace", output="sums", **HOW)
+    how = {"align": {"spaces": "spaces.yaml", "to": "again"}}
+    with pytest.raises(cfmerge.CfmergeError, match="align: to: again: statistics are of changes of the base"):
+        cfmerge.merge("base", {"again": "twin"}, "ace", statistics="sums", output="out", **how)
+    assert not (here / "out").exists()
+
+
+def test_moments_of_an_expert_that_is_permuted_are_refused(mlps, here, make_model):
+    make_model(here / "moments", {"up.weight": np.eye(6, dtype=np.float32)})
+    experts = [cfmerge.Expert("base"), cfmerge.Expert("twin", moments="moments")]
+    with pytest.raises(cfmerge.CfmergeError, match=r"'twin' has moments \(moments\), which are in its own order"):
+        cfmerge.merge("base", experts, "regmean", output="out", align=HOW["align"])
+
+
+@pytest.mark.parametrize("method", ["weights", "many", "universe"])
+def test_a_model_that_is_not_finite_is_named_or_left_out(mlps, here, make_model, method):
+    broken = {name: tensor.copy() for name, tensor in mlps[1].items()}
+    broken["up.weight"][2, 3] = np.nan
+    make_model(here / "broken", broken, config={})
+    how = {"output": "out", "align": {"spaces": "spaces.yaml", "method": method}}
+    with pytest.raises(cfmerge.CfmergeError, match=r"'broken' .*'up\.weight' holds NaN or infinity.*skip-expert"):
+        cfmerge.merge("base", ["base", "twin", "broken"], "average", **how)
+    result = cfmerge.merge("base", ["base", "twin", "broken"], "average", on_nonfinite="skip-expert", **how)
+    assert any("expert 'broken' was left out" in note for note in result.notes)
+    for name, tensor in merged().items():
+        np.testing.assert_allclose(tensor, (mlps[0][name] + mlps[1][name]) / 2, atol=1e-6)
+    with pytest.raises(cfmerge.CfmergeError, match=r"base \(broken\): tensor 'up\.weight' holds NaN"):
+        cfmerge.merge("broken", {"first": "base", "second": "twin"}, "average", **how | {"output": "again"})
+
+
+@pytest.mark.parametrize("touched", [False, True], ids=["same table", "table touched"])
+def test_a_merge_that_was_stopped_recalls_the_permutations(mlps, here, monkeypatch, touched):
+    class Stopped(journal.FileJournal):
+        def mark(self, ranges, told=None):
+            super().mark(ranges, told)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cutting, "ENTRIES", 12)
+    monkeypatch.setattr(journal, "EVERY", 0.0)
+    found, weight_matching = [], cfmerge.align.weight_matching
+    monkeypatch.setattr(cfmerge.align, "weight_matching", lambda *a, **k: found.append(1) or weight_matching(*a, **k))
+    cfmerge.merge("base", ["base", "twin"], "average", output="whole", align=HOW["align"])
+    with monkeypatch.context() as patched:
+        patched.setattr(carry_out, "FileJournal", Stopped)
+        with pytest.raises(KeyboardInterrupt):
+            cfmerge.merge("base", ["base", "twin"], "average", output="out", align=HOW["align"])
+    if touched:
+        (here / "spaces.yaml").write_text(TABLE + "# another table, for all that is known\n")
+    found.clear()
+    result = cfmerge.merge("base", ["base", "twin"], "average", output="out", align=HOW["align"])
+    assert (bool(found), bool(result.resumed)) == (touched, not touched)
+    assert (here / "out/model.safetensors").read_bytes() == (here / "whole/model.safetensors").read_bytes()
 
 
 def test_models_of_other_widths_are_refused(mlps, here, make_model):
@@ -187,6 +303,21 @@ def test_batch_norms_are_refused_without_leave(here):
         cfmerge.merge("base", ["base"], "average", output="out", align={}, allow=["one-expert"])
     allowed = ["one-expert", "batch-norm"]
     cfmerge.merge("base", ["base"], "average", output="out", align={}, allow=allowed)
+
+
+def test_batch_norms_of_a_flax_checkpoint_are_refused_without_leave(here):
+    tree = {"params": {"Dense_0": {"kernel": np.eye(3)}, "Dense_1": {"kernel": np.eye(3)}},
+            "batch_stats": {"BatchNorm_0": {"mean": np.ones(3), "var": np.ones(3)}}}  # fmt: skip
+    for name in ("base", "other"):
+        (here / f"{name}.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+    own = {"params/Dense_0/kernel": "in -, h", "params/Dense_1/kernel": "in h, -",
+           "batch_stats/BatchNorm_0/mean": "h", "batch_stats/BatchNorm_0/var": "h"}  # fmt: skip
+    (here / "own.yaml").write_text(json.dumps({"spaces": own}))
+    with pytest.raises(cfmerge.CfmergeError, match=r"align: batch_stats/\S+ .*: running statistics of BatchNorm"):
+        cfmerge.merge(
+            "base.msgpack", ["other.msgpack"], "average", output="out.msgpack", align={"spaces": "own.yaml"},
+            allow=["one-expert"],
+        )  # fmt: skip
 
 
 RESNET = {"num_channels": 3, "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic"}

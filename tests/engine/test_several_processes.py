@@ -132,6 +132,35 @@ def test_two_processes_write_the_bytes_of_one(larger, tmp_path, contents):
 
 
 @pytest.mark.long
+def test_two_processes_permute_an_expert_alike(larger, tmp_path, contents, make_model, llama_config):
+    """The first finds the permutations, and the other has them from it."""
+    source = cfmerge.open_checkpoint(larger.experts[0])
+    tensors = {name: np.array(source.read(name)) for name in source.tensors}
+    order = np.random.default_rng(0).permutation(64)
+    for name, tensor in tensors.items():
+        if "up_proj" in name:
+            tensors[name] = np.ascontiguousarray(tensor[order])
+        elif "down_proj" in name:
+            tensors[name] = np.ascontiguousarray(tensor[:, order])
+    larger.experts = [make_model(tmp_path / "permuted", tensors, source.config), *larger.experts[1:]]
+    table = {"spaces": {name: ", ".join("-" for _ in tensor.shape) for name, tensor in tensors.items()}}
+    for name in tensors:
+        if "_proj" in name and "q_proj" not in name:
+            table["spaces"][name] = "mlp{l}, in -" if "up_proj" in name else "-, in mlp{l}"
+    lines = {name.replace(f".{n}.", ".{l}."): text for n in range(6) for name, text in table["spaces"].items()
+             if f".{n}." in name or n == 0}  # fmt: skip
+    (tmp_path / "spaces.yaml").write_text(json.dumps({"spaces": lines}))
+    align = {"spaces": str(tmp_path / "spaces.yaml")}
+    codes, _, errors = shared(larger, tmp_path / "many", SHORT, 2, align=align)
+    assert codes == [0, 0], errors
+    for method in SHORT:
+        cfmerge.merge(larger.base, larger.experts, method, output=tmp_path / f"one-{method}", align=align)
+        assert contents(tmp_path / f"many-{method}") == contents(tmp_path / f"one-{method}"), method
+    plain = cfmerge.merge(larger.base, larger.experts, "average", output=tmp_path / "plain")
+    assert contents(plain.output) != contents(tmp_path / "one-average")
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("format", ["torch", "msgpack", "npz", "orbax", "orbax-v0", "distributed"])
 def test_two_processes_write_every_format(larger, tmp_path, format):
     codes, _, errors = shared(larger, tmp_path / "many", ["ties"], 2, format=format)

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from cfmerge.errors import CfmergeError
-from cfmerge.models.space_tables import describe, read_table, spaces_of
+from cfmerge.models.space_tables import describe, read_table, spaces_of, write_table
+from cfmerge.models.spaces import parse_spaces
 
 CONFIG = {"model_type": "bert", "num_attention_heads": 4}
 MLP = {
@@ -90,6 +91,38 @@ def test_a_model_without_a_table_is_told_its_first_tensors_the_families_and_the_
     )
 
 
+def test_a_model_that_has_no_name_of_a_table_is_told_of_no_nearest_one():
+    with pytest.raises(CfmergeError) as told:
+        describe({"conv_a.weight": (4, 1, 3, 3), "lin.weight": (3, 64)}, {})
+    assert "chain_spaces" in str(told.value)
+    assert "nearest" not in str(told.value)
+    assert "like:" not in str(told.value)
+
+
+def test_a_misspelt_line_is_told_beside_the_tensor_without_one():
+    table = read_table({"spaces": {"up.weight": "h, in -", "dwon.weight": "-, in h"}})
+    with pytest.raises(CfmergeError, match=r"no line for down\.weight(.|\n)*dwon\.weight.*no tensor"):
+        describe({"up.weight": (4, 3), "down.weight": (2, 4)}, {}, table)
+
+
+def test_a_table_that_was_written_holds_for_the_files_of_an_nnx_state(tmp_path):
+    shapes = {"up/kernel": (3, 4), "up/bias": (4,), "down/kernel": (4, 2)}
+    spaces = parse_spaces({"up/kernel": "in -, h", "up/bias": "h", "down/kernel": "in h, -"}, shapes)
+    write_table(spaces, tmp_path / "own.yaml")
+    table = read_table(tmp_path / "own.yaml")
+    assert describe(shapes, {}, table).spaces.table() == spaces.table()
+    of_orbax = describe({f"{name}/value": shape for name, shape in shapes.items()}, {}, table)
+    assert of_orbax.spaces.table() == {f"{name}/value": line for name, line in spaces.table().items()}
+    assert not of_orbax.notes
+
+
+def test_a_table_of_heads_that_was_written_is_the_same_again(tmp_path):
+    spaces = spaces_of(llama(), {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2,
+                                 "hidden_size": 16, "head_dim": 8})  # fmt: skip
+    write_table(spaces, tmp_path / "own.yaml")
+    assert describe(llama(), {}, read_table(tmp_path / "own.yaml")).spaces == spaces
+
+
 def test_a_model_with_tensors_more_than_its_table_is_refused():
     refused({**bert(), "bert.encoder.layer.0.adapter.up.weight": (3, 16)}, CONFIG,
             "'bert', has no line for bert.encoder.layer.0.adapter.up.weight", "`like: bert`")  # fmt: skip
@@ -98,6 +131,14 @@ def test_a_model_with_tensors_more_than_its_table_is_refused():
 def test_two_towers_of_one_family_are_not_one_model():
     refused({**bert("question."), **bert("answer.")}, CONFIG, "no line for")
     refused({**bert("bert."), **bert("")}, CONFIG, "would be one tensor 'embeddings.word_embeddings.weight'")
+
+
+def test_the_modules_of_sentence_transformers_read_the_hidden_states():
+    headers = {**bert("0_Transformer/"), "2_Dense/linear.weight": (5, 16), "2_Dense/linear.bias": (5,)}
+    headers |= {"3_Dense/linear.weight": (6, 5)}
+    table = spaces_of(headers, CONFIG).table()
+    assert table["0_Transformer/encoder.layer.0.output.dense.weight"] == "hidden, in mlp0"
+    assert [table[f"{number}_Dense/linear.weight"] for number in (2, 3)] == ["-, in hidden", "-, -"]
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------
@@ -147,6 +188,19 @@ def test_a_space_that_nothing_reads_is_an_output_and_keeps_its_order():
     assert not described.notes
 
 
+def test_spaces_of_one_kind_that_end_are_told_once():
+    table = {"spaces": {"blocks.{l}.up": "mpl{l}, in hidden", "blocks.{l}.down": "hidden, in mlp{l}"}}
+    headers = {f"blocks.{layer}.{name}": (4, 4) for layer in range(9) for name in ("up", "down")}
+    described = describe(headers, {}, read_table(table))
+    assert described.spaces.sizes == {"hidden": 4}
+    assert described.notes == (
+        "spaces: 'mpl{0..8}' (9 spaces, such as that of 'blocks.0.up') is read by no tensor, so that it is an output "
+        "and keeps its order",
+        "spaces: 'mlp{0..8}' (9 spaces, such as that of 'blocks.0.down') is written by no tensor, so that it is an "
+        "input and keeps its order",
+    )
+
+
 def test_a_token_classifier_does_not_read_the_pooler_of_its_old_file():
     headers = {**bert(), "bert.pooler.dense.weight": (16, 16), "classifier.weight": (2, 16)}
     table = spaces_of(headers, {**CONFIG, "architectures": ["BertForTokenClassification"]}).table()
@@ -186,9 +240,7 @@ def test_lines_of_ones_own_stand_before_those_of_the_table_that_they_go_on_from(
     described = describe(headers, CONFIG, read_table({"like": "bert", "spaces": lines}))
     assert described.spaces.sizes["adapter0"] == 3
     assert "mlp1" not in described.spaces.sizes
-    assert described.notes == (
-        "spaces: the table of spaces: no tensor has the name 'encoder.layer.{l}.nothing.weight'",
-    )
+    assert described.notes == ("spaces: the table of spaces: 'encoder.layer.{l}.nothing.weight' holds for no tensor",)
 
 
 @pytest.mark.parametrize(

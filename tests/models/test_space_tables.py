@@ -94,6 +94,13 @@ MODELS = [  # (class, its config, the spaces)
 CONFIGS = {"Gemma3ForCausalLM": "Gemma3TextConfig"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quiet_clients():
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def moved(spaces, seed=0):
     """Random permutations, none of which keeps the order."""
     return {

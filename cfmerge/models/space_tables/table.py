@@ -17,13 +17,17 @@ from cfmerge.errors import CfmergeError
 from cfmerge.models.buffers import is_buffer
 from cfmerge.models.layouts import Shape
 from cfmerge.models.names.rules import Name, Values
-from cfmerge.models.patterns import tell
+from cfmerge.models.patterns import patterns, tell
 from cfmerge.models.space_tables.sizes import evaluate
 from cfmerge.models.spaces import FIXED, READS, Spaces, SpacesError, parse_spaces
 
 FILLED = re.compile(r"\{(\w+)([+-]\d+)?\}")
 LEFT_OVER = re.compile(r"[{}]")
-OWN = "a table of your own, `spaces: FILE` (see docs/align.md)"
+ENDS = {False: "read by no tensor, so that it is an output", True: "written by no tensor, so that it is an input"}
+OWN = (
+    "a table of your own, `spaces: FILE` (see docs/align_spaces.md; `cfmerge spaces MODEL --blank` prints one to begin "
+    "from)"
+)
 
 
 class Line(NamedTuple):
@@ -100,7 +104,9 @@ class Table:
     like: str = ""
 
     def cover(self, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Covered:
-        """The line of each tensor. A name may have a prefix that the line's has not: `bert.`, `model.`."""
+        """The line of each tensor. A name may have a prefix that the line's has not: `bert.`, `model.`; and `/value`
+        behind it, as Orbax's files of an `nnx.State` have.
+        """
         prefix = self._prefix(shapes)
         short = {name: name.removeprefix(longest_start(name, prefix)) for name in shapes}
         twice = [name for name, count in Counter(short.values()).items() if count > 1]
@@ -112,7 +118,7 @@ class Table:
         buffers: list[str] = []
         open_: list[str] = []
         for name, own in short.items():
-            names = (name, own) if name != own else (name,)
+            names = dict.fromkeys((name, own, own.removesuffix("/value")))
             found = ((line, line.values(other, present)) for line in self.lines for other in names)
             first = next(((line, values) for line, values in found if values is not None), None)
             if first:
@@ -133,6 +139,7 @@ class Table:
                 f"spaces: {self.name} has no line for {tell(covered.open, shapes)}; a line for the first one is\n"
                 f"    {covered.open[0]}: {_fixed(shapes[covered.open[0]])}\n"
                 "with names of spaces in place of `-`, or `fixed: [...]` with its name if it has no neurons' axes"
+                + "".join(f"\n{note.removeprefix('spaces: ')}" for note in self._unused(covered))
             )
         texts = {name: _fixed(shape) for name, shape in shapes.items()}
         for name, (line, values) in covered.lines.items():
@@ -152,7 +159,7 @@ class Table:
         """What stands in front of most names, in addition to the table's."""
         found: Counter[str] = Counter()
         for name in {re.sub(r"\d+", "0", name): name for name in names}.values():
-            starts = ["", *(name[: dot.end()] for dot in re.finditer(r"\.", name))]
+            starts = ["", *(name[: dot.end()] for dot in re.finditer(r"[./]", name))]
             tails = (start for start in starts if self._any(name.removeprefix(start)))
             found[next(tails, "")] += 1
         del found[""]
@@ -203,12 +210,12 @@ class Table:
     def _unused(self, covered: Covered) -> list[str]:
         used = {(line.where, line.name.text) for line, _ in covered.lines.values()}
         lines = [line for line in self.lines if line.own and (line.where, line.name.text) not in used]
-        return [f"spaces: {line.where}: no tensor has the name {line.name.text!r}" for line in lines]
+        return [f"spaces: {line.where}: {line.name.text!r} holds for no tensor" for line in lines]
 
 
 def longest_start(name: str, prefix: str) -> str:
-    """The longest part of a prefix, cut at its dots, that a name begins with: of `module.bert.`, also `module.`."""
-    starts = [prefix[: dot.end()] for dot in re.finditer(r"\.", prefix)]
+    """The longest part of a prefix, cut behind a part, that a name begins with: of `module.bert.`, also `module.`."""
+    starts = [prefix[: dot.end()] for dot in re.finditer(r"[./]", prefix)]
     return max((start for start in starts if name.startswith(start)), key=len, default="")
 
 
@@ -241,6 +248,11 @@ def _ends(texts: Mapping[str, str]) -> dict[str, tuple[bool, str]]:
 
 
 def _told(ends: Mapping[str, tuple[bool, str]]) -> list[str]:
-    what = {True: "written by no tensor, so that it is an input", False: "read by no tensor, so that it is an output"}
-    return [f"spaces: {space!r} of {tensor!r} is {what[read]} and keeps its order"
-            for space, (read, tensor) in ends.items()]  # fmt: skip
+    """A note for each pattern of spaces that end."""
+    notes = []
+    for reads, why in ENDS.items():
+        for pattern in patterns([space for space, (read, _) in ends.items() if read == reads]):
+            first, count = ends[pattern.names[0]][1], len(pattern.names)
+            where = f" of {first!r}" if count == 1 else f" ({count} spaces, such as that of {first!r})"
+            notes.append(f"spaces: {pattern.text!r}{where} is {why} and keeps its order")
+    return notes
