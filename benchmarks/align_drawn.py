@@ -8,9 +8,8 @@ import numpy as np
 from align_told import BUDGET, INPUTS, Rows, nets, of
 from measuring import figure
 
-BLUE, ORANGE, GREEN, PINK, AMBER, GREY, DARK = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8a8a8a", "#222222",
-)  # fmt: skip
+BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+AMBER, SKY, GREY = "#e69f00", "#56b4e9", "#8a8a8a"
 CURVES = {  # of two models of the same classes: colour, line, marker
     ("none", False): ("as they are", ORANGE, "-", "v"),
     ("none", True): ("as they are + REPAIR", ORANGE, ":", "v"),
@@ -20,12 +19,13 @@ CURVES = {  # of two models of the same classes: colour, line, marker
     ("activations", True): ("activation matching + REPAIR", GREEN, ":", "s"),
     ("ot", False): ("OT fusion", PINK, "-", "^"),
 }
-ZIPS = {  # of other classes
-    "none": ("average", ORANGE, "v"),
-    "weights": ("weight matching", AMBER, "^"),
-    "activations": ("permute", GREEN, "s"),
-    "zip": ("ZipIt!", BLUE, "o"),
-    "from weights": ("ZipIt! from weights", PINK, "D"),
+ZIPS = {  # of other classes: method and budget
+    ("none", BUDGET): ("average", ORANGE, "v"),
+    ("weights", BUDGET): ("weight matching", AMBER, "^"),
+    ("activations", BUDGET): ("permute", GREEN, "s"),
+    ("zip", BUDGET): ("ZipIt!", BLUE, "o"),
+    ("zip", 1.0): ("ZipIt!, budget 1", SKY, "P"),
+    ("from weights", BUDGET): ("ZipIt! from weights", PINK, "D"),
 }
 
 
@@ -72,11 +72,13 @@ def by_width(rows: Rows, kinds: Sequence[str], title: str) -> Any:
     shown = [net for own in found.values() for net in dict.fromkeys([*own[:1], *own[-1:]])]
     if not shown:
         return None
-    made, panels = figure(len(shown) + 1, 4.6)
+    rows_of_panels = 2 if len(shown) == 3 else 1
+    made, panels = figure((len(shown) + 1) // rows_of_panels, 4.8, rows_of_panels)
     for axes, net in zip(panels, shown, strict=False):
         curves(axes, of(own, net=net), net)
     widths(panels[-1], [row for row in own if row["net"] in found[kinds[0]]], kinds[0])
-    panels[0].set_ylabel("test loss")
+    for axes in panels[:: len(panels) // rows_of_panels]:
+        axes.set_ylabel("test loss")
     panels[-1].legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return headed(made, title)
 
@@ -142,30 +144,35 @@ def transformer(rows: Rows) -> Any:
 
 
 def zips(rows: Rows) -> Any:
-    """Joint accuracy, and above it that of tasks, by the number of layers that are one trunk."""
-    own = of(rows, part="zip", inputs=INPUTS, budget=BUDGET)
+    """Joint accuracy, and below it that of tasks, by the number of layers that are one trunk."""
+    own = of(rows, part="zip", inputs=INPUTS)
     places = nets(own)
     if not places:
         return None
     made, panels = figure(len(places), 5.0, rows=2)
     for number, net in enumerate(places):
         for what, axes in (("joint", panels[number]), ("tasks", panels[len(places) + number])):
-            for method, (label, colour, marker) in ZIPS.items():
-                for repair, line in ((False, "-"), (True, ":")):
-                    mine = of(own, net=net, method=method, repair=repair)
-                    if mine:
-                        stopped(axes, of(own, net=net, stop=0) + mine, what, colour, line + marker,
-                                label + (" + REPAIR" if repair else ""))  # fmt: skip
+            zips_of(axes, of(own, net=net), what, (True,) if net.startswith("batch") else (False, True))
             titled(axes, f"{net}: {'all ten classes' if what == 'joint' else 'each head on its five classes'}")
-            axes.axhline(
-                100 * np.mean([np.mean(row[what]) for row in of(own, net=net, stop=0)]), color=GREY, linewidth=1
-            )
     for axes in panels[:: len(places)]:
         axes.set_ylabel("test accuracy, %")
     for axes in panels[len(places) :]:
         axes.set_xlabel("layers in one trunk")
     panels[0].legend(fontsize=8, frameon=False, loc="lower left")
-    return headed(made, "Two models of five classes each, zipped so far; grey: the ensemble, nothing zipped")
+    return headed(made, "Two models of five classes each, zipped so far (BatchNorm: statistics estimated again); "
+                  "grey: the ensemble")  # fmt: skip
+
+
+def zips_of(axes: Any, own: Rows, what: str, repairs: Sequence[bool]) -> None:
+    """The lines of one network."""
+    both = of(own, stop=0)
+    axes.axhline(100 * np.mean([np.mean(row[what]) for row in both]), color=GREY, linewidth=1)
+    for (method, budget), (label, colour, marker) in ZIPS.items():
+        for repair in repairs:
+            mine = of(own, method=method, budget=budget, repair=repair)
+            if mine:
+                line = ":" if repair and False in repairs else "-"
+                stopped(axes, both + mine, what, colour, line + marker, label + (" + REPAIR" if line == ":" else ""))
 
 
 def stopped(axes: Any, own: Rows, what: str, colour: str, style: str, label: str) -> None:

@@ -36,7 +36,7 @@ def tables(rows: Rows) -> str:
          "mean over replicates, by the number of layers that are one trunk.", zips),
         ("What ZipIt! sees, and its budget", "As above; 2,000 images and a budget of 0.125 unless said otherwise.",
          ablation),
-        ("Seconds", "Of rows, with what they had to train first.", seconds),
+        ("Seconds", "Of the clock, by part; a row whose models were not in the cache has their training too.", seconds),
     ]  # fmt: skip
     found = [(title, lead, make(rows)) for title, lead, make in parts]
     return "\n".join(f"## {title}\n\n{lead}\n\n{text}" for title, lead, text in found if text)
