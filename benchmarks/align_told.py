@@ -32,7 +32,7 @@ def tables(rows: Rows) -> str:
          "to the first.", three),
         ("Unequal widths", "OT fusion of models of other widths, as wide as the second: test accuracy in per cent.",
          unequal),
-        ("Zips of other classes", "Accuracy in per cent over all ten classes (mean of both tasks on their own five), "
+        ("Zips of other classes", "Accuracy in per cent over all ten classes (mean of both tasks on their own five),\n"
          "mean over replicates, by the number of layers that are one trunk.", zips),
         ("What ZipIt! sees, and its budget", "As above; 2,000 images and a budget of 0.125 unless said otherwise.",
          ablation),
