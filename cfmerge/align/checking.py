@@ -72,6 +72,8 @@ def _noisy(tensor: Any, generator: np.random.Generator) -> Any:
     if not jnp.issubdtype(tensor.dtype, np.number):
         return tensor  # keys of random numbers
     array = np.asarray(tensor)
+    if not array.size:
+        return array
     if not jnp.issubdtype(array.dtype, jnp.floating) or (array != array.reshape(-1)[:1]).any():
         return array
     return (array + generator.uniform(0.1, 0.5, array.shape)).astype(array.dtype)

@@ -66,11 +66,13 @@ def in_front_of(spaces: Spaces, stop_at: str | Sequence[str] | None) -> tuple[st
     """The spaces from which data flow into some, these among them; all where there are none.
 
     Raises:
-        CfmergeError: there is no such space.
+        CfmergeError: there is no such space, or none is named.
     """
     if stop_at is None:
         return spaces.names
     found = [stop_at] if isinstance(stop_at, str) else list(stop_at)
+    if not found:
+        raise CfmergeError(f"stop_at: no space is named{nearest('', spaces.names)}; None zips all of them")
     for name in found:
         if name not in spaces.names:
             raise CfmergeError(f"stop_at: there is no space {name!r}{nearest(name, spaces.names)}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cfmerge.align.permuting import Permutations, check_permutations, order_of, permute_tensor
-from cfmerge.errors import CfmergeError
+from cfmerge.errors import CfmergeError, and_more
 from cfmerge.formats.base import Source, TensorInfo
 from cfmerge.formats.wrapped import Wrapped
 from cfmerge.models.spaces import Spaces
@@ -138,12 +138,23 @@ def alignment_of(sources: Iterable[Source]) -> Alignment | None:
 
 
 def check_same_sizes(reference: str, spaces: Spaces, model: str, other: Spaces) -> None:
-    """Raises `CfmergeError` if a space of the reference has another size in a model, or is not in it."""
+    """Raises `CfmergeError` if a space of the reference has another size in a model.
+
+    A model that lacks all tensors of a space, as a part of a model may, lacks the space.
+    """
     for name, size in spaces.sizes.items():
         found = other.sizes.get(name)
-        if found != size:
+        if found is None:
+            there = [tensor for tensor, axes in spaces.axes.items()
+                     if tensor in other.axes and any(name in axis.spaces for axis in axes)]  # fmt: skip
+            if there:
+                raise CfmergeError(
+                    f"align: {model}: nothing writes or reads the space {name!r} but {and_more(there)}, so that it is "
+                    f"an output and keeps its order; in {reference} it permutes. Leave these tensors out of the model"
+                )
+        elif found != size:
             raise CfmergeError(
-                f"align: {model} has {f'{found} elements' if found else 'nothing'} in the space {name!r}, {reference} "
-                f"has {size}: a permutation needs the same number in both. Models of different widths are fused by "
-                "cfmerge.align.ot_fusion, or zipped by cfmerge.align.zip_models"
+                f"align: {model} has {found} elements in the space {name!r}, {reference} has {size}: a permutation "
+                "needs the same number in both. Models of different widths are fused by cfmerge.align.ot_fusion, or "
+                "zipped by cfmerge.align.zip_models"
             )

@@ -16,8 +16,8 @@ from cfmerge.align.folding import Folds
 from cfmerge.align.groups import Groups, identity_match
 from cfmerge.align.moments import Moments
 from cfmerge.align.permuting import Permutations, check_permutations, identity_of
-from cfmerge.align.zipit import match, permutation_match
-from cfmerge.errors import CfmergeError, and_more
+from cfmerge.align.zipit import OFFICIAL, match, permutation_match
+from cfmerge.errors import CfmergeError, and_more, nearest
 from cfmerge.models.spaces import Spaces
 
 METHODS = ("zip", "permute", "identity")
@@ -38,6 +38,12 @@ class Rule:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise CfmergeError(f"zip: method should be one of {', '.join(METHODS)}, found {self.method!r}")
+        if self.compat not in {None, OFFICIAL}:
+            raise CfmergeError(f"zip: compat should be None or {OFFICIAL!r}, found {self.compat!r}")
+        if self.width is not None and self.method != "zip":
+            raise CfmergeError(f"zip: method {self.method!r} keeps the models' width; leave out width={self.width}")
+        if not isinstance(self.width, Mapping | None) and not self.width > 0:
+            raise CfmergeError(f"zip: width should be {{space: n}}, or a factor above 0; found {self.width}")
 
     def width_of(self, space: str, first: int) -> int:
         """How many groups are left of a space of which the first model has so many features."""
@@ -53,7 +59,7 @@ def similarity_of(given: Any, models: Sequence[str], official: bool = False) -> 
         CfmergeError: the moments are of other models; when it is called, the space is not there.
     """
     known = getattr(given, "models", None)
-    if known is not None and (len(known) != len(models) or (set(known) == set(models) and known != tuple(models))):
+    if known is not None and (len(known) != len(models) or _swapped(known, models)):
         raise CfmergeError(
             f"zip: the moments are of {', '.join(known)}, the models are {', '.join(models)}; give them in the order "
             "in which their features were added"
@@ -84,6 +90,11 @@ def told_by(given: Any) -> Collection[str]:
     return given if isinstance(given, Mapping) else given.spaces
 
 
+def _swapped(known: Sequence[str], models: Sequence[str]) -> bool:
+    """Whether a model stands at another place among those that have moments; names may be others altogether."""
+    return any(one != other and (one in models or other in known) for one, other in zip(known, models, strict=True))
+
+
 def matched(
     models: Sequence[str], own: Sequence[Spaces], order: Sequence[str], similarity: Similarity | None, rule: Rule
 ) -> Folds:
@@ -100,6 +111,8 @@ def matched(
         CfmergeError: a space has no similarity, or one of other features; widths differ that must not.
     """
     _check_permutations(own, rule.permutations)
+    if unknown := [space for space in (rule.width if isinstance(rule.width, Mapping) else ()) if space not in order]:
+        raise CfmergeError(f"zip: width: no space {unknown[0]!r} is zipped{nearest(unknown[0], order)}")
     groups: dict[str, Groups] = {}
     blocks: list[dict[str, np.ndarray]] = [{} for _ in own]
     folds = Folds(models, own, groups, blocks)

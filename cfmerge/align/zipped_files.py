@@ -93,6 +93,7 @@ def load(directory: Path) -> dict[str, Any]:
         own = _texts(content["heads"])
         if not fields["models"] or len(fields["blocks"]) != len(fields["models"]) or set(own) - set(fields["table"]):
             raise ValueError("models, blocks and heads do not fit together")
+        _check(fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CfmergeError(f"{table}: is not whole, or was changed: {type(error).__name__}: {error}") from None
     trunk = [name for name in fields["table"] if name not in set(own)]
@@ -105,6 +106,18 @@ def load(directory: Path) -> dict[str, Any]:
         for model in fields["models"]
     }
     return fields
+
+
+def _check(fields: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if the fields contradict each other."""
+    models, sizes = fields["models"], fields["sizes"]
+    if len(set(models)) < len(models):
+        raise ValueError(f"a model is named twice: {', '.join(models)}")
+    if unknown := [space for space in (*fields["stop_at"], *fields["groups"]) if space not in sizes]:
+        raise ValueError(f"there is no space {unknown[0]!r}")
+    for space, groups in fields["groups"].items():
+        if len(groups.widths) != len(models) or groups.width != sizes[space]:
+            raise ValueError(f"space {space!r} has {sizes[space]} features, and {groups.width} groups")
 
 
 def _groups(told: Mapping[str, Any]) -> Groups:

@@ -90,7 +90,7 @@ def zip_models(
         notes.append(f"{and_more(flow.plain)}: of no space, averaged as they are")
     trunk = {name: _shared(name, flow, folds, names, mappings, notes) for name in flow.trunk}
     heads = {
-        model: {name: _kept(name, folds, number, tensors[name]) for name in flow.heads}
+        model: {name: _kept(name, folds, number, model, tensors) for name in flow.heads}
         for number, (model, tensors) in enumerate(zip(names, mappings, strict=True))
     }
     if reset_norms and (stale := _running(own[0], flow)):
@@ -243,7 +243,8 @@ def _shared(
         if len(shapes) > 1:
             raise CfmergeError(f"zip: tensor {name!r} has the shapes {' and '.join(map(str, sorted(shapes)))}")
         return _as(sum(computing(model[name]) for model in models) / len(models), first)
-    return _as(folds.written(name, [_Later(model, name) for model in models]), first)
+    whole = _as(folds.written(name, [_Later(model, name) for model in models]), first)
+    return _finite(name, whole, dict(zip(names, models, strict=True)))
 
 
 class _Later:
@@ -272,12 +273,25 @@ def _same(name: str, names: Sequence[str], models: Sequence[Model], notes: list[
     return first
 
 
-def _kept(name: str, folds: Folds, model: int, tensor: Any) -> Any:
+def _kept(name: str, folds: Folds, number: int, who: str, model: Model) -> Any:
     """One tensor of a model's head, with U of the zipped spaces that it reads."""
-    spaces = folds.spaces[model]
-    if not any(space in folds.groups or space in folds.blocks[model] for space in reads(spaces, name)):
+    tensor, spaces = model[name], folds.spaces[number]
+    if not any(space in folds.groups or space in folds.blocks[number] for space in reads(spaces, name)):
         return tensor
-    return _as(folds.read(name, computing(tensor), model), tensor)
+    return _finite(name, _as(folds.read(name, computing(tensor), number), tensor), {who: model})
+
+
+def _finite(name: str, result: Any, models: Mapping[str, Model]) -> Any:
+    """The tensor that was made of the models', if it is finite.
+
+    Raises:
+        CfmergeError: it is not; the message says which model's is not, or that the dtype is too narrow.
+    """
+    if not jnp.isfinite(result).all():
+        broken = [who for who, model in models.items() if not np.isfinite(computing(model[name])).all()]
+        why = f"of model {broken[0]!r} holds NaN or infinity" if broken else f"does not fit {result.dtype} when zipped"
+        raise CfmergeError(f"zip: tensor {name!r} {why}")
+    return result
 
 
 def _as(values: Any, example: Any) -> Any:

@@ -178,7 +178,8 @@ def _common(models: Mapping[str, Model], spaces: Spaces) -> tuple[Spaces, list[s
             kept[name] = axes
         elif any(axis.spaces for axis in axes):
             left_out.append(name)
-    return Spaces(kept, spaces.sizes), left_out
+    there = {space for axes in kept.values() for axis in axes for space in axis.spaces}
+    return Spaces(kept, {space: size for space, size in spaces.sizes.items() if space in there}), left_out
 
 
 def _described(how: Align) -> str:

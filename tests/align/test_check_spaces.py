@@ -28,6 +28,13 @@ def test_a_table_that_is_right_passes(params):
     check_spaces(parse_spaces(RIGHT, SHAPES), model, params, X)
 
 
+def test_a_tensor_without_entries_changes_nothing(params):
+    params |= {"none": jnp.zeros((0, 8))}
+    shapes = SHAPES | {"none": (0, 8)}
+    check_spaces(parse_spaces(RIGHT | {"none": "-, -"}, shapes), model, params, X)
+    check_spaces(parse_spaces(RIGHT | {"none": "-, h"}, shapes), model, params, X)
+
+
 @pytest.mark.parametrize(("wrong", "space"), [
     ({"bias": "-"}, "h"),
     ({"bias": "g"}, "h"),

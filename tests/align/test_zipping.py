@@ -423,6 +423,38 @@ def test_what_cannot_be_zipped_is_refused_by_name(spaces):
         zip_models(spaces, [a, b], {**given, "c1": np.full((12, 12), np.nan)})
     with pytest.raises(CfmergeError, match=r"should be joint moments, .* found str"):
         zip_models(spaces, [a, b], "activations")
+    with pytest.raises(CfmergeError, match=r"stop_at: no space is named; there is: c1, c2, c3; None zips all"):
+        zip_models(spaces, [a, b], given, stop_at=[])
+    with pytest.raises(CfmergeError, match=r"width: no space 'c4' is zipped; did you mean"):
+        zip_models(spaces, [a, b], given, width={"c4": 3})
+    with pytest.raises(CfmergeError, match=r"width should be \{space: n\}, or a factor above 0; found -1"):
+        zip_models(spaces, [a, b], given, width=-1)
+    for method in ("permute", "identity"):
+        with pytest.raises(CfmergeError, match=rf"method '{method}' keeps the models' width; leave out width=0.5"):
+            zip_models(spaces, [a, b], given, method=method, width=0.5)
+        with pytest.raises(CfmergeError, match=r"compat should be None or 'official', found 'authors'"):
+            zip_models(spaces, [a, b], given, method=method, compat="authors")
+
+
+def test_moments_whose_models_stand_at_other_places_are_refused(spaces):
+    a, b, c = mlp(0), mlp(1), mlp(2)
+    for names in (("b", "a"), ("b", "c"), ("c", "a")):
+        moments = Moments(names)
+        with pytest.raises(CfmergeError, match=f"the moments are of {', '.join(names)}, the models are a, b"):
+            zip_models(spaces, {"a": a, "b": b}, moments)
+    with pytest.raises(CfmergeError, match="are of a, b, the models are a, b, c"):
+        zip_models(spaces, {"a": a, "b": b, "c": c}, Moments(("a", "b")))
+
+
+@pytest.mark.parametrize("stop", ["c1", None])
+def test_weights_that_are_not_finite_are_named(spaces, stop):
+    a, b = mlp(0), mlp(1)
+    broken = {**b, "two.weight": np.where(np.arange(48).reshape(8, 6) == 7, np.inf, b["two.weight"])}
+    with pytest.raises(CfmergeError, match=r"zip: tensor 'two.weight' of model 'b' holds NaN or infinity"):
+        zip_models(spaces, {"a": a, "b": broken}, similarities([a, b]), stop_at=stop)
+    large = [{**one, "two.weight": np.full((8, 6), 6e4, np.float16)} for one in (a, b)]
+    with pytest.raises(CfmergeError, match=r"zip: tensor 'two.weight' does not fit float16 when zipped"):
+        zip_models(spaces, large, similarities([a, b]), stop_at=stop, width={"c1": 2})
 
 
 def test_a_tensor_that_writes_two_spaces_is_not_zipped():

@@ -10,7 +10,10 @@ from space_models import GROUPED, TEXT, config_of, headers_of, outputs, saved, t
 import cfmerge
 from cfmerge import compose
 from cfmerge.align import permute, random_permutations
+from cfmerge.engine import cutting
+from cfmerge.formats import journal
 from cfmerge.models.space_tables import spaces_of
+from cfmerge.products import carry_out
 
 MLP = {"up.weight": (12, 6), "up.bias": (12,), "down.weight": (3, 12), "down.bias": (3,)}
 TABLE = """
@@ -164,6 +167,25 @@ def test_heads_of_other_tasks_are_permuted_and_not_matched(here):
     assert any("not in all models in one shape, so not matched" in note for note in result.notes)
 
 
+def test_a_part_of_a_model_has_a_part_of_the_spaces(here):
+    base = saved(here / "first", "BertForSequenceClassification", **TEXT)
+    spaces = spaces_of(headers_of(base), config_of(base))
+    twin = permute(spaces, tensors_of(base), random_permutations(spaces, 3))
+    lower = {name: tensor for name, tensor in twin.items() if "layer.1." not in name}
+    with_tensors(base, here / "lower", lower)
+    pooled = {name: tensor for name, tensor in twin.items() if "classifier" not in name}
+    with_tensors(base, here / "pooled", pooled)
+    with_tensors(base, here / "encoder", {name: tensor for name, tensor in pooled.items() if "pooler" not in name})
+    for part in ("lower", "encoder"):
+        cfmerge.merge(
+            "first", [cfmerge.Expert(part, partial=True)], "average", output=f"out-{part}", **HOW | {"align": {}}
+        )
+        for name, tensor in merged(f"out-{part}").items():
+            np.testing.assert_allclose(tensor, tensors_of(base)[name], atol=1e-6)
+    with pytest.raises(cfmerge.CfmergeError, match=r"'pooled' .*nothing .* reads the space 'pooler' .*pooler\.dense"):
+        cfmerge.merge("first", [cfmerge.Expert("pooled", partial=True)], "average", output="out", **HOW | {"align": {}})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -241,6 +263,30 @@ def test_a_model_that_is_not_finite_is_named_or_left_out(mlps, here, make_model,
         np.testing.assert_allclose(tensor, (mlps[0][name] + mlps[1][name]) / 2, atol=1e-6)
     with pytest.raises(cfmerge.CfmergeError, match=r"base \(broken\): tensor 'up\.weight' holds NaN"):
         cfmerge.merge("broken", {"first": "base", "second": "twin"}, "average", **how | {"output": "again"})
+
+
+@pytest.mark.parametrize("touched", [False, True], ids=["same table", "table touched"])
+def test_a_merge_that_was_stopped_recalls_the_permutations(mlps, here, monkeypatch, touched):
+    class Stopped(journal.FileJournal):
+        def mark(self, ranges, told=None):
+            super().mark(ranges, told)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cutting, "ENTRIES", 12)
+    monkeypatch.setattr(journal, "EVERY", 0.0)
+    found, weight_matching = [], cfmerge.align.weight_matching
+    monkeypatch.setattr(cfmerge.align, "weight_matching", lambda *a, **k: found.append(1) or weight_matching(*a, **k))
+    cfmerge.merge("base", ["base", "twin"], "average", output="whole", align=HOW["align"])
+    with monkeypatch.context() as patched:
+        patched.setattr(carry_out, "FileJournal", Stopped)
+        with pytest.raises(KeyboardInterrupt):
+            cfmerge.merge("base", ["base", "twin"], "average", output="out", align=HOW["align"])
+    if touched:
+        (here / "spaces.yaml").write_text(TABLE + "# another table, for all that is known\n")
+    found.clear()
+    result = cfmerge.merge("base", ["base", "twin"], "average", output="out", align=HOW["align"])
+    assert (bool(found), bool(result.resumed)) == (touched, not touched)
+    assert (here / "out/model.safetensors").read_bytes() == (here / "whole/model.safetensors").read_bytes()
 
 
 def test_models_of_other_widths_are_refused(mlps, here, make_model):
