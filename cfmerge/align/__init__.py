@@ -33,8 +33,6 @@ from cfmerge.align.weight_matching import Matching as Matching
 from cfmerge.align.weight_matching import weight_matching as weight_matching
 from cfmerge.align.zipit import match as match
 from cfmerge.align.zipit import permutation_match as permutation_match
-from cfmerge.align.traced import trace_spaces as trace_spaces
-from cfmerge.align.traced import why_fixed as why_fixed
 from cfmerge.align.zipped import Zipped as Zipped
 from cfmerge.align.zipped import load_zipped as load_zipped
 from cfmerge.align.zipping import zip_models as zip_models
