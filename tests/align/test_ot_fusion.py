@@ -143,3 +143,9 @@ def test_arrays_of_jax_are_fused_by_jax():
         assert isinstance(there[name], jax.Array)
         assert there[name].dtype == jnp.float32
         np.testing.assert_allclose(there[name], tensor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, np.nan])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(CfmergeError, match=r"ot_fusion: share: expected a number from 0 to 1, found"):
+        ot_fusion(spaces_of("MLP"), model_of("MLP"), model_of("MLP", 1), share=share)
