@@ -67,6 +67,9 @@ def repair_linen(
         CfmergeError: no batches; a layer that is not called, or is stacked by a scan; endpoints of other widths; a
             model with BatchNorm.
     """
+    for one in (merged, *endpoints):
+        if "params" not in one:
+            raise CfmergeError(f"repair: expected variables {{'params': ...}}, found a tree of {', '.join(one)}")
     if merged.get(STATISTICS):
         raise CfmergeError(f"repair: {NORMED}: cfmerge.activations.reset_norms_linen(model, merged, batches)")
     leaves, treedef = flatten(merged["params"])

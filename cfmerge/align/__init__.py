@@ -40,5 +40,6 @@ from cfmerge.models.space_tables import Described as Described
 from cfmerge.models.space_tables import describe as describe
 from cfmerge.models.space_tables import read_table as read_table
 from cfmerge.models.space_tables import spaces_of as spaces_of
+from cfmerge.models.space_tables import write_table as write_table
 from cfmerge.models.spaces import Spaces as Spaces
 from cfmerge.models.spaces import parse_spaces as parse_spaces

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.polynomial import Polynomial
 
 from cfmerge.align.assignment import assign_space
-from cfmerge.align.gains import Tensors, Term, check_model, inner, product, read, terms_of
+from cfmerge.align.gains import Tensors, Term, check_model, check_named, inner, product, read, terms_of
 from cfmerge.align.permuting import Permutations, compose, identity, inverse, started
 from cfmerge.align.soft import Maps, hard, mapped
 from cfmerge.align.trees import flat
@@ -100,6 +100,7 @@ def universe(
         >>> [cfmerge.align.permute(spaces, m, found.permutations[n])["down"].tolist() for n, m in zip("abc", (a, b, c))]
         [[[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0]]]
     """
+    check_named(models)
     if len(models) < 2:
         raise CfmergeError(f"universe: takes two or more models, found {len(models)}")
     models = {name: flat(spaces, model)[0] for name, model in models.items()}

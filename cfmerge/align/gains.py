@@ -163,3 +163,9 @@ def check_model(spaces: Spaces, tensors: Tensors, who: str) -> None:
         tensor = read(spaces, name, tensors, who)
         if tensor is not None and not (jnp if isinstance(tensor, jax.Array) else np).isfinite(tensor).all():
             raise CfmergeError(f"tensor {name!r} of model {who}: has a NaN or an infinity")
+
+
+def check_named(models: Any) -> None:
+    """Raises `CfmergeError` unless several models have names."""
+    if not isinstance(models, Mapping):
+        raise CfmergeError(f"models: expected {{name: model}}, found {type(models).__name__}; give names")

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfmerge.align.gains import Tensors, check_model, read
+from cfmerge.align.gains import Tensors, check_model, check_named, read
 from cfmerge.align.permuting import Permutations, permute_tensor, started
 from cfmerge.align.trees import built, flat
 from cfmerge.align.weight_matching import search
@@ -92,6 +92,7 @@ def merge_many(
         >>> many.mean["down"].tolist(), many.distances
         ([[1.0, 2.0, 3.0]], {'a': 0.0, 'b': 0.0})
     """
+    check_named(models)
     if len(models) < 2:
         raise CfmergeError(f"merge_many: takes two or more models, found {len(models)}")
     structure = flat(spaces, next(iter(models.values())))[1]

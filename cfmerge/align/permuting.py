@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cfmerge.align.trees import built, flat
-from cfmerge.errors import CfmergeError, nearest
+from cfmerge.errors import CfmergeError, and_more, nearest
 from cfmerge.models.spaces import Axis, Spaces
 
 Permutations = Mapping[str, np.ndarray]
@@ -32,10 +32,16 @@ def permute(spaces: Spaces, tensors: Any, permutations: Permutations) -> Any:
         spaces: of the model.
         tensors: `{name: array}`, NumPy or JAX, or a tree of arrays.
         permutations: `{space: permutation}`; a space that is not there keeps its order.
+
+    Raises:
+        CfmergeError: a tensor has no line in the table; what is no permutation.
     """
     check_permutations(spaces, permutations)
     permutations = {name: np.asarray(permutation) for name, permutation in permutations.items()}
     named, structure = flat(spaces, tensors)
+    unknown = [name for name in named if name not in spaces.axes]
+    if unknown:
+        raise CfmergeError(f"permute: the table of spaces has no line for {and_more(unknown)}")
     return built(structure, {name: permute_tensor(spaces, name, own, permutations) for name, own in named.items()})
 
 
@@ -133,6 +139,11 @@ def check_permutations(spaces: Spaces, permutations: Permutations) -> None:
     ...     print(error)
     permutations: space 'h': expected each of 0 .. 2 once, in an array of shape (3,); found an array of shape (2,)
     """
+    if not isinstance(permutations, Mapping):
+        raise CfmergeError(
+            f"permutations: expected {{space: permutation}}, found {type(permutations).__name__}"
+            + ("; give its `permutations`" if hasattr(permutations, "permutations") else "")
+        )
     for name, permutation in permutations.items():
         if name not in spaces.sizes:
             raise CfmergeError(f"permutations: there is no space {name!r}; there is: {', '.join(spaces.sizes)}")

@@ -122,7 +122,10 @@ def matched(
         elif rule.method == "identity":
             orders = [{name: identity_of(own[0], name) for name in names} for _ in own]
         elif similarity is None:
-            raise CfmergeError(f"zip: nothing says how alike the features of space {space!r} are")
+            raise CfmergeError(
+                f"zip: nothing says how alike the features of space {space!r} are; give joint moments "
+                "(cfmerge.activations.collect_joint_linen, collect_joint_nnx), or 'weights'"
+            )
         elif len(names) > 1:
             orders = _blocks(own[0], space, similarity(space, folds), len(own))
         else:

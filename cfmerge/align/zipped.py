@@ -24,7 +24,7 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.models.buffers import is_counter
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Zipped:
     """Several models as one trunk and a head for each.
 
@@ -79,6 +79,11 @@ class Zipped:
         if name not in self.models:
             raise CfmergeError(f"zip: there is no model {name!r}{nearest(name, self.models)}")
         return _ordered(self.table, self.trunk, self.heads[name])
+
+    def __repr__(self) -> str:
+        own = len(self.heads[self.models[0]])
+        where = f" up to {', '.join(self.stop_at)}" if self.stop_at else ""
+        return f"<Zipped of {', '.join(self.models)}{where}: {len(self.trunk)} tensors of all, {own} of each>"
 
     def model(self, name: str) -> Any:
         """One model as the models were given: a mapping by name, or a tree.

@@ -1,6 +1,7 @@
 """The commands about models of different initialisation: `spaces`, `zip`."""
 
 import json as json_module
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,14 +39,25 @@ def spaces(
 
     model = cfmerge.open_checkpoint(checkpoint, download=download, cache_dir=cache_dir)
     shapes = {name: info.shape for name, info in model.tensors.items()}
+    found: dict[str, Any]
     if blank:
-        found: dict[str, Any] = {"spaces": {name: ", ".join("-" for _ in shape) for name, shape in shapes.items()}}
+        found = {"spaces": {name: ", ".join("-" for _ in shape) for name, shape in shapes.items()}}
     else:
         described = describe(shapes, model.config, read_table(table) if table else None)
         found = {"sizes": dict(described.spaces.sizes), "spaces": described.spaces.table()}
         for note in described.notes:
             tell(Console(stderr=True, emoji=False), "note", note, "bold")
-    print(json_module.dumps(found) if json else yaml.safe_dump(found, sort_keys=False, width=1000).rstrip())
+    print(json_module.dumps(found) if json else _as_yaml(found, shapes if blank else {}))
+
+
+def _as_yaml(found: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> str:
+    """A table as YAML; the shapes of tensors that are given stand beside their lines."""
+    text = yaml.safe_dump(dict(found), sort_keys=False, width=1000).rstrip()
+    head, *lines = text.splitlines()
+    if len(lines) != len(shapes):  # nothing is to be told, or a long name takes two lines
+        return text
+    told = [f"{line}  # {tuple(shape)}" for line, shape in zip(lines, shapes.values(), strict=True)]
+    return "\n".join((head, *told))
 
 
 def zip_models(

@@ -85,7 +85,7 @@ class Use(NamedTuple):
     axis: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Spaces:
     """The permutation spaces of a model.
 
@@ -102,6 +102,10 @@ class Spaces:
 
     axes: Mapping[str, tuple[Axis, ...]]
     sizes: Mapping[str, int]
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
+        return f"<Spaces of {len(self.axes)} tensors: {told or 'nothing permutes'}>"
 
     @property
     def names(self) -> tuple[str, ...]:

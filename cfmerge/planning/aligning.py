@@ -157,7 +157,8 @@ def _described_spaces(how: Align, model: Model, config: Mapping[str, Any]) -> De
 
 
 def _check_norms(recipe: Recipe, spaces: Spaces) -> None:
-    running = [name for name in spaces.axes if is_running(name, spaces.axes)]
+    plain = {name.removesuffix("/value"): name for name in spaces.axes}
+    running = [name for short, name in plain.items() if is_running(short, plain)]
     if running and "batch-norm" not in recipe.allow:
         raise CfmergeError(
             f"align: {tell(running, list(spaces.axes))}: running statistics of BatchNorm, which are wrong for weights "

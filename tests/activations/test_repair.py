@@ -178,6 +178,8 @@ def test_what_cannot_be_repaired_is_told_with_the_way_out():
         repair_linen(model, merged, own, [x], spaces, weights=[1])
     with pytest.raises(CfmergeError, match="no batches"):
         repair_linen(model, merged, own, [], spaces)
+    with pytest.raises(CfmergeError, match=r"expected variables \{'params': ...\}, found a tree of .*conv"):
+        repair_linen(model, merged, [one["params"] for one in own], [x], spaces)
     with pytest.raises(CfmergeError, match=r"no kernel that writes a space matches 'out\*'"):
         repair_linen(model, merged, own, [x], spaces, match="out*")
     with pytest.raises(CfmergeError, match=r"has BatchNorm.*reset_norms_linen"):

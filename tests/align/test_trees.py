@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from cfmerge import align
+from cfmerge.errors import CfmergeError
 
 TABLE = {"last/kernel": "in first, -", "first/kernel": "in -, first", "first/bias": "first"}  # not the leaves' order
 SHAPES = {"last/kernel": (6, 2), "first/kernel": (3, 6), "first/bias": (6,)}
@@ -50,3 +52,20 @@ def test_the_mean_and_the_fusion_of_trees_are_trees():
     model = tree(0)
     same(align.merge_many(SPACES, {"a": model, "b": twin(model)}).mean, model)
     same(align.ot_fusion(SPACES, twin(model), model).tensors, model)
+
+
+@pytest.mark.parametrize("several", [align.merge_many, align.universe])
+def test_several_models_without_names_are_refused(several):
+    with pytest.raises(CfmergeError, match=r"models: expected \{name: model\}, found list; give names"):
+        several(SPACES, [tree(0), tree(1)])
+
+
+def test_a_matching_in_place_of_its_permutations_is_told_the_way_out():
+    found = align.weight_matching(SPACES, tree(0), tree(1))
+    with pytest.raises(CfmergeError, match=r"found Matching; give its `permutations`"):
+        align.permute(SPACES, tree(1), found)
+
+
+def test_a_tensor_without_a_line_is_refused():
+    with pytest.raises(CfmergeError, match=r"permute: the table of spaces has no line for more/kernel"):
+        align.permute(SPACES, {**tree(0), "more": {"kernel": np.ones(2)}}, {})

@@ -210,6 +210,16 @@ def test_a_checkpoint_that_is_zipped_all_through_is_read_by_transformers(tmp_pat
         wider.write(tmp_path / "wider", tmp_path / "a")
 
 
+def test_spaces_and_zips_tell_what_they_hold_and_not_their_arrays():
+    spaces = parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
+    model = {"up": np.array([[1.0], [2.0]]), "down": np.array([[1.0, 1.0]])}
+    assert repr(spaces) == "<Spaces of 2 tensors: h 2>"
+    zipped = zip_models(spaces, {"a": model, "b": model}, "weights", stop_at="h")
+    assert repr(zipped) == "<Zipped of a, b up to h: 1 tensors of all, 1 of each>"
+    with pytest.raises(CfmergeError, match=r"space 'h' are; give joint moments .*, or 'weights'"):
+        zip_models(spaces, {"a": model, "b": model}, None)
+
+
 def test_an_embedding_that_is_stored_once_and_is_the_output_layer_too_is_not_zipped(tmp_path, make_model):
     """So it is with two names of one tensor, which clients read once."""
     table = {"transformer.wte.weight": "-, h", "up.weight": "u, in h", "down.weight": "h, in u"}

@@ -41,7 +41,9 @@ def test_a_blank_table_fits_a_model_of_any_architecture(make_model, tmp_path):
     other = make_model(tmp_path / "other", {"blocks.0.up": np.ones((3, 2), np.float32)}, config={})
     refused = run("spaces", other)
     assert isinstance(refused.exception, cfmerge.CfmergeError)
-    assert yaml.safe_load(run("spaces", other, "--blank").stdout) == {"spaces": {"blocks.0.up": "-, -"}}
+    blank = run("spaces", other, "--blank").stdout
+    assert yaml.safe_load(blank) == {"spaces": {"blocks.0.up": "-, -"}}
+    assert "blocks.0.up: -, -  # (3, 2)" in blank
 
 
 def test_how_models_are_aligned_as_text():

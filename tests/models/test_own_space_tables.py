@@ -5,7 +5,8 @@ import re
 import pytest
 
 from cfmerge.errors import CfmergeError
-from cfmerge.models.space_tables import describe, read_table, spaces_of
+from cfmerge.models.space_tables import describe, read_table, spaces_of, write_table
+from cfmerge.models.spaces import parse_spaces
 
 CONFIG = {"model_type": "bert", "num_attention_heads": 4}
 MLP = {
@@ -88,6 +89,38 @@ def test_a_model_without_a_table_is_told_its_first_tensors_the_families_and_the_
     refused(
         headers, {}, "no line for trunk.{0..6}.weight (7 tensors), top.weight", "bert, distilbert", "`spaces: FILE`"
     )
+
+
+def test_a_model_that_has_no_name_of_a_table_is_told_of_no_nearest_one():
+    with pytest.raises(CfmergeError) as told:
+        describe({"conv_a.weight": (4, 1, 3, 3), "lin.weight": (3, 64)}, {})
+    assert "chain_spaces" in str(told.value)
+    assert "nearest" not in str(told.value)
+    assert "like:" not in str(told.value)
+
+
+def test_a_misspelt_line_is_told_beside_the_tensor_without_one():
+    table = read_table({"spaces": {"up.weight": "h, in -", "dwon.weight": "-, in h"}})
+    with pytest.raises(CfmergeError, match=r"no line for down\.weight(.|\n)*dwon\.weight.*no tensor"):
+        describe({"up.weight": (4, 3), "down.weight": (2, 4)}, {}, table)
+
+
+def test_a_table_that_was_written_holds_for_the_files_of_an_nnx_state(tmp_path):
+    shapes = {"up/kernel": (3, 4), "up/bias": (4,), "down/kernel": (4, 2)}
+    spaces = parse_spaces({"up/kernel": "in -, h", "up/bias": "h", "down/kernel": "in h, -"}, shapes)
+    write_table(spaces, tmp_path / "own.yaml")
+    table = read_table(tmp_path / "own.yaml")
+    assert describe(shapes, {}, table).spaces.table() == spaces.table()
+    of_orbax = describe({f"{name}/value": shape for name, shape in shapes.items()}, {}, table)
+    assert of_orbax.spaces.table() == {f"{name}/value": line for name, line in spaces.table().items()}
+    assert not of_orbax.notes
+
+
+def test_a_table_of_heads_that_was_written_is_the_same_again(tmp_path):
+    spaces = spaces_of(llama(), {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2,
+                                 "hidden_size": 16, "head_dim": 8})  # fmt: skip
+    write_table(spaces, tmp_path / "own.yaml")
+    assert describe(llama(), {}, read_table(tmp_path / "own.yaml")).spaces == spaces
 
 
 def test_a_model_with_tensors_more_than_its_table_is_refused():

@@ -3,7 +3,11 @@
 import functools
 from collections.abc import Mapping
 from importlib import resources
+from os import PathLike
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.models.layouts import Shape
@@ -83,6 +87,23 @@ def read_table(given: Any) -> Table:
     return reading.read_table(given, family)
 
 
+def write_table(spaces: Spaces, path: str | PathLike[str]) -> None:
+    """Writes the spaces of a model as a YAML file that `read_table`, recipes and the command line take.
+
+        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (3, 2), "down": (2, 3)})
+        >>> cfmerge.align.write_table(spaces, "spaces.yaml")
+        >>> table = cfmerge.align.read_table("spaces.yaml")
+        >>> cfmerge.align.describe({"up": (3, 2), "down": (2, 3)}, {}, table).spaces == spaces
+        True
+
+    Args:
+        spaces: traced, or parsed.
+        path: the file, which is replaced if it is there.
+    """
+    found = {"sizes": dict(spaces.sizes), "spaces": spaces.table()}
+    Path(path).write_text(yaml.safe_dump(found, sort_keys=False, width=1000), "utf-8")
+
+
 @functools.cache
 def family(name: str) -> Table:
     """One of the project's tables. Raises `CfmergeError` if there is none of this name."""
@@ -96,7 +117,8 @@ def _table_for(headers: Headers, config: Mapping[str, Any]) -> Table:
     model_type = config.get("model_type")
     tables = [family(name) for name in FAMILIES]
     typed = [table for table in tables if model_type in table.model_types]
-    opened = {table.name: table.cover(headers, config).open for table in typed or tables}
+    covered = {table.name: table.cover(headers, config) for table in typed or tables}
+    opened = {name: one.open for name, one in covered.items()}
     best = min(opened, key=lambda name: len(opened[name]))
     if not opened[best] and (typed or not model_type):
         return family(best)
@@ -106,6 +128,12 @@ def _table_for(headers: Headers, config: Mapping[str, Any]) -> Table:
         raise CfmergeError(
             f"spaces: no table is for models of type {model_type!r}; there are tables for {types}; the way out: "
             f"{OWN}{close if not opened[best] else ''}"
+        )
+    if not covered[best].lines:
+        raise CfmergeError(
+            f"spaces: no table is for this model: all have no line for {tell(opened[best], headers)}; there are tables "
+            f"for {', '.join(FAMILIES)}; the way out: {OWN}, in Python cfmerge.align.chain_spaces for layers that are "
+            "called one after the other"
         )
     raise CfmergeError(
         f"spaces: no table is for this model: the nearest, {best!r}, has no line for {tell(opened[best], headers)}; "

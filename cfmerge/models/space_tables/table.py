@@ -104,7 +104,9 @@ class Table:
     like: str = ""
 
     def cover(self, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Covered:
-        """The line of each tensor. A name may have a prefix that the line's has not: `bert.`, `model.`."""
+        """The line of each tensor. A name may have a prefix that the line's has not: `bert.`, `model.`; and `/value`
+        behind it, as Orbax's files of an `nnx.State` have.
+        """
         prefix = self._prefix(shapes)
         short = {name: name.removeprefix(longest_start(name, prefix)) for name in shapes}
         twice = [name for name, count in Counter(short.values()).items() if count > 1]
@@ -116,7 +118,7 @@ class Table:
         buffers: list[str] = []
         open_: list[str] = []
         for name, own in short.items():
-            names = (name, own) if name != own else (name,)
+            names = dict.fromkeys((name, own, own.removesuffix("/value")))
             found = ((line, line.values(other, present)) for line in self.lines for other in names)
             first = next(((line, values) for line, values in found if values is not None), None)
             if first:
@@ -137,6 +139,7 @@ class Table:
                 f"spaces: {self.name} has no line for {tell(covered.open, shapes)}; a line for the first one is\n"
                 f"    {covered.open[0]}: {_fixed(shapes[covered.open[0]])}\n"
                 "with names of spaces in place of `-`, or `fixed: [...]` with its name if it has no neurons' axes"
+                + "".join(f"\n{note.removeprefix('spaces: ')}" for note in self._unused(covered))
             )
         texts = {name: _fixed(shape) for name, shape in shapes.items()}
         for name, (line, values) in covered.lines.items():
