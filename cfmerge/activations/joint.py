@@ -115,6 +115,9 @@ def collect_joint_nnx(
 
 
 def _params(variables: Sequence[Any]) -> list[dict[str, Any]]:
+    for one in variables:
+        if "params" not in one:
+            raise CfmergeError(f"joint moments: expected variables {{'params': ...}}, found a tree of {', '.join(one)}")
     return [flatten(own["params"])[0] for own in variables]
 
 
@@ -157,6 +160,7 @@ def _runs(
 def _collected(
     runs: Sequence[Run], lines: Sequence[Lines], batches: Iterable[Any], names: Sequence[str] | None
 ) -> Moments:
+    _check_numbers(len(runs), {} if names is None else {"names": names})
     moments = Moments([_letter(number) for number in range(len(runs))] if names is None else names)
     for batch in batches:
         found = [run(batch) for run in runs]
