@@ -85,9 +85,7 @@ def test_names_by_the_alphabet_as_files_have_them_are_no_order_of_calls():
     state = {f"{name}.weight": np.ones((2 if name == "out" else 8, 3 if name == "layers.0" else 8)) for name in layers}
     assert chain_spaces(state).table()["layers.10.weight"] == "layers/10, in layers/9"
     by_alphabet = dict(sorted(state.items()))
-    with pytest.raises(
-        CfmergeError, match=r"no order of calls; .*'layers/9', 'layers/10', 'layers/11', 'out'"
-    ):
+    with pytest.raises(CfmergeError, match=r"no order of calls; .*'layers/9', 'layers/10', 'layers/11', 'out'"):
         chain_spaces(by_alphabet)
     assert chain_spaces(by_alphabet, layers).table()["layers.10.weight"] == "layers/10, in layers/9"
     normed = {"conv1.weight": (8, 8, 3, 3), "bn1.weight": (8,), "conv2.weight": (8, 8, 3, 3), "bn2.weight": (8,)}
