@@ -47,14 +47,6 @@ class Universe(NamedTuple):
     >>> found.before, found.objective
     (4.0, 7.0)
 
-
-        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
-        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
-        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
-        >>> found = cfmerge.align.universe(spaces, {"a": a, "b": b})
-        >>> found.before, found.objective
-        (28.0, 30.0)
-
     Attributes:
         permutations: `{model: {space: permutation}}` into the universe: average the models permuted by these.
         objective: sum over pairs of models of the inner product of their permuted weights.

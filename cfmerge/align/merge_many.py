@@ -39,13 +39,6 @@ class Many(NamedTuple):
     >>> many.mean["down"].tolist(), many.history[-1]
     ([[1.0, 2.0]], 0.0)
 
-
-        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
-        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
-        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
-        >>> cfmerge.align.merge_many(spaces, {"a": a, "b": b}).permutations["b"]
-        {'h': array([1, 0])}
-
     Attributes:
         permutations: `{model: {space: permutation}}`.
         mean: of the permuted models, as the first model was given and in its dtype.

@@ -56,14 +56,6 @@ class Fused(NamedTuple):
     >>> fused.plans["h"].tolist(), fused.costs
     ([[0.0, 0.5], [0.5, 0.0]], {'h': 0.0})
 
-
-        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
-        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
-        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
-        >>> cfmerge.align.ot_fusion(spaces, a, b).plans["h"]
-        array([[0. , 0.5],
-               [0.5, 0. ]])
-
     Attributes:
         tensors: as model b was given, in its shapes and dtypes.
         plans: `{space: transport plan (n of a, n of b)}`, each of which sums to 1.

@@ -47,14 +47,6 @@ class Matching(NamedTuple):
     >>> found.before, found.objective, found.history[-1]
     (4.0, 7.0, 7.0)
 
-
-        >>> spaces = cfmerge.align.parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 1), "down": (1, 2)})
-        >>> a = {"up": np.array([[1.0], [2.0]]), "down": np.array([[3.0, 4.0]])}
-        >>> b = {"up": np.array([[2.0], [1.0]]), "down": np.array([[4.0, 3.0]])}
-        >>> found = cfmerge.align.weight_matching(spaces, a, b)
-        >>> found.before, found.objective, found.permutations["h"]
-        (28.0, 30.0, array([1, 0]))
-
     Attributes:
         permutations: `{space: permutation}` for `permute(spaces, b, permutations)`.
         objective: `sum of <W^A, permuted W^B>` over all tensors.

@@ -84,6 +84,9 @@ def zip_models(
     _check_norms(own[0], flow, reset_norms)
     rule = Rule(method, width, budget, penalty, compat, permutations)
     order, by, rule, notes = _told(similarity, names, own, mappings, flow, rule)
+    known = getattr(similarity, "models", names)
+    if isinstance(models, Mapping) and set(known) != set(names):
+        notes.append(f"the moments of {', '.join(known)} are taken, in that order, to be of {', '.join(names)}")
     folds = matched(names, own, order, by, rule)
     _check_tied(own[0], flow, folds, {*tied, *_outputs(mappings)})
     if flow.plain:

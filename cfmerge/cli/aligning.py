@@ -40,14 +40,16 @@ def spaces(
     model = cfmerge.open_checkpoint(checkpoint, download=download, cache_dir=cache_dir)
     shapes = {name: info.shape for name, info in model.tensors.items()}
     found: dict[str, Any]
+    head = ""
     if blank:
         found = {"spaces": {name: ", ".join("-" for _ in shape) for name, shape in shapes.items()}}
     else:
         described = describe(shapes, model.config, read_table(table) if table else None)
+        head = f"# by the table {described.table}\n"
         found = {"sizes": dict(described.spaces.sizes), "spaces": described.spaces.table()}
         for note in described.notes:
             tell(Console(stderr=True, emoji=False), "note", note, "bold")
-    print(json_module.dumps(found) if json else _as_yaml(found, shapes if blank else {}))
+    print(json_module.dumps(found) if json else head + _as_yaml(found, shapes if blank else {}))
 
 
 def _as_yaml(found: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> str:

@@ -86,7 +86,7 @@ RECIPE: dict[str, Any] = {
     "parameters": Parameters,
     "align": Annotated[
         str | None,
-        option("--align", metavar="METHOD", panel=HOW, help="Seeds differ: weights, or spaces=FILE, ..."),
+        option("--align", metavar="METHOD", panel=HOW, help="Seeds differ: weights, spaces=FILE, ..."),
     ],
     "rules": Annotated[
         list[str] | None,

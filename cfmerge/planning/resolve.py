@@ -82,6 +82,7 @@ def resolve(
     paired = pair_experts(recipe, models.base, models.experts, merged)
     base, of_tokens, of_vocabulary = one_vocabulary(recipe, models.base, paired, merged, sums)
     notes += of_tokens
+    order = in_one_order(recipe, base, paired.experts, specs, paired.sources)
     parameters = _parameters(base)
 
     def apart(one: str, other: str) -> bool:
@@ -106,7 +107,7 @@ def resolve(
 
     if statistics and fingerprint(base, list(statistics.kinds)) != statistics.base:
         raise CfmergeError(f"base {recipe.base}: the statistics were accumulated over another base")
-    base = with_unmerged(recipe, base, models, merged, paired, matched[0].assignments)
+    base = with_unmerged(recipe, order.base, models, merged, paired, matched[0].assignments)
 
     aliases: dict[str, list[str]] = {}
     for alias, name in ties.aliases.items():
@@ -125,11 +126,10 @@ def resolve(
         before=earlier, sources=matched[0].sources, aliases=aliases, dtype_of=output_dtype, statistics=statistics,
         sums=sums,
     )  # fmt: skip
-    base, experts, of_order = in_one_order(recipe, base, paired.experts, specs, paired.sources)
     files = [open_checkpoint(spec.moments) if spec.moments else None for spec in specs]
     taking_part = [
         Participant(spec.name, f"expert {spec.name!r} ({spec.path})", expert, file)
-        for spec, expert, file in zip(specs, experts, files, strict=True)
+        for spec, expert, file in zip(specs, order.experts, files, strict=True)
     ]
     check_moments(jobs, taking_part, lambda file, name: file.tensors.get(name))  # type: ignore[attr-defined]
     jobs = with_ranks(jobs, taking_part, sums or statistics is not None)
@@ -143,9 +143,9 @@ def resolve(
     results = {label: Planned(one, method) for (label, one), method in zip(asked.items(), made, strict=True)}
     beside = beside_of(recipe, base, models, of_vocabulary)
     return Resolved(
-        results, base, tuple(experts), tuple(specs), work, matched[0].exported,
-        (*notes, *beside.notes, *of_order, *numbers_told, *matched[0].notes, *averaged), parse_size(recipe.shard_size),
-        beside.files, sums, models.opened, beside.edits,
+        results, base, tuple(order.experts), tuple(specs), work, matched[0].exported,
+        (*notes, *beside.notes, *order.notes, *numbers_told, *matched[0].notes, *averaged),
+        parse_size(recipe.shard_size), beside.files, sums, models.opened, beside.edits,
     )  # fmt: skip
 
 

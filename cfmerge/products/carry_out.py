@@ -225,6 +225,7 @@ def _check_contents(plan: Resolved) -> list[str]:
         return model.read(name, 0, min(BEGINNING, model.tensors[name].size)).tobytes()
 
     models = [("the base", plan.base, {job.name: job.name for job in plan.jobs})]
+    how = ", in one order" if plan.recipe.align else ""
     for number, (spec, expert) in enumerate(zip(plan.expert_specs, plan.experts, strict=True)):
         sources = {job.name: job.sources[number] for job in plan.jobs}
         for who, other, theirs in models:
@@ -237,10 +238,10 @@ def _check_contents(plan: Resolved) -> list[str]:
                 continue
             if allowed not in plan.recipe.allow and not (other is plan.base and plan.recipe.align):
                 raise CfmergeError(
-                    f"expert {spec.name!r} ({spec.path}) holds the same weights as {who} ({other.path}). Leave it "
+                    f"expert {spec.name!r} ({spec.path}) holds the same weights as {who} ({other.path}){how}. Leave it "
                     f"out, or allow it: --allow {allowed} (recipe: 'allow: [{allowed}]')"
                 )
-            notes.append(f"expert {spec.name!r} holds the same weights as {who}")
+            notes.append(f"expert {spec.name!r} holds the same weights as {who}{how}")
         models.append((f"expert {spec.name!r}", expert, {n: s for n, s in sources.items() if s}))
     return notes
 
