@@ -201,6 +201,7 @@ def _check_seen(found: Sequence[Features], lines: Sequence[Lines], models: Seque
         readers = [repr(kernel) for kernel, blocks in lines[0].items() if unseen[0] in spaces_in([blocks])]
         raise CfmergeError(
             f"joint moments: no layer was seen to read space {and_more([repr(name) for name in unseen])}; its readers, "
-            f"{and_more(readers)}, were not called as layers Dense, DenseGeneral or Conv, Linear or LinearGeneral; "
-            f"leave such a space out: match={sorted(seen)}, or give its features by Moments.add"
+            f"{and_more(readers)}, were not called as layers Dense, DenseGeneral or Conv, Linear or LinearGeneral, or "
+            "lie within a scan of linen whose variable_axes lack 'intermediates': 0; leave such a space out: "
+            f"match={sorted(seen)}, or give its features by Moments.add"
         )

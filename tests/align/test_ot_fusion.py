@@ -153,7 +153,5 @@ def test_a_share_that_is_none_is_refused(share):
 
 @pytest.mark.parametrize("reg", [0, -1.0, np.nan])
 def test_an_entropy_that_is_none_is_refused(reg):
-    with pytest.raises(
-        CfmergeError, match=r"reg: expected a number above 0, or None, which is exact; found"
-    ):
+    with pytest.raises(CfmergeError, match=r"reg: expected a number above 0, or None, which is exact; found"):
         ot_fusion(spaces_of("MLP"), model_of("MLP"), model_of("MLP", 1), reg=reg)
