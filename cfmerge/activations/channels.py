@@ -44,13 +44,18 @@ def over_batches(forward: Forward, variables: Any, batches: Iterable[Any], *more
     """Those of every layer over all batches, in float64.
 
     Raises:
-        CfmergeError: no batches.
+        CfmergeError: no batches; a layer whose mean or variance is not finite.
     """
     total: dict[str, Channels] = {}
     count = 0
-    for count, batch in enumerate(batches, 1):  # noqa: B007
+    for count, batch in enumerate(batches, 1):
         for name, found in forward(variables, batch, *more).items():
             own = Channels(*(np.asarray(array, np.float64) for array in found))
+            if not (np.isfinite(own.mean).all() and np.isfinite(own.variance).all()):
+                raise CfmergeError(
+                    f"batch {count}: at layer {name!r} the mean or the variance is NaN or infinite; does the model run "
+                    "on this batch, and does a mask leave something of it?"
+                )
             total[name] = together(total[name], own) if name in total else own
     if count == 0:
         raise CfmergeError("no batches: statistics need at least one")

@@ -115,6 +115,9 @@ def collect_joint_nnx(
 
 
 def _params(variables: Sequence[Any]) -> list[dict[str, Any]]:
+    for one in variables:
+        if "params" not in one:
+            raise CfmergeError(f"joint moments: expected variables {{'params': ...}}, found a tree of {', '.join(one)}")
     return [flatten(own["params"])[0] for own in variables]
 
 
@@ -157,6 +160,7 @@ def _runs(
 def _collected(
     runs: Sequence[Run], lines: Sequence[Lines], batches: Iterable[Any], names: Sequence[str] | None
 ) -> Moments:
+    _check_numbers(len(runs), {} if names is None else {"names": names})
     moments = Moments([_letter(number) for number in range(len(runs))] if names is None else names)
     for batch in batches:
         found = [run(batch) for run in runs]
@@ -197,6 +201,7 @@ def _check_seen(found: Sequence[Features], lines: Sequence[Lines], models: Seque
         readers = [repr(kernel) for kernel, blocks in lines[0].items() if unseen[0] in spaces_in([blocks])]
         raise CfmergeError(
             f"joint moments: no layer was seen to read space {and_more([repr(name) for name in unseen])}; its readers, "
-            f"{and_more(readers)}, were not called as layers Dense, DenseGeneral or Conv, Linear or LinearGeneral; "
-            f"leave such a space out: match={sorted(seen)}, or give its features by Moments.add"
+            f"{and_more(readers)}, were not called as layers Dense, DenseGeneral or Conv, Linear or LinearGeneral, or "
+            "lie within a scan of linen whose variable_axes lack 'intermediates': 0; leave such a space out: "
+            f"match={sorted(seen)}, or give its features by Moments.add"
         )

@@ -27,7 +27,7 @@ from numpy.polynomial import Polynomial
 
 from cfmerge.align.assignment import assign_space
 from cfmerge.align.gains import Tensors, Term, check_model, check_named, inner, product, read, terms_of
-from cfmerge.align.permuting import Permutations, check_permutations, compose, identity, inverse
+from cfmerge.align.permuting import Permutations, compose, identity, inverse, started
 from cfmerge.align.soft import Maps, hard, mapped
 from cfmerge.align.trees import flat
 from cfmerge.align.weight_matching import search as match_weights
@@ -99,11 +99,9 @@ def universe(
     for name, model in models.items():
         check_model(spaces, model, name)
     first, *others = models
-    begin = {name: {**identity(spaces), **(start or {}).get(name, {})} for name in models}
+    begin = started(spaces, models, start)
     for name in others if start is None else ():
         begin[name] = match_weights(spaces, models[first], models[name], seed=seed).permutations
-    for permutations in begin.values():
-        check_permutations(spaces, permutations)
     with jax.enable_x64(True):
         search = Search(spaces, models)
         found, history = search.run(begin, steps)

@@ -84,6 +84,7 @@ def _layers(shapes: Mapping[str, Shape]) -> dict[str, Layer]:
 def _order(known: Mapping[str, Layer]) -> list[str]:
     """The layers of PyTorch as they come; those of Flax by kind and number, with norms between them."""
     if not any("kernel" in layer.tensors for layer in known.values()):
+        _check_order(known)
         return list(known)
     matrices = sorted((n for n in known if known[n].matrix), key=lambda n: (len(known[n].shape) == 2, _natural(n)))
     norms = sorted((n for n in known if not known[n].matrix), key=_natural)
@@ -96,6 +97,22 @@ def _order(known: Mapping[str, Layer]) -> list[str]:
         )
     behind = dict(zip(matrices, norms, strict=False))
     return [name for matrix in matrices for name in (matrix, behind.get(matrix)) if name]
+
+
+def _check_order(known: Mapping[str, Layer]) -> None:
+    """Raises `CfmergeError` where layers of PyTorch do not come as they are called: files have them by the alphabet."""
+    numbered = sorted(known, key=_natural)
+    alike: dict[str, list[str]] = {}
+    for name in known:
+        alike.setdefault(re.sub(r"\d+", "", name), []).append(name)
+    norms = [not layer.matrix for layer in known.values()]
+    if any(own != [name for name in numbered if name in own] for own in alike.values()) or any(
+        norm and before for before, norm in zip([True, *norms], norms, strict=False)
+    ):
+        raise CfmergeError(
+            f"spaces: the layers come as {', '.join(known)}, which is no order of calls; give it: "
+            f"chain_spaces(params, {numbered})"
+        )
 
 
 def _natural(name: str) -> list[Any]:

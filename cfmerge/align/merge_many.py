@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfmerge.align.gains import Tensors, check_model, check_named, read
-from cfmerge.align.permuting import Permutations, identity, permute_tensor
+from cfmerge.align.permuting import Permutations, permute_tensor, started
 from cfmerge.align.trees import built, flat
 from cfmerge.align.weight_matching import search
 from cfmerge.errors import CfmergeError
@@ -93,7 +93,7 @@ def merge_many(
     for name, model in models.items():
         check_model(spaces, model, name)
     first, *others = models
-    permutations = {name: {**identity(spaces), **(start or {}).get(name, {})} for name in models}
+    permutations = started(spaces, models, start)
     if start is None:
         for name in others:
             permutations[name] = search(spaces, models[first], models[name], seed=seed).permutations

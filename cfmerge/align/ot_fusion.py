@@ -115,6 +115,10 @@ def ot_fusion(
     """
     a, structure = flat(spaces, a)[0], flat(spaces, b)[1]
     b = flat(spaces, b)[0]
+    if not 0 <= share <= 1:
+        raise CfmergeError(f"ot_fusion: share: expected a number from 0 to 1, found {share}")
+    if reg is not None and not reg > 0:
+        raise CfmergeError(f"ot_fusion: reg: expected a number above 0, or None, which is exact; found {reg}")
     _check_choices(cost=(cost, COSTS), histogram=(histogram, HISTOGRAMS), outgoing=(outgoing, ("sum", "mean")))
     _check_alike(spaces, spaces_a or spaces)
     _check_widths(spaces, a, spaces_a)

@@ -7,13 +7,13 @@ row i is for element i of the *permuted* model. So, for an axis `heads heads.v`,
     permuted[i, j] = model[sigma(i), tau_i(j)]
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from cfmerge.align.trees import built, flat
-from cfmerge.errors import CfmergeError, and_more
+from cfmerge.errors import CfmergeError, and_more, nearest
 from cfmerge.models.spaces import Axis, Spaces
 
 Permutations = Mapping[str, np.ndarray]
@@ -37,6 +37,7 @@ def permute(spaces: Spaces, tensors: Any, permutations: Permutations) -> Any:
         CfmergeError: a tensor has no line in the table; what is no permutation.
     """
     check_permutations(spaces, permutations)
+    permutations = {name: np.asarray(permutation) for name, permutation in permutations.items()}
     named, structure = flat(spaces, tensors)
     unknown = [name for name in named if name not in spaces.axes]
     if unknown:
@@ -148,12 +149,32 @@ def check_permutations(spaces: Spaces, permutations: Permutations) -> None:
             raise CfmergeError(f"permutations: there is no space {name!r}; there is: {', '.join(spaces.sizes)}")
         shape = _shape(spaces, name)
         good = np.shape(permutation) == shape
-        if not good or not np.array_equal(np.sort(permutation, axis=-1), identity_of(spaces, name)):
-            found = f"an array of shape {np.shape(permutation)}" + (" with other values" if good else "")
+        integers = np.issubdtype(np.asarray(permutation).dtype, np.integer)
+        if not good or not integers or not np.array_equal(np.sort(permutation, axis=-1), identity_of(spaces, name)):
+            found = f"an array of shape {np.shape(permutation)}" + (
+                "" if not good else " with other values" if integers else " of numbers that are no integers"
+            )
             raise CfmergeError(
                 f"permutations: space {name!r}: expected each of 0 .. {spaces.sizes[name] - 1} once, in an array of "
                 f"shape {shape}; found {found}"
             )
+
+
+def started(
+    spaces: Spaces, models: Iterable[str], start: Mapping[str, Permutations] | None
+) -> dict[str, dict[str, np.ndarray]]:
+    """The permutations that a search starts from, of each model: the user's, and the identity where there are none.
+
+    Raises:
+        CfmergeError: there is no such model, or no such permutation.
+    """
+    begin = {name: identity(spaces) for name in models}
+    for name, permutations in (start or {}).items():
+        if name not in begin:
+            raise CfmergeError(f"start: there is no model {name!r}{nearest(name, begin)}")
+        check_permutations(spaces, permutations)
+        begin[name] |= {space: np.asarray(permutation) for space, permutation in permutations.items()}
+    return begin
 
 
 def identity_of(spaces: Spaces, name: str) -> np.ndarray:

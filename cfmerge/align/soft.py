@@ -37,6 +37,8 @@ def mapped(
         reads: the maps of axes that the tensor reads, if they are others.
     """
     for number, axis in enumerate(axes):
+        if not axis.spaces:
+            continue
         own = reads if axis.reads and reads is not None else maps
         before, after = tensor.shape[:number], tensor.shape[number + 1 :]
         pieces, start = [], 0

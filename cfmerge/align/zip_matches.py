@@ -59,7 +59,7 @@ def similarity_of(given: Any, models: Sequence[str], official: bool = False) -> 
         CfmergeError: the moments are of other models; when it is called, the space is not there.
     """
     known = getattr(given, "models", None)
-    if known is not None and (len(known) != len(models) or _swapped(known, models)):
+    if known is not None and (len(known) != len(models) or (set(known) & set(models) and known != tuple(models))):
         raise CfmergeError(
             f"zip: the moments are of {', '.join(known)}, the models are {', '.join(models)}; give them in the order "
             "in which their features were added"
@@ -88,11 +88,6 @@ def similarity_of(given: Any, models: Sequence[str], official: bool = False) -> 
 def told_by(given: Any) -> Collection[str]:
     """The spaces of whose features moments, or a mapping, tell."""
     return given if isinstance(given, Mapping) else given.spaces
-
-
-def _swapped(known: Sequence[str], models: Sequence[str]) -> bool:
-    """Whether a model stands at another place among those that have moments; names may be others altogether."""
-    return any(one != other and (one in models or other in known) for one, other in zip(known, models, strict=True))
 
 
 def matched(

@@ -19,18 +19,24 @@ import numpy as np
 
 from cfmerge.align.flow import reads, writes
 from cfmerge.align.folding import Folds, computing
+from cfmerge.align.gains import check_model
 from cfmerge.align.permuting import Permutations, permute_tensor
-from cfmerge.align.weight_matching import weight_matching
+from cfmerge.align.weight_matching import search
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Axis, Spaces, Use
 
 Models = Sequence[Mapping[str, Any]]
 
 
-def matched_by_weights(own: Sequence[Spaces], models: Models, zipped: Sequence[str]) -> list[Permutations] | None:
+def matched_by_weights(
+    names: Sequence[str], own: Sequence[Spaces], models: Models, zipped: Sequence[str]
+) -> list[Permutations] | None:
     """The permutations that bring each model near the first; None: a zipped space is wider in one of them.
 
     Tensors that are no numbers, or of other shapes, as the models' outputs may be, are not looked at.
+
+    Raises:
+        CfmergeError: a NaN or an infinity in a model, whose name is told.
     """
     first = own[0]
     if any(spaces.sizes[name] != first.sizes[name] for spaces in own for name in zipped):
@@ -43,7 +49,9 @@ def matched_by_weights(own: Sequence[Spaces], models: Models, zipped: Sequence[s
     there = {name for line in axes.values() for axis in line for name in axis.spaces}
     known = Spaces(axes, {name: size for name, size in first.sizes.items() if name in there})
     chosen = [_Chosen(model, axes) for model in models]
-    return [{}, *(weight_matching(known, chosen[0], other).permutations for other in chosen[1:])]
+    for name, model in zip(names, chosen, strict=True):
+        check_model(known, model, repr(name))
+    return [{}, *(search(known, chosen[0], other, seed=0).permutations for other in chosen[1:])]
 
 
 class _Chosen(Mapping[str, Any]):

@@ -120,7 +120,7 @@ def _told(
     """The order in which spaces are matched, how alike their features are, a rule with known permutations, notes."""
     blocks = [name for name in flow.zipped if own[0].children(name)]
     if isinstance(similarity, str) and similarity == "weights":
-        found = matched_by_weights(own, models, flow.zipped)
+        found = matched_by_weights(names, own, models, flow.zipped)
         order = flow.zipped if found else order_of_flow(own[0], flow.zipped)
         note = "similarities are from weights, an extension of ZipIt!, whose authors take activations"
         return order, WeightSimilarity(models, found), _with(blocks, found, rule), [note]
@@ -129,7 +129,7 @@ def _told(
     by = similarity_of(similarity, names, rule.compat == OFFICIAL)
     known = set(told_by(similarity)).union(*(rule.permutations or ()))
     untold = [name for name in blocks if name not in known]
-    if untold and rule.method != "identity" and (found := matched_by_weights(own, models, flow.zipped)):
+    if untold and rule.method != "identity" and (found := matched_by_weights(names, own, models, flow.zipped)):
         note = f"{and_more(untold)}: in an order that weights tell, since no similarity does"
         return flow.zipped, by, _with(untold, found, rule), [note]
     return flow.zipped, by, rule, []

@@ -92,7 +92,7 @@ def in_one_order(
     for spec, expert, names in zip(specs, experts, sources, strict=True):
         if spec.name != BASE:
             models[spec.name] = Model(expert, names, f"expert {spec.name!r} ({spec.path})")
-        elif expert.files != base.files:
+        elif expert.path.resolve() != base.path.resolve():
             raise CfmergeError(
                 f"align: expert {BASE!r} ({spec.path}) has the name that stands for the base ({base.path}); give it "
                 "another: NAME=PATH (recipe: 'name: NAME')"

@@ -287,7 +287,7 @@ def test_spaces_that_cannot_be_collected_are_told_with_the_way_out():
     model, x = Hidden(), draw(1, 3, 5)
     variables = models_of(model, x)
     spaces = spaces_of(HIDDEN, variables[0]["params"])
-    message = r"no layer was seen to read space 'h'; its readers, 'kernel', were not .*match=\['g'\], or give"
+    message = r"no layer was seen to read space 'h'; its readers, 'kernel', were not .* scan .*match=\['g'\], or give"
     with pytest.raises(CfmergeError, match=message):
         collect_joint_linen(model, variables, [x], spaces)
     assert collect_joint_linen(model, variables, [x], spaces, match=["g"]).spaces == ("g",)
@@ -297,6 +297,10 @@ def test_spaces_that_cannot_be_collected_are_told_with_the_way_out():
         collect_joint_linen([model, Hidden(False)], variables, [x], spaces, match="g")
     with pytest.raises(CfmergeError, match="no batches: joint moments need at least one"):
         collect_joint_linen(model, variables, [], spaces, match="g")
+    with pytest.raises(CfmergeError, match="2 models and 3 names"):
+        collect_joint_linen(model, variables, [x], spaces, match="g", names=["a", "b", "c"])
+    with pytest.raises(CfmergeError, match=r"joint moments: expected variables \{'params': ...\}, found a tree of"):
+        collect_joint_linen(model, [one["params"] for one in variables], [x], spaces)
     unread = spaces_of(HIDDEN | {"kernel": "in h, g", "three/kernel": "g, -"}, variables[0]["params"])
     with pytest.raises(CfmergeError, match=r"no tensor reads space 'g'; leave it out: match=\['h'\]"):
         collect_joint_linen(model, variables, [x], unread)

@@ -102,6 +102,8 @@ def test_models_without_batchnorm_and_layers_that_are_not_called_are_told():
         reset_norms_linen(model, variables, [x], match="norm", train=False)
     with pytest.raises(CfmergeError, match="no batches"):
         reset_norms_linen(model, variables, [], train=False)
+    with pytest.raises(CfmergeError, match="batch 2: at layer 'first' the mean or the variance is NaN or infinite"):
+        reset_norms_linen(model, variables, [x, x * jnp.nan], train=False)
     dense = nn.Dense(2)
     with pytest.raises(CfmergeError, match=r"cannot be estimated: there is none in variables\['batch_stats'\]"):
         reset_norms_linen(dense, dense.init(jax.random.key(0), x), [x])

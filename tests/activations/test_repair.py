@@ -184,6 +184,9 @@ def test_what_cannot_be_repaired_is_told_with_the_way_out():
         repair_linen(model, merged, own, [x], spaces, match="out*")
     with pytest.raises(CfmergeError, match=r"has BatchNorm.*reset_norms_linen"):
         repair_linen(model, {**merged, "batch_stats": {"norm": {"mean": jnp.zeros(3)}}}, own, [x], spaces)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, merged)
+    with pytest.raises(CfmergeError, match=r"batch 1: at layer '\S+' the mean or the variance is NaN or infinite"):
+        repair_linen(model, broken, own, [x], spaces)
     stacked, rows = Stacked(), draw(1, 7, 4)
     layers = stacked.init(jax.random.key(0), rows)
     with pytest.raises(CfmergeError, match="layer 'layers/Dense_0' is stacked by a scan; leave its kernel out"):

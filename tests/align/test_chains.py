@@ -78,3 +78,19 @@ TWO = {"a/kernel": (3, 6), "b/kernel": (6, 2)}
 def test_what_is_no_chain_is_refused(shapes, layers, message):
     with pytest.raises(CfmergeError, match=message):
         chain_spaces({name: np.ones(shape) for name, shape in shapes.items()}, layers)
+
+
+def test_names_by_the_alphabet_as_files_have_them_are_no_order_of_calls():
+    layers = [*(f"layers.{number}" for number in range(12)), "out"]
+    state = {f"{name}.weight": np.ones((2 if name == "out" else 8, 3 if name == "layers.0" else 8)) for name in layers}
+    assert chain_spaces(state).table()["layers.10.weight"] == "layers/10, in layers/9"
+    by_alphabet = dict(sorted(state.items()))
+    with pytest.raises(CfmergeError, match=r"no order of calls; .*'layers/9', 'layers/10', 'layers/11', 'out'"):
+        chain_spaces(by_alphabet)
+    assert chain_spaces(by_alphabet, layers).table()["layers.10.weight"] == "layers/10, in layers/9"
+    normed = {"conv1.weight": (8, 8, 3, 3), "bn1.weight": (8,), "conv2.weight": (8, 8, 3, 3), "bn2.weight": (8,)}
+    state = {name: np.ones(shape) for name, shape in (normed | {"fc.weight": (8, 8)}).items()}
+    assert chain_spaces(state).table()["bn2.weight"] == "conv2"
+    for order in (sorted(state), ["conv1.weight", "conv2.weight", "fc.weight", "bn1.weight", "bn2.weight"]):
+        with pytest.raises(CfmergeError, match=r"the layers come as .*, which is no order of calls; give it"):
+            chain_spaces({name: state[name] for name in order})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from networks import NETWORKS, model_of, spaces_of
 
-from cfmerge.align import merge_many, permute, random_permutations
+from cfmerge.align import merge_many, permute, random_permutations, universe
 from cfmerge.errors import CfmergeError
 
 
@@ -78,3 +78,12 @@ def test_a_number_that_is_not_finite_is_told_by_the_name_of_the_model():
         CfmergeError, match=r"'fc1\.bias' of model late: has the dtype int64; a tensor whose axes permute"
     ):
         merge_many(spaces, {"early": model, "late": {**model, "fc1.bias": np.zeros(9, int)}})
+
+
+@pytest.mark.parametrize("find", [merge_many, universe])
+def test_a_start_of_another_model_or_that_is_no_permutation_is_refused(find):
+    spaces, models = spaces_of("MLP"), {"a": model_of("MLP"), "b": model_of("MLP", 1)}
+    with pytest.raises(CfmergeError, match=r"start: there is no model 'c'; there is: a, b"):
+        find(spaces, models, start={"c": {}})
+    with pytest.raises(CfmergeError, match=r"permutations: space 'a': expected each of 0 \.\. 11 once"):
+        find(spaces, models, start={"b": {"a": np.zeros(12, int)}})

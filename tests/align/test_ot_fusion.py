@@ -143,3 +143,15 @@ def test_arrays_of_jax_are_fused_by_jax():
         assert isinstance(there[name], jax.Array)
         assert there[name].dtype == jnp.float32
         np.testing.assert_allclose(there[name], tensor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, np.nan])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(CfmergeError, match=r"ot_fusion: share: expected a number from 0 to 1, found"):
+        ot_fusion(spaces_of("MLP"), model_of("MLP"), model_of("MLP", 1), share=share)
+
+
+@pytest.mark.parametrize("reg", [0, -1.0, np.nan])
+def test_an_entropy_that_is_none_is_refused(reg):
+    with pytest.raises(CfmergeError, match=r"reg: expected a number above 0, or None, which is exact; found"):
+        ot_fusion(spaces_of("MLP"), model_of("MLP"), model_of("MLP", 1), reg=reg)

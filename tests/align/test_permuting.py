@@ -85,3 +85,12 @@ def test_an_array_that_is_no_permutation_is_refused(spaces):
         check_permutations(spaces, {"h": np.arange(9)})
     with pytest.raises(CfmergeError, match="with other values"):
         check_permutations(spaces, {"kv": np.array([1, 1])})
+
+
+def test_lists_are_permutations_and_numbers_that_are_no_integers_are_not(spaces, model):
+    orders = random_permutations(spaces, 0)
+    expected = permute(spaces, model, orders)
+    for name, tensor in permute(spaces, model, {space: order.tolist() for space, order in orders.items()}).items():
+        np.testing.assert_array_equal(tensor, expected[name])
+    with pytest.raises(CfmergeError, match=r"permutations: space 'kv': .* of numbers that are no integers"):
+        permute(spaces, model, {"kv": np.array([1.0, 0.0])})

@@ -99,3 +99,13 @@ def test_the_gradient_is_the_slope_of_a_step_and_the_step_is_a_polynomial(networ
                 for m in models for space in gradients[m] for key in gradients[m][space])  # fmt: skip
     assert course.deriv()(0) == pytest.approx(slope)
     assert course(0.7) == pytest.approx(there)
+
+
+def test_tensors_without_entries_are_mapped_too():
+    network = {"in": ((4, 5), "h, in -"), "none": ((4, 0), "h, in -"), "rest": ((0,), "-"), "out": ((2, 4), "-, in h")}
+    spaces, model = spaces_of(network), model_of(network)
+    copy = permute(spaces, model, random_permutations(spaces, 1))
+    found = universe(spaces, {"a": model, "b": copy, "c": model})
+    back = permute(spaces, copy, between(spaces, found.permutations["b"], found.permutations["a"]))
+    for name, tensor in back.items():
+        np.testing.assert_array_equal(tensor, model[name])

@@ -438,7 +438,7 @@ def test_what_cannot_be_zipped_is_refused_by_name(spaces):
 
 def test_moments_whose_models_stand_at_other_places_are_refused(spaces):
     a, b, c = mlp(0), mlp(1), mlp(2)
-    for names in (("b", "a"), ("b", "c"), ("c", "a")):
+    for names in (("b", "a"), ("b", "c"), ("c", "a"), ("a", "c")):
         moments = Moments(names)
         with pytest.raises(CfmergeError, match=f"the moments are of {', '.join(names)}, the models are a, b"):
             zip_models(spaces, {"a": a, "b": b}, moments)
@@ -452,6 +452,8 @@ def test_weights_that_are_not_finite_are_named(spaces, stop):
     broken = {**b, "two.weight": np.where(np.arange(48).reshape(8, 6) == 7, np.inf, b["two.weight"])}
     with pytest.raises(CfmergeError, match=r"zip: tensor 'two.weight' of model 'b' holds NaN or infinity"):
         zip_models(spaces, {"a": a, "b": broken}, similarities([a, b]), stop_at=stop)
+    with pytest.raises(CfmergeError, match=r"tensor 'two.weight' of model 'b': has a NaN or an infinity"):
+        zip_models(spaces, {"a": a, "b": broken}, "weights", stop_at=stop)
     large = [{**one, "two.weight": np.full((8, 6), 6e4, np.float16)} for one in (a, b)]
     with pytest.raises(CfmergeError, match=r"zip: tensor 'two.weight' does not fit float16 when zipped"):
         zip_models(spaces, large, similarities([a, b]), stop_at=stop, width={"c1": 2})

@@ -223,6 +223,7 @@ def test_an_expert_that_is_called_base_and_is_another_model_is_refused(mlps, her
     for experts in (["other/base", "twin"], {"base": "twin", "other": "other/base"}):
         with pytest.raises(cfmerge.CfmergeError, match=r"expert 'base' .* has the name that stands for the base"):
             cfmerge.merge("base", experts, "average", output="out", align=HOW["align"])
+    cfmerge.merge("base", ["base", "twin"], "average", output="out", align=HOW["align"], unmerged="twin")
 
 
 def test_what_changes_the_base_as_it_lies_is_aligned_to_the_base_alone(mlps, here):
