@@ -16,7 +16,6 @@ from cfmerge.align.groups import identity_match as identity_match
 from cfmerge.align.merge_many import Many as Many
 from cfmerge.align.merge_many import merge_many as merge_many
 from cfmerge.align.moments import Moments as Moments
-from cfmerge.align.moments import SpaceMoments as SpaceMoments
 from cfmerge.align.ot_fusion import Fused as Fused
 from cfmerge.align.ot_fusion import ot_fusion as ot_fusion
 from cfmerge.align.permuting import Permutations as Permutations
@@ -27,6 +26,7 @@ from cfmerge.align.permuting import inverse as inverse
 from cfmerge.align.permuting import permute as permute
 from cfmerge.align.permuting import permute_tensor as permute_tensor
 from cfmerge.align.permuting import random_permutations as random_permutations
+from cfmerge.align.space_moments import SpaceMoments as SpaceMoments
 from cfmerge.align.traced import trace_spaces as trace_spaces
 from cfmerge.align.traced import why_fixed as why_fixed
 from cfmerge.align.weight_matching import Matching as Matching

@@ -12,41 +12,17 @@ in float64 on the host, each batch about its own mean (Chan, Golub and LeVeque, 
 so that large means do not cancel.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cfmerge.errors import CfmergeError, and_more, nearest
-from cfmerge.formats import FileSink, Folder, Totals
-from cfmerge.formats.safetensors import SafetensorsFile
+from cfmerge.align import moments_file
+from cfmerge.align.space_moments import SpaceMoments, moments_of, together
+from cfmerge.errors import CfmergeError, nearest
 
-HOLDS = "joint_moments"  # what the file says that it holds
 SMALLEST = 1e-7  # denominator of a correlation
-PARTS = ("tokens", "mean", "covariance")  # of a space in the file
-
-
-class SpaceMoments(NamedTuple):
-    """The moments of one space: of `O = sum(widths)` features, over so many tokens.
-
-        >>> moments = cfmerge.align.Moments()
-        >>> moments.add("hidden", [np.array([[1.0], [3.0]]), np.array([[0.0, 2.0], [0.0, 4.0]])])
-        >>> moments.of("hidden").mean
-        array([2., 0., 3.])
-
-    Attributes:
-        tokens: their number.
-        mean: `(O,)`.
-        covariance: `(O, O)`, divided by the number of tokens.
-        widths: the number of features of each model.
-    """
-
-    tokens: int
-    mean: np.ndarray
-    covariance: np.ndarray
-    widths: tuple[int, ...]
 
 
 class Moments:
@@ -158,7 +134,7 @@ class Moments:
             )
         widths = tuple(rows.shape[1] for rows in arrays)
         self._check(space, widths)
-        self._put(space, _moments(np.concatenate(arrays, axis=1), widths))
+        self._put(space, moments_of(np.concatenate(arrays, axis=1), widths))
 
     def merge(self, other: "Moments") -> None:
         """Adds the moments of other batches of the same models.
@@ -177,7 +153,7 @@ class Moments:
             self._put(space, other.of(space))
 
     def _put(self, space: str, joint: SpaceMoments) -> None:
-        self._spaces[space] = _together(self._spaces[space], joint) if space in self._spaces else joint
+        self._spaces[space] = together(self._spaces[space], joint) if space in self._spaces else joint
 
     def _check(self, space: str, widths: tuple[int, ...]) -> None:
         known = self._spaces[space].widths if space in self._spaces else widths
@@ -217,23 +193,7 @@ class Moments:
         Raises:
             CfmergeError: it exists (without `overwrite`), is not called `.safetensors`, or there is nothing to save.
         """
-        path = Path(path)
-        if path.suffix != ".safetensors" or not self._spaces:
-            lack = "moments of no space" if path.suffix == ".safetensors" else "must be called .safetensors"
-            raise CfmergeError(f"{path}: {lack}")
-        arrays = {
-            f"{space}:{part}": np.asarray(getattr(joint, part))
-            for space, joint in self._spaces.items()
-            for part in PARTS
-        }
-        widths = {space: joint.widths for space, joint in self._spaces.items()}
-        metadata = {"holds": HOLDS, "models": json.dumps(self.models), "widths": json.dumps(widths)}
-        with FileSink(path, [Folder(stem=path.stem, sharded=False)], metadata=metadata, overwrite=overwrite) as sink:
-            sink.declare({name: (array.shape, array.dtype) for name, array in arrays.items()})
-            for name, array in arrays.items():
-                sink.write(name, array)
-            sink.finish(Totals())
-            sink.commit()
+        moments_file.write(Path(path), self.models, self._spaces, overwrite)
 
     @staticmethod
     def load(path: str | Path) -> "Moments":
@@ -242,71 +202,11 @@ class Moments:
         Raises:
             CfmergeError: it is something else, a part of a space is missing or does not fit its widths, or holds NaN.
         """
-        file = SafetensorsFile(Path(path))
-        if file.metadata.get("holds") != HOLDS:
-            raise CfmergeError(f"{path}: holds {_other(file)}")
-        try:
-            result = Moments(json.loads(file.metadata["models"]))
-            widths = {space: tuple(map(int, own)) for space, own in json.loads(file.metadata["widths"]).items()}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CfmergeError(f"{path}: its metadata do not tell models and widths ({error}); save it again") from None
-        for space, own in widths.items():
-            result._spaces[space] = _read(file, space, own, len(result.models))
+        models, spaces = moments_file.read(Path(path))
+        result = Moments(models)
+        result._spaces.update(spaces)
         return result
-
-
-def _moments(rows: np.ndarray, widths: tuple[int, ...]) -> SpaceMoments:
-    """The moments of one batch `(tokens, O)`, which is changed; a feature that is the same in all rows varies by 0."""
-    first = rows[0].copy()
-    rows -= first
-    mean = rows.mean(axis=0)
-    rows -= mean
-    return SpaceMoments(len(rows), first + mean, rows.T @ rows / len(rows), widths)
-
-
-def _together(one: SpaceMoments, two: SpaceMoments) -> SpaceMoments:
-    """The moments of the tokens of both."""
-    tokens = one.tokens + two.tokens
-    share, apart = two.tokens / tokens, two.mean - one.mean
-    covariance = (1 - share) * one.covariance + share * two.covariance
-    covariance += share * (1 - share) * np.outer(apart, apart)
-    return SpaceMoments(tokens, one.mean + share * apart, covariance, one.widths)
 
 
 def _told(widths: Sequence[int]) -> str:
     return " and ".join(map(str, widths))
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-def _other(file: SafetensorsFile) -> str:
-    """What a file holds in place of joint moments, and the way out."""
-    out = "collect joint moments by cfmerge.activations.collect_joint_linen or collect_joint_nnx, or by Moments.add"
-    if file.metadata.get("holds") == "input_gram":
-        return f"input Grams, each of one model, which do not say how the features of two models vary together; {out}"
-    found = and_more([repr(name) for name in file.tensors]) if file.tensors else "nothing"
-    return f"no joint moments, but {found}; {out}"
-
-
-def _read(file: SafetensorsFile, space: str, widths: tuple[int, ...], models: int) -> SpaceMoments:
-    """The moments of one space in a file."""
-    where, size = f"{file.path}: space {space!r}", sum(widths)
-    if len(widths) != models:
-        raise CfmergeError(f"{where}: it has the widths of {len(widths)} models, and the file is of {models}")
-    missing = [f"{space}:{part}" for part in PARTS if f"{space}:{part}" not in file.tensors]
-    if missing:
-        raise CfmergeError(f"{where}: tensor {and_more([repr(name) for name in missing])} is missing; save it again")
-    for part, shape in zip(PARTS, ((), (size,), (size, size)), strict=True):
-        found = file.tensors[f"{space}:{part}"].shape
-        if found != shape:
-            raise CfmergeError(
-                f"{where}: {part} has shape {found}, expected {shape}: the widths {'+'.join(map(str, widths))} are "
-                f"{size} features"
-            )
-    tokens, mean, covariance = (np.asarray(file.read(f"{space}:{part}"), np.float64) for part in PARTS)
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise CfmergeError(f"{where}: its moments hold a NaN or an infinity; collect them again")
-    if tokens < 1 or (np.diagonal(covariance) < 0).any():
-        raise CfmergeError(f"{where}: {int(tokens)} tokens, or a negative variance; the file is no moments' file")
-    return SpaceMoments(int(tokens), mean, covariance, widths)
