@@ -35,6 +35,8 @@ def lines_of(params: Mapping[str, Any], spaces: Spaces, match: str | Sequence[st
         if blocks := _blocks(parts, wanted):
             lines[name] = blocks
     read = spaces_in(lines.values())
+    if match == "*":  # heads whose elements within are read by no tensor together have no features
+        wanted = {name: children for name, children in wanted.items() if name in read or not children}
     if unread := [_whole(name, wanted) for name in wanted if name not in read]:
         rest = [name for name in wanted if name in read]
         raise CfmergeError(f"joint moments: no tensor reads space {and_more(unread)}; leave it out: match={rest}")

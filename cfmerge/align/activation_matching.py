@@ -21,12 +21,16 @@ from cfmerge.errors import CfmergeError, nearest
 from cfmerge.models.spaces import Spaces
 
 
-def activation_matching(spaces: Spaces, moments: Moments, *, models: tuple[int | str, int | str] = (0, 1)) -> Matching:
+def activation_matching(
+    spaces: Spaces, moments: Moments, *, models: tuple[int | str, int | str] = (0, 1), partial: bool = False
+) -> Matching:
     """The permutations of one model that bring its activations near another's, from joint moments.
 
     Args:
         spaces: of both models.
         moments: joint moments `(n + n, n + n)` of the models' features on the same inputs, of every space.
+        partial: a space with children, such as heads, may have no features; then it is left out of the result, for
+            `weight_matching(hold=...)` to find.
         models: names or numbers, among those of the moments, of the model that stays and of the one that is permuted.
 
     Returns:
@@ -46,14 +50,16 @@ def activation_matching(spaces: Spaces, moments: Moments, *, models: tuple[int |
     """
     numbers = [_number(moments, model) for model in models]
     permutations, gained = identity(spaces), [0.0, 0.0]
-    for space in spaces.names:
+    names = [s for s in spaces.names if s in moments.spaces or not (partial and spaces.children(s))]
+    for space in names:
         gains = _gains(spaces, space, moments, *numbers)
         found = {**permutations, **assign_space(space, gains, permutations)}
         better, noise = difference(gains, space, permutations, found)
         for key, values in gains.items():
             gained[0] += float(picked(values, key, space, permutations).sum())
         permutations, gained[1] = (found, gained[1] + better) if better > noise else (permutations, gained[1])
-    return Matching(permutations, sum(gained), gained[0], (sum(gained),), 1)
+    there = {name: own for name, own in permutations.items() if name.partition(".")[0] in names}
+    return Matching(there, sum(gained), gained[0], (sum(gained),), 1)
 
 
 def _gains(spaces: Spaces, space: str, moments: Moments, stays: int, moves: int) -> Gains:

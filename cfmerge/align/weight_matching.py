@@ -70,6 +70,7 @@ def weight_matching(
     seed: int = 0,
     sweeps: int = 100,
     start: Permutations | None = None,
+    hold: Permutations | None = None,
     restarts: int | None = None,
 ) -> Matching:
     """The permutations of model b that bring its weights near those of model a: Git Re-Basin's weight matching.
@@ -81,6 +82,7 @@ def weight_matching(
         seed: of the order of the spaces in each sweep.
         sweeps: over all spaces, at most.
         start: permutations to start from; by default they are found in order of knowledge (see the module).
+        hold: permutations of spaces that are known, by activations say, and stay as they are.
         restarts: further searches, from the identity and from random permutations; the best of all is returned. By
             default 20 for a tiny model, which has many optima, and none for others or where there is a start.
 
@@ -97,24 +99,25 @@ def weight_matching(
         (array([1, 2, 0]), 17.0, 23.0)
     """
     a, b = (flat(spaces, model)[0] for model in (a, b))
-    check_permutations(spaces, start or {})
+    for given in (start, hold):
+        check_permutations(spaces, given or {})
     for tensors, who in ((a, "a"), (b, "b")):
         check_model(spaces, tensors, who)
-    return search(spaces, a, b, seed=seed, sweeps=sweeps, start=start, restarts=restarts)
+    return search(spaces, a, b, seed=seed, sweeps=sweeps, start=start, hold=hold, restarts=restarts)
 
 
 def search(
     spaces: Spaces, a: Tensors, b: Tensors, *, seed: int, sweeps: int = 100, start: Permutations | None = None,
-    restarts: int | None = None,
+    hold: Permutations | None = None, restarts: int | None = None,
 ) -> Matching:  # fmt: skip
     """`weight_matching` of models that have been checked."""
     with jax.enable_x64(True):  # float64 stays so
-        descent, generator = _Descent(spaces, a, b), np.random.default_rng(seed)
+        descent, generator = _Descent(spaces, a, b, hold or {}), np.random.default_rng(seed)
         before = objective(spaces, a, b, {})
         tries = [descent.run(*one, generator, sweeps) for one in _starts(descent, start, restarts, seed)]
         best = max(tries, key=lambda found: found.objective)
         if best.objective < before:  # b lies near a already
-            best = descent.run(identity(spaces), spaces.names, generator, sweeps)
+            best = descent.run({**identity(spaces), **descent.held}, descent.free, generator, sweeps)
     return best._replace(before=before)
 
 
@@ -124,24 +127,26 @@ def _starts(
     """Permutations to start from, and the spaces that are not the best for these."""
     if restarts is None:
         restarts = RESTARTS if start is None and descent.work <= TINY else 0
-    yield descent.first() if start is None else ({**identity(descent.spaces), **start}, descent.spaces.names)
+    plain = identity(descent.spaces)
+    yield descent.first() if start is None else ({**plain, **start, **descent.held}, descent.free)
     for number in range(restarts):
-        drawn = random_permutations(descent.spaces, seed + number) if number else identity(descent.spaces)
-        yield drawn, descent.spaces.names
+        drawn = random_permutations(descent.spaces, seed + number) if number else plain
+        yield {**drawn, **descent.held}, descent.free
 
 
 class _Descent:
     """Coordinate descent over the spaces of two models."""
 
-    def __init__(self, spaces: Spaces, a: Tensors, b: Tensors):
-        self.spaces, self.a, self.b = spaces, a, b
+    def __init__(self, spaces: Spaces, a: Tensors, b: Tensors, held: Permutations):
+        self.spaces, self.a, self.b, self.held = spaces, a, b, held
+        self.free = [space for space in spaces.names if space not in held]
         self.terms = {space: terms_of(spaces, space) for space in spaces.names}
         self.work = sum(term.features * term.size**2 for terms in self.terms.values() for term in terms)
         self.kept = {space: self.constant(space) for space in spaces.names}
 
     def first(self) -> tuple[dict[str, np.ndarray], set[str]]:
         """Permutations found in order of knowledge, and the spaces that were found before all about them was known."""
-        permutations, known, early = identity(self.spaces), set[str](), set[str]()
+        permutations, known, early = {**identity(self.spaces), **self.held}, set(self.held), set[str]()
         while left := [space for space in self.spaces.names if space not in known]:
             told = {s: sum(term.features for term in self.terms[s] if term.others <= known) for s in left}
             space = max(left, key=told.__getitem__)
@@ -158,11 +163,12 @@ class _Descent:
         permutations, dirty, gains = dict(start), set(dirty), list[float]()
         while dirty and len(gains) < sweeps:
             gains.append(0.0)
-            for space in generator.permutation(self.spaces.names):
+            for space in generator.permutation(self.free):
                 if space in dirty:
                     dirty.remove(space)
                     gains[-1] += (gain := self.improve(space, permutations))
                     dirty |= set().union(*(term.others for term in self.terms[space])) if gain else set()
+            dirty -= set(self.held)
         found = objective(self.spaces, self.a, self.b, permutations)
         history = found - np.cumsum([0.0, *reversed(gains)])[::-1]
         return Matching(permutations, found, float(history[0]), tuple(history.tolist()), len(gains))

@@ -236,8 +236,13 @@ def _matched(how: Align, models: Mapping[str, Model], spaces: Spaces) -> Found:
             worth = f"inner product {found.before:.4g} before, {found.objective:.4g} after {_sweeps(found.sweeps)}"
         else:
             numbers = (_place(how, moments, how.to, models), _place(how, moments, name, models))
-            found = align.activation_matching(spaces, moments, models=numbers)
+            heads = [space for space in spaces.names if space not in moments.spaces and spaces.children(space)]
+            found = align.activation_matching(spaces, moments, models=numbers, partial=bool(heads))
             worth = f"sum of correlations {found.before:.4g} before, {found.objective:.4g} after"
+            if heads:
+                hold = found.permutations
+                found = align.weight_matching(spaces, tensors[how.to], tensors[name], seed=how.seed, hold=hold)
+                worth += f"; {tell(heads, heads)} have no moments, and are matched by weights"
         permutations[name] = found.permutations
         told.append(f"align: {name!r} to {how.to!r} by {how.method}: {worth}")
     return Found(permutations, tuple(told))

@@ -8,7 +8,8 @@ from activation_parts import Block, Mlp, Stacked, draw
 from flax import linen as nn
 from flax import nnx
 
-from cfmerge.activations import collect_joint_linen, collect_joint_nnx
+from cfmerge import align
+from cfmerge.activations import collect_joint_linen, collect_joint_nnx, spaces_of_linen
 from cfmerge.align import Moments, parse_spaces, permute, random_permutations
 from cfmerge.errors import CfmergeError
 from cfmerge.formats.pytree import flatten, unflatten
@@ -168,8 +169,10 @@ def test_features_of_a_space_with_children_are_those_of_all_children_in_order():
     same(collect_joint_linen(model, variables, [x], three), "g", turned)
     part = RESIDUAL | {"up/kernel": "in h, g g.v", "up/bias": "g g.v", "down/kernel": "in g 3, h"}
     message = r"no tensor reads space 'g' together with its children g\.v; leave it out: match=\['h', 'heads'\]"
+    parted = parse_spaces(part, shapes)
+    assert "g" not in collect_joint_linen(model, variables, [x], parted).spaces
     with pytest.raises(CfmergeError, match=message):
-        collect_joint_linen(model, variables, [x], parse_spaces(part, shapes))
+        collect_joint_linen(model, variables, [x], parted, match=["h", "heads", "g"])
 
 
 def test_layers_stacked_by_scan_all_count():
@@ -309,3 +312,31 @@ def test_spaces_that_cannot_be_collected_are_told_with_the_way_out():
         CfmergeError, match=r"no line for parameter '\w+(/\w+)?' and 3 more; their tensors are 'Dense_0/"
     ):
         collect_joint_linen(model, variables, [x], other)
+
+
+class Attention(nn.Module):
+    """Attention without rotations: queries and keys permute within a head, and so do values, by themselves."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(12, name="embed")(x)
+        q, k, v = (nn.Dense(12, name=name)(x).reshape(*x.shape[:-1], 3, 4) for name in "qkv")
+        x = x + nn.Dense(12, name="o")(nn.dot_product_attention(q, k, v).reshape(x.shape))
+        return nn.Dense(2, name="out")(x)
+
+
+def test_heads_that_nothing_reads_whole_are_matched_by_weights_and_the_others_by_activations():
+    model, x = Attention(), jax.random.normal(jax.random.key(0), (30, 5, 6))
+    a = model.init(jax.random.key(1), x)["params"]
+    spaces = spaces_of_linen(model, a, x)
+    b = align.permute(spaces, a, align.random_permutations(spaces, 2))
+    moments = collect_joint_linen(model, [{"params": a}, {"params": b}], [x], spaces)
+    heads = [name for name in spaces.names if spaces.children(name)]
+    assert len(heads) == 1
+    assert set(moments.spaces) == set(spaces.names) - set(heads)
+    found = align.activation_matching(spaces, moments, partial=True).permutations
+    assert set(found) == set(moments.spaces)
+    whole = align.weight_matching(spaces, a, b, hold=found)
+    jax.tree.map(np.testing.assert_array_equal, align.permute(spaces, b, whole.permutations), a)
+    with pytest.raises(CfmergeError, match=f"none of space '{heads[0]}'"):
+        align.activation_matching(spaces, moments)
