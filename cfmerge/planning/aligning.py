@@ -61,6 +61,11 @@ def check_align(recipe: Recipe, sums: bool = False, composing: bool = False) -> 
     check_seed(how.seed)
     if how.sweeps < 0:
         raise CfmergeError(f"align: sweeps: expected a number of at least 0, found {how.sweeps}")
+    if recipe.vocabulary not in (None, BASE):
+        raise CfmergeError(
+            f"align: `vocabulary: {recipe.vocabulary}` gives the base rows of experts, in their own order; say "
+            "`vocabulary: base`, or write each expert in the base's order first"
+        )
     if recipe.layers:
         raise CfmergeError("align: layers of several models have no common order; leave `align` or `layers` out")
     if (how.method == "activations") != bool(how.moments):

@@ -196,6 +196,11 @@ def test_a_part_of_a_model_has_a_part_of_the_spaces(here):
         ({"align": {"spaces": "nowhere.yaml"}}, r"align: base .*nowhere\.yaml"),
         ({"align": {}}, "spaces: no table is for this model"),
         ({"align": {"spaces": "spaces.yaml"}, "layers": [{"range": [0, 1]}]}, "leave `align` or `layers` out"),
+        (
+            {"align": {}, "vocabulary": "union"},
+            "`vocabulary: union` gives the base rows of experts, in their own order",
+        ),
+        ({"align": {}, "vocabulary": "twin"}, "`vocabulary: twin` gives the base rows of experts, in their"),
         ({"align": {"methods": "weights"}}, "unknown key 'methods'"),
         ({"align": {"method": "activations"}}, "method activations needs `moments: FILE`"),
         ({"align": {"moments": "joint.safetensors"}}, "method weights looks at weights, and takes no `moments`"),
@@ -210,7 +215,21 @@ def test_a_part_of_a_model_has_a_part_of_the_spaces(here):
         ({"align": {"spaces": "spaces.yaml", "seed": -1}}, "the seed must lie in"),
         ({"align": {"spaces": "spaces.yaml", "sweeps": -1}}, "sweeps: expected a number of at least 0, found -1"),
     ],
-    ids=["to", "file", "family", "layers", "key", "no moments", "moments", "no file", "method", "seed", "sweeps"],
+    ids=[
+        "to",
+        "file",
+        "family",
+        "layers",
+        "union",
+        "vocabulary",
+        "key",
+        "no moments",
+        "moments",
+        "no file",
+        "method",
+        "seed",
+        "sweeps",
+    ],
 )
 def test_what_cannot_be_aligned_is_refused_before_anything_is_written(mlps, here, changes, message):
     with pytest.raises(cfmerge.CfmergeError, match=message):
