@@ -6,8 +6,6 @@ of the three networks is a network that works.
     python examples/c2m3_flax.py
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +70,7 @@ def main() -> None:
 
     pairs = {
         (one, other): align.weight_matching(spaces, models[one], models[other]).permutations
-        for one, other in itertools.permutations(models, 2)
+        for one, other in ("ab", "bc", "ca")
     }
     round_trip = align.compose(spaces, align.compose(spaces, pairs["a", "b"], pairs["c", "a"]), pairs["b", "c"])
     found = align.universe(spaces, models)
