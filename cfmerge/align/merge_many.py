@@ -25,6 +25,7 @@ from cfmerge.align.gains import Tensors, check_model, check_named, read
 from cfmerge.align.permuting import Permutations, permute_tensor, started
 from cfmerge.align.trees import built, flat
 from cfmerge.align.weight_matching import search
+from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError
 from cfmerge.models.spaces import Spaces
 
@@ -97,6 +98,7 @@ def merge_many(
     if start is None:
         for name in others:
             permutations[name] = search(spaces, models[first], models[name], seed=seed).permutations
+    check_seed(seed)
     generator, gains = np.random.default_rng(seed), list[float]()
     while len(gains) < sweeps and (not gains or gains[-1] > 0):
         gains.append(0.0)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cfmerge.align.trees import built, flat
+from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError, and_more, nearest
 from cfmerge.models.spaces import Axis, Spaces
 
@@ -94,6 +95,7 @@ def random_permutations(spaces: Spaces, seed: int) -> dict[str, np.ndarray]:
     >>> cfmerge.align.random_permutations(spaces, seed=2)
     {'h': array([2, 0, 1])}
     """
+    check_seed(seed)
     generator = np.random.default_rng(seed)
     return {name: generator.permuted(order, axis=-1) for name, order in identity(spaces).items()}
 

@@ -31,6 +31,7 @@ from cfmerge.align.assignment import Gains, assign_space, difference
 from cfmerge.align.gains import Tensors, Term, check_model, gain_of, objective, pair_of, terms_of
 from cfmerge.align.permuting import Permutations, check_permutations, identity, random_permutations
 from cfmerge.align.trees import flat
+from cfmerge.core.random import check_seed
 from cfmerge.models.spaces import Spaces
 
 TINY = 1e7  # products of a sweep; such a model is searched RESTARTS times more
@@ -99,6 +100,7 @@ def weight_matching(
         (array([1, 2, 0]), 17.0, 23.0)
     """
     a, b = (flat(spaces, model)[0] for model in (a, b))
+    check_seed(seed)
     for given in (start, hold):
         check_permutations(spaces, given or {})
     for tensors, who in ((a, "a"), (b, "b")):

@@ -56,6 +56,10 @@ def _text(zipped: "Zipped") -> str:
         "spaces": dict(zipped.table),
         "sizes": dict(zipped.sizes),
         "heads": list(zipped.heads[zipped.models[0]]),
+        "shapes": {
+            "trunk": _shapes(zipped.trunk),
+            "heads": {model: _shapes(own) for model, own in zipped.heads.items()},
+        },
         "groups": {
             space: {"partition": groups.partition.tolist(), "widths": list(groups.widths), "bias": groups.bias}
             for space, groups in zipped.groups.items()
@@ -64,6 +68,10 @@ def _text(zipped: "Zipped") -> str:
         "notes": list(zipped.notes),
     }
     return json.dumps(content, indent=1) + "\n"
+
+
+def _shapes(tensors: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {name: list(np.shape(leaf)) for name, leaf in sorted(tensors.items())}
 
 
 def load(directory: Path) -> dict[str, Any]:
@@ -93,17 +101,23 @@ def load(directory: Path) -> dict[str, Any]:
         own = _texts(content["heads"])
         if not fields["models"] or len(fields["blocks"]) != len(fields["models"]) or set(own) - set(fields["table"]):
             raise ValueError("models, blocks and heads do not fit together")
+        trunk = [name for name in fields["table"] if name not in set(own)]
+        shapes = content["shapes"]
+        of_trunk = {name: list(shapes["trunk"].get(name, [])) for name in trunk}
+        of_heads = {
+            model: {name: list(shapes["heads"].get(model, {}).get(name, [])) for name in own}
+            for model in fields["models"]
+        }
         _check(fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CfmergeError(f"{table}: is not whole, or was changed: {type(error).__name__}: {error}") from None
-    trunk = [name for name in fields["table"] if name not in set(own)]
     for model in fields["models"]:
         if not FILE_NAME.fullmatch(model):
             raise CfmergeError(f"{table}: model {model!r} cannot be a file's name")
-    fields["trunk"] = _tensors(directory / f"{TRUNK}.safetensors", trunk, TABLE)
+    fields["trunk"] = _tensors(directory / f"{TRUNK}.safetensors", of_trunk, TABLE)
     fields["heads"] = {
-        model: _tensors(directory / HEADS / f"{model}.safetensors", own, TABLE) if own else {}
-        for model in fields["models"]
+        model: _tensors(directory / HEADS / f"{model}.safetensors", expected, TABLE) if expected else {}
+        for model, expected in of_heads.items()
     }
     return fields
 
@@ -134,15 +148,19 @@ def _texts(values: Any) -> tuple[str, ...]:
     return found
 
 
-def _tensors(path: Path, names: list[str] | tuple[str, ...], table: str) -> dict[str, np.ndarray]:
+def _tensors(path: Path, shapes: Mapping[str, list[int]], table: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise CfmergeError(f"{path}: is not there, and {table} tells of its tensors: the zip is not whole")
     file = SafetensorsFile(path)
-    if set(file.tensors) != set(names):
-        lost, more = [n for n in names if n not in file.tensors], [n for n in file.tensors if n not in set(names)]
+    if set(file.tensors) != set(shapes):
+        lost, more = [n for n in shapes if n not in file.tensors], [n for n in file.tensors if n not in shapes]
         told = f"lacks {and_more(lost)}" if lost else f"has {and_more(more)} too"
         raise CfmergeError(f"{path}: {told}, not as {table} tells")
-    return {name: file.read(name) for name in names}
+    for name, shape in shapes.items():
+        if list(file.tensors[name].shape) != shape:
+            found = file.tensors[name].shape
+            raise CfmergeError(f"{path}: tensor {name!r} has shape {found}, in {table} {tuple(shape)}: it was changed")
+    return {name: file.read(name) for name in shapes}
 
 
 def write(tensors: Mapping[str, Any], output: Path, base: str | Path, overwrite: bool = False) -> Path:

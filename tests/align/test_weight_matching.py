@@ -182,3 +182,12 @@ def test_arrays_of_jax_are_matched_as_those_of_numpy():
     found, there = (weight_matching(spaces, a, b), weight_matching(
         spaces, {n: jnp.asarray(t) for n, t in a.items()}, {n: jnp.asarray(t) for n, t in b.items()}))  # fmt: skip
     assert found.history == there.history
+
+
+def test_a_seed_that_is_none_is_refused():
+    spaces = parse_spaces({"up": "h, in -", "down": "-, in h"}, {"up": (2, 2), "down": (1, 2)})
+    model = {"up": np.eye(2), "down": np.ones((1, 2))}
+    with pytest.raises(CfmergeError, match="the seed must lie in"):
+        weight_matching(spaces, model, model, seed=-1)
+    with pytest.raises(CfmergeError, match="the seed must lie in"):
+        random_permutations(spaces, -1)

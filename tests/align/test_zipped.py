@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import cfmerge
 from cfmerge.align import load_zipped, parse_spaces, permute, random_permutations, zip_models
@@ -122,6 +123,12 @@ def test_a_directory_that_is_not_whole_is_refused(tmp_path):
         with pytest.raises(CfmergeError, match=message):
             load_zipped(place)
     (place / "zip.json").write_text(json.dumps(table))
+    whole = load_file(place / "heads/b.safetensors")
+    save_file(whole | {"Dense_2/bias": whole["Dense_2/bias"][:1]}, place / "heads/b.safetensors")
+    with pytest.raises(
+        CfmergeError, match=r"b.safetensors: tensor 'Dense_2/bias' has shape \(1,\), in zip.json \(\d+,\)"
+    ):
+        load_zipped(place)
     (place / "heads/b.safetensors").unlink()
     with pytest.raises(CfmergeError, match=r"b.safetensors: is not there, and zip.json tells of its tensors"):
         load_zipped(place)
