@@ -63,6 +63,7 @@ def test_rebasin_flax():
     assert found["average of three"][0] < found["merge_many of three"][0] - 0.15
 
 
+@pytest.mark.long
 def test_c2m3_flax():
     """In one universe every neuron comes back, and the mean of three networks works."""
     found = {name: numbers[0] for name, numbers in rows(run("c2m3_flax.py")).items()}
@@ -72,6 +73,7 @@ def test_c2m3_flax():
     assert found["mean in the universe"] > min(found[f"network {name}"] for name in "abc") - 0.03
 
 
+@pytest.mark.long
 def test_otfusion_flax():
     """A wide network that is transported onto a narrow one works in it, and so does the mean of both."""
     found = {name: numbers[0] for name, numbers in rows(run("otfusion_flax.py")).items()}
@@ -235,6 +237,7 @@ def test_time_flax(tmp_path):
     assert {name.strip(): numbers for name, numbers in again.items()} == accumulation
 
 
+@pytest.mark.long
 def test_time_torch():
     """The accumulation grows with each task that comes, and the tasks that are never trained gain too."""
     printed = rows(run("time_torch.py", quickly=True))

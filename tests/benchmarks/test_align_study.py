@@ -81,6 +81,7 @@ def test_a_zip_that_shares_nothing_is_the_ensemble_and_statistics_of_batch_norms
     assert stale["joint"] != fresh["joint"]
 
 
+@pytest.mark.long
 def test_the_study_runs_goes_on_where_it_was_stopped_and_tells_and_draws_all(tmp_path, monkeypatch):
     file = tmp_path / "align.jsonl"
     cells = [*align_study.cells()]

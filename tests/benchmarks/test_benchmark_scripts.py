@@ -163,6 +163,7 @@ def in_this_process(tmp_path_factory, monkeypatch):
     return run
 
 
+@pytest.mark.long
 def test_composed_zoos_tells_size_and_accuracy_and_goes_on_where_it_was_stopped(tmp_path, in_this_process, monkeypatch):
     rows, page = in_this_process(composed_zoos, tmp_path, "--quick")
     by = {(row["kind"], row["system"]): row for row in rows}

@@ -86,6 +86,7 @@ def test_variance_is_shared_out_among_factors_and_what_they_do_together():
     assert len(found) == 2**4 - 1
 
 
+@pytest.mark.long
 def test_the_study_runs_goes_on_where_it_was_stopped_and_tells_every_table(tmp_path, monkeypatch):
     main, seeds, streams = ("medium", 4), (0, 1), {seed: toy(seed) for seed in (0, 1)}
     file = tmp_path / "time.jsonl"
