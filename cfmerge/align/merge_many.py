@@ -93,12 +93,12 @@ def merge_many(
     models = {name: flat(spaces, model)[0] for name, model in models.items()}
     for name, model in models.items():
         check_model(spaces, model, name)
+    check_seed(seed)
     first, *others = models
     permutations = started(spaces, models, start)
     if start is None:
         for name in others:
             permutations[name] = search(spaces, models[first], models[name], seed=seed).permutations
-    check_seed(seed)
     generator, gains = np.random.default_rng(seed), list[float]()
     while len(gains) < sweeps and (not gains or gains[-1] > 0):
         gains.append(0.0)

@@ -1,12 +1,20 @@
 """Models as trees: what takes `{name: array}` takes a Flax tree too, and gives back what it was given."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cfmerge.formats.pytree import flatten, unflatten
+from cfmerge.formats.trees import nested
 from cfmerge.models.spaces import Spaces
 
 NESTED = "/"  # the structure of a tree that is known by names alone: dicts, by the parts of names
+
+
+class Structure(NamedTuple):
+    """The structure of a tree, and the names of its leaves in their order."""
+
+    treedef: Any
+    names: tuple[str, ...]
 
 
 def flat(spaces: Spaces, model: Any) -> tuple[Mapping[str, Any], Any]:
@@ -16,20 +24,14 @@ def flat(spaces: Spaces, model: Any) -> tuple[Mapping[str, Any], Any]:
     """
     if isinstance(model, Mapping) and (not model or any(name in spaces.axes for name in model)):
         return model, None
-    return flatten(model)
+    named, treedef = flatten(model)
+    return named, Structure(treedef, tuple(named))
 
 
 def built(structure: Any, tensors: Mapping[str, Any]) -> Any:
-    """A model in a structure that `flat` has found; `tensors` in the order of its leaves, or in any order of names."""
+    """A model in a structure that `flat` has found."""
     if structure is None:
         return dict(tensors)
-    if structure != NESTED:
-        return unflatten(structure, tensors)
-    tree: dict[str, Any] = {}
-    for name, leaf in tensors.items():
-        *path, last = name.split("/")
-        place = tree
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = leaf
-    return tree
+    if structure == NESTED:
+        return nested(tensors)
+    return unflatten(structure.treedef, {name: tensors[name] for name in structure.names})

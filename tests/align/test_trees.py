@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 
 from cfmerge import align
 from cfmerge.errors import CfmergeError
@@ -69,3 +70,14 @@ def test_a_matching_in_place_of_its_permutations_is_told_the_way_out():
 def test_a_tensor_without_a_line_is_refused():
     with pytest.raises(CfmergeError, match=r"permute: the table of spaces has no line for more/kernel"):
         align.permute(SPACES, {**tree(0), "more": {"kernel": np.ones(2)}}, {})
+
+
+def test_a_tree_of_another_kind_than_dicts_keeps_its_kind():
+    """A `PyTreeDef` of JAX is not unequal to a text, so that a comparison the other way round tells nothing."""
+    frozen = FrozenDict(tree(0))
+    assert isinstance(twin(frozen), FrozenDict)
+    assert isinstance(align.merge_many(SPACES, {"a": frozen, "b": twin(frozen)}).mean, FrozenDict)
+    assert isinstance(align.ot_fusion(SPACES, twin(frozen), frozen).tensors, FrozenDict)
+    zipped = align.zip_models(SPACES, {"a": frozen, "b": twin(frozen)}, "weights")
+    assert isinstance(zipped.model("b"), FrozenDict)
+    same(zipped.model("a"), frozen)
