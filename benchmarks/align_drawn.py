@@ -1,4 +1,4 @@
-"""The plots of `align_study.py`, in colours that the colour-blind can tell apart (Okabe and Ito)."""
+"""The plots of `align_study.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 from align_told import BUDGET, INPUTS, Rows, nets, of
+from drawing import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, headed, titled
 from measuring import figure
 
-BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-AMBER, SKY, GREY = "#e69f00", "#56b4e9", "#8a8a8a"
 CURVES = {  # of two models of the same classes: colour, line, marker
     ("none", False): ("as they are", ORANGE, "-", "v"),
     ("none", True): ("as they are + REPAIR", ORANGE, ":", "v"),
@@ -35,20 +34,6 @@ def write(folder: Path, rows: Rows) -> None:
         made = drawn(rows)
         if made is not None:
             made.savefig(folder / f"align-{name}.png")
-
-
-def titled(axes: Any, title: str, x: str = "", y: str = "") -> None:
-    axes.set_title(title, fontsize=10.5, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#ececec", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def headed(made: Any, title: str) -> Any:
-    made.suptitle(title, x=0.01, ha="left", fontsize=11.5, weight="bold")
-    return made
 
 
 # --- the same classes ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The plots of `time_study.py`, in colours that the colour-blind can tell apart (Okabe and Ito)."""
+"""The plots of `time_study.py`."""
 
 import itertools
 from pathlib import Path
@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import time_stream
+from drawing import AMBER, BLUE, DARK, GREEN, GREY, ORANGE, PINK, SKY, headed, titled
 from measuring import figure
 from time_cells import WEIGHTS
 from time_scores import CELLS, Score, Told, of_technique, over
 from time_told import settings
 
-BLUE, ORANGE, GREEN, PINK, SKY, AMBER = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
-DARK, GREY = "#222222", "#8a8a8a"
 SIZE_MARKS = {"small": (AMBER, "^"), "medium": (SKY, "o"), "large": (BLUE, "s")}
 
 
@@ -20,20 +19,6 @@ def write(folder: Path, told: Told) -> None:
     """Draws the four pictures of the page."""
     for name, drawn in {"steps": steps, "plane": plane, "techniques": techniques, "growth": growth}.items():
         drawn(told).savefig(folder / f"time-{name}.png")
-
-
-def titled(axes: Any, title: str, x: str = "", y: str = "") -> None:
-    axes.set_title(title, fontsize=10.5, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#ececec", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def headed(made: Any, title: str) -> Any:
-    made.suptitle(title, x=0.01, ha="left", fontsize=11.5, weight="bold")
-    return made
 
 
 # --- GM after every task ------------------------------------------------------------------------------------------

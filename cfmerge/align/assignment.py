@@ -17,7 +17,6 @@ held, by turns.
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from cfmerge.errors import CfmergeError
 
@@ -38,7 +37,18 @@ def assign(gain: np.ndarray) -> np.ndarray:
     """
     if not np.isfinite(gain).all():
         raise CfmergeError("assignment: a gain is NaN or infinite")
-    return linear_sum_assignment(gain, maximize=True)[1]
+    return assigned(gain)[1]
+
+
+def assigned(gain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the entries, no two in one row or column, whose sum is largest; of a wide or tall matrix too.
+
+    >>> assigned(np.array([[1.0, 5.0, 0.0], [2.0, 1.0, 0.0]]))
+    (array([0, 1]), array([1, 0]))
+    """
+    from scipy.optimize import linear_sum_assignment  # a quarter of a second, which a merge without it does not pay
+
+    return linear_sum_assignment(gain, maximize=True)
 
 
 def assign_space(space: str, gains: Gains, current: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -7,37 +7,16 @@ models are seen through `Aligned`, a source over a source.
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from cfmerge.align.permuting import Permutations, check_permutations, order_of, permute_tensor
 from cfmerge.errors import CfmergeError, and_more
-from cfmerge.formats.base import Source, TensorInfo
+from cfmerge.formats.base import Source
 from cfmerge.formats.wrapped import Wrapped
 from cfmerge.models.spaces import Spaces
-
-
-class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a source by other names, each read when it is asked for: `{name: name in the source}`."""
-
-    def __init__(self, source: Source, names: Mapping[str, str]):
-        self.source, self.names = source, names
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        """The headers."""
-        return {name: self.source.tensors[theirs] for name, theirs in self.names.items()}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.source.read(self.names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 @dataclasses.dataclass(frozen=True)

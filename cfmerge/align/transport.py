@@ -15,9 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
-from jax.scipy.special import logsumexp
-from scipy.optimize import linprog
 
 from cfmerge.align.assignment import assign
 from cfmerge.errors import CfmergeError
@@ -83,10 +80,13 @@ def transport(cost: np.ndarray, alpha: np.ndarray, beta: np.ndarray, reg: float 
 
 def _program(cost: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """The exact plan, by a linear program."""
+    from scipy import sparse  # here, as in `assignment`: importing them takes a quarter of a second
+    from scipy.optimize import linprog
+
     n, m = cost.shape
-    rows = scipy.sparse.kron(scipy.sparse.eye_array(n), np.ones((1, m)))
-    columns = scipy.sparse.kron(np.ones((1, n)), scipy.sparse.eye_array(m))
-    constraints = scipy.sparse.vstack([rows, columns]).tocsr()[:-1]  # the last follows from the others
+    rows = sparse.kron(sparse.eye_array(n), np.ones((1, m)))
+    columns = sparse.kron(np.ones((1, n)), sparse.eye_array(m))
+    constraints = sparse.vstack([rows, columns]).tocsr()[:-1]  # the last follows from the others
     scale = 1 / max(abs(cost).max(), 1e-300)  # so that the solver's tolerances are relative
     found = linprog(cost.ravel() * scale, A_eq=constraints, b_eq=np.concatenate([alpha, beta])[:-1], method="highs")
     if found.x is None:
@@ -100,10 +100,10 @@ def _sinkhorn(cost: Any, alpha: Any, beta: Any, reg: Any) -> tuple[jax.Array, ja
     logs = jnp.log(alpha), jnp.log(beta)
 
     def rows(g: jax.Array) -> jax.Array:
-        return reg * (logs[0] - logsumexp((g - cost) / reg, axis=1))
+        return reg * (logs[0] - jax.nn.logsumexp((g - cost) / reg, axis=1))
 
     def columns(f: jax.Array) -> jax.Array:
-        return reg * (logs[1] - logsumexp((f[:, None] - cost) / reg, axis=0))
+        return reg * (logs[1] - jax.nn.logsumexp((f[:, None] - cost) / reg, axis=0))
 
     def plan(f: jax.Array, g: jax.Array) -> jax.Array:
         return jnp.exp((f[:, None] + g - cost) / reg)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
+from cfmerge.align.assignment import assigned
 from cfmerge.align.folding import Folds
 from cfmerge.align.groups import Groups, identity_match
 from cfmerge.align.moments import Moments
@@ -200,7 +200,7 @@ def _blocks(spaces: Spaces, space: str, similarity: np.ndarray, models: int) -> 
 
 def _assignment(scores: np.ndarray) -> np.ndarray:
     """The column of each row, each once, of the largest sum."""
-    return linear_sum_assignment(scores, maximize=True)[1]
+    return assigned(scores)[1]
 
 
 def _check_widths(space: str, own: Sequence[Spaces], names: Sequence[str]) -> None:

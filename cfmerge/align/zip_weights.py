@@ -23,6 +23,7 @@ from cfmerge.align.gains import check_model
 from cfmerge.align.permuting import Permutations, permute_tensor
 from cfmerge.align.weight_matching import search
 from cfmerge.errors import CfmergeError
+from cfmerge.formats.named import Chosen
 from cfmerge.models.spaces import Axis, Spaces, Use
 
 Models = Sequence[Mapping[str, Any]]
@@ -48,26 +49,10 @@ def matched_by_weights(
     }  # fmt: skip
     there = {name for line in axes.values() for axis in line for name in axis.spaces}
     known = Spaces(axes, {name: size for name, size in first.sizes.items() if name in there})
-    chosen = [_Chosen(model, axes) for model in models]
+    chosen = [Chosen(model, {name: name for name in axes}) for model in models]
     for name, model in zip(names, chosen, strict=True):
         check_model(known, model, repr(name))
     return [{}, *(search(known, chosen[0], other, seed=0).permutations for other in chosen[1:])]
-
-
-class _Chosen(Mapping[str, Any]):
-    """Some of a model's tensors, each read when it is asked for."""
-
-    def __init__(self, model: Mapping[str, Any], names: Mapping[str, Any]) -> None:
-        self.model, self.names = model, names
-
-    def __getitem__(self, name: str) -> Any:
-        return self.model[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def order_of_flow(spaces: Spaces, zipped: Sequence[str]) -> tuple[str, ...]:

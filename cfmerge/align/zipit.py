@@ -26,8 +26,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
+from cfmerge.align.assignment import assigned
 from cfmerge.align.groups import Groups
 from cfmerge.errors import CfmergeError
 
@@ -98,7 +98,7 @@ def permutation_match(similarity: Any, widths: int | Sequence[int], *, compat: s
         )
     parts = [np.arange(sizes[0])]
     for start, size in zip(np.cumsum(sizes)[:-1], sizes[1:], strict=True):
-        rows, columns = linear_sum_assignment(values[: sizes[0], start : start + size], maximize=True)
+        rows, columns = assigned(values[: sizes[0], start : start + size])
         parts.append(rows[np.argsort(columns)])
     return Groups(np.concatenate(parts), sizes, BIAS if compat == OFFICIAL else 0.0)
 

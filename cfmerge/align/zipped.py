@@ -104,7 +104,7 @@ class Zipped:
                 f"zip: it stops at {', '.join(self.stop_at)}, and behind it the models' features are not matched: they "
                 "have no common head; take model(NAME) or apply"
             )
-        if (differs := self._differing()) is not None:
+        if (differs := self.differing) is not None:
             shapes = " and ".join(str(np.shape(self.heads[name][differs])) for name in self.models)
             raise CfmergeError(f"zip: the heads have no mean: {differs!r} has the shapes {shapes}; take model(NAME)")
         heads = [self.heads[model] for model in self.models]
@@ -122,7 +122,7 @@ class Zipped:
                 compiled again.
             inputs: arrays or trees of arrays, the same for all models.
         """
-        fixed = _Static(self.models, tuple(self.table), self.layout, self._differing() is None)
+        fixed = _Static(self.models, tuple(self.table), self.layout, self.differing is None)
         trunk = {name: jnp.asarray(leaf) for name, leaf in self.trunk.items()}
         return _applied(function, fixed, trunk, {name: dict(own) for name, own in self.heads.items()}, inputs)
 
@@ -152,8 +152,9 @@ class Zipped:
         whole = dataclasses.replace(self, layout=None)
         return write(whole.joint() if head is None else self.tensors(head), Path(output), base, overwrite)
 
-    def _differing(self) -> str | None:
-        """A tensor whose shape differs between the heads."""
+    @property
+    def differing(self) -> str | None:
+        """A tensor whose shape differs between the heads, so that they have no mean; None: there is none."""
         first = self.heads[self.models[0]]
         for name, leaf in first.items():
             if any(np.shape(self.heads[other][name]) != np.shape(leaf) for other in self.models):

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cfmerge import align
-from cfmerge.align.source import Aligned, Alignment, Found, Tensors, check_same_sizes
+from cfmerge.align.source import Aligned, Alignment, Found, check_same_sizes
 from cfmerge.core.random import check_seed
 from cfmerge.errors import CfmergeError, NonFiniteError, nearest
 from cfmerge.formats import Source
 from cfmerge.formats.adapters import AdapterSource
+from cfmerge.formats.named import Chosen, Tensors
 from cfmerge.models import is_float
 from cfmerge.models.kinds import is_running
 from cfmerge.models.patterns import tell
@@ -222,7 +223,9 @@ def _check_finite(source: str, model: Model, spaces: Spaces) -> None:
 
 
 def _matched(how: Align, models: Mapping[str, Model], spaces: Spaces) -> Found:
-    tensors = {name: Tensors(one.source, {n: one.names[n] for n in spaces.axes}) for name, one in models.items()}
+    tensors = {
+        name: Chosen(Tensors(one.source), {n: one.names[n] for n in spaces.axes}) for name, one in models.items()
+    }
     others = [name for name in models if name != how.to]
     for one in models.values():
         one.source.prepare()
@@ -265,7 +268,7 @@ def _sweeps(count: int) -> str:
     return "1 sweep" if count == 1 else f"{count} sweeps"
 
 
-def _jointly(how: Align, tensors: Mapping[str, Tensors], spaces: Spaces) -> Found:
+def _jointly(how: Align, tensors: Mapping[str, Chosen], spaces: Spaces) -> Found:
     """All models matched at once; then all in the order of the reference."""
     if how.method == "many":
         own = align.merge_many(spaces, tensors, seed=how.seed, sweeps=how.sweeps, keep_mean=False)

@@ -1,48 +1,14 @@
 """Tensors in files of any format: read by name, and written."""
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import Folder, Source, TensorInfo, Totals, open_checkpoint, open_sink
+from cfmerge.formats import Folder, Totals, open_checkpoint, open_sink
 from cfmerge.formats.arrays import ArraysSource, named_arrays
 from cfmerge.formats.containers import FORMATS
+from cfmerge.formats.named import Tensors
 from cfmerge.recipe import parse_size
-
-
-class Tensors(Mapping[str, np.ndarray]):
-    """A model's tensors by name, each read when it is asked for: read-only, of a mapped file as a view.
-
-    Attributes:
-        source: the model as `open_checkpoint` opens it.
-        tensors: `{name: header}`, with `shape` and `dtype`; `config`, `metadata`: the model's.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.tensors: Mapping[str, TensorInfo] = source.tensors
-        self.config: Mapping[str, Any] = source.config
-        self.metadata: Mapping[str, str] = source.metadata
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.tensors:
-            raise KeyError(name)
-        return self.source.read(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} tensors of {self.source.path}>"
 
 
 def open(source: str | Path, **how: Any) -> Tensors:

@@ -4,12 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cfmerge import align
-from cfmerge.align.source import Tensors
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.formats import Source, open_checkpoint
+from cfmerge.formats.named import Tensors
 from cfmerge.formats.outputs import format_by_name
 from cfmerge.formats.staged import StagedDirectory, StagedFile
 from cfmerge.models.space_tables import describe, read_table
@@ -79,12 +77,12 @@ def zip_checkpoints(
         raise CfmergeError(f"zip: all spaces of {first!r} are inputs or outputs: there is nothing to zip")
     zipped = align.zip_models(
         own,
-        {name: Tensors(source, {tensor: tensor for tensor in source.tensors}) for name, source in sources.items()},
+        {name: Tensors(source) for name, source in sources.items()},
         align.Moments.load(Path(moments)) if moments is not None else "weights",
         stop_at=stop_at,
         **options,
     )
-    if stop_at is None and (head is not None or _alike(zipped)):
+    if stop_at is None and (head is not None or zipped.differing is None):
         zipped.write(output, models[head or first], head, overwrite=overwrite)
     else:
         zipped.save(output, overwrite=overwrite)
@@ -96,11 +94,6 @@ def _check_output(output: Path, overwrite: bool, sources: Iterable[Source]) -> N
     staged = StagedDirectory if format_by_name(output, None) is None else StagedFile
     inputs = [path for source in sources for path in (*source.files, source.path)]
     staged(output, overwrite=overwrite, inputs=inputs).check()
-
-
-def _alike(zipped: align.Zipped) -> bool:
-    """Whether the heads have one shape, so that their mean is a head."""
-    return len({tuple(np.shape(leaf) for leaf in own.values()) for own in zipped.heads.values()}) == 1
 
 
 def _shapes(source: Source) -> dict[str, tuple[int, ...]]:

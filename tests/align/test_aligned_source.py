@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from cfmerge.align import parse_spaces, permute, random_permutations
-from cfmerge.align.source import Aligned, Alignment, Found, Tensors, check_same_sizes
+from cfmerge.align.source import Aligned, Alignment, Found, check_same_sizes
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
+from cfmerge.formats.named import Chosen, Tensors
 
 TABLE = {"up": "hidden, in -", "bias": "hidden", "down": "-, in hidden", "conv": "hidden, in -, -", "step": ""}
 SHAPES = {"up": (6, 4), "bias": (6,), "down": (3, 6), "conv": (6, 2, 5), "step": ()}
@@ -73,7 +74,7 @@ def test_another_process_recalls_what_one_has_found(model, spaces):
 
 def test_tensors_by_other_names_are_read_when_they_are_asked_for(model):
     tensors, source = model
-    lazy = Tensors(source, {"fc.weight": "up"})
+    lazy = Chosen(Tensors(source), {"fc.weight": "up"})
     assert (list(lazy), len(lazy)) == (["fc.weight"], 1)
     np.testing.assert_array_equal(lazy["fc.weight"], tensors["up"])
 
