@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from cfmerge.products.accumulate import accumulate as accumulate
     from cfmerge.products.accumulate import solve as solve
     from cfmerge.products.convert import convert as convert
+    from cfmerge.products.diagnose import diagnose as diagnose
+    from cfmerge.products.diagnose import diagnose_recipe as diagnose_recipe
     from cfmerge.products.files import open as open
     from cfmerge.products.files import save as save
     from cfmerge.products.in_memory import merge_params as merge_params
@@ -75,6 +77,8 @@ _PUBLIC = {
     "accumulate": "cfmerge.products.accumulate",
     "solve": "cfmerge.products.accumulate",
     "convert": "cfmerge.products.convert",
+    "diagnose": "cfmerge.products.diagnose",
+    "diagnose_recipe": "cfmerge.products.diagnose",
     "load": "cfmerge.products.loading",
     "Statistics": "cfmerge.statistics",
     "grid": "cfmerge.products.sweep",

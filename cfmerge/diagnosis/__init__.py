@@ -1,0 +1,16 @@
+"""What experts tell of themselves: numbers of every tensor, findings in plain words, and which method they ask for.
+
+    result.py       the data: `Diagnosis`, `Measured`, `Finding`, `Recommendation`
+    measuring.py    the numbers of one tensor, from the base and all deltas at once
+    collecting.py   these numbers, out of what a pass over a model gives, as `Measured`
+    reading.py      numbers of the whole model that findings rest on
+    findings.py     the findings, gravest first
+    recommending.py the recommendation
+
+All of it is pure: arrays in, arrays and words out. `cfmerge.diagnose` (products/diagnose.py) reads the files.
+"""
+
+from cfmerge.diagnosis.result import Diagnosis as Diagnosis
+from cfmerge.diagnosis.result import Finding as Finding
+from cfmerge.diagnosis.result import Measured as Measured
+from cfmerge.diagnosis.result import Recommendation as Recommendation
