@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import yaml
 
 from cfmerge import methods
 from cfmerge import recipe as recipes
@@ -103,7 +104,7 @@ def _to_merge(recipe: Recipe, name: str, how: dict[str, Any]) -> Merge:
     facts = {"Reads": _size(plan.bytes_to_read), "Writes": _size(plan.bytes_to_write)}
     return Merge(
         name, False, plan.method.name, _about(plan.method.name), [spec.name for spec in plan.expert_specs],
-        recipe.brief().strip(), recipe.to_yaml().strip(), _counts(plan), notes=plan.notes, lacking=lacking,
+        _brief(recipe), recipe.to_yaml().strip(), _counts(plan), notes=plan.notes, lacking=lacking,
         facts={**_of_tensors(_tensors(plan)), **facts}, inputs=sizes, versions=_used(), tensors=_tensors(plan),
         diagnosis=_without_notes(found, plan.notes),
     )  # fmt: skip
@@ -139,7 +140,7 @@ def _merged(path: Path, how: dict[str, Any]) -> Merge:
     method = plan.method.name if plan else recipe.method
     return Merge(
         path.name or str(path), True, method, card.about or _about(method), list(found.experts) if found else names,
-        recipe.brief().strip(), recipe.to_yaml().strip(), card.counts or (_counts(plan) if plan else ()),
+        _brief(recipe), recipe.to_yaml().strip(), card.counts or (_counts(plan) if plan else ()),
         warnings=card.warnings, notes=card.notes, lacking=lacking,
         facts={**_of_tensors(tensors), "Size": _size_of(path)}, inputs=files, versions=card.versions, tensors=tensors,
         diagnosis=_without_notes(found, card.notes), measured=merged,
@@ -291,6 +292,13 @@ def _product(shape: Sequence[int]) -> int:
 
 def _counts(plan: Plan) -> list[tuple[str, str, int]]:
     return [(kind, what, count) for (kind, what), count in sorted(plan.counts().items())]
+
+
+def _brief(recipe: Recipe) -> str:
+    """The recipe's YAML without keys that have their defaults, but with the method, whose default may change."""
+    plain, values = msgspec.to_builtins(Recipe("")), msgspec.to_builtins(recipe)
+    said = {key: value for key, value in values.items() if value != plain[key] or key == "method"}
+    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=100).strip()
 
 
 def _about(method: str) -> str:
