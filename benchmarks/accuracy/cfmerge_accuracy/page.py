@@ -14,6 +14,7 @@ from cfmerge.report.page.blocks import (
     Fold,
     Heat,
     Interval,
+    Items,
     Notice,
     Page,
     Panel,
@@ -56,8 +57,10 @@ def blocks_of(text: str) -> list[Block]:
 
 
 def _block(text: str) -> Block:
+    if text.startswith("- "):
+        return Items([line.removeprefix("- ") for line in text.splitlines()])
     if not text.startswith("|"):
-        return Prose("\n".join(re.sub(r"^- ", "", line) for line in text.splitlines()))
+        return Prose(text)
     head, rule, *rows = ([cell.strip().replace("\\|", "|") for cell in _cells(line)] for line in text.splitlines())
     left = next((place for place, cell in enumerate(rule) if cell.endswith(":")), len(rule))
     return Table("", head, rows, left=max(left, 1))
@@ -123,11 +126,14 @@ def _zoo(zoo: Results, place: int) -> Section:
         "Errors of layers' outputs": tables.excess(zoo, lines),
         "Estimated against true input covariances": tables.covariances(zoo),
         "The same methods in other packages": tables.peers(zoo),
-        "Failures and warnings": tables.failures(zoo),
     }
     sections = [
         Section(title, _captioned(blocks_of(text), f"{zoo.name}: {title}")) for title, text in parts.items() if text
     ]
+    if failures := tables.failures(zoo):
+        items = blocks_of(failures)
+        count = sum(len(one.texts) for one in items if isinstance(one, Items))
+        sections.append(Section("Failures and warnings", [Fold(f"{count} of them", items)]))
     methods = [_methods(zoo, setting) for setting in TITLES if zoo.lines(setting)]
     curves = _curves(zoo, place)
     return Section(zoo.name, blocks_of(tables.protocol(zoo)), [*methods, *curves, *sections])
@@ -218,8 +224,9 @@ def _figure(title: str, label: str, curves: plots.Curves, key: str, logarithmic:
 
 def _linear(linear: Row) -> list[Block]:
     blocks: list[Block] = [Prose(
-        "Linear regression tasks with known input covariances. Excess risk of the merged layer: 0 is perfect, 1 is what "
-        "a layer of zeros loses. The oracle is RegMean with the true covariances. Mean over seeds ± standard deviation."
+        "Linear regression tasks with known input covariances. Excess risk of the merged layer: 0 is perfect, 1 is "
+        "what a layer of zeros loses. The oracle is RegMean with the true covariances. Mean over seeds ± standard "
+        "deviation."
     )]  # fmt: skip
     blocks += _captioned(blocks_of(tables.linear_risks(linear.get("regimes", {}))), "Excess risk by regime")
     found = tables.linear_covariances(linear.get("covariances") or {})

@@ -85,6 +85,13 @@ class Prose:
 
 
 @dataclasses.dataclass(frozen=True)
+class Items:
+    """A list."""
+
+    texts: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Panel:
     """A drawing (an SVG element), its title, and its width in pixels."""
 
@@ -103,7 +110,7 @@ class Figure:
     table: Table | None = None
 
 
-Block = Notice | Table | Fold | Facts | Code | Prose | Figure
+Block = Notice | Table | Fold | Facts | Code | Prose | Items | Figure
 
 
 @dataclasses.dataclass(frozen=True)

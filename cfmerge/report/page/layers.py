@@ -5,9 +5,10 @@ Where the merged model was measured it is the last of the models of `tensors`, a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from cfmerge.report.page import depth
 from cfmerge.report.page.blocks import Figure, Panel, Section, Table
 from cfmerge.report.page.drawing import MERGED
-from cfmerge.report.page.plots import Line, heat, lines, number
+from cfmerge.report.page.plots import MINUS, Line, heat, lines, number
 
 if TYPE_CHECKING:
     from cfmerge.diagnosis import Measured
@@ -53,10 +54,8 @@ def without_last(tensors: Tensors) -> dict[str, Measured]:
 
 
 def _without_last(one: Measured) -> Measured:
-    import dataclasses
-
     count = len(one.norms)
-    cut: dict[str, Float[np.ndarray, "..."]] = {}
+    cut: dict[str, Any] = {}
     for field in dataclasses.fields(one):
         value = getattr(one, field.name)
         if isinstance(value, np.ndarray) and field.name != "base_spectrum":
@@ -147,7 +146,8 @@ def _cosines(tensors: Tensors, experts: Sequence[str]) -> Section:
         for t in range(len(experts)) for s in range(t)
     ]  # fmt: skip
     caption = (
-        "Between all pairs of experts, over the whole model: 1 is the same direction, 0 unrelated, −1 the opposite. "
+        f"Between all pairs of experts, over the whole model: 1 is the same direction, 0 unrelated, {MINUS}1 the "
+        "opposite. "
         "Overlaps compare where deltas read from and write to, without regard to signs; they are means over matrices."
     )
     table = Table("Cosines and overlaps, in numbers", ["experts", *known], rows, folded=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 60  # tensors up to which one table has all
 MOST = 3  # names that a finding lists
+TIMES = "\N{MULTIPLICATION SIGN}"
 GRADES: dict[str, tuple[Grade, str]] = {
     "grave": ("grave", "Grave."), "warning": ("warning", "Warning."), "fact": ("fact", "Fact."),
 }  # fmt: skip
@@ -112,12 +113,17 @@ def _summary(merge: Merge) -> list[Block]:
         checked = "or finding of the diagnosis asks" if merge.diagnosis else "asks"
         blocks.append(Notice("good", f"No warning {checked} for attention.", "Clear."))
     blocks += [Notice("note", text, "Note.") for text in merge.notes]
-    facts = {"Method": f"`{merge.method}`", "Experts": ", ".join(merge.experts) or "none", **merge.facts}
+    facts = {"Method": f"`{merge.method}`", "Experts": _named(merge.experts), **merge.facts}
     if findings:
         counts = Counter(one.severity for one in findings)
         facts["Findings"] = ", ".join(f"{count} {_word(grade, count)}" for grade, count in counts.items())
     blocks.append(Facts(facts))
     return [*blocks, *([Prose(merge.about)] if merge.about else [])]
+
+
+def _named(experts: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(experts) - most} more" if len(experts) > most else ""
+    return f"{', '.join(experts[:most])}{more}" if experts else "none"
 
 
 def _word(grade: str, count: int) -> str:
@@ -230,7 +236,7 @@ def _table(caption: str, tensors: Sequence[Tensor], numbers: Mapping[str, Measur
     head += ["relative norm", "conflicts", *(["kept"] if merged else [])] if numbers else []
     rows = []
     for one in tensors:
-        row = [one.name, one.kind, " × ".join(map(str, one.shape)) or "scalar", one.dtype, f"`{one.what}`"]
+        row = [one.name, one.kind, f" {TIMES} ".join(map(str, one.shape)) or "scalar", one.dtype, f"`{one.what}`"]
         rows.append([*row, *(_numbers(numbers.get(one.name), merged) if numbers else [])])
     return Table(caption, head, rows, left=5)
 

@@ -15,18 +15,20 @@ from cfmerge.report.page.drawing import TEXT, drawn, labelled, look, mark, svg_o
 WIDTH, HEIGHT = 340, 230  # pixels: a phone's width
 CROWDED = 40  # points from which a line has no markers
 ROOM = 27  # pixels of a cell from which it has its number
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 Line = tuple[int, Sequence[float], Sequence[float]]  # the number of its look, x, y
 
 
 def number(value: float, digits: int = 3) -> str:
     """A number in three digits, in powers of ten where it is very small or large; a dash where there is none."""
     if not math.isfinite(value):
-        return "–"
+        return DASH
+    value = float(f"{value:.{digits - 1}e}")
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, power = f"{value:.{digits - 1}e}".split("e")
-        return f"{mantissa.replace('-', '−')}e{int(power)}".replace("e-", "e−")
+        return f"{mantissa}e{int(power)}".replace("-", MINUS)
     places = max(digits - 1 - math.floor(math.log10(abs(value))), 0) if value else 0
-    return f"{value:,.{min(places, 4)}f}".replace("-", "−")
+    return f"{value:,.{min(places, 4)}f}".replace("-", MINUS)
 
 
 def lines(
@@ -110,11 +112,10 @@ def heat(title: str, names: Sequence[str], values: Float[np.ndarray, "T T"], *, 
     axes.spines[:].set_visible(False)
     for (row, column), value in np.ndenumerate(values):
         share = min(abs(value), 1.0) if math.isfinite(value) else 0.0
-        colour = mark("minus" if value < 0 else "plus")
-        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, alpha=share, linewidth=0))
-        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=mark("paper"), linewidth=2))
+        colour = (mark("minus" if value < 0 else "plus"), share)
+        axes.add_artist(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor=mark("paper"), linewidth=2))
         if side >= ROOM:
-            text = f"{value:.2f}".replace("-", "−") if math.isfinite(value) else "–"
+            text = f"{value:.2f}".replace("-", MINUS) if math.isfinite(value) else DASH
             axes.text(column + 0.5, row + 0.52, text, ha="center", va="center", fontsize=TEXT, color=mark("ink"))
     axes.set_xlim(0, count)
     axes.set_ylim(count, 0)
