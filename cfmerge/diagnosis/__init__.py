@@ -4,7 +4,9 @@
     measuring.py    the numbers of one tensor, from the base and all deltas at once
     collecting.py   these numbers, out of what a pass over a model gives, as `Measured`
     reading.py      numbers of the whole model that findings rest on
-    findings.py     the findings, gravest first
+    of_experts.py, of_ranks.py, of_tensors.py, words.py
+                    findings, each with its threshold
+    findings.py     all of them, gravest first
     recommending.py the recommendation
 
 All of it is pure: arrays in, arrays and words out. `cfmerge.diagnose` (products/diagnose.py) reads the files.

@@ -130,7 +130,7 @@ def diagnosed(
         place = {name: number for number, name in enumerate(plan.base.tensors)}
         found = dict(sorted(by_name.items(), key=lambda item: place.get(item[0].partition("[")[0], 0)))
         experts = tuple(spec.name for spec in plan.expert_specs)
-        findings = tuple(findings_of(experts, found))
+        findings = findings_of(experts, found)
         notes = (*plan.notes, *(str(one.message) for one in left_out), *_not_decomposed(others, largest))
         told = plan.work.base.told
         return Diagnosis(told, experts, found, findings, recommended(experts, found, findings), notes)
