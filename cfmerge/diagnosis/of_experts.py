@@ -64,20 +64,17 @@ def same_experts(read: Reading) -> Iterator[Finding]:
 
 
 def equals_base(read: Reading) -> Iterator[Finding]:
-    """Experts that are the base, or the base rounded."""
+    """Experts that are the base."""
     for t, name in enumerate(read.experts):
-        ranks = [float(one.ranks[t]) for one in read.matrices.values() if one.ranks is not None]
-        if read.norms[t] > 0 and (not ranks or max(ranks) > 0):
-            continue
-        share = float(read.norms[t] / read.base_norm) if read.base_norm else 0.0
-        why = f"its deltas are no more than rounding ({share:.1e} of the base's length)" if share else "nothing differs"
-        yield Finding(
-            "equals-base",
-            "grave",
-            f"expert {name!r} is the base: {why}. It adds nothing but its share of every mean; leave it out",
-            share,
-            (name,),
-        )
+        if read.norms[t] == 0:
+            yield Finding(
+                "equals-base",
+                "grave",
+                f"expert {name!r} is the base: 0 of {len(read.tensors)} tensors differ. It adds nothing but its share "
+                "of every mean; leave it out",
+                0.0,
+                (name,),
+            )
 
 
 def imbalance(read: Reading) -> Iterator[Finding]:

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cfmerge.diagnosis.choice import LOW
 from cfmerge.diagnosis.reading import Reading, common_dimension, groups
 from cfmerge.diagnosis.result import Finding, Measured
 from cfmerge.diagnosis.words import experts
 
-# Adapters have ranks of 1 to 64 in layers of 256 and more; fine-tuning in full leaves full rank but for rounding.
-LOW, MOST = 0.25, 0.75  # of the shorter side, in so large a share of the matrices that the expert changed
+MOST = 0.75  # of the matrices that an expert changed have a low rank: adapters may leave some of another shape out
 # Spaces of one start look drawn from about as many directions as they have, those of own starts from all.
 SHARED, OWN = 2.0, 0.25  # times the rank; of the inputs
 

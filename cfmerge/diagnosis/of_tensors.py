@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from cfmerge import methods
+from cfmerge.diagnosis.choice import GROWN
 from cfmerge.diagnosis.reading import Reading
 from cfmerge.diagnosis.result import Finding, Measured
 from cfmerge.diagnosis.words import experts, tensors
@@ -20,8 +20,7 @@ UNEVEN = 10.0  # a factor on all deltas is right for one end of so wide a range,
 def growth(read: Reading) -> Iterator[Finding]:
     """Matrices that least squares would blow up."""
     known = {name: one.growth for name, one in read.matrices.items() if one.growth is not None}
-    is_past, _ = methods.make("ace").notes["growth"]
-    past = sorted((name for name, value in known.items() if is_past(value)), key=lambda name: -known[name])
+    past = sorted((name for name, value in known.items() if value > GROWN), key=lambda name: -known[name])
     if not past:
         return
     most = float(known[past[0]])
