@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from diagnosis_parts import BIASES, IN, MATRICES, OUT, base, found, matrices, normal, numbers, unrelated
 
+from cfmerge.diagnosis.findings import findings_of
 from cfmerge.diagnosis.recommending import recommended
 
 NOTHING = [unrelated(0), unrelated(1), unrelated(2)]
@@ -163,11 +164,30 @@ def test_a_rank_above_a_quarter_is_not_low():
 # --- tensors -------------------------------------------------------------------------------------------------------
 
 
-def test_least_squares_of_adapters_from_one_start_grows():
-    told = found(adapters(own_inputs=False, own_outputs=True, rank=6))
-    assert "growth" in told
-    assert told["growth"].number > 2
-    assert told["growth"].tensors
+def almost_one_row(t):
+    """Deltas of full rank nearly all of whose energy lies along one row, almost the same in all experts."""
+
+    def delta(n, name):
+        row = normal(800 + n, 1, IN) + 0.1 * normal(810 + 10 * n + t, 1, IN)
+        return 0.01 * (normal(850 + 10 * n + t, OUT, 1) @ row + 0.03 * normal(900 + 10 * n + t, OUT, IN))
+
+    return matrices(delta)
+
+
+def test_least_squares_grows_where_experts_differ_in_small_directions_alone():
+    told = found([almost_one_row(t) for t in range(3)])["growth"]
+    assert told.severity == "grave"
+    assert told.number > 2
+    assert set(told.tensors) == set(MATRICES)
+
+
+def test_growth_in_a_few_matrices_is_a_warning():
+    deltas = [dict(one) for one in NOTHING]
+    for t, one in enumerate(deltas):
+        one[MATRICES[1]] = almost_one_row(t)[MATRICES[1]]
+    told = found(deltas)["growth"]
+    assert told.severity == "warning"
+    assert told.tensors == (MATRICES[1],)
 
 
 def test_least_squares_of_unrelated_experts_does_not_grow():
@@ -242,15 +262,11 @@ def test_layers_that_moved_alike_are_not():
 
 
 def recommendation(deltas):
-    from cfmerge.diagnosis.findings import findings_of
-
     tensors = numbers(deltas)
     return recommended(["a", "b", "c"], tensors, findings_of(["a", "b", "c"], tensors))
 
 
 def test_the_gravest_comes_first():
-    from cfmerge.diagnosis.findings import findings_of
-
     tensors = numbers([NOTHING[0], NOTHING[0], unrelated(3, length=0.5)])
     assert [one.severity for one in findings_of("abc", tensors)][:2] == ["grave", "warning"]
 
