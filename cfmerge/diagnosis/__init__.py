@@ -1,11 +1,15 @@
 """What experts tell of themselves: numbers of every tensor, findings in plain words, and which method they ask for.
 
     result.py       the data: `Diagnosis`, `Measured`, `Finding`, `Recommendation`
+    ranks.py        the rank of a delta, above the rounding of its dtype
     measuring.py    the numbers of one tensor, from the base and all deltas at once
-    collecting.py   these numbers, out of what a pass over a model gives, as `Measured`
+    collecting.py   these numbers, as a pass over a model finds them, as `Measured`
     reading.py      numbers of the whole model that findings rest on
-    findings.py     the findings, gravest first
-    recommending.py the recommendation
+    of_experts.py, of_ranks.py, of_tensors.py, words.py
+                    findings, each with its threshold
+    findings.py     all of them, gravest first
+    choice.py       the rule of `method: auto`
+    recommending.py the recommendation, by that rule
 
 All of it is pure: arrays in, arrays and words out. `cfmerge.diagnose` (products/diagnose.py) reads the files.
 """

@@ -27,9 +27,11 @@ def collected(parameter: Parameter, found: Mapping[str, Any], place: int | None 
     conflicts = np.divide(found["opposite"], both, out=np.zeros_like(both), where=both > 0)
     parts = named(parameter.name)
     layer = place if parameter.scanned and place is not None else parts.layer if parts else None
-    own = {name: np.asarray(found[name], np.float64) for name in OF_MATRICES if name in found}
+    own: dict[str, Any] = {name: np.asarray(found[name], np.float64) for name in OF_MATRICES if name in found}
     if "growth" in found:
-        own |= {"growth": float(found["growth"]), "directions": tuple(map(int, found["directions"]))}  # type: ignore[dict-item]
+        own["growth"] = float(found["growth"])
+        own["directions"] = tuple(map(int, found["directions"]))
+        own["sides"] = parameter.canonical[1:]
     return Measured(
         kind=str(parameter.kind),
         shape=parameter.shape if place is None else parameter.canonical[1:],
@@ -39,5 +41,5 @@ def collected(parameter: Parameter, found: Mapping[str, Any], place: int | None 
         inner_base=np.asarray(found["inner"], np.float64),
         gram=gram,
         conflicts=np.clip(conflicts, 0, 1),
-        **own,  # type: ignore[arg-type]
+        **own,
     )

@@ -16,20 +16,18 @@ The leading directions of the base are the fewest that hold half of `||W||^2`; t
 times the largest (and all beyond p); the lesser are between.
 """
 
-import math
-from typing import Any
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge import linalg
-from cfmerge.core.part import Method, Seen
+from cfmerge.core.part import Seen
+from cfmerge.diagnosis.choice import growth
+from cfmerge.diagnosis.ranks import rank_of, rounding
 
 HALF = 0.5  # of the base's energy, that its leading directions hold
 NULL = 3e-5  # of the largest squared singular value: what a Gram in float32 resolves up to 4096 x 4096
 SPECTRUM = 32  # singular values that are kept
-ROUNDING = math.sqrt(3 / (8 * math.log(2)) / 12)  # E[ulp^2] of a number spread evenly over its binade, in eps^2 w^2
 
 Numbers = dict[str, Array]
 
@@ -50,17 +48,12 @@ def entry_sums(seen: Seen) -> Numbers:
     }
 
 
-def matrix_numbers(seen: Seen, epsilons: tuple[float, ...], merging: Method) -> Numbers:
-    """The numbers of a canonical matrix, and its sums over entries.
-
-    Args:
-        epsilons: of the dtype that each expert's tensor is stored in; 0 where its delta came as factors.
-        merging: the method whose `growth` is told.
-    """
-    sums = entry_sums(seen)
+def matrix_numbers(seen: Seen) -> Numbers:
+    """The numbers of a canonical matrix, and its sums over entries."""
     norms = linalg.norm(seen.deltas, (1, 2))
     m, n = seen.base.shape
-    long = linalg.ratio(seen.deltas, norms) if m >= n else linalg.ratio(seen.deltas, norms).transpose(0, 2, 1)
+    units = linalg.ratio(seen.deltas, norms)
+    long = units if m >= n else units.transpose(0, 2, 1)
     grams = lax.map(linalg.gram, long)
     values = jnp.maximum(lax.map(_eigenvalues, grams), 0)
     sizes = linalg.norm(grams, (1, 2)).reshape(-1)
@@ -68,20 +61,16 @@ def matrix_numbers(seen: Seen, epsilons: tuple[float, ...], merging: Method) -> 
     flat = grams.reshape(len(grams), -1)
     short_side, long_side = linalg.matmul(flat, flat.T) * both, _long_side(long) * both
     k = min(m, n, SPECTRUM)
-    noise = jnp.stack([
-        eps * ROUNDING * linalg.norm(seen.base + delta).reshape(()) / math.sqrt(m * n)
-        for eps, delta in zip(epsilons, seen.deltas, strict=True)
-    ])  # fmt: skip
     return {
-        **sums,
+        **entry_sums(seen),
         "spectra": norms.reshape(-1, 1) * linalg.root(values[:, :k]),
         "stable_ranks": linalg.ratio(1.0, values[:, 0]),
         "effective_ranks": jnp.where(values[:, 0] > 0, jnp.exp(_entropy(values)), 0),
-        "ranks": _ranks(values, norms.reshape(-1), noise, (m, n)),
+        "ranks": lax.map(_rank, (values, seen.deltas + seen.base, norms)),
         "rows": short_side if m >= n else long_side,
         "columns": long_side if m >= n else short_side,
         **_in_the_base(seen.base, long, grams, k),
-        "growth": _growth(seen, merging),
+        "growth": growth(seen),
     }
 
 
@@ -93,12 +82,11 @@ def _entropy(shares: Float[Array, "T p"]) -> Float[Array, " T"]:
     return -jnp.sum(shares * jnp.log(jnp.where(shares > 0, shares, 1)), axis=1)
 
 
-def _ranks(values: Float[Array, "T p"], norms: Array, noise: Array, shape: tuple[int, int]) -> Float[Array, " T"]:
-    """How many singular values rounding does not make: of a matrix of independent entries the largest is at most about
-    `noise (sqrt(m) + sqrt(n))`."""
-    s = norms[:, None] * linalg.root(values)
-    bound = 1.1 * noise[:, None] * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
-    return jnp.sum((s > bound) & (values > NULL * values[:, :1]), axis=1).astype(values.dtype)
+def _rank(own: tuple[Float[Array, " p"], Float[Array, "m n"], Array]) -> Array:
+    """The rank of a delta above the rounding of its expert, from the shares of its energy."""
+    shares, expert, norm = own
+    noise = linalg.ratio(rounding(expert), norm.reshape(()))
+    return rank_of(shares, expert.size * noise**2)
 
 
 def _long_side(long: Float[Array, "T q p"]) -> Float[Array, "T T"]:
@@ -143,11 +131,3 @@ def _in_the_base(base: Float[Array, "m n"], long: Array, grams: Array, k: int) -
         "null": jnp.clip(changed - first - rest, 0, 1),
         "directions": counts,
     }
-
-
-def _growth(seen: Seen, merging: Method) -> Float[Array, ""]:
-    statistic = merging.init(seen.base)
-    for delta in seen.deltas:
-        statistic = merging.update(statistic, delta)
-    report: Any = merging.solve(statistic)[1]
-    return report["growth"]  # type: ignore[no-any-return]

@@ -36,6 +36,7 @@ class Measured:
         rows, columns: `<A_s, A_t> / (||A_s|| ||A_t||)` with `A = D^T D` (inputs) and `A = D D^T` (outputs).
         leading, lesser, null: the shares of `||D_t||^2` in the base's leading, lesser and null input directions.
         directions: how many input directions are leading, lesser and null.
+        sides: `(out, in)` of the canonical matrix.
         growth: how long ACE's merge is, at its defaults, see `cfmerge.least_squares.growth`.
     """
 
@@ -58,6 +59,7 @@ class Measured:
     lesser: Float[np.ndarray, " T"] | None = None
     null: Float[np.ndarray, " T"] | None = None
     directions: tuple[int, int, int] | None = None
+    sides: tuple[int, int] | None = None
     growth: float | None = None
 
     @property

@@ -1,14 +1,11 @@
 """`diagnose`: what a base and its experts tell before they are merged, in one pass over the files."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import msgspec
-import numpy as np
 
 from cfmerge import methods
 from cfmerge.diagnosis.collecting import collected
@@ -20,7 +17,7 @@ from cfmerge.engine import run
 from cfmerge.engine.placement import Devices, Placement, placement_of
 from cfmerge.engine.units import layer_name
 from cfmerge.errors import CfmergeError
-from cfmerge.methods import Measure, Method, Needs
+from cfmerge.methods import Measure, Method
 from cfmerge.models import Kind, is_buffer, is_float
 from cfmerge.models.patterns import tell as named
 from cfmerge.planning.work import Job, Progress, Work, silent
@@ -130,7 +127,7 @@ def diagnosed(
         place = {name: number for number, name in enumerate(plan.base.tensors)}
         found = dict(sorted(by_name.items(), key=lambda item: place.get(item[0].partition("[")[0], 0)))
         experts = tuple(spec.name for spec in plan.expert_specs)
-        findings = tuple(findings_of(experts, found))
+        findings = findings_of(experts, found)
         notes = (*plan.notes, *(str(one.message) for one in left_out), *_not_decomposed(others, largest))
         told = plan.work.base.told
         return Diagnosis(told, experts, found, findings, recommended(experts, found, findings), notes)
@@ -150,24 +147,16 @@ def _not_decomposed(jobs: Sequence[Job], largest: int) -> list[str]:
 
 def _of_matrices(work: Work, jobs: Sequence[Job], how: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
     """`(name, numbers)` of every canonical matrix."""
-    ace = methods.make("ace")
-    seeing = dataclasses.replace(
-        ace, name="diagnose", needs=Needs("matrix"), additive=False, by_rows=False, form=None, joint=False, call=None
+    ace = methods.make("ace")  # whose growth is told, so that it is its statistic that must fit the memory
+    seeing = dataclasses.replace(ace, additive=False, by_rows=False, form=None, joint=False, call=None)
+    found = run.measure(
+        _with(work, jobs, seeing), Measure(matrix_numbers, joint=True, by_tensor=True), **how
     )  # fmt: skip
-    grouped: dict[tuple[float, ...], list[Job]] = {}
-    for job in jobs:
-        grouped.setdefault(_epsilons(work, job), []).append(job)
-    for epsilons, own in grouped.items():
-        wanted = Measure(functools.partial(matrix_numbers, epsilons=epsilons, merging=ace), joint=True, by_tensor=True)
-        found = run.measure(_with(work, own, seeing), wanted, **how)
-        by_name = {job.name: job for job in own}
-        for (name, place), numbers in found.items():
-            job = by_name[name]
-            stacks = job.parameter.canonical[0] > 1
-            yield (
-                layer_name(name, place, job.parameter.canonical[0]),
-                collected(job.parameter, numbers, place if stacks else None),
-            )
+    by_name = {job.name: job.parameter for job in jobs}
+    for (name, place), numbers in found.items():
+        parameter = by_name[name]
+        count = parameter.canonical[0]
+        yield layer_name(name, place, count), collected(parameter, numbers, place if count > 1 else None)
 
 
 def _of_others(work: Work, jobs: Sequence[Job], how: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
@@ -189,16 +178,3 @@ def _with(work: Work, jobs: Sequence[Job], method: Method) -> Work:
         for job in jobs
     )  # fmt: skip
     return dataclasses.replace(work, jobs=seen)
-
-
-def _epsilons(work: Work, job: Job) -> tuple[float, ...]:
-    """The relative spacing of the numbers that each expert's tensor is stored in; 0 where its delta is of factors."""
-
-    def of(number: int, source: str | None) -> float:
-        model = work.experts[number].tensors
-        if source is None or model.rank(source) is not None:
-            return 0.0
-        dtype = model.tensors[source].dtype
-        return float(ml_dtypes.finfo(dtype).eps) if is_float(np.dtype(dtype).name) else 0.0
-
-    return tuple(of(number, source) for number, source in enumerate(job.sources))
