@@ -18,14 +18,14 @@ from cfmerge import recipe as recipes
 from cfmerge.diagnosis.findings import findings_of
 from cfmerge.diagnosis.recommending import recommended
 from cfmerge.diagnosis.result import Diagnosis
-from cfmerge.engine.placement import Devices
+from cfmerge.engine.placement import Devices, placement_of
 from cfmerge.errors import CfmergeError
 from cfmerge.formats import open_checkpoint
 from cfmerge.formats.composed import is_composed
 from cfmerge.models import classify
 from cfmerge.planning.experts import open_expert
-from cfmerge.planning.work import Progress
-from cfmerge.products.diagnose import diagnose_recipe
+from cfmerge.planning.work import Progress, silent
+from cfmerge.products.diagnose import LARGEST, diagnose_recipe, diagnosed, planned_to_diagnose
 from cfmerge.products.hashes import sha256
 from cfmerge.products.plan import Plan, make_plan
 from cfmerge.recipe import Expert, Recipe
@@ -94,7 +94,7 @@ def is_merged(path: Path) -> Path | None:
 
 def _to_merge(recipe: Recipe, name: str, how: dict[str, Any]) -> Merge:
     """A recipe, with the diagnosis of its models."""
-    plan = make_plan(recipe)
+    plan = _settled(make_plan(recipe), how)
     lacking, found = _diagnosed(recipe, how)
     sizes = [
         Input(role, weight, file.name, "", _size(file.stat().st_size))
@@ -134,6 +134,7 @@ def _merged(path: Path, how: dict[str, Any]) -> Merge:
                 f"{_list(other)}"
             )
         else:
+            plan = _settled(plan, how)
             lacking, found, merged = _with_merged(recipe, path, how)
     tensors = _tensors(plan) if plan else _of_output(path)
     names = [spec.name for spec in plan.expert_specs] if plan else [one.name for one in recipe.resolved_experts(0)]
@@ -170,6 +171,13 @@ def _card(path: Path) -> tuple[Card, Recipe]:
     return read_card(file.read_text() if path.is_dir() else ""), recipe
 
 
+def _settled(plan: Plan, how: dict[str, Any]) -> Plan:
+    """The plan with the methods that `auto` chooses, which takes a look at the deltas."""
+    if not any(job.method.chooses for job in plan.work.merged):
+        return plan
+    return plan.attempted(how["memory"], lambda ready, limit, left_out: ready, placement_of(how["devices"]))
+
+
 def _with_merged(recipe: Recipe, path: Path, how: dict[str, Any]) -> tuple[list[str], Diagnosis | None, Any]:
     """What is lacking, the diagnosis of the experts, and the numbers of experts and merged model."""
     reason = _apart(recipe)
@@ -180,7 +188,9 @@ def _with_merged(recipe: Recipe, path: Path, how: dict[str, Any]) -> tuple[list[
             msgspec.structs.replace(one, rename=[*one.rename, *recipe.rename]) for one in recipe.resolved_experts(0)
         ]
         try:
-            found = diagnose_recipe(msgspec.structs.replace(recipe, experts=[*experts, merged], rename=[]), **how)
+            asked = msgspec.structs.replace(recipe, experts=[*experts, merged], rename=[])
+            where, progress = placement_of(how["devices"]), how["progress"] or silent
+            found = diagnosed(planned_to_diagnose(asked), LARGEST, how["memory"], where, progress, beside=1)
             if found.experts[-1:] == (OURS,):
                 return [], _split(found), found.tensors
             reason = "it holds NaN or infinity"
@@ -207,7 +217,7 @@ def _diagnosed(recipe: Recipe, how: dict[str, Any]) -> tuple[list[str], Diagnosi
 def _split(found: Diagnosis) -> Diagnosis:
     """The diagnosis of the experts alone, out of one in which the merged model is the last."""
     experts, tensors = found.experts[:-1], without_last(found.tensors)
-    findings = tuple(findings_of(experts, tensors))
+    findings = findings_of(experts, tensors)
     notes = tuple(note for note in found.notes if OURS not in note)
     return Diagnosis(found.base, experts, tensors, findings, recommended(experts, tensors, findings), notes)
 

@@ -163,7 +163,7 @@ def _spectra(tensors: Tensors, found: Sequence[depth.Run], experts: Sequence[str
         assert spectra is not None
         series: dict[str, Line] = {}
         for (label, look), values in zip(names, spectra, strict=True):
-            shown = [float(value) if value > 1e-4 * spectra.max() else math.nan for value in values]
+            shown = [float(value) if value > 1e-3 * spectra.max() else math.nan for value in values]
             series[label] = (look, list(range(1, len(shown) + 1)), shown)
             rows.append([f"{name}, {label}", *(number(float(value)) for value in values[:6])])
         panels.append(lines(_short(name), series, key=f"spectra-{place}", x="singular value", logarithmic=True))

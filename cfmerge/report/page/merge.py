@@ -154,11 +154,11 @@ def _code(text: str, field: str) -> str:
 
 def _diagnosis(found: Diagnosis) -> list[Block]:
     told = found.recommendation
-    method = f"`{told.method}`" if told.method else "No merge"
-    without = f" Leave out: {', '.join(told.without)}." if getattr(told, "without", ()) else ""
-    evidence = f" {told.evidence}" if told.evidence else ""
-    blocks: list[Block] = [Notice("good" if told.method else "grave", f"{method}. {told.reason}{evidence}{without}",
-                                  "Recommended:" if told.method else "")]  # fmt: skip
+    method = f"`{told.method}`." if told.method else "no merge."
+    without = f"Leave out: {', '.join(told.without)}." if told.without else ""
+    evidence = f"Measured in {told.evidence}." if told.evidence else ""
+    said = [method, _sentence(told.reason.removeprefix("no merge: ")), evidence, without]
+    blocks: list[Block] = [Notice("good" if told.method else "grave", " ".join(filter(None, said)), "Recommended:")]
     blocks += [_finding(one) for one in found.findings]
     if not found.findings:
         blocks.append(Prose("Nothing stands out."))
@@ -175,7 +175,12 @@ def _finding(one: Finding) -> Notice:
     if names and not all(name in one.text for name in names):
         more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
         shown = f"\nTensors: {', '.join(f'`{name}`' for name in names[:MOST])}{more}."
-    return Notice(grade, one.text + shown, label)
+    return Notice(grade, _sentence(one.text) + shown, label)
+
+
+def _sentence(text: str) -> str:
+    """The text with a capital and a full stop."""
+    return f"{text[0].upper()}{text[1:]}{'' if text[-1] in '.?!' else '.'}" if text else ""
 
 
 def _by_expert(found: Diagnosis) -> Table:
