@@ -199,7 +199,7 @@ def of_pairs(found: "Diagnosis") -> Table:
 def _number(values: Sequence[float | None], form: str, join: Callable[..., Any] = np.median) -> str:
     """The median of those values that are known; empty where none is."""
     known = [value for value in values if value is not None]
-    return f"{join(known):{form}}" if known else ""
+    return (f"{join(known):{form}}" if known else "").replace("-0.00", "0.00")
 
 
 def _at(values: Any, place: Any) -> float | None:

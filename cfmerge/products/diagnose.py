@@ -71,7 +71,20 @@ def diagnose_recipe(
     devices: Devices = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """The diagnosis of the models that a recipe names; see `diagnose`."""
+    """The diagnosis of the models that a recipe names, whatever its method; see `diagnose`.
+
+        >>> recipe = cfmerge.Recipe(base="base", experts=["math", "code"], method="ties")
+        >>> found = cfmerge.diagnose_recipe(recipe, largest=0)  # no matrix is decomposed
+        >>> found.tensors["layer.weight"].ranks is None
+        True
+
+    Args:
+        recipe: base, experts and options.
+        largest, memory, devices, progress: as in `diagnose`.
+
+    Raises:
+        CfmergeError: bad input; NaN or infinity in a model.
+    """
     where = placement_of(devices)  # before JAX is used: a processor's devices are counted then
     return diagnosed(planned_to_diagnose(recipe), largest, memory, where, progress or silent)
 
