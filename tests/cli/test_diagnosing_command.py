@@ -22,13 +22,16 @@ def run(*arguments):
     return done.stdout
 
 
-def test_tables_findings_and_a_command_that_can_be_pasted(family, monkeypatch):
+def test_tables_findings_and_a_command_that_can_be_pasted(tmp_path, make_model, llama, monkeypatch):
+    tensors = [{name: one for name, one in llama(number).items() if "mlp" not in name} for number in range(4)]
+    base, *experts = [make_model(tmp_path / "in" / f"m{number}", own) for number, own in enumerate(tensors)]
+
     def narrow():
         return Console(width=80, force_terminal=True, no_color=True, emoji=False, highlight=False)
 
     for module in (diagnosing, messages):
         monkeypatch.setattr(module, "out", narrow)
-    printed = run(family.base, *family.experts, family.experts[0])
+    printed = run(base, *experts, experts[0])
     lines = [line.replace("\x1b[1m", "").replace("\x1b[2m", "").replace("\x1b[0m", "") for line in printed.splitlines()]
     assert all(len(line) <= 80 for line in lines if not line.startswith(("cfmerge merge", "base ")))
     text = "\n".join(lines)
