@@ -145,11 +145,11 @@ def test_adapters_with_one_random_factor_have_one_start():
     assert told["shared-start"].severity == "warning"
     assert told["shared-start"].experts == ("a", "b", "c")
     assert told["shared-start"].number > 0.7
-    assert "spaces of inputs coincide" in told["shared-start"].text
+    assert "input directions come from one space" in told["shared-start"].text
 
 
 def test_a_start_may_be_shared_on_the_side_of_the_outputs():
-    assert "spaces of outputs coincide" in found(adapters(own_outputs=False))["shared-start"].text
+    assert "output directions come from one space" in found(adapters(own_outputs=False))["shared-start"].text
 
 
 def test_full_rank_is_not_low():
