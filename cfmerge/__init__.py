@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cfmerge.products.plan import Plan as Plan
     from cfmerge.products.plan import make_plan as make_plan
     from cfmerge.products.plan import plan as plan
+    from cfmerge.products.report import make_report as make_report
     from cfmerge.products.state_dicts import merge_state_dicts as merge_state_dicts
     from cfmerge.products.sweep import grid as grid
     from cfmerge.products.sweep import sweep as sweep
@@ -74,6 +75,7 @@ _PUBLIC = {
     "Plan": "cfmerge.products.plan",
     "make_plan": "cfmerge.products.plan",
     "plan": "cfmerge.products.plan",
+    "make_report": "cfmerge.products.report",
     "accumulate": "cfmerge.products.accumulate",
     "solve": "cfmerge.products.accumulate",
     "convert": "cfmerge.products.convert",

@@ -48,8 +48,14 @@ def entry_sums(seen: Seen) -> Numbers:
     }
 
 
-def matrix_numbers(seen: Seen) -> Numbers:
-    """The numbers of a canonical matrix, and its sums over entries."""
+def matrix_numbers(seen: Seen, beside: int = 0) -> Numbers:
+    """The numbers of a canonical matrix, and its sums over entries.
+
+    Args:
+        beside: so many of the last models are not among those that would be merged: `growth` is without them.
+    """
+    merged = seen._replace(deltas=seen.deltas[: len(seen.deltas) - beside])
+    merged = merged._replace(weights=seen.weights[: len(merged.deltas)])
     norms = linalg.norm(seen.deltas, (1, 2))
     m, n = seen.base.shape
     units = linalg.ratio(seen.deltas, norms)
@@ -70,7 +76,7 @@ def matrix_numbers(seen: Seen) -> Numbers:
         "rows": short_side if m >= n else long_side,
         "columns": long_side if m >= n else short_side,
         **_in_the_base(seen.base, long, grams, k),
-        "growth": growth(seen),
+        "growth": growth(merged),
     }
 
 

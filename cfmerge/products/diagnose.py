@@ -1,6 +1,7 @@
 """`diagnose`: what a base and its experts tell before they are merged, in one pass over the files."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,14 @@ def _is_untouched(job: Job) -> bool:
 
 
 def diagnosed(
-    plan: Plan, largest: int, memory: str | int | None, where: Placement, progress: Progress = silent
+    plan: Plan,
+    largest: int,
+    memory: str | int | None,
+    where: Placement,
+    progress: Progress = silent,
+    beside: int = 0,
 ) -> Diagnosis:
-    """The diagnosis of a plan's models."""
+    """The diagnosis of a plan's models, of which so many of the last are measured `beside` those that are merged."""
 
     def do(plan: Plan, limit: int, left_out: Sequence[Any]) -> Diagnosis:
         jobs = to_measure(plan)
@@ -136,7 +142,7 @@ def diagnosed(
         names = {job.name for job in spectral}
         others = [job for job in jobs if job.name not in names]
         how = {"memory": limit, "placement": where, "progress": progress}
-        by_name = dict(_of_matrices(plan.work, spectral, how)) | dict(_of_others(plan.work, others, how))
+        by_name = dict(_of_matrices(plan.work, spectral, beside, how)) | dict(_of_others(plan.work, others, how))
         place = {name: number for number, name in enumerate(plan.base.tensors)}
         found = dict(sorted(by_name.items(), key=lambda item: place.get(item[0].partition("[")[0], 0)))
         experts = tuple(spec.name for spec in plan.expert_specs)
@@ -158,13 +164,12 @@ def _not_decomposed(jobs: Sequence[Job], largest: int) -> list[str]:
     return [f"{named(left)}: not decomposed, its shorter side is over {largest}: no ranks and spectra"] if left else []
 
 
-def _of_matrices(work: Work, jobs: Sequence[Job], how: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
+def _of_matrices(work: Work, jobs: Sequence[Job], beside: int, how: dict[str, Any]) -> Iterator[tuple[str, Measured]]:
     """`(name, numbers)` of every canonical matrix."""
     ace = methods.make("ace")  # whose growth is told, so that it is its statistic that must fit the memory
     seeing = dataclasses.replace(ace, additive=False, by_rows=False, form=None, joint=False, call=None)
-    found = run.measure(
-        _with(work, jobs, seeing), Measure(matrix_numbers, joint=True, by_tensor=True), **how
-    )  # fmt: skip
+    numbers_of = functools.partial(matrix_numbers, beside=beside) if beside else matrix_numbers
+    found = run.measure(_with(work, jobs, seeing), Measure(numbers_of, joint=True, by_tensor=True), **how)
     by_name = {job.name: job.parameter for job in jobs}
     for (name, place), numbers in found.items():
         parameter = by_name[name]
