@@ -1,31 +1,37 @@
 """The parts of pages that come from the package, so that they cannot go stale: markers are comments in the pages.
 
     <!-- site: parameters -->   on `docs/methods/NAME.md`: the parameters of that method, out of the registry
+    <!-- site: facts -->        there too: on which tensors it works, what it holds, what it asks for
     <!-- site: evidence -->     there too: its rows of `docs/results/overview.md`, beside the best of each column
     <!-- site: commands -->     every command of the command line, with its options
-    <!-- site: methods -->      every method and transform with its summary and its page
+    <!-- site: public ROOM -->  the public names of `cfmerge.ROOM`, or without a room of `cfmerge`, for mkdocstrings
+    <!-- site: factories -->    the registered methods and transforms, likewise
 """
 
 import functools
+import importlib
 import re
+import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-MARKER = re.compile(r"^<!-- site: (\w+) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- site: (\w+) ?(\w*) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """The page with its markers replaced; one that is not known raises."""
     docs = Path(config.docs_dir)
     name = Path(page.file.src_uri).stem
-    made: dict[str, Callable[[], str]] = {
-        "parameters": lambda: parameters(name),
-        "evidence": lambda: evidence(name, (docs / "results/overview.md").read_text()),
-        "commands": commands,
-        "methods": methods,
+    made: dict[str, Callable[[str], str]] = {
+        "parameters": lambda _: parameters(name),
+        "facts": lambda _: facts(name),
+        "evidence": lambda _: evidence(name, (docs / "results/overview.md").read_text()),
+        "commands": lambda _: commands(),
+        "public": public,
+        "factories": lambda _: objects("cfmerge.methods", registered()),
     }
-    return MARKER.sub(lambda match: made[match[1]](), markdown)
+    return MARKER.sub(lambda match: made[match[1]](match[2]), markdown)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -35,11 +41,50 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def parameters(name: str) -> str:
-    """The method's parameters, their defaults, and in which ways they may differ."""
+SCOPES = {
+    "matrix": "matrices and convolutions; other tensors get the mean of the deltas",
+    "tensor": "whole tensors of any shape",
+    "entry": "tensors of any shape, entry by entry",
+}
+
+
+def facts(name: str) -> str:
+    """What the method, at its defaults, says of itself in the fields of `Method` and `Needs`."""
+    from cfmerge.core.part import Method
+
+    part = cfmerge_methods().registry()[name].factory()
+    needs = part.needs
+    told = ["Method" if isinstance(part, Method) else "Transform", SCOPES[needs.scope]]
+    least, most = needs.experts
+    if isinstance(part, Method) and most != 1:
+        streamed = "experts are streamed, can be added and [forgotten](../statistics.md)"
+        told.append(streamed if part.additive else "no sum over the experts")
+    if most == 1 or least > 1:
+        told.append("one expert" if most == 1 else f"{least} experts" if most == least else f"at least {least} experts")
+    if needs.weights != "any":
+        told.append({"none": "weights have no meaning", "positive": "weights must be positive"}[needs.weights])
+    if needs.moments:
+        told.append("a [measurement](measured.md) of each expert")
+    if part.survey is not None:
+        told.append("reads the files more than once")
+    if needs.ordered:
+        told.append("the experts' order counts")
+    if needs.random:
+        told.append("random, by the seed")
+    if part.joint:
+        told.append("adapters at the cost of [their ranks](adapters.md)")
+    return "*" + " · ".join(told) + ".*"
+
+
+def cfmerge_methods() -> Any:
     import cfmerge
 
-    entry = cfmerge.methods.registry()[name]
+    return cfmerge.methods
+
+
+def parameters(name: str) -> str:
+    """The method's parameters, their defaults, and in which ways they may differ."""
+    entry = cfmerge_methods().registry()[name]
     if not entry.signature:
         return "None."
     rows = [
@@ -88,15 +133,30 @@ def _number(cell: str) -> float:
     return float(cell) if re.fullmatch(r"-?[\d.]+", cell) else float("-inf")
 
 
-def methods() -> str:
-    """All methods and transforms, each with a link to its page."""
+def registered() -> list[str]:
+    return list(cfmerge_methods().registry())
+
+
+def public(room: str) -> str:
+    """The public functions and classes of a room; of methods, those with which methods are written."""
     import cfmerge
 
-    told = []
-    for kind in ("method", "transform"):
-        rows = [[f"[{name}]({name}.md)", entry.summary] for name, entry in cfmerge.methods.registry(kind).items()]
-        told.append(f"### All {kind}s\n\n" + table([kind, ""], rows))
-    return "\n\n".join(told)
+    module = importlib.import_module(f"cfmerge.{room}") if room else cfmerge
+    names = cfmerge.__all__ if not room else vars(module)
+    found = {name: getattr(module, name) for name in names if not name.startswith("_")}
+    own = [
+        name
+        for name, value in found.items()
+        if not isinstance(value, types.ModuleType)
+        and (not room or getattr(value, "__module__", "").startswith("cfmerge."))
+        and not (room == "methods" and name in registered())
+    ]
+    return objects(module.__name__, own)
+
+
+def objects(module: str, names: Iterable[str]) -> str:
+    """The names as mkdocstrings takes them."""
+    return "\n\n".join(f"::: {module}.{name}" for name in names)
 
 
 @functools.cache
