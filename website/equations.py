@@ -38,6 +38,7 @@ def mathml(latex: str, block: bool) -> str:
     wrong = WRONG.search(made)
     if wrong:
         raise ValueError(f"{wrong[0]!r} is left in its translation")
+    made = made.replace('mathvariant="bold"', 'style="font-weight: bold"')
     made = WORD.sub(lambda word: word[0] if word[1] in LIMITS else f"<mi>{word[1]}</mi>", made)
     if not block:
         return made
