@@ -33,7 +33,7 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
 
 def mathml(latex: str, block: bool) -> str:
     """One equation as MathML, a displayed one in a box that scrolls where the screen is narrow."""
-    known = latex.replace("{aligned}", "{split}")
+    known = latex.replace("{aligned}", "{split}").replace(r"\{", r"\lbrace ").replace(r"\}", r"\rbrace ")
     made = convert(known, display="block" if block else "inline")
     wrong = WRONG.search(made)
     if wrong:

@@ -65,7 +65,7 @@ def facts(name: str) -> str:
         told.append({"none": "weights have no meaning", "positive": "weights must be positive"}[needs.weights])
     if needs.moments:
         told.append("a [measurement](measured.md) of each expert")
-    if part.survey is not None:
+    if part.survey is not None or getattr(part, "chooses", False):
         told.append("reads the files more than once")
     if needs.ordered:
         told.append("the experts' order counts")

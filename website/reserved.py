@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-RESERVED = ("auto.md", "diagnose.md", "report.md", "published.md", "results/fresh.md")
+RESERVED = ("diagnose.md", "report.md", "published.md", "results/fresh.md")
 
 
 def on_config(config: Any) -> Any:
