@@ -1,11 +1,11 @@
 """The parts of pages that come from the package, so that they cannot go stale: markers are comments in the pages.
 
-    <!-- site: parameters -->   on `docs/methods/NAME.md`: the parameters of that method, out of the registry
-    <!-- site: facts -->        there too: on which tensors it works, what it holds, what it asks for
-    <!-- site: evidence -->     there too: its rows of `docs/results/overview.md`, beside the best of each column
-    <!-- site: commands -->     every command of the command line, with its options
-    <!-- site: public ROOM -->  the public names of `cfmerge.ROOM`, or without a room of `cfmerge`, for mkdocstrings
-    <!-- site: factories -->    the registered methods and transforms, likewise
+<!-- site: parameters -->   on `docs/methods/NAME.md`: the parameters of that method, out of the registry
+<!-- site: facts -->        there too: on which tensors it works, what it holds, what it asks for
+<!-- site: evidence -->     there too: its rows of `docs/results/overview.md`, beside the best of each column
+<!-- site: commands -->     every command of the command line, with its options
+<!-- site: public ROOM -->  the public names of `cfmerge.ROOM`, or without a room of `cfmerge`, for mkdocstrings
+<!-- site: factories -->    the registered methods and transforms, likewise
 """
 
 import functools
@@ -88,7 +88,8 @@ def parameters(name: str) -> str:
     if not entry.signature:
         return "None."
     rows = [
-        [f"`{key}`", f"`{_shown(parameter.default)}`", entry.describe(key)] for key, parameter in entry.signature.items()
+        [f"`{key}`", f"`{_shown(parameter.default)}`", entry.describe(key)]
+        for key, parameter in entry.signature.items()
     ]
     varied = {mark: [f"`{key}`" for key in entry.signature if _bears(entry.factory, key, mark)] for mark in range(2)}
     told = [table(["parameter", "default", ""], rows)]
@@ -189,7 +190,9 @@ def _command(path: list[str], command: Any) -> Iterable[str]:
 def _option(parameter: Any) -> list[str]:
     names = parameter.opts if parameter.param_type_name == "option" else [parameter.make_metavar_shown()] \
         if hasattr(parameter, "make_metavar_shown") else [parameter.metavar or parameter.name.upper()]  # fmt: skip
-    value = "" if getattr(parameter, "is_flag", False) or parameter.param_type_name == "argument" else (
-        parameter.metavar or parameter.type.name.upper()
+    value = (
+        ""
+        if getattr(parameter, "is_flag", False) or parameter.param_type_name == "argument"
+        else (parameter.metavar or parameter.type.name.upper())
     )
     return [", ".join(f"`{name}`" for name in names), f"`{value}`" if value else "", parameter.help or ""]

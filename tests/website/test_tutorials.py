@@ -22,6 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [f"{folder}/{page.stem}" for folder in ("tutorials", "howto") for page in sorted((DOCS / folder).glob("*.md"))]
 TRAINING = ["tutorials/flax"]  # run by -m long, and as examples/flax_pipeline.py
+DEAR = ["tutorials/adapters", "howto/adapters", "howto/parts"]  # whose merges are planned; run by -m long
 HUB = {"Qwen/Qwen2.5-0.5B": 0, "Qwen/Qwen2.5-0.5B-Instruct": 1, "Qwen/Qwen2.5-Coder-0.5B-Instruct": 2}
 Q = "model.layers.{}.self_attn.q_proj"
 
@@ -45,7 +46,13 @@ def adapter(path: Path, seed: int) -> None:
         },
         path / "adapter_model.safetensors",
     )
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "base_model_name_or_path": "b"}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": "b",
+    }
     (path / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -82,7 +89,7 @@ def cheaply(text: str) -> str:
         cheap = re.fullmatch(r"average|linear|task_arithmetic.*", method)
         return match[0] if cheap else f"{match[1]}'{label}task_arithmetic(scale=0.{next(scales)})'"
 
-    return re.sub(r"(-m |^method: )('?)([^'\n ]+(?: >> [^'\n ]+)*)\2", other, text, flags=re.MULTILINE)
+    return re.sub(r"""(-m |^method: )(["']?)((?:(?!\2)[^\n])+?|[^"'\s]+)\2(?=\s|$)""", other, text, flags=re.MULTILINE)
 
 
 def run_all(page: str, world: Path, change) -> None:
@@ -99,9 +106,20 @@ def run_all(page: str, world: Path, change) -> None:
             exec(compile(text, f"{page}.md", "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in TRAINING])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in [*TRAINING, *DEAR]])
 def test_the_blocks_run(page, world):
     run_all(page, world, cheaply)
+
+
+@pytest.mark.parametrize("page", DEAR)
+def test_merges_can_be_planned(page, world):
+    for kind, text in blocks(page):
+        first = text.partition("\n")[0]
+        if kind == "yaml" and first.startswith("# "):
+            (world / first[2:]).write_text(text)
+        for line in text.replace("\\\n", " ").splitlines() if kind == "sh" else ():
+            planned = re.sub(r" -o \S+", "", line.replace("cfmerge merge", "cfmerge plan"))
+            run(planned if "--no-calibration" in planned else f"{planned} --no-calibration")
 
 
 @pytest.mark.long
