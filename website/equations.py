@@ -12,14 +12,11 @@ from latex2mathml.converter import convert
 
 log = logging.getLogger("mkdocs.hooks.equations")
 FOUND = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-WORD = re.compile(r"<mo>([A-Za-z]{2,})</mo>")  # `\exp`, `\operatorname{tr}`: as operators they would have wide spaces
+WORD = re.compile(r"<mo>([A-Za-z]{2,})</mo>(?=(<mo[^>]*>(?:&#x00028;|\())?)")  # `\exp`, `\operatorname{tr}`
 LIMITS = ("min", "max")
-BAR = re.compile(
-    r"<mo>(&#x02016;|&#x0007C;)</mo>"
-)  # of norms: one that has an exponent would not stretch, the other would
-SIZED = re.compile(
-    r"\\[bB]igg?[lrm]?(?=\s*(?:/|\\(?:[lr]?[vV]ert|[lr]brace|[lr]ceil|[lr]floor|[{}])))"
-)  # not known there
+BAR = re.compile(r"<mo>(&#x02016;|&#x0007C;)</mo>")  # of a norm: only one without an exponent would stretch
+# `\Bigl` and its kin are translated in front of brackets alone; others grow by themselves or stay as they are.
+SIZED = re.compile(r"\\[bB]igg?[lrm]?(?=\s*(?:/|\\(?:[lr]?[vV]ert|[lr]brace|[lr]ceil|[lr]floor|[{}])))")
 WRONG = re.compile(r"\\|<mi>&</mi>|<mi>&amp;</mi>|<mo ?/>")  # left of a command that the translator does not know
 
 
@@ -47,8 +44,11 @@ def mathml(latex: str, block: bool) -> str:
         raise ValueError(f"{wrong[0]!r} is left in its translation")
     made = made.replace('mathvariant="bold"', 'style="font-weight: bold"')
     made = BAR.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', made)
-    made = WORD.sub(lambda word: word[0] if word[1] in LIMITS else f"<mi>{word[1]}</mi>", made)
-    if not block:
-        return made
-    label = html.escape(" ".join(latex.split()), quote=True)
-    return f'<div class="equation" tabindex="0" role="group" aria-label="{label}">{made}</div>'
+    made = WORD.sub(_word, made)
+    return f'<div class="equation" tabindex="0" role="group" aria-label="equation">{made}</div>' if block else made
+
+
+def _word(match: re.Match[str]) -> str:
+    """An operator's name with a thin space before it, and one behind it unless a bracket follows."""
+    space = "0" if match[2] else ".17em"
+    return match[0] if match[1] in LIMITS else f'<mo lspace=".17em" rspace="{space}">{match[1]}</mo>'

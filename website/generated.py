@@ -1,7 +1,7 @@
 """The parts of pages that come from the package, so that they cannot go stale: markers are comments in the pages.
 
-<!-- site: parameters -->   on `docs/methods/NAME.md`: the parameters of that method, out of the registry
-<!-- site: facts -->        there too: on which tensors it works, what it holds, what it asks for
+<!-- site: facts -->        on `docs/methods/NAME.md`: the tensors that it takes, and all that it asks for
+<!-- site: parameters -->   there too: the parameters of that method, out of the registry
 <!-- site: evidence -->     there too: its rows of `docs/results/overview.md`, beside the best of each column
 <!-- site: commands -->     every command of the command line, with its options
 <!-- site: public ROOM -->  the public names of `cfmerge.ROOM`, or without a room of `cfmerge`, for mkdocstrings
@@ -12,35 +12,12 @@ import functools
 import importlib
 import re
 import types
-from collections.abc import Callable, Iterable
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 MARKER = re.compile(r"^<!-- site: (\w+) ?(\w*) -->$", re.MULTILINE)
-
-
-def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """The page with its markers replaced; one that is not known raises."""
-    docs = Path(config.docs_dir)
-    name = Path(page.file.src_uri).stem
-    made: dict[str, Callable[[str], str]] = {
-        "parameters": lambda _: parameters(name),
-        "facts": lambda _: facts(name),
-        "evidence": lambda _: evidence(name, (docs / "results/overview.md").read_text()),
-        "commands": lambda _: commands(),
-        "public": public,
-        "factories": lambda _: objects("cfmerge.methods", registered()),
-    }
-    return MARKER.sub(lambda match: made[match[1]](match[2]), markdown)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *(list(row) for row in rows)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
 SCOPES = {
     "matrix": "matrices and convolutions; other tensors get the mean of the deltas",
     "tensor": "whole tensors of any shape",
@@ -48,11 +25,41 @@ SCOPES = {
 }
 
 
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """The page with its markers replaced; one that is not known raises."""
+    name = Path(page.file.src_uri).stem
+    overview = Path(config.docs_dir) / "results/overview.md"
+    made: dict[str, Callable[[str], str]] = {
+        "facts": lambda _: facts(name),
+        "parameters": lambda _: parameters(name),
+        "evidence": lambda _: evidence(name, overview.read_text()),
+        "commands": lambda _: commands(),
+        "public": public,
+        "factories": lambda _: objects("cfmerge.methods", registry()),
+    }
+    return MARKER.sub(lambda match: made[match[1]](match[2]), markdown)
+
+
+def registry() -> dict[str, Any]:
+    """The registered methods and transforms; imported here, so that a page without them needs no JAX."""
+    return importlib.import_module("cfmerge").methods.registry()
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    titles = list(head)
+    lines = [titles, ["---"] * len(titles), *(list(row) for row in rows)]
+    return "\n".join(f"| {' | '.join(re.sub(r'[|]', r'&#124;', cell) for cell in line)} |" for line in lines)
+
+
+# --- a method's page ------------------------------------------------------------------------------------------------
+
+
 def facts(name: str) -> str:
-    """What the method, at its defaults, says of itself in the fields of `Method` and `Needs`."""
+    """All that the method, at its defaults, says of itself in the fields of `Method` and `Needs`, in one line."""
     from cfmerge.core.part import Method
 
-    part = cfmerge_methods().registry()[name].factory()
+    part = registry()[name].factory()
     needs = part.needs
     told = ["Method" if isinstance(part, Method) else "Transform", SCOPES[needs.scope]]
     least, most = needs.experts
@@ -61,42 +68,32 @@ def facts(name: str) -> str:
         told.append(streamed if part.additive else "no sum over the experts")
     if most == 1 or least > 1:
         told.append("one expert" if most == 1 else f"{least} experts" if most == least else f"at least {least} experts")
-    if needs.weights != "any":
-        told.append({"none": "weights have no meaning", "positive": "weights must be positive"}[needs.weights])
-    if needs.moments:
-        told.append("a [measurement](measured.md) of each expert")
-    if part.survey is not None or getattr(part, "chooses", False):
-        told.append("reads the files more than once")
-    if needs.ordered:
-        told.append("the experts' order counts")
-    if needs.random:
-        told.append("random, by the seed")
-    if part.joint:
-        told.append("adapters at the cost of [their ranks](adapters.md)")
-    return "*" + " · ".join(told) + ".*"
-
-
-def cfmerge_methods() -> Any:
-    import cfmerge
-
-    return cfmerge.methods
+    weights = {"none": "weights have no meaning", "positive": "weights must be positive"}
+    conditions = {
+        weights.get(needs.weights, ""): needs.weights != "any",
+        "a [measurement](measured.md) of each expert": needs.moments,
+        "reads the files more than once": part.survey is not None or getattr(part, "chooses", False),
+        "the experts' order counts": needs.ordered,
+        "random, by the seed": needs.random,
+        "adapters at the cost of [their ranks](adapters.md)": part.joint,
+    }
+    return f"*{' · '.join([*told, *(fact for fact, holds in conditions.items() if holds)])}.*"
 
 
 def parameters(name: str) -> str:
     """The method's parameters, their defaults, and in which ways they may differ."""
-    entry = cfmerge_methods().registry()[name]
-    if not entry.signature:
-        return "None."
-    rows = [
-        [f"`{key}`", f"`{_shown(parameter.default)}`", entry.describe(key)]
-        for key, parameter in entry.signature.items()
-    ]
-    varied = {mark: [f"`{key}`" for key in entry.signature if _bears(entry.factory, key, mark)] for mark in range(2)}
-    told = [table(["parameter", "default", ""], rows)]
-    if varied[0]:
-        link = "(../recipe.md#numbers-that-differ)"
-        experts = f"; by expert too: {', '.join(varied[1])}" if varied[1] else ""
-        told.append(f"[May differ]{link} by tensor, and be swept: {', '.join(varied[0])}{experts}.")
+    from cfmerge.core.numbers import LISTED, TRACED, marked
+
+    entry = registry()[name]
+    shown = {key: _shown(parameter.default) for key, parameter in entry.signature.items()}
+    told = [table(["parameter", "default", ""], ([f"`{k}`", f"`{v}`", entry.describe(k)] for k, v in shown.items()))]
+    hints = typing.get_type_hints(entry.factory, include_extras=True)
+    differ, listed = ([f"`{key}`" for key in shown if marked(hints.get(key), mark)] for mark in (TRACED, LISTED))
+    if differ:
+        experts = f"; by expert too: {', '.join(listed)}" if listed else ""
+        told.append(
+            f"[May differ](../recipe.md#numbers-that-differ) by tensor, be swept: {', '.join(differ)}{experts}."
+        )
     return "\n\n".join(told)
 
 
@@ -104,29 +101,21 @@ def _shown(default: Any) -> str:
     return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def _bears(factory: Callable[..., Any], key: str, number: int) -> bool:
-    import typing
-
-    from cfmerge.core.numbers import LISTED, TRACED, marked
-
-    hints = typing.get_type_hints(factory, include_extras=True)
-    return marked(hints.get(key), (TRACED, LISTED)[number])
-
-
 def evidence(name: str, page: str) -> str:
-    """The rows of the overview that name the method, and the best row of each column."""
-    lines = [line for line in page.split("## At published defaults")[1].split("\n\n")[1].splitlines() if line]
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    """The rows of the overview that name the method, and the best of each column."""
+    lines = page.split("## At published defaults")[1].split("\n\n")[1].splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
     own = [row for row in rows if re.search(rf"(?<!\w){name}(?!\w)", row[0])]
     if not own:
-        return "Not run in [our results](../results/README.md)."
-    best = ["*best of each column*", *(max((row[n] for row in rows), key=_number) for n in range(1, len(head)))]
-    average = [] if name == "average" else [row for row in rows if row[0] == "average"]
-    shown = [[f"`{row[0]}`", *row[1:]] for row in own + [row for row in average if row not in own]]
+        return "It was not run in them."
+    beside = [row for row in rows if row[0] == "average" and row not in own]
+    best = (max((row[column] for row in rows), key=_number) for column in range(1, len(head)))
     return (
-        "Normalised accuracy at defaults (100: each expert on its own task), means over tasks and seeds of "
-        f"[our small models](../results/overview.md), {len(rows)} rows in all:\n\n"
-        + table(["", "mean of all", *head[2:]], [*shown, best])
+        "Normalised accuracy at defaults (100: each expert on its own task), means over tasks and seeds, out of "
+        f"{len(rows)} rows of [the overview](../results/overview.md):\n\n"
+    ) + table(
+        ["", "mean of all", *head[2:]],
+        [*([f"`{row[0]}`", *row[1:]] for row in own + beside), ["*best of each column*", *best]],
     )
 
 
@@ -134,23 +123,21 @@ def _number(cell: str) -> float:
     return float(cell) if re.fullmatch(r"-?[\d.]+", cell) else float("-inf")
 
 
-def registered() -> list[str]:
-    return list(cfmerge_methods().registry())
+# --- reference ------------------------------------------------------------------------------------------------------
 
 
 def public(room: str) -> str:
     """The public functions and classes of a room; of methods, those with which methods are written."""
-    import cfmerge
-
-    module = importlib.import_module(f"cfmerge.{room}") if room else cfmerge
-    names = cfmerge.__all__ if not room else vars(module)
+    module = importlib.import_module(f"cfmerge.{room}" if room else "cfmerge")
+    names = vars(module) if room else module.__all__
     found = {name: getattr(module, name) for name in names if not name.startswith("_")}
+    left_out = registry() if room == "methods" else {}
     own = [
         name
         for name, value in found.items()
         if not isinstance(value, types.ModuleType)
         and (not room or getattr(value, "__module__", "").startswith("cfmerge."))
-        and not (room == "methods" and name in registered())
+        and name not in left_out
     ]
     return objects(module.__name__, own)
 
@@ -162,37 +149,32 @@ def objects(module: str, names: Iterable[str]) -> str:
 
 @functools.cache
 def commands() -> str:
-    """Every command with its usage, arguments and options, in the order of `cfmerge --help`."""
+    """Every command with its usage, arguments, options and examples, in the order of `cfmerge --help`."""
     import typer.main
 
     from cfmerge.cli import app
 
-    return "\n\n".join(_command(["cfmerge"], typer.main.get_command(app)))
+    return "\n\n".join(_commands(["cfmerge"], typer.main.get_command(app)))
 
 
-def _command(path: list[str], command: Any) -> Iterable[str]:
+def _commands(path: list[str], command: Any) -> Iterator[str]:
     inner = getattr(command, "commands", {})
-    if not inner:
-        yield f"## {' '.join(path)}"
-        yield " ".join(re.split(r"\n\s*\n|\f", command.help or "")[0].split())
-        context = command.make_context("cfmerge", [], resilient_parsing=True)
-        yield f"```\n{' '.join(path)} {' '.join(command.collect_usage_pieces(context))}\n```"
-        rows = [row for parameter in command.params if not getattr(parameter, "hidden", False)
-                for row in [_option(parameter)]]  # fmt: skip
-        yield table(["option", "value", ""], rows)
-        examples = re.findall(r"cfmerge [^\n\x08]+", command.epilog or "")
-        if examples:
-            yield "```sh\n" + "\n".join(" ".join(line.split()) for line in examples) + "\n```"
     for name, one in inner.items():
-        yield from _command([*path, name], one)
+        yield from _commands([*path, name], one)
+    if inner:
+        return
+    usage = command.collect_usage_pieces(command.make_context("cfmerge", [], resilient_parsing=True))
+    yield f"## {' '.join(path)}"
+    yield " ".join(re.split(r"\n\s*\n|\f", command.help or "")[0].split())
+    yield f"```\n{' '.join([*path, *usage])}\n```"
+    yield table(["option", "value", ""], [_option(one) for one in command.params if not getattr(one, "hidden", False)])
+    examples = re.findall(r"cfmerge [^\n\x08]+", command.epilog or "")
+    if examples:
+        yield "```sh\n" + "\n".join(" ".join(line.split()) for line in examples) + "\n```"
 
 
 def _option(parameter: Any) -> list[str]:
-    names = parameter.opts if parameter.param_type_name == "option" else [parameter.make_metavar_shown()] \
-        if hasattr(parameter, "make_metavar_shown") else [parameter.metavar or parameter.name.upper()]  # fmt: skip
-    value = (
-        ""
-        if getattr(parameter, "is_flag", False) or parameter.param_type_name == "argument"
-        else (parameter.metavar or parameter.type.name.upper())
-    )
+    argument = parameter.param_type_name == "argument"
+    names = [parameter.metavar or parameter.name.upper()] if argument else parameter.opts
+    value = "" if argument or parameter.is_flag else parameter.metavar or parameter.type.name.upper()
     return [", ".join(f"`{name}`" for name in names), f"`{value}`" if value else "", parameter.help or ""]

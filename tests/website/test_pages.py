@@ -13,7 +13,7 @@ DOCS = ROOT / "docs"
 METHODS = DOCS / "methods"
 FAMILIES = {"README", "least_squares", "spectral", "elementwise", "interpolation", "adapters", "measured"}
 NAMES = [name for name, entry in cfmerge.methods.registry().items() if entry.factory.__module__.startswith("cfmerge.")]
-PAGES = [page for page in DOCS.rglob("*.md")]
+PAGES = sorted(DOCS.rglob("*.md"))
 PARTS = ("## Parameters", "## When to use it", "## Cost", "## Evidence", "## Source", "## Use it")
 
 sys.path.insert(0, str(ROOT / "website"))
@@ -95,7 +95,7 @@ def test_generated_parts():
     assert "| `ties` | 1.5 | 1 | 2 |" in told
     assert "dare_ties" not in told
     assert "| *best of each column* | 9 | 9 | 9 |" in told
-    assert "Not run" in generated.evidence("drop", table + "| ties | 1.5 | 1 | 2 |\n")
+    assert "not run" in generated.evidence("drop", table + "| ties | 1.5 | 1 | 2 |\n")
     for command in ("merge", "sweep", "time init", "bench accuracy"):
         assert f"## cfmerge {command}\n" in generated.commands()
     assert "| `--expert`, `-e` | `EXPERT` |" in generated.commands()
