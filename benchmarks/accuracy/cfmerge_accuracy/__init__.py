@@ -16,4 +16,5 @@ processes.py      processes held to cores of their own; training has one core ea
 workers.py        the parts of a comparison in processes
 proxies.py        estimated against true covariances (covariances.py), and errors of layers' outputs
 report.py         tables.py, plots.py and JSON of results.py, with the intervals of statistics.py
+page.py           all of it as one page of HTML
 """
