@@ -19,4 +19,6 @@ def recipes(name: Annotated[str | None, o.argument("NAME", "A recipe, to show al
     for one in map(shipped, names()):
         table.add_row(f"[bold]{one.name}[/]", escape(one.about))
     out().print(table)
-    say(out(), "\n`cfmerge merge NAME --base BASE -e EXPERT ... -o OUT` merges by one; `cfmerge recipes NAME` shows it.")
+    say(
+        out(), "\n`cfmerge merge NAME --base BASE -e EXPERT ... -o OUT` merges by one; `cfmerge recipes NAME` shows it."
+    )

@@ -19,6 +19,7 @@ from cfmerge_accuracy.published.gpt2 import Counted
 from cfmerge_accuracy.published.pictures import Classes, Pictures
 
 PREFIX = "vision_model."
+TEXTS = 256  # at a time
 
 
 def encoder_of(path: Path) -> dict[str, np.ndarray]:
@@ -45,10 +46,12 @@ class Clip:
 
         check_base(base)
         self.device = device
+        transformers.utils.logging.disable_progress_bar()
         self.model = transformers.CLIPModel.from_pretrained(base, dtype="float32").eval().to(device)
+        transformers.utils.logging.enable_progress_bar()
         self.tokenizer = transformers.CLIPTokenizer.from_pretrained(base)
-        processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-        self.processor = processor.from_pretrained(base)
+        pillow = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
+        self.processor = getattr(transformers, pillow).from_pretrained(base)
         self.encoder = encoder_of(base)
         self._heads: dict[str, Any] = {}
 
@@ -75,15 +78,18 @@ class Clip:
         import torch
 
         if task not in self._heads:
+            texts = [text for name in classes.classes for text in classes.texts(name)]
             with torch.inference_mode():
-                rows = [self._unit(self._unit(self._texts(classes.texts(name))).mean(0)) for name in classes.classes]
-            self._heads[task] = torch.stack(rows)
+                parts = [self._texts(texts[first : first + TEXTS]) for first in range(0, len(texts), TEXTS)]
+                vectors = self._unit(torch.cat(parts)).unflatten(0, (len(classes.classes), len(classes.templates)))
+                self._heads[task] = self._unit(vectors.mean(1))
         return self._heads[task]
 
     def _texts(self, texts: Sequence[str]) -> Any:
-        inputs = self.tokenizer(list(texts), padding=True, return_tensors="pt").to(self.device)
-        pooled = self.model.text_model(**inputs).pooler_output
-        return self.model.text_projection(pooled)
+        """Their projected vectors. Attention is causal, so that padding behind the end of a text changes nothing."""
+        longest = self.model.config.text_config.max_position_embeddings
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        return self.model.text_projection(self.model.text_model(**inputs.to(self.device)).pooler_output)
 
     @staticmethod
     def _unit(vectors: Any) -> Any:

@@ -49,14 +49,17 @@ SETS = {
     ),
     "mrpc": Set("mrpc", "validation", "MRPC/dev.tsv", PAIR, SAME, 408, ("#1 String", "#2 String", "Quality")),
     "qnli": Set(
-        "qnli", "validation", "QNLI/dev.tsv", ("question", "sentence"), ENTAILED, 5463, ("question", "sentence", "label")
+        "qnli", "validation", "QNLI/dev.tsv", ("question", "sentence"), ENTAILED, 5463,
+        ("question", "sentence", "label"),
     ),
     "qqp": Set(
         "qqp", "validation", "QQP/dev.tsv", QUESTIONS, ("not_duplicate", "duplicate"), 40430,
         (*QUESTIONS, "is_duplicate"),
     ),
     "rte": Set("rte", "validation", "RTE/dev.tsv", PAIR, ENTAILED, 277, (*PAIR, "label")),
-    "sst2": Set("sst2", "validation", "SST-2/dev.tsv", ("sentence",), ("negative", "positive"), 872, ("sentence", "label")),
+    "sst2": Set(
+        "sst2", "validation", "SST-2/dev.tsv", ("sentence",), ("negative", "positive"), 872, ("sentence", "label")
+    ),
 }  # fmt: skip
 
 
@@ -136,7 +139,9 @@ def class_names(table: Any) -> list[str]:
 def _check_order(path: Path, table: Any, one: Set) -> None:
     names = class_names(table)
     if names and tuple(names) != one.labels:
-        raise CfmergeError(f"{path}: its labels are {', '.join(names)}; expected {', '.join(one.labels)}, in this order")
+        raise CfmergeError(
+            f"{path}: its labels are {', '.join(names)}; expected {', '.join(one.labels)}, in this order"
+        )
 
 
 def _of_glue(path: Path, task: str) -> Examples:
@@ -152,7 +157,9 @@ def _of_glue(path: Path, task: str) -> Examples:
     short = next((number for number, line in enumerate(lines, 1) if len(line) <= max(*texts, label)), None)
     if short is not None:
         raise CfmergeError(f"{path}: example {short} has {len(lines[short - 1])} columns, too few for {task}")
-    return Examples([tuple(line[n] for n in texts) for line in lines], [_label(path, line[label], one) for line in lines])
+    return Examples(
+        [tuple(line[n] for n in texts) for line in lines], [_label(path, line[label], one) for line in lines]
+    )
 
 
 def _label(path: Path, text: str, one: Set) -> int:

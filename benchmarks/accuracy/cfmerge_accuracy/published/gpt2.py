@@ -135,8 +135,8 @@ def classifier(trunk: Mapping[str, np.ndarray], expert: Path, padding: int) -> A
     found = model.load_state_dict(state, strict=False)
     if found.missing_keys or found.unexpected_keys:
         raise CfmergeError(
-            f"{expert}: its config does not fit the merged tensors; missing: {', '.join(found.missing_keys) or 'none'}; "
-            f"more: {', '.join(found.unexpected_keys) or 'none'}"
+            f"{expert}: its config does not fit the merged tensors; missing: "
+            f"{', '.join(found.missing_keys) or 'none'}; more: {', '.join(found.unexpected_keys) or 'none'}"
         )
     return model
 

@@ -154,13 +154,10 @@ def _row(found: Found, line: Line, task: Task, marks: Mapping[Any, str], limit: 
 def _marks(found: Found) -> dict[Any, str]:
     """A hash of each model's files, and of each data set's."""
     models = {"base": found.base, **{("expert", task): path for task, path in found.experts.items()}}
-    marks = {
+    marks: dict[Any, str] = {
         key: places.mark(cfmerge.open_checkpoint(path).files) for key, path in models.items() if path is not None
     }
-    for task, files in found.files.items():
-        few = files if len(files) < 100 else []  # of folders of images: their names
-        marks["data", task] = places.mark(few) if few else str(hash(tuple(sorted(path.name for path in files))))
-    return marks
+    return marks | {("data", task): places.mark(files) for task, files in found.files.items()}
 
 
 def _model(found: Found, line: Line, output: Path, report: Report) -> Path | None:

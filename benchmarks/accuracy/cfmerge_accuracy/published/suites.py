@@ -102,9 +102,7 @@ CLIP = Suite(
     "clip",
     "CLIP ViT-B/16, eight tasks of images",
     ("openai/clip-vit-base-patch16",),
-    tuple(
-        Task(name, title, f"tanganke/clip-vit-base-patch16_{name}", data) for name, (title, data) in IMAGES.items()
-    ),
+    tuple(Task(name, title, f"tanganke/clip-vit-base-patch16_{name}", data) for name, (title, data) in IMAGES.items()),
     _lines(0.3, ("*position_embedding.weight",), "ace-published-clip", {}),
     partial=True,
 )
