@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cfmerge
+from cfmerge import Plan
 from cfmerge.errors import CfmergeError
 from cfmerge.recipe import Recipe
 from cfmerge_accuracy.published import clip, glue, gpt2, pictures, places
@@ -87,9 +88,9 @@ def check(found: Found, tasks: Iterable[Task], lines: Iterable[Line]) -> list[st
     suite, problems = found.suite, []
     tasks = list(tasks)
 
-    def tried(do: Callable[[], Any]) -> Any:
+    def tried(do: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return do()
+            return do(*arguments)
         except CfmergeError as error:
             problems.append(str(error))
             return None
@@ -97,22 +98,30 @@ def check(found: Found, tasks: Iterable[Task], lines: Iterable[Line]) -> list[st
     base = found.base
     padding = None
     if base is not None and suite.name == "gpt2":
-        tokenizer = tried(lambda: gpt2.tokenizer_of(base))
+        tokenizer = tried(gpt2.tokenizer_of, base)
         padding = tokenizer and tokenizer.pad_token_id
     elif base is not None:
-        tried(lambda: clip.check_base(base))
+        tried(clip.check_base, base)
     for task in suite.tasks:
         expert = found.experts.get(task.name)
         if expert and suite.name == "gpt2":
-            tried(lambda expert=expert, name=task.name: gpt2.check_expert(expert, name, padding))
+            tried(gpt2.check_expert, expert, task.name, padding)
     for task in tasks:
         if files := found.files.get(task.name):
-            reader = glue.read if suite.name == "gpt2" else pictures.read
-            found.data[task.name] = tried(lambda read=reader, files=files, name=task.name: read(files, name))
+            reader: Callable[..., Any] = glue.read if suite.name == "gpt2" else pictures.read
+            found.data[task.name] = tried(reader, files, task.name)
     for line in lines if not problems else ():
         if line.name not in REFERENCES and tasks and all(not _lacks(found, line, task) for task in suite.counted):
-            tried(lambda line=line: cfmerge.make_plan(found.recipe(line)))
+            tried(_planned, found, line)
     return list(dict.fromkeys(problems))
+
+
+def _planned(found: Found, line: Line) -> Plan:
+    """The plan of a line; its problems name it."""
+    try:
+        return cfmerge.make_plan(found.recipe(line))
+    except CfmergeError as error:
+        raise CfmergeError(f"{found.suite.name}, {line.title}: {error}") from None
 
 
 def _lacks(found: Found, line: Line, task: Task) -> bool:

@@ -153,10 +153,10 @@ def _row(found: Found, line: Line, task: Task, marks: Mapping[Any, str], limit: 
 
 def _marks(found: Found) -> dict[Any, str]:
     """A hash of each model's files, and of each data set's."""
-    models = {"base": found.base, **{("expert", task): path for task, path in found.experts.items()}}
-    marks: dict[Any, str] = {
-        key: places.mark(cfmerge.open_checkpoint(path).files) for key, path in models.items() if path is not None
-    }
+    models: dict[Any, Path] = {("expert", task): path for task, path in found.experts.items()}
+    if found.base is not None:
+        models["base"] = found.base
+    marks: dict[Any, str] = {key: places.mark(cfmerge.open_checkpoint(path).files) for key, path in models.items()}
     return marks | {("data", task): places.mark(files) for task, files in found.files.items()}
 
 
