@@ -263,6 +263,10 @@ def test_all_that_is_wrong_is_told_before_anything_is_measured(root, tmp_path, m
         assert words in str(error.value)
     with pytest.raises(CfmergeError, match="--task 'rtx': there is no such name; did you mean 'rte'"):
         run.run(asked(other, tmp_path / "out", tasks=["rtx"]), lambda line: None)
+    with pytest.raises(CfmergeError, match="--limit 0: must be at least 1"):
+        run.run(asked(other, tmp_path / "out", limit=0), lambda line: None)
+    with pytest.raises(CfmergeError, match="none: there is no such directory"):
+        run.run(asked(other / "none", tmp_path / "out"), lambda line: None)
 
 
 def test_the_hubs_cache_is_found(root, tmp_path):
@@ -347,6 +351,17 @@ def test_experts_encode_as_transformers_loads_them(root):
     encoder.popitem()
     with pytest.raises(CfmergeError, match="the image encoder does not fit the base's; missing: vision_model"):
         model.encode_by(encoder)
+
+
+def test_an_encoder_is_named_as_in_the_whole_model(root, tmp_path):
+    """transformers 5 saves it without a prefix."""
+    expert = root / CLIP.task("mnist").expert
+    transformers.CLIPVisionModel.from_pretrained(expert).save_pretrained(tmp_path)
+    bare, stored = clip.encoder_of(tmp_path), clip.encoder_of(expert)
+    assert bare.keys() == stored.keys()
+    np.testing.assert_array_equal(
+        bare["vision_model.embeddings.class_embedding"], stored["vision_model.embeddings.class_embedding"]
+    )
 
 
 def test_images_come_with_their_labels_from_parquet_and_from_folders(root, tmp_path):

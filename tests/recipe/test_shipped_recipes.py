@@ -12,10 +12,9 @@ from cfmerge.recipe.shipped import names, shipped
 
 LAYERS = ("h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_fc", "h.0.mlp.c_proj")
 TABLES = ("wte", "wpe")
-SHAPES = {  # two shapes of matrices, neither square: each is compiled
-    **{f"{name}.weight": (16, 4) for name in ("wte", "wpe", "h.0.attn.c_proj", "h.0.mlp.c_proj")},
-    **{f"{name}.weight": (4, 12) for name in ("h.0.attn.c_attn", "h.0.mlp.c_fc")},
-    "h.0.attn.c_attn.bias": (12,),
+SHAPES = {  # one shape of matrices, not square: each is compiled
+    **{f"{name}.weight": (16, 4) for name in (*LAYERS, *TABLES)},
+    "h.0.attn.c_attn.bias": (4,),
 }
 CONFIG = {"model_type": "gpt2", "architectures": ["GPT2Model"], "n_layer": 1, "n_embd": 4, "n_head": 2}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,9 +54,14 @@ def run(options: Options, report: Report) -> list[str]:
         CfmergeError: unknown names, or something that is there and wrong; nothing has been evaluated then.
     """
     chosen = _chosen(options)
+    for option, value in (("--limit", options.limit), ("--batch", options.batch)):
+        if value is not None and value < 1:
+            raise CfmergeError(f"{option} {value}: must be at least 1")
     if not options.checkpoints.is_dir():
         raise CfmergeError(f"--checkpoints {options.checkpoints}: there is no such directory")
     everything = [(checks.find(suite, options.checkpoints), tasks, lines) for suite, tasks, lines in chosen]
+    if any(found.base for found, _, _ in everything):
+        _check_libraries()
     problems = [problem for parts in everything for problem in checks.check(*parts)]
     if problems:
         raise CfmergeError("nothing was evaluated:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -71,6 +77,12 @@ def run(options: Options, report: Report) -> list[str]:
     if not options.only_check:
         (options.output / "README.md").write_text(tables.page(texts))
     return texts
+
+
+def _check_libraries() -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CfmergeError(f"models are evaluated by {' and '.join(missing)}: pip install 'cfmerge[bench]'")
 
 
 def _chosen(options: Options) -> list[tuple[Suite, list[Task], list[Line]]]:
