@@ -15,6 +15,7 @@ compare.py        the protocol: merge, evaluate, choose one scale on validation 
 processes.py      processes held to cores of their own; training has one core each, and so the same result anywhere
 workers.py        the parts of a comparison in processes
 proxies.py        estimated against true covariances (covariances.py), and errors of layers' outputs
+published/        published tables, measured again on published checkpoints: `cfmerge bench published`
 report.py         tables.py, plots.py and JSON of results.py, with the intervals of statistics.py
 page.py           all of it as one page of HTML
 """
