@@ -107,7 +107,7 @@ class EfficientNet(nn.Module):
         momentum: share of the running statistics that a training step keeps.
     """
 
-    side: int = 64
+    side: int = 48
     stages: tuple[Stage, ...] = STAGES
     stem: int = 32
     dim: int = 1280
