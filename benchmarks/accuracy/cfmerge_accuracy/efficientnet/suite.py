@@ -28,7 +28,7 @@ def init(net: EfficientNet, key: jax.Array) -> Params:
     """ImageNet's weights; of a smaller network than theirs, random ones."""
     if net.stages == model.STAGES:
         return weights.from_torch(weights.imagenet(archives.cache_directory()))
-    return convolutional.init(net, key)
+    return jax.device_get(jax.jit(net.init)(key, np.zeros((1, 28, 28), np.uint8)))
 
 
 def settled(net: EfficientNet, base: Params, tasks: Sequence[Task]) -> Params:
