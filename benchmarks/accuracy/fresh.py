@@ -176,9 +176,9 @@ def page(zoos: Sequence[Results], title: str) -> str:
     cost = ", ".join(f"`{name}` {value / 60:.0f}" for name, value in seconds.items())
     parts = [
         f"# Fresh zoos: {title}",
-        "Zoos that nobody had seen when the rule of [`auto`](../auto.md) was written down. Accuracies on test examples, "
-        "which no choice has seen, in per cent of the expert's on the same task and seed; intervals are 95 %, over seeds "
-        "and tasks. Every method runs at its own defaults.",
+        "Zoos that nobody had seen when the rule of [`auto`](../auto.md) was written down. Accuracies on test "
+        "examples, which no choice has seen, in per cent of the expert's on the same task and seed; intervals are "
+        "95 %, over seeds and tasks. Every method runs at its own defaults.",
         about(zoos),
         "The length of deltas is `|D| / |W_0|` over all that was trained, the mean over experts.",
         "## Methods", by_method(zoos, found),

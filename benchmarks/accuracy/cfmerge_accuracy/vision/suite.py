@@ -43,7 +43,7 @@ QUICK = Recipe(
 )
 
 
-FIRST = 4  # tasks of the zoos of several steps, and of the LoRA zoos: by the order of `data.TASKS`
+FIRST = 3  # tasks of the zoos of several steps: by the order of `data.TASKS`
 STEPS = {"steps-quarter": 0.25, "steps-once": 1.0, "steps-four": 4.0}  # times those of a `vision` expert
 LORA = {"lora": False, "lora-shared": True}  # whether all experts of a seed have one start
 LORA_RATE = 4e-3
@@ -62,13 +62,13 @@ def recipe(variant: str, quick: bool = False, scale: str = "small") -> Recipe:
     whole = QUICK if quick else RECIPES[scale]
     if not variant:
         return whole
-    few = dataclasses.replace(whole, tasks=whole.tasks[:FIRST], multitask=None)
     if variant in STEPS:
         steps = int(STEPS[variant] * whole.expert.steps)
-        return dataclasses.replace(few, expert=dataclasses.replace(whole.expert, steps=steps))
+        own: Schedule = dataclasses.replace(whole.expert, steps=steps)
+        return dataclasses.replace(whole, tasks=whole.tasks[:FIRST], expert=own, multitask=None)
     if variant in LORA:
         own = LowRank(whole.expert.steps, whole.expert.batch, LORA_RATE, shared=LORA[variant])
-        return dataclasses.replace(few, tasks=whole.tasks, expert=own, fit=adapters.fit, code=(adapters,))
+        return dataclasses.replace(whole, expert=own, multitask=None, fit=adapters.fit, code=(adapters,))
     raise CfmergeError(f"vision: no variant {variant!r}; there are {', '.join((*STEPS, *LORA))}")
 
 
