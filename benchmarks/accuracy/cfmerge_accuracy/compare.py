@@ -131,14 +131,12 @@ def own_accuracies(zoo: Zoo, split: Split) -> dict[str, float]:
 
 
 def references(given: Given) -> dict[str, dict[str, float]]:
-    """On test: each expert on its own task, the base, the model trained on all tasks, the experts' ensemble."""
+    """On test: each expert on its own task, the base, the model trained on all tasks if any, the experts' ensemble."""
     zoo = given.zoo
-    return {
-        "experts": own_accuracies(zoo, "test"),
-        "base": zoo.accuracies(zoo.base, "test"),
-        "multitask": zoo.accuracies(zoo.multitask, "test"),
-        "ensemble": zoo.ensemble("test"),
-    }
+    found = {"experts": own_accuracies(zoo, "test"), "base": zoo.accuracies(zoo.base, "test")}
+    if zoo.multitask is not None:
+        found["multitask"] = zoo.accuracies(zoo.multitask, "test")
+    return found | {"ensemble": zoo.ensemble("test")}
 
 
 def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
