@@ -139,6 +139,12 @@ def references(given: Given) -> dict[str, dict[str, float]]:
     return found | {"ensemble": zoo.ensemble("test")}
 
 
+def perplexities(zoo: Zoo) -> dict[str, dict[str, float]]:
+    """On test: each expert's on its own task, and the base's."""
+    experts = {task: zoo.perplexities(zoo.experts[task], "test", [task])[task] for task in zoo.tasks}
+    return {"experts": experts, "base": zoo.perplexities(zoo.base, "test")}
+
+
 def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
     """One method: see `report` for the keys."""
     zoo = given.zoo
@@ -159,7 +165,10 @@ def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
         "failed": None,
         "notes": sorted({str(w.message) for w in caught}),
     }
-    kept["published"] = zoo.accuracies(zoo.finish(merged, zoo.tasks), "test")
+    finished = zoo.finish(merged, zoo.tasks)
+    kept["published"] = zoo.accuracies(finished, "test")
+    if zoo.perplexity:
+        kept["perplexities"] = zoo.perplexities(finished, "test")
     if factors:
         tried: dict[float, float] = {}
 
@@ -256,6 +265,8 @@ def compare(
         "zoo": zoo.name, "seed": zoo.seed, "tasks": list(zoo.tasks), "facts": dict(zoo.facts),
         "references": known, "methods": [made[entry.name] for entry in entries], "covariances": estimates,
     }  # fmt: skip
+    if zoo.perplexity:
+        found["perplexities"] = perplexities(zoo)
     if not curve:
         return found
     whole = [_of_all(zoo.tasks, made[entry.name], known["experts"]) for entry in curve]

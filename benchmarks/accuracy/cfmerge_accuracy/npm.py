@@ -33,9 +33,7 @@ def read(package: Package, cache: Path, wanted: Callable[[str], bool]) -> dict[s
         _download(package, path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != package.sha256:
-        raise CfmergeError(
-            f"{path}: SHA-256 is {found}, expected {package.sha256}. Delete the file and start again."
-        )
+        raise CfmergeError(f"{path}: SHA-256 is {found}, expected {package.sha256}. Delete the file and start again.")
     try:
         with tarfile.open(path) as archive:
             members = ((member.name.partition("/")[2], member) for member in archive if member.isfile())
