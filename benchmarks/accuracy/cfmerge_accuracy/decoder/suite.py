@@ -50,10 +50,10 @@ class Plan:
 
 PLAN = Plan(
     Decoder(),
-    Recipe(steps=1500, batch=32, learning_rate=4e-3, weight_decay=0.1),
+    Recipe(steps=1000, batch=32, learning_rate=4e-3, weight_decay=0.1),
     {
-        "full": Recipe(steps=200, batch=32, learning_rate=1e-3),
-        "lora": Recipe(steps=200, batch=32, learning_rate=5e-3, rank=8, weight_decay=0.0),
+        "full": Recipe(steps=120, batch=32, learning_rate=1e-3),
+        "lora": Recipe(steps=120, batch=32, learning_rate=5e-3, rank=8, weight_decay=0.0),
     },
     Sizes(),
 )
