@@ -3,9 +3,9 @@
     python benchmarks/start_study.py -o docs/results --minutes 30     # runs what is missing, and writes the page
     python benchmarks/start_study.py -o docs/results --minutes 0      # the page alone
 
-Every second domain of the accuracy suite's `decoder-full` zoo is held out in turn. Starts are the base, the best single one of
-the other experts (that with the least perplexity on the new domain's validation text), and merges of all others. From
-each, all weights are fine-tuned on the held-out domain, with and without weight decay. Expectations stand in
+Every second domain of the accuracy suite's `decoder-full` zoo is held out in turn. Starts are the base, the best single
+one of the other experts (that with the least perplexity on the new domain's validation text), and merges of all others.
+From each, all weights are fine-tuned on the held-out domain, with and without weight decay. Expectations stand in
 docs/results/starts.md, and were written down before anything was run. Rows are appended to `starts.jsonl` as they come.
 """
 
