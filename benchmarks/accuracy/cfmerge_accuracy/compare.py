@@ -131,12 +131,14 @@ def own_accuracies(zoo: Zoo, split: Split) -> dict[str, float]:
 
 
 def references(given: Given) -> dict[str, dict[str, float]]:
-    """On test: each expert on its own task, the base, the model trained on all tasks if any, the experts' ensemble."""
+    """On test: each expert on its own task, the base, the experts' ensemble, the model of all tasks if there is one."""
     zoo = given.zoo
-    found = {"experts": own_accuracies(zoo, "test"), "base": zoo.accuracies(zoo.base, "test")}
-    if zoo.multitask is not None:
-        found["multitask"] = zoo.accuracies(zoo.multitask, "test")
-    return found | {"ensemble": zoo.ensemble("test")}
+    found = {
+        "experts": own_accuracies(zoo, "test"),
+        "base": zoo.accuracies(zoo.base, "test"),
+        "ensemble": zoo.ensemble("test"),
+    }
+    return found if zoo.multitask is None else found | {"multitask": zoo.accuracies(zoo.multitask, "test")}
 
 
 def perplexities(zoo: Zoo) -> dict[str, dict[str, float]]:

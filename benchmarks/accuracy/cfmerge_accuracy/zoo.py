@@ -49,7 +49,7 @@ class Zoo:
     tasks: tuple[str, ...]
     base: Params
     experts: Mapping[str, Params]
-    multitask: Params
+    multitask: Params | None
     labels: Callable[[str, Split], np.ndarray]
     logits: Callable[[Params, str, Split], np.ndarray]
     grams: Callable[[str], Mapping[str, np.ndarray]]
