@@ -131,7 +131,7 @@ def own_accuracies(zoo: Zoo, split: Split) -> dict[str, float]:
 
 
 def references(given: Given) -> dict[str, dict[str, float]]:
-    """On test: each expert on its own task, the base, the experts' ensemble, the model of all tasks if there is one."""
+    """On test: each expert on its own task, the base, the experts' ensemble, and the model of all tasks, if any."""
     zoo = given.zoo
     found = {
         "experts": own_accuracies(zoo, "test"),

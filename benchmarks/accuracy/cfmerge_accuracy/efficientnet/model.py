@@ -107,17 +107,17 @@ class EfficientNet(nn.Module):
         momentum: share of the running statistics that a training step keeps.
     """
 
-    side: int = 64
+    side: int = 48
     stages: tuple[Stage, ...] = STAGES
     stem: int = 32
     dim: int = 1280
     momentum: float = 0.9
 
-    @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         x = self.pooled(coloured(images, self.side), train)
         return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
 
+    @nn.compact
     def pooled(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Pixels `(batch, side, side, 3)` in -1..1 to what ImageNet's classifier sees, `(batch, dim)`."""
 
