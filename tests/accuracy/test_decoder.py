@@ -148,7 +148,15 @@ def test_merges_are_told_with_their_perplexities(made):
     assert row.get("scaled") is None
     assert row["perplexities"].keys() == {"one", "two"}
     assert found["perplexities"]["experts"]["one"] < found["perplexities"]["base"]["one"]
-    assert 0 < row["excess"] < 2
+    assert row["excess"] is None
+    assert found["covariances"] == []
+
+
+def test_true_covariances_are_those_of_the_layers(made):
+    grams = made.grams("one")
+    kernels = {name: leaf for name, leaf in flatten(made.base.params)[0].items() if name.endswith("kernel")}
+    assert grams.keys() == kernels.keys()
+    assert all(gram.shape == (len(kernels[name]),) * 2 for name, gram in grams.items())
 
 
 def test_an_unknown_variant_is_named():

@@ -148,7 +148,7 @@ def perplexities(zoo: Zoo) -> dict[str, dict[str, float]]:
 
 
 def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
-    """One method: see `report` for the keys."""
+    """One method: see `report` for the keys. Without factors, at its defaults alone."""
     zoo = given.zoo
     kept: dict[str, Any] = {"name": entry.name, "method": entry.method, "group": entry.group, "data": entry.data}
     given.make_room()
@@ -188,7 +188,7 @@ def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
         if kept["factor"] != 1:
             params = zoo.finish(scaled(zoo.base, merged, kept["factor"]), zoo.tasks)
             kept["scaled"] = zoo.accuracies(params, "test")
-    errors = proxies.excess(zoo.base, merged, given.outputs)
+    errors = proxies.excess(zoo.base, merged, given.outputs) if factors else {}
     kept["excess"] = float(np.mean(list(errors.values()))) if errors else None
     return kept
 
@@ -246,6 +246,8 @@ def compare(
     """All that is known of one zoo: references, every method, the covariances that they rest on.
 
     Args:
+        factors: of the merged delta, besides 1; none: every method at its defaults alone, and no covariances, as these
+            take as long.
         curve: of the entries, those that also merge the first 2, 3, ... experts.
         run: carries out the parts; none: here, one after the other.
     """
@@ -253,7 +255,8 @@ def compare(
     order = sorted(entries, key=lambda entry: entry.data == "none")  # what takes long comes first, for `run`'s sake
     curves: list[Part] = [functools.partial(at_count, entries=curve, count=count) for count in counts]
     rows: list[Part] = [functools.partial(row, entry=entry, factors=factors) for entry in order]
-    results = iter((run or _one_by_one(zoo))([references, covariances, *reversed(curves), *rows]))
+    first: list[Part] = [references, covariances if factors else _nothing]
+    results = iter((run or _one_by_one(zoo))([*first, *reversed(curves), *rows]))
 
     known, estimates = next(results), next(results)
     for label, accuracies in known.items():
@@ -277,6 +280,11 @@ def compare(
         if one["normalised"] is None:
             report(f"{zoo.name} {zoo.seed} {one['name']}, {one['count']} experts: {one['failed']}")
     return found
+
+
+def _nothing(given: Given) -> list[dict[str, Any]]:
+    """In place of the covariances."""
+    return []
 
 
 def _of_all(tasks: Sequence[str], made: Mapping[str, Any], experts: Mapping[str, float]) -> dict[str, Any]:
