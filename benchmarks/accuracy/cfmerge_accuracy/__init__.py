@@ -7,9 +7,11 @@ convolutional/    a small ConvNet with batch norms
 efficientnet/     EfficientNet-Lite0 with ImageNet's weights, fine-tuned in PyTorch
 images/           what these three share: images, frozen heads, the way from a network to a zoo
 text/             MiniLM, fine-tuned in PyTorch, in full and by LoRA; evaluated in Flax and in PyTorch
+decoder/          a small language model in Flax, fine-tuned on kinds of text, in full and by LoRA
 linear.py         linear regression with known input covariances: the excess risk is exact
 cache.py          what is trained, measured or drawn, on disk, by a hash of what made it
 debian.py         packages of Debian, fetched and read
+npm.py            packages of npm, fetched and read
 fisher.py         diagonal Fisher information
 methods.py        which methods are compared, at which settings
 compare.py        the protocol: merge, evaluate, choose one scale on validation examples, evaluate again
