@@ -26,7 +26,8 @@ def collected(parameter: Parameter, found: Mapping[str, Any], place: int | None 
     both = np.asarray(found["both"], np.float64)
     conflicts = np.divide(found["opposite"], both, out=np.zeros_like(both), where=both > 0)
     parts = named(parameter.name)
-    layer = place if parameter.scanned and place is not None else parts.layer if parts else None
+    by_place = parameter.scanned and parameter.layout.count("b") == 1  # it stacks layers, and nothing else
+    layer = place if by_place else parts.layer if parts else None
     own: dict[str, Any] = {name: np.asarray(found[name], np.float64) for name in OF_MATRICES if name in found}
     if "growth" in found:
         own["growth"] = float(found["growth"])

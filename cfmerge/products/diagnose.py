@@ -72,7 +72,20 @@ def diagnose_recipe(
     devices: Devices = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """The diagnosis of the models that a recipe names; see `diagnose`."""
+    """The diagnosis of the models that a recipe names, whatever its method; see `diagnose`.
+
+        >>> recipe = cfmerge.Recipe(base="base", experts=["math", "code"], method="ties")
+        >>> found = cfmerge.diagnose_recipe(recipe, largest=0)  # no matrix is decomposed
+        >>> found.tensors["layer.weight"].ranks is None
+        True
+
+    Args:
+        recipe: base, experts and options.
+        largest, memory, devices, progress: as in `diagnose`.
+
+    Raises:
+        CfmergeError: bad input; NaN or infinity in a model.
+    """
     where = placement_of(devices)  # before JAX is used: a processor's devices are counted then
     return diagnosed(planned_to_diagnose(recipe), largest, memory, where, progress or silent)
 
@@ -131,7 +144,9 @@ def diagnosed(
         how = {"memory": limit, "placement": where, "progress": progress}
         by_name = dict(_of_matrices(plan.work, spectral, beside, how)) | dict(_of_others(plan.work, others, how))
         place = {name: number for number, name in enumerate(plan.base.tensors)}
-        found = dict(sorted(by_name.items(), key=lambda item: place.get(item[0].partition("[")[0], 0)))
+        found = dict(
+            sorted(by_name.items(), key=lambda item: place.get(item[0], place.get(item[0].rpartition("[")[0], 0)))
+        )
         experts = tuple(spec.name for spec in plan.expert_specs)
         findings = findings_of(experts, found)
         notes = (*plan.notes, *(str(one.message) for one in left_out), *_not_decomposed(others, largest))
