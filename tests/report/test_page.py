@@ -1,5 +1,6 @@
 """Pages: what is on them, in which order, and that nothing of a text becomes HTML."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 
@@ -93,6 +94,15 @@ def test_a_card_alone_makes_a_page():
 def test_nothing_to_warn_of_is_said():
     made = html(page(told(warnings=(), lacking=(), notes=(), diagnosis=None, measured=None)))
     assert "Clear:" in made
+
+
+def test_a_mere_warning_of_the_diagnosis_is_not_clear():
+    whole = told(1, warnings=(), lacking=(), measured=None)
+    kept = tuple(one for one in whole.diagnosis.findings if one.severity != "grave")
+    (first, *_) = page(
+        dataclasses.replace(whole, diagnosis=dataclasses.replace(whole.diagnosis, findings=kept))
+    ).sections
+    assert first.blocks[0] == Notice("warning", "the diagnosis has 1 warning: see there.", "Diagnosis:")
 
 
 def test_numbers_have_three_digits():
