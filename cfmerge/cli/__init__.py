@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 import cfmerge
-from cfmerge.cli import aligning, bench, composing, files, recipes, show, tables, temporal
+from cfmerge.cli import aligning, bench, composing, diagnosing, files, recipes, reporting, show, tables, temporal
 from cfmerge.cli import options as o
 from cfmerge.cli.allocator import keep_freed_memory
 from cfmerge.cli.ending import ended
@@ -225,6 +225,8 @@ def plan(
             show.recipe_of(stage, sorted(waiting))
         if not waiting:
             planned = composing.planned(stage.recipe)
+            if any(job.method.chooses for job in planned.work.merged):  # by a look at the tensors
+                planned = planned.ready()
             forecast = planned.forecast(memory, devices, device_memory, not no_calibration)
             tables.plan(planned, forecast, tensors, json, stage.window)
 
@@ -244,6 +246,8 @@ def clean(
     listed_and_removed(places or [Path()], yes, json)
 
 
+app.command(cls=o.Command, epilog=o.examples(*diagnosing.EXAMPLES))(diagnosing.diagnose)
+app.command(cls=o.Command, epilog=o.examples(*reporting.EXAMPLES))(reporting.report)
 app.command(cls=o.Command, epilog=o.examples(*composing.COMPOSE))(composing.compose)
 app.command(cls=o.Command)(composing.materialise)
 app.command(cls=o.Command, epilog=o.examples(*files.EXAMPLES))(files.convert)

@@ -82,7 +82,7 @@ class ComposedPlan(Plan):
     def folders(self) -> tuple[Folder, ...]:
         return (Folder(),)
 
-    def ready(self, memory: int, placement: Placement) -> "ComposedPlan":
+    def ready(self, memory: int | None = None, placement: Placement = run.ANYWHERE) -> "ComposedPlan":
         """The plan with the ranks that are shares settled: each is the largest that an expert of the tensor needs."""
         jobs = {job.name: job for job in self.work.jobs}
         asked = {job.name: rank for job in self.work.merged if (rank := share_of(job.method)) is not None}

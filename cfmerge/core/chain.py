@@ -151,6 +151,8 @@ def _check(parts: tuple[Any, ...], before: tuple[Any, ...], after: tuple[Any, ..
     methods = [part.name for part in parts if isinstance(part, Method)]
     if len(methods) > 1:
         raise CfmergeError(f"chain: two methods, {methods[0]} and {methods[1]}; the other parts must be transforms")
+    if any(isinstance(part, Method) and part.chooses for part in parts) and len(parts) > 1:
+        raise CfmergeError(f"chain: {methods[0]} chooses whole chains for each tensor, and stands alone")
     for part in before:
         if part.needs.seen or part.needs.behind:
             raise CfmergeError(f"chain: {part.name} looks at the merged delta: it must stand behind a method")

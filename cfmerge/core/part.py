@@ -194,6 +194,8 @@ class Method(Part):
             deltas of rank at most `r`, which reports `factor_error`, the relative error of taking them so; None where
             there is no such form. Ask by `form_of`. A method without `form` has one form only.
         notes: `{report name: (condition, message)}`: the message for the user where `condition(value)` holds.
+        chooses: it stands for other methods, one of which takes its place for each tensor after a look at the deltas
+            (`cfmerge/products/choosing.py`). Its functions are those of the method that most tensors get.
     """
 
     init: Callable[[Array], Statistic]
@@ -205,6 +207,7 @@ class Method(Part):
     by_rows: bool = False
     form: Callable[[int | None], "Method | None"] | None = None
     notes: Mapping[str, Note] = dataclasses.field(default_factory=dict)
+    chooses: bool = False
 
     def see(
         self, statistic: Statistic, delta: Array, weight: float | Array = 1.0, context: Context = NO_CONTEXT

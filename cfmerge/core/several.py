@@ -21,6 +21,9 @@ def several(methods: tuple[Method, ...]) -> Method:
     Methods that name the same `statistic` share one. Those that differ in numbers alone are solved under one `vmap`
     over the numbers: steps that do not depend on them, such as an eigendecomposition, are computed once.
     """
+    for method in methods:
+        if method.chooses:
+            raise CfmergeError(f"sweep: {method.name} chooses a method for each tensor: merge by it alone")
     moments = {method.needs.moments: method.name for method in methods if method.needs.moments}
     if len(moments) > 1:
         needed = " and ".join(f"{name} {what}" for what, name in moments.items())

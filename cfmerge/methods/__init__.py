@@ -30,6 +30,7 @@ from cfmerge.methods.ace import ace as ace
 from cfmerge.methods.adapters import peft_cat as peft_cat
 from cfmerge.methods.adapters import peft_linear as peft_linear
 from cfmerge.methods.adapters import peft_svd as peft_svd
+from cfmerge.methods.auto import auto as auto
 from cfmerge.methods.cart import cart as cart
 from cfmerge.methods.competition import pcb as pcb
 from cfmerge.methods.consensus import breadcrumbs as breadcrumbs

@@ -17,6 +17,7 @@ from cfmerge.methods import Method
 from cfmerge.models import Kind, Parameter
 from cfmerge.planning.assign import Assignment
 from cfmerge.planning.jobs import as_method
+from cfmerge.products.choosing import settled
 from cfmerge.products.leaves import Kept
 from cfmerge.products.sharded import Outside, automatic, home, nowhere
 from cfmerge.products.trees import Arrays, Problem, names_of
@@ -174,10 +175,11 @@ def merge_leaves(
     """
 
     def merged(arrays: Arrays) -> list[dict[str, Array]]:
-        work = arrays.work(assignments, experts, seed, kept)
+        work, chosen = settled(arrays.work(assignments, experts, seed, kept))
         sinks = [Kept(work.sharded) for _ in assignments]
         account = run.merge(work, sinks)
-        for note in (*account.told(), *filter(None, map(account.warning, range(len(sinks))))):
+        about = (*account.foreign(experts), *account.twins(experts))
+        for note in (*chosen, *about, *account.told(), *filter(None, map(account.warning, range(len(sinks))))):
             warnings.warn(note, stacklevel=6)
         return [sink.arrays(arrays.trees[0]) for sink in sinks]
 

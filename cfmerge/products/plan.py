@@ -21,6 +21,7 @@ from cfmerge.planning.resolve import resolve
 from cfmerge.planning.resolved import Resolved
 from cfmerge.planning.work import Progress, Writable, silent
 from cfmerge.products.carry_out import Models, Writes, carried_out
+from cfmerge.products.choosing import settled
 from cfmerge.products.predict import Forecast, forecast
 from cfmerge.products.processes import memory_of, together
 from cfmerge.products.resume import LeftOut
@@ -139,13 +140,18 @@ class Plan(Resolved):
             except NonFiniteError as error:
                 plan = plan._without(error, left_out)
 
-    def ready(self, memory: int, placement: Placement) -> "Plan":
-        """The plan with all settled that takes a look at the tensors; a merge has no such thing.
+    def ready(self, memory: int | None = None, placement: Placement = ANYWHERE) -> "Plan":
+        """The plan with all settled that takes a look at the tensors: the methods in the place of `auto`.
+
+            >>> plan = cfmerge.plan("base", ["math", "code"], "auto")
+            >>> [note.split(":")[0] for note in plan.ready().notes]
+            ['auto']
 
         Raises:
             NonFiniteError: an expert that the look was at holds NaN or infinity.
         """
-        return self
+        work, notes = settled(self.work, memory, placement)
+        return dataclasses.replace(self, work=work, notes=(*self.notes, *notes)) if notes else self
 
     def _without(self, error: NonFiniteError, left_out: list[LeftOut]) -> "Plan":
         """The plan without the expert that is not finite, if it may be left out; otherwise raises the error."""

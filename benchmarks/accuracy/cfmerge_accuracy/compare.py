@@ -131,14 +131,14 @@ def own_accuracies(zoo: Zoo, split: Split) -> dict[str, float]:
 
 
 def references(given: Given) -> dict[str, dict[str, float]]:
-    """On test: each expert on its own task, the base, the model trained on all tasks, the experts' ensemble."""
+    """On test: each expert on its own task, the base, the experts' ensemble, and the model of all tasks, if any."""
     zoo = given.zoo
-    return {
+    found = {
         "experts": own_accuracies(zoo, "test"),
         "base": zoo.accuracies(zoo.base, "test"),
-        "multitask": zoo.accuracies(zoo.multitask, "test"),
         "ensemble": zoo.ensemble("test"),
     }
+    return found if zoo.multitask is None else found | {"multitask": zoo.accuracies(zoo.multitask, "test")}
 
 
 def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Zoo:
         name: of the domain and its variant: "vision", "text", "text-lora-16", "convolutional".
         seed: of the splits, the initial weights and the training.
         tasks: their names, in the order in which experts are counted.
-        base, experts, multitask: the parameters; `experts` by task, `multitask` trained on all of them.
+        base, experts, multitask: the parameters; `experts` by task, `multitask` trained on all of them, or None.
         labels: `(task, split) -> (N,)` integers.
         logits: `(params, task, split) -> (N, classes)`.
         grams: `task -> {name of a kernel: (in, in)}`: `X^T X / tokens` of the inputs that the task's expert sees of
@@ -48,7 +48,7 @@ class Zoo:
     tasks: tuple[str, ...]
     base: Params
     experts: Mapping[str, Params]
-    multitask: Params
+    multitask: Params | None
     labels: Callable[[str, Split], np.ndarray]
     logits: Callable[[Params, str, Split], np.ndarray]
     grams: Callable[[str], Mapping[str, np.ndarray]]
