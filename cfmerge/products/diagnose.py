@@ -44,7 +44,7 @@ def diagnose(
 
         >>> found = cfmerge.diagnose("base", ["math", "code"])
         >>> found.experts, list(found.tensors)
-        (('math', 'code'), ['layer.weight', 'layer.bias'])
+        (('math', 'code'), ['layer.bias', 'layer.weight'])
         >>> found.tensors["layer.bias"].norms.tolist()
         [2.0, 6.0]
 
