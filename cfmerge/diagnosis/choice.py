@@ -13,7 +13,6 @@ get the mean of the deltas, as with any matrix method. docs/auto.md says where t
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
