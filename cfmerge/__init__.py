@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from cfmerge.products.accumulate import accumulate as accumulate
     from cfmerge.products.accumulate import solve as solve
     from cfmerge.products.convert import convert as convert
+    from cfmerge.products.diagnose import diagnose as diagnose
+    from cfmerge.products.diagnose import diagnose_recipe as diagnose_recipe
     from cfmerge.products.files import open as open
     from cfmerge.products.files import save as save
     from cfmerge.products.in_memory import merge_params as merge_params
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from cfmerge.products.plan import Plan as Plan
     from cfmerge.products.plan import make_plan as make_plan
     from cfmerge.products.plan import plan as plan
+    from cfmerge.products.report import make_report as make_report
     from cfmerge.products.state_dicts import merge_state_dicts as merge_state_dicts
     from cfmerge.products.sweep import grid as grid
     from cfmerge.products.sweep import sweep as sweep
@@ -72,9 +75,12 @@ _PUBLIC = {
     "Plan": "cfmerge.products.plan",
     "make_plan": "cfmerge.products.plan",
     "plan": "cfmerge.products.plan",
+    "make_report": "cfmerge.products.report",
     "accumulate": "cfmerge.products.accumulate",
     "solve": "cfmerge.products.accumulate",
     "convert": "cfmerge.products.convert",
+    "diagnose": "cfmerge.products.diagnose",
+    "diagnose_recipe": "cfmerge.products.diagnose",
     "load": "cfmerge.products.loading",
     "Statistics": "cfmerge.statistics",
     "grid": "cfmerge.products.sweep",

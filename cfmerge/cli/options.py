@@ -170,7 +170,8 @@ OF_RUN: dict[str, Any] = {
     ],
 }
 
-RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML, mergekit's too), or a card of cfmerge.")]
+RecipeFile = Annotated[Path | None, argument("RECIPE", "YAML, a card of cfmerge, a recipe's name.")]
+Models = Annotated[list[str] | None, argument("MODELS", "A base, then its experts; or one recipe (YAML), or a card.")]
 System = Annotated[str, argument("SYSTEM", "emr, tall, tsv_c or smile; or a text such as 'smile(rank=32)'.")]
 StorePath = Annotated[Path, argument("STORE", "The store's directory.")]
 Out = Annotated[Path | None, argument("OUT", "The output, in place of --output.")]
@@ -211,24 +212,28 @@ class Command(typer.core.TyperCommand):
 
 
 def takes_recipe(
-    *without: str, chains: bool = False, system: bool = False, runs: bool = False
+    *without: str, chains: bool = False, system: bool = False, runs: bool = False, models: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator: the command's first argument is the recipe that its file and its options make.
 
     The command gets an option for every key of a recipe, but for `without` and for those that it has itself. One that
     takes `chains` gets a list of stages instead. One that makes a `system` has its name, the recipe's method, as its
-    first argument, in place of an option. With `runs` a training run may stand for the recipe.
+    first argument, in place of an option. With `runs` a training run may stand for the recipe, with `models` a base and
+    its experts, as arguments; the command then has the recipe's file, if there is one, as its second argument.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command).parameters.values())[1:]
+        own = list(inspect.signature(command).parameters.values())[2 if models else 1 :]
         left_out = {*without, *(parameter.name for parameter in own), *(["method"] if system else [])}
         keys = [key for key in RECIPE if key in Recipe.__struct_fields__ and key not in left_out]
 
         @functools.wraps(command)
-        def run(recipe: Path | None = None, **given: Any) -> None:
+        def run(recipe: Any = None, **given: Any) -> None:
+            named = _named(recipe) if models else {}
+            recipe = named.pop("file", None) if models else recipe
             asked = {"method": given.pop("system")} if system else {}
             asked |= {key: given.pop(key) for key in keys}
+            asked |= _only(named, asked)
             of_run = {key: given.pop(key) for key in OF_RUN if runs}
             stages = stages_of_run(recipe, asked, of_run) or make_stages(recipe, asked)
             if not chains and len(stages) > 1:
@@ -238,9 +243,10 @@ def takes_recipe(
                 )
             for note in () if chains else stages[0].notes:
                 tell(Console(stderr=True), "note", note, "yellow")
-            command(stages if chains else stages[0].recipe, **given)
+            command(stages if chains else stages[0].recipe, *([recipe] if models else []), **given)
 
-        file = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=RecipeFile)
+        first = Models if models else RecipeFile
+        file = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=first)
         shared = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RECIPE[key]) for key in keys
         ]
@@ -252,6 +258,21 @@ def takes_recipe(
         return _taking(run, [*([named] if system else []), file, *sorted([*own, *shared], key=_panel)])
 
     return decorate
+
+
+def _named(arguments: list[str] | None) -> dict[str, Any]:
+    """The base and the experts that the arguments name, or the recipe's file."""
+    if not arguments:
+        return {}
+    first, *others = arguments
+    return {"base": first, "experts": others} if others else {"file": Path(first)}
+
+
+def _only(named: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """The models that the arguments name, unless options name some too."""
+    if named and any(asked.get(key) for key in named):
+        raise CfmergeError("base and experts are named twice: as arguments, or by --base and --expert")
+    return named
 
 
 def takes_options(*keys: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

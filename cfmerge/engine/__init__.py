@@ -38,6 +38,7 @@ steps `Unsolved`, which return the statistics.
     spread     how a unit lies on devices
     precision  the decisions that are made while running
     low_rank   dense deltas of low rank, recognised
+    sampling   some entries of every matrix: experts of another base, and twins
     surveys    findings, and the methods that asked for them
     checks     checks of values
     account    reports and notes

@@ -11,6 +11,7 @@ import numpy as np
 
 from cfmerge.core.part import Composer
 from cfmerge.engine.precision import Outcome
+from cfmerge.engine.sampling import Sample, foreign, twins
 from cfmerge.engine.units import Unit
 from cfmerge.errors import and_more
 from cfmerge.planning.jobs import methods_of
@@ -27,10 +28,12 @@ class Told(NamedTuple):
     Attributes:
         reports: of each result `{tensor: {name: value}}`; none of methods that report nothing.
         float64: tensors that float64 was needed for.
+        sample: of the matrices that were read, see `sampling.Sample`.
     """
 
     reports: Sequence[Mapping[str, Report]] = ()
     float64: Sequence[str] = ()
+    sample: Sequence[Any] | None = None
 
 
 def told_of(unit: Unit, outcome: Outcome) -> Told:
@@ -42,7 +45,7 @@ def told_of(unit: Unit, outcome: Outcome) -> Told:
         for name, span in zip(unit.names, unit.spans, strict=True):
             report = {key: of_span(value[span]) for key, value in values.items()}
             own[name] = _joined(unit.job, report, own.get(name, {}))
-    return Told(reports, [unit.names[number] for number in outcome.float64])
+    return Told(reports, [unit.names[number] for number in outcome.float64], outcome.sample)
 
 
 def adds(job: Job) -> bool:
@@ -67,16 +70,21 @@ class Account:
     Attributes:
         reports: `{result: {tensor: {name: value}}}`.
         notes: `{(result, method, message): {tensor: value}}`; a message may hold `{value}`.
+        sample: of all matrices.
     """
 
     reports: dict[int, dict[str, Report]] = dataclasses.field(default_factory=dict)
     notes: dict[tuple[int, str, str], dict[str, float]] = dataclasses.field(default_factory=dict)
+    sample: Sample | None = None
     _double: set[str] = dataclasses.field(default_factory=set)
     _past: set[tuple[int, str]] = dataclasses.field(default_factory=set)  # (result, tensor) past the bound of growth
 
     def add(self, told: Told, jobs: Mapping[str, Job]) -> None:
         """Adds all that is told of a unit; `jobs` by the names of its tensors, and of others."""
         self._double.update(told.float64)
+        if told.sample is not None:
+            sample = Sample(*told.sample)
+            self.sample = sample if self.sample is None else self.sample.plus(sample)
         for result, reports in enumerate(told.reports):
             own = self.reports.setdefault(result, {})
             for name, report in reports.items():
@@ -111,6 +119,27 @@ class Account:
             f"{max(grown.values()):.1f} times): this model may be worse than the base, as when all experts "
             f"are LoRA adapters that share a start. {SAFER} divides by no covariance and holds there"
         )
+
+    def foreign(self, experts: Sequence[str]) -> list[str]:
+        """A sentence for each expert that does not seem to come from the base."""
+        if self.sample is None:
+            return []
+        return [
+            f"expert {name!r} does not seem to come from this base: {count} of {self.sample.seen} matrices have "
+            "nothing in common with the base's. Merge it over its own base, or leave it out; models of different "
+            "initialisation are aligned first (--align weights)"
+            for name, count in foreign(self.sample, experts)
+        ]
+
+    def twins(self, experts: Sequence[str]) -> list[str]:
+        """A sentence for each pair of experts whose deltas are nearly the same."""
+        if self.sample is None:
+            return []
+        return [
+            f"experts {one!r} and {other!r} are nearly the same (cosine of their deltas {cosine:.3f}): together they "
+            "count twice. Leave one out, or give each half the weight"
+            for one, other, cosine in twins(self.sample, experts)
+        ]
 
     def reports_of(self, result: int) -> dict[str, Any]:
         return self.reports.get(result, {})

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from cfmerge.engine.surveys import Place, by_member, found_for, kind_of
 from cfmerge.engine.units import Unit
 from cfmerge.errors import CfmergeError
 from cfmerge.methods import Found, Method
-from cfmerge.planning.work import Job
+from cfmerge.planning.work import Job, Progress, silent
 
 TRACED = (
     jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError,
@@ -73,7 +73,7 @@ def _fits(loop: Loop, jobs: Sequence[Job], totals: Any) -> bool:
     return set(totals) == {place for unit in loop.pieces(jobs) for place in unit.places}
 
 
-def measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
+def measured(loop: Loop, measures: Measures, jobs: Sequence[Job], tell: Progress = silent) -> Any:
     """The totals of a measure over the jobs' tensors."""
     by_place: dict[Place, Any] = {}
     total: Any = None
@@ -86,11 +86,33 @@ def measured(loop: Loop, measures: Measures, jobs: Sequence[Job]) -> Any:
         for number, place in enumerate(unit.places):
             by_place[place] = jax.tree.map(operator.itemgetter(number), values)
 
+    _over_all(loop, measures, jobs, take, tell)
+    return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
+
+
+def summed(loop: Loop, measures: Measures, jobs: Sequence[Job], tell: Progress = silent) -> dict[str, Any]:
+    """`{tensor: sum of a measure over all its pieces}`, of a measure by tensor."""
+    found: dict[str, Any] = {}
+
+    def take(unit: Unit, values: Any) -> None:
+        matrices = len(unit.layers) if unit.row is None else 1
+        for name, span in zip(unit.names, unit.spans, strict=True):
+            at = slice(span.start * matrices, span.stop * matrices)
+            own = jax.tree.map(lambda leaf, at=at: leaf[at].sum(axis=0), values)
+            found[name] = jax.tree.map(operator.add, found[name], own) if name in found else own
+
+    _over_all(loop, measures, jobs, take, tell)
+    return found
+
+
+def _over_all(
+    loop: Loop, measures: Measures, jobs: Sequence[Job], take: Callable[[Unit, Any], None], tell: Progress
+) -> None:
     def do(unit: Unit) -> Any:
-        return loop.passed_over(unit, Measuring(unit, measures, loop.placement.spread(unit)), measures.compute)
+        steps = Measuring(unit, measures, loop.placement.spread(unit))
+        return loop.passed_over(unit, steps, measures.compute, tell)
 
     loop.over_all(loop.pieces(jobs), do, take)
-    return dict(sorted(by_place.items())) if measures.wanted.by_tensor else total
 
 
 def _ordered(loop: Loop, measures: Measures, jobs: Sequence[Job], key: str) -> Ordered:

@@ -28,6 +28,7 @@ from cfmerge.engine.placement import Placement
 from cfmerge.engine.precision import Attempt, Outcome, compute_dtype, together, ways
 from cfmerge.engine.processes import joined, mine
 from cfmerge.engine.room import Room
+from cfmerge.engine.sampling import Sampler, sampler_of
 from cfmerge.engine.surveys import looks_within
 from cfmerge.engine.units import Unit
 from cfmerge.engine.within import found_within
@@ -149,16 +150,27 @@ class Loop:
     # --- one unit -----------------------------------------------------------------------------------------------------
 
     def passed_over(
-        self, unit: Unit, each: UnitSteps, compute: str, tell: Progress = silent, joint: bool = False
+        self,
+        unit: Unit,
+        each: UnitSteps,
+        compute: str,
+        tell: Progress = silent,
+        joint: bool = False,
+        sampler: Sampler | None = None,
     ) -> Any:
         """The base of a unit, then its experts one by one, through the steps; in a joint basis, their factors."""
         with self.precision(compute):
             spread = each.spread
-            base = spread.stored(unit.base())
+            read = unit.base()
+            if sampler is not None:
+                sampler.base(read)
+            base = spread.stored(read)
             tell(unit.job.name, unit.entries * base.dtype.itemsize)
             state = each.start(base)
             for t in each.experts:
                 array, minus = (unit.factors(t), None) if joint else unit.expert(t)
+                if sampler is not None:
+                    sampler.expert(t, array, minus)
                 expert = jax.tree.map(spread.stored, array)
                 inputs = spread.put(unit.inputs(t)._replace(minus=minus), INPUTS)
                 state = each.update(state, base, t, expert, inputs)
@@ -172,15 +184,15 @@ class Loop:
             return together(unit, groups, [self.merged(group, found) for group in groups])
         if looks_within(unit.job.method):
             found = self._within(unit)
-        asking = ways(unit, found)
-        attempt = next(asking)
+        asking, sampler = ways(unit, found), sampler_of(unit)
+        attempt, first = next(asking), sampler
         while True:
             try:
-                attempt = asking.send(self._tried(attempt))
+                attempt, first = asking.send(self._tried(attempt, first)), None
             except StopIteration as done:
-                return done.value
+                return done.value._replace(sample=sampler and sampler.told())
 
-    def _tried(self, attempt: Attempt) -> Outcome:
+    def _tried(self, attempt: Attempt, sampler: Sampler | None) -> Outcome:
         # Rows are read once by one program for all experts; traced, the statistics of a whole stack would be kept.
         at_once = self.work.statistics is None and (self.work.traced or attempt.unit.row is not None)
         streamed = attempt.methods[0].additive and not at_once
@@ -194,7 +206,7 @@ class Loop:
                 base = each.spread.stored(attempt.unit.base())
                 return each.finish(jax.tree.map(_doubled, attempt.statistics), base)
         tell = silent if attempt.silent else self.tell
-        return self.passed_over(attempt.unit, each, attempt.compute, tell, attempt.joint)
+        return self.passed_over(attempt.unit, each, attempt.compute, tell, attempt.joint, sampler)
 
     def accumulated(self, unit: Unit, compute: str) -> Any:
         """The statistics of a unit's tensors when all experts were seen."""

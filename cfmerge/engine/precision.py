@@ -5,6 +5,7 @@
 Everything that is decided while a merge runs, but for an expert that is left out, is decided here.
 """
 
+import functools
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from cfmerge.core.call import form_of
 from cfmerge.core.part import Composer
 from cfmerge.core.several import reported
 from cfmerge.engine.low_rank import CUT, LEAST_INPUTS, rank_bound
+from cfmerge.engine.sampling import Sample
 from cfmerge.engine.units import Unit
 from cfmerge.methods import Found, Method
 from cfmerge.planning.work import Job, Work
@@ -58,6 +60,7 @@ class Outcome(NamedTuple):
     reports: Reports
     statistics: Any = None  # of an additive method
     float64: tuple[int, ...] = ()  # numbers of the segments that float64 was needed for
+    sample: Sample | None = None  # of what was read
 
 
 def together(unit: Unit, groups: Sequence[Unit], outcomes: Sequence[Outcome]) -> Outcome:
@@ -77,7 +80,9 @@ def together(unit: Unit, groups: Sequence[Unit], outcomes: Sequence[Outcome]) ->
     tensors = jax.tree.map(joined, *first)
     in_order = [reports[start] for start in sorted(reports)]
     double = (0,) if any(outcome.float64 for outcome in outcomes) else ()
-    return Outcome(tensors, jax.tree.map(lambda *own: np.concatenate(own, 1), *in_order), None, double)
+    samples = [outcome.sample for outcome in outcomes if outcome.sample]
+    sample = functools.reduce(Sample.plus, samples) if samples else None
+    return Outcome(tensors, jax.tree.map(lambda *own: np.concatenate(own, 1), *in_order), None, double, sample)
 
 
 def ways(unit: Unit, found: Found | None) -> Generator[Attempt, Outcome, Outcome]:

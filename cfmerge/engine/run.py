@@ -7,7 +7,7 @@ accumulate(work, write)   the statistics of every tensor, unsolved
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from cfmerge.core.survey import Measure
 from cfmerge.engine.account import Account, Told, adds, told_of
 from cfmerge.engine.checks import kept_tensor
 from cfmerge.engine.journal import Forgetful, Journal, ranges_of, whole
-from cfmerge.engine.looks import measured, surveys
+from cfmerge.engine.looks import measured, summed, surveys
 from cfmerge.engine.loop import Loop
 from cfmerge.engine.passes import Measures
 from cfmerge.engine.placement import Placement
@@ -82,12 +82,26 @@ def merge(
     return account
 
 
-def measure(work: Work, wanted: Measure, *, memory: int | None = None, placement: Placement = ANYWHERE) -> Any:
-    """The totals of a measure over the tensors that are merged, as a look gets them."""
-    loop = Loop(work, memory, placement, silent, None, Forgetful())
+def measure(
+    work: Work,
+    wanted: Measure,
+    *,
+    memory: int | None = None,
+    placement: Placement = ANYWHERE,
+    progress: Progress = silent,
+    over: Literal["places", "tensors"] = "places",
+) -> Any:
+    """The totals of a measure over the tensors that are merged, as a look gets them.
+
+    Args:
+        over: "tensors": `{name: sum of the measure over all pieces of the tensor}`, of a measure by tensor.
+    """
+    loop = Loop(work, memory, placement, progress, None, Forgetful())
     compute = compute_dtype(work, work.merged)
     with loop, loop.precision(compute):
-        return measured(loop, Measures(wanted, len(work.experts), compute), work.merged)
+        measures = Measures(wanted, len(work.experts), compute)
+        take = measured if over == "places" else summed
+        return take(loop, measures, work.merged, loop.tell)
 
 
 def accumulate(

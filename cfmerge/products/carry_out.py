@@ -94,9 +94,9 @@ def carried_out(
         notes = [*dropped, *_check_contents(plan)]
         account = run.merge(plan.work, list(sinks.values()), memory=memory, placement=placement, progress=progress)
         alignment = alignment_of((plan.base, *plan.experts))
-        told = (*plan.notes, *notes, *(alignment.found().told if alignment else ()), *account.lines())
+        told = (*plan.notes, *notes, *(alignment.found().told if alignment else ()), *_noted(account, plan))
         return {
-            label: MergeResult(None, own, told, account.reports_of(n), {}, warnings=_warned(account, n))
+            label: MergeResult(None, own, told, account.reports_of(n), {}, warnings=_warned(account, plan, n))
             for n, (label, own) in enumerate(plans.items())
         }
     if "" not in plan.results:
@@ -156,10 +156,10 @@ def carried_out(
             for sink in outs:
                 sink.sync()
         others = ranges_of_others(processes, journal.written.ranges())
-        notes += account.lines()
+        notes += _noted(account, plan)
         results = {}
         for number, (label, sink) in enumerate(sinks.items()):
-            warned, shown = _warned(account, number, outputs[number]), [*notes, *sink.notes]
+            warned, shown = _warned(account, plan, number, outputs[number]), [*notes, *sink.notes]
             if first:
                 sink.covers(others)
                 sink.finish(writes.totals(plans[label], account, digests, shown, warned))
@@ -205,8 +205,16 @@ def _config_edits(plan: Resolved) -> dict[str, dict[str, Any]]:
     return edits
 
 
-def _warned(account: Account, result: int, output: Path | None = None) -> tuple[str, ...]:
-    """The warning about a whole model, with the command that makes another."""
+def _noted(account: Account, plan: Resolved) -> list[str]:
+    """The notes of the run."""
+    quiet = plan.recipe.align is not None or "duplicate-experts" in plan.recipe.allow
+    return [*(() if quiet else account.twins([expert.name for expert in plan.work.experts])), *account.lines()]
+
+
+def _warned(account: Account, plan: Resolved, result: int, output: Path | None = None) -> tuple[str, ...]:
+    """The warnings about experts and the whole model, with the command that makes another."""
+    quiet = plan.recipe.align is not None or "other-base" in plan.recipe.allow
+    foreign = () if quiet else account.foreign([expert.name for expert in plan.work.experts])
     text = account.warning(result)
     file = output is not None and format_by_name(output, None)
     if text and output is not None and file in {None, "safetensors"}:  # others hold no recipe to begin from
@@ -214,7 +222,7 @@ def _warned(account: Account, result: int, output: Path | None = None) -> tuple[
         recipe = output if single else output / "README.md"
         other = output.with_stem(f"{output.stem}-{SAFER}") if single else f"{output}-{SAFER}"
         text += f":\n  cfmerge merge {shlex.quote(str(recipe))} -m {SAFER} -o {shlex.quote(str(other))}"
-    return (text,) if text else ()
+    return (*foreign, text) if text else tuple(foreign)
 
 
 def _check_contents(plan: Resolved) -> list[str]:

@@ -178,7 +178,8 @@ def merge_leaves(
         work, chosen = settled(arrays.work(assignments, experts, seed, kept))
         sinks = [Kept(work.sharded) for _ in assignments]
         account = run.merge(work, sinks)
-        for note in (*chosen, *account.told(), *filter(None, map(account.warning, range(len(sinks))))):
+        about = (*account.foreign(experts), *account.twins(experts))
+        for note in (*chosen, *about, *account.told(), *filter(None, map(account.warning, range(len(sinks))))):
             warnings.warn(note, stacklevel=6)
         return [sink.arrays(arrays.trees[0]) for sink in sinks]
 

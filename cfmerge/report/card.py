@@ -40,7 +40,7 @@ def model_card(plan: Resolved, digests: Mapping[Path, str], notes: Sequence[str]
         f"A merge of {len(plan.experts)} experts by {plan.method.name}" if plan.experts else "A stack of layers",
         told,
         {
-            "Inputs": table("model", "weight", "file", "SHA-256", rows=_inputs(plan, digests)),
+            "Inputs": table("model", "weight", "file", "SHA-256", rows=inputs(plan, digests)),
             "Notes": "\n".join(f"- {note}" for note in (*plan.notes, *notes)),
             "Recipe": again,
         },
@@ -107,8 +107,8 @@ def _models(plan: Resolved) -> Iterator[tuple[str, str, Source]]:
         yield spec.name, weight, expert
 
 
-def _inputs(plan: Resolved, digests: Mapping[Path, str]) -> Iterator[tuple[str, ...]]:
-    """A row for every file of these."""
+def inputs(plan: Resolved, digests: Mapping[Path, str]) -> Iterator[tuple[str, str, str, str]]:
+    """A row for every file of the base and the experts: role, weight, name, SHA-256 in backticks."""
     for role, weight, checkpoint in _models(plan):
         if cached := hub.snapshot(checkpoint.path):
             role += f" ({cached.repository}{'@' if cached.commit else ''}{cached.commit[:12]})"

@@ -68,7 +68,9 @@ def differ(one, other):
 SEVERAL = {**{UP.format(n): (16, 8) for n in range(3)}, "model.norm.weight": (8,)}
 
 
-@pytest.mark.parametrize("method", ["ace", "tsv_m", "ties", "dare_ties"])
+@pytest.mark.parametrize(
+    "method", ["ace", "ties", *(pytest.param(m, marks=pytest.mark.long) for m in ("tsv_m", "dare_ties"))]
+)
 def test_the_same_on_one_two_and_eight_devices(make_model, tmp_path, load, every_matrix_is_large, method):
     """Three matrices on two devices are two and one; on eight each is shared out, or the stack filled up."""
     family = models(make_model, tmp_path, SEVERAL)
@@ -210,7 +212,7 @@ def test_deltas_of_low_rank_are_found_in_joined_units(make_model, tmp_path, load
 # --- where it lies ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ace", "tsv_m", "dare_ties"])
+@pytest.mark.parametrize("method", ["ace", *(pytest.param(m, marks=pytest.mark.long) for m in ("tsv_m", "dare_ties"))])
 def test_no_device_holds_over_a_quarter_of_a_stack(make_model, tmp_path, monkeypatch, every_matrix_is_large, method):
     family = models(make_model, tmp_path, {UP.format(n): (16, 8) for n in range(9)})
     stored, shares = Spread.stored, []

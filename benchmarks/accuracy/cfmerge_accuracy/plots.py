@@ -71,24 +71,34 @@ def tasks(zoo: Results) -> Any | None:
 
 def experts(zoo: Results) -> Any | None:
     """Normalised accuracy against the number of experts merged."""
+    title = f"{zoo.name}: normalised accuracy by number of experts, at published defaults{_over(zoo)}"
+    return _curves(curves_of_experts(zoo), title, "experts merged")
+
+
+def curves_of_experts(zoo: Results) -> Curves:
+    """Normalised accuracy by the number of experts merged, of some methods."""
     curves: dict[str, dict[float, float]] = defaultdict(dict)
     for (name, count), value in zoo.over_rows("counts", ("name", "count"), "normalised").items():
         curves[name][count] = 100 * value
-    title = f"{zoo.name}: normalised accuracy by number of experts, at published defaults{_over(zoo)}"
-    return _curves({name: curves[name] for name in _selected(zoo, curves)}, title, "experts merged")
+    return {name: curves[name] for name in _selected(zoo, curves)}
 
 
 def scale(zoo: Results) -> Any | None:
     """Normalised accuracy on validation examples against the factor of the merged delta, of some methods."""
+    title = f"{zoo.name}: normalised accuracy on validation examples, by scale{_over(zoo)}"
+    label = "factor of the merged delta (1: as published)"
+    return _curves(curves_of_scale(zoo), title, label, logarithmic=True)
+
+
+def curves_of_scale(zoo: Results) -> Curves:
+    """Normalised accuracy on validation examples by the factor of the merged delta, of some methods."""
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, entries in zoo.methods.items():
         for entry in entries.values():
             for factor, value in (entry.get("validation") or {}).items():
                 found[name][float(factor)].append(100 * value)
     curves = {name: {x: float(np.mean(y)) for x, y in each.items()} for name, each in found.items()}
-    title = f"{zoo.name}: normalised accuracy on validation examples, by scale{_over(zoo)}"
-    label = "factor of the merged delta (1: as published)"
-    return _curves({name: curves[name] for name in _selected(zoo, curves)}, title, label, logarithmic=True)
+    return {name: curves[name] for name in _selected(zoo, curves)}
 
 
 def _selected(zoo: Results, curves: Curves) -> list[str]:

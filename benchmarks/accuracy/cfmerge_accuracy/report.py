@@ -5,6 +5,7 @@ folder/results.json                             all of it, with means and interv
 folder/overview.md                              all zoos in one table
 folder/<family>.md                              "vision", "text" (in full and LoRA), "convolutional", "linear"
 folder/<zoo>-{tasks,experts,scale,proxies}.png  plots
+folder/report.html                              all zoos as one page that needs no other file
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SETTINGS: dict[Setting, str] = {
 
 
 def write(folder: Path, pictures: bool = True) -> list[Path]:
-    """Writes everything anew; returns the files.
+    """Writes everything anew; returns the files. Without `pictures` neither plots nor the page are made.
 
     Raises:
         CfmergeError: `folder/rows` has no results, or ones that cannot be put together.
@@ -53,6 +54,12 @@ def write(folder: Path, pictures: bool = True) -> list[Path]:
     if linear is not None:
         written.append(_write(folder / "linear.md", _linear(linear)))
     written.append(_write(folder / "overview.md", _overview(zoos)))
+    if pictures:
+        from cfmerge.report.page.rendering import html
+        from cfmerge_accuracy import page
+
+        made_by = _made_by([*(row for zoo in zoos for row in zoo.rows), *([linear] if linear else [])])
+        written.append(_write(folder / "report.html", html(page.page(zoos, linear, made_by))))
     return written
 
 

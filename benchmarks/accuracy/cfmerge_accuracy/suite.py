@@ -25,6 +25,7 @@ ZOOS = (
 FRESH_ZOOS: tuple[str, ...] = (
     *("efficientnet", "vision-lora", "vision-lora-shared"),
     *("vision-steps-quarter", "vision-steps-once", "vision-steps-four"),
+    *("text-fresh-full", "text-fresh-lora-16", "decoder-full", "decoder-lora"),
 )
 SCALED = ("vision-steps-quarter", "vision-steps-once", "vision-steps-four")  # of these, which try other scales too
 QUICK_ZOOS = ("vision", "text-full", "convolutional-reestimated", "linear")  # of each kind one
@@ -73,6 +74,10 @@ def load(name: str, seed: int, options: Options, report: Callable[[str], None]) 
         from cfmerge_accuracy import text
 
         return text.load(seed, variant=variant, quick=options.quick, engine=options.engine, report=report)
+    if kind == "decoder":
+        from cfmerge_accuracy import decoder
+
+        return decoder.load(seed, variant=variant, quick=options.quick, jobs=options.jobs, report=report)
     if kind == "efficientnet":
         from cfmerge_accuracy import efficientnet
 

@@ -198,7 +198,7 @@ def excess(zoo: Results, lines: Sequence[Line]) -> str:
         [line.name, number(error, 2) if error < 100 else f"{error:.0e}", number(line.normalised.mean)]
         for line, error in pairs
     ]
-    return text + folded("Table", table(["method", "excess error", "normalised"], rows))
+    return text + folded("Errors by method", table(["method", "excess error", "normalised"], rows))
 
 
 def covariances(zoo: Results) -> str:

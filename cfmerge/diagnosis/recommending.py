@@ -1,0 +1,63 @@
+"""The recommendation that numbers and findings lead to, by the rule of `method: auto` (choice.py)."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from cfmerge.diagnosis import choice
+from cfmerge.diagnosis.result import Finding, Measured, Recommendation
+from cfmerge.diagnosis.words import experts as told
+from cfmerge.models import Kind
+
+AUTO = "auto"
+WHERE = "docs/results, accuracy at defaults with each expert at 100"
+EVIDENCE = {  # what docs/results has for the branches of the rule
+    choice.CONVOLUTION: "ConvNet, statistics estimated again or averaged: 85.8 and 83.4, the average 79.0 and 78.5",
+    choice.LOW_RANK: "three LoRA zoos: 91.5, 92.5 and 91.2, the average 82.5, 82.1 and 82.0",
+    choice.GROWING: "LoRA from one start, where ace has 33.3: 89.2, the average 82.0",
+    choice.FULL: "two fully fine-tuned transformers: 77.4 and 95.3, the average 73.7 and 83.2, ace 76.2 and 96.8",
+}
+
+
+def recommended(experts: Sequence[str], tensors: Mapping[str, Measured], findings: Sequence[Finding]) -> Recommendation:
+    """The method for these experts, its reason, and what was measured for it."""
+    foreign = [name for one in findings if one.kind == "foreign-base" for name in one.experts]
+    if foreign:
+        why = f"{told(foreign)} {'do' if len(foreign) > 1 else 'does'} not come from this base: deltas from it mean "
+        return Recommendation("", f"no merge: {why}nothing", "", tuple(foreign))
+    without = _superfluous(findings)
+    kept = [t for t, name in enumerate(experts) if name not in without]
+    if len(kept) < 2:
+        return Recommendation("", f"no merge: {len(kept)} expert is left that changes the base", "", without)
+    branches = _branches(tensors, kept)
+    if not branches:
+        return _without_numbers(tensors, without)
+    (first, _), total = branches.most_common(1)[0], branches.total()
+    evidence = "; ".join(f"{one.method} on {EVIDENCE[one]}" for one, _ in branches.most_common() if one in EVIDENCE)
+    if len(branches) == 1:
+        return Recommendation(first.method, f"all {total} matrices have {first.why}", f"{WHERE}: {evidence}", without)
+    each = "; ".join(f"{number} have {one.why} ({one.method})" for one, number in branches.most_common())
+    return Recommendation(AUTO, f"of {total} matrices {each}", f"{WHERE}: {evidence}", without)
+
+
+def _superfluous(findings: Sequence[Finding]) -> tuple[str, ...]:
+    """The experts to leave out: all but one of those that are the same, and those that are the base."""
+    same = [name for one in findings if one.kind == "same-experts" for name in one.experts[1:]]
+    return tuple(same + [name for one in findings if one.kind == "equals-base" for name in one.experts])
+
+
+def _branches(tensors: Mapping[str, Measured], kept: Sequence[int]) -> Counter[choice.Branch]:
+    """How many matrices take which branch of the rule; those that nobody changed are left out."""
+    found: Counter[choice.Branch] = Counter()
+    for one in tensors.values():
+        if one.ranks is not None and one.sides is not None and one.growth is not None:
+            ranks = [int(one.ranks[t]) for t in kept]
+            found[choice.chosen(Kind(one.kind), one.sides, ranks, one.growth)] += 1
+    del found[choice.UNCHANGED]
+    return found
+
+
+def _without_numbers(tensors: Mapping[str, Measured], without: tuple[str, ...]) -> Recommendation:
+    """The recommendation where no matrix was decomposed, or there is none."""
+    if any(one.kind in {Kind.MATRIX, Kind.CONVOLUTION} for one in tensors.values()):
+        return Recommendation(AUTO, "no matrix was decomposed here; auto looks at each when it merges", "", without)
+    return Recommendation("average", "no matrix is changed, and methods differ in matrices alone", "", without)
