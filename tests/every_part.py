@@ -7,10 +7,11 @@ from cfmerge.methods import Method
 
 BEHIND = {"half_flatten", "larv", "lines", "subspace_boosting", "svc"}  # transforms that stand behind a method
 OF_FACTORS = {"peft_linear"}  # methods that take no dense delta
+CHOOSING = {"auto"}  # methods that others take the place of: tests/diagnosis/test_choice.py
 PARTS = [
     entry.name if entry.kind == "method" else f"average >> {entry.name}" if entry.name in BEHIND
     else f"{entry.name} >> average"
-    for entry in methods.registry().values() if entry.name not in OF_FACTORS
+    for entry in methods.registry().values() if entry.name not in OF_FACTORS | CHOOSING
 ]  # fmt: skip
 ARGUMENTS = {  # parameters without a default, and steps enough to show something
     "drop >> average": "drop(p=0.5) >> average", "trim >> average": "trim(density=0.5) >> average",

@@ -90,10 +90,10 @@ def chosen(
         >>> chosen(Kind.MATRIX, (64, 64), [8, 8], 1.0).method, chosen(Kind.MATRIX, (64, 64), [8, 64], 2.5).method
         ('opcm', 'dc_merge')
     """
-    if max(ranks, default=0) == 0:
-        return UNCHANGED
     if kind is Kind.CONVOLUTION:
         return CONVOLUTION
+    if max(ranks, default=0) == 0:
+        return UNCHANGED
     if max(ranks) <= LOW * min(sides):
         return LOW_RANK if len(set(map(float, weights))) <= 1 else LOW_RANK_WEIGHTED
     return GROWING if grown > GROWN else FULL

@@ -45,7 +45,7 @@ def told_of(unit: Unit, outcome: Outcome) -> Told:
         for name, span in zip(unit.names, unit.spans, strict=True):
             report = {key: of_span(value[span]) for key, value in values.items()}
             own[name] = _joined(unit.job, report, own.get(name, {}))
-    return Told(reports, [unit.names[number] for number in outcome.float64], outcome.sample)
+    return Told(reports, [unit.names[number] for number in outcome.float64], outcome.sample and list(outcome.sample))
 
 
 def adds(job: Job) -> bool:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from cfmerge.engine.units import Unit
@@ -55,19 +56,19 @@ class Sampler:
 
     def expert(self, number: int, array: Any, minus: Any) -> None:
         """Takes an expert's share, and of which tensors it is the delta: `Inputs.minus`."""
-        if self._base and not isinstance(array, tuple):
+        if not isinstance(array, tuple):  # factors say nothing of a base
             for place, own in self._entries(array).items():
                 taken = 1.0 if minus is None else float(minus[self._unit.spans[place].start])
                 self._deltas[place][number] = own - taken * self._base[place]
 
     def _entries(self, array: Any) -> dict[int, np.ndarray]:
         """`{segment: some entries}` of those that are matrices."""
-        found = {}
-        for place, (job, _, values) in enumerate(self._unit.parts(array)):
-            flat = values.reshape(-1)
+        found, host = {}, np.asarray(array)
+        for place, (segment, span) in enumerate(zip(self._unit.segments, self._unit.spans, strict=True)):
+            flat = host[span].reshape(-1)[: segment.entries]
             step = math.ceil(flat.size / ENTRIES) | 1  # odd: not one column of a matrix all the time
-            if job.parameter.kind in KINDS and flat.size >= FEWEST:
-                found[place] = np.asarray(flat[::step]).astype(np.float64)
+            if segment.job.parameter.kind in KINDS and flat.size >= FEWEST:
+                found[place] = flat[::step].astype(np.float64)
         return found
 
     def told(self) -> Sample | None:
@@ -87,9 +88,10 @@ class Sampler:
 
 
 def sampler_of(unit: Unit) -> Sampler | None:
-    """A sampler where values can be looked at and lie on one device; else None."""
+    """A sampler where values can be looked at and lie in the host's memory; else None."""
     work = unit.work
-    return None if work.traced or work.sharded or len(work.experts) < 1 else Sampler(unit, len(work.experts))
+    away = work.traced or work.sharded or (not work.from_files and jax.default_backend() != "cpu")
+    return None if away or not work.experts else Sampler(unit, len(work.experts))
 
 
 def foreign(sample: Sample, names: Sequence[str]) -> list[tuple[str, int]]:

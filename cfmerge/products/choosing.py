@@ -14,6 +14,7 @@ from cfmerge.engine.cutting import check_memory
 from cfmerge.engine.placement import Placement
 from cfmerge.errors import CfmergeError, and_more
 from cfmerge.methods import Method
+from cfmerge.models import Kind
 from cfmerge.planning.work import Job, Work
 
 Numbers = Mapping[str, Any]  # of one tensor: "ranks" of the experts' deltas, and "growth"
@@ -62,7 +63,9 @@ def _measured(work: Work, jobs: Sequence[Job], memory: int | None, placement: Pl
 
 
 def _by_header(job: Job) -> Numbers | None:
-    """The numbers of adapters whose headers tell a low rank; None where it takes a look."""
+    """The numbers of convolutions, which do not count, and of adapters of low rank; None where it takes a look."""
+    if job.parameter.kind is Kind.CONVOLUTION:
+        return {"ranks": np.zeros(0, int), "growth": 0.0}
     own = [job.ranks[number] for number in job.experts] if job.ranks else []
     ranks = [rank for rank in own if rank is not None]
     known = ranks and len(ranks) == len(own) and 0 < max(ranks) <= choice.LOW * min(job.sides)
@@ -79,7 +82,7 @@ def _with(job: Job, method: Method) -> Job:
 
 def _note(branch: choice.Branch, tensors: Mapping[str, tuple[Job, Numbers]]) -> str:
     """The note on a branch and the tensors that took it, with the numbers behind it."""
-    ranks = [int(np.max(numbers["ranks"])) for _, numbers in tensors.values()]
+    ranks = [int(np.max(numbers["ranks"], initial=0)) for _, numbers in tensors.values()]
     grown = [float(numbers["growth"]) for _, numbers in tensors.values()]
     number = {
         choice.LOW_RANK: f" (up to {max(ranks)})",

@@ -5,7 +5,7 @@ same, base, experts and merged model are diagnosed in one pass, in which the mer
 """
 
 import dataclasses
-import threading
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,18 @@ from cfmerge.diagnosis.recommending import recommended
 from cfmerge.diagnosis.result import Diagnosis
 from cfmerge.engine.placement import Devices, placement_of
 from cfmerge.errors import CfmergeError
-from cfmerge.formats import open_checkpoint
 from cfmerge.formats.composed import is_composed
-from cfmerge.models import classify
-from cfmerge.planning.experts import open_expert
 from cfmerge.planning.work import Progress, silent
 from cfmerge.products.diagnose import LARGEST, diagnose_recipe, diagnosed, planned_to_diagnose
-from cfmerge.products.hashes import sha256
 from cfmerge.products.plan import Plan, make_plan
+from cfmerge.products.report_files import CARD, GONE, SAME, compared, files_of, size, size_of, tensors_of, unreadable
 from cfmerge.recipe import Expert, Recipe
 from cfmerge.recipe.recipe import FILES
-from cfmerge.report.card import inputs, versions
+from cfmerge.report.card import versions
 from cfmerge.report.card_reading import Card, read_card
 from cfmerge.report.page.layers import OURS, without_last
 from cfmerge.report.page.merge import Input, Merge, Tensor, page
 from cfmerge.report.page.rendering import html
-
-CARD = "README.md"
-SAME, OTHER, GONE = "unchanged", "other content", "not there"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +91,11 @@ def _to_merge(recipe: Recipe, name: str, how: dict[str, Any]) -> Merge:
     plan = _settled(make_plan(recipe), how)
     lacking, found = _diagnosed(recipe, how)
     sizes = [
-        Input(role, weight, file.name, "", _size(file.stat().st_size))
-        for role, weight, file in _files(plan)
+        Input(role, weight, file.name, "", size(file.stat().st_size))
+        for role, weight, file in files_of(plan)
         if file.exists()
     ]
-    facts = {"Reads": _size(plan.bytes_to_read), "Writes": _size(plan.bytes_to_write)}
+    facts = {"Reads": size(plan.bytes_to_read), "Writes": size(plan.bytes_to_write)}
     return Merge(
         name, False, plan.method.name, _about(plan.method.name), [spec.name for spec in plan.expert_specs],
         _brief(recipe), recipe.to_yaml().strip(), _counts(plan), notes=plan.notes, lacking=lacking,
@@ -118,7 +112,7 @@ def _merged(path: Path, how: dict[str, Any]) -> Merge:
     try:
         plan = make_plan(recipe)
     except CfmergeError as error:
-        gone = _unreadable(recipe)
+        gone = unreadable(recipe)
         files = [dataclasses.replace(one, state=GONE if one.role.partition(" (")[0] in gone else "") for one in files]
         why = "\n".join(gone.values()) or str(error)
         lacking.append(
@@ -126,7 +120,7 @@ def _merged(path: Path, how: dict[str, Any]) -> Merge:
             "relative to the directory that the merge was run in: `cfmerge report` finds them there."
         )
     if plan is not None:
-        files = _compared(files, plan)
+        files = compared(files, plan)
         other = [f"{one.role}: {one.file}" for one in files if one.state not in {"", SAME}]
         if other:
             lacking.append(
@@ -136,14 +130,14 @@ def _merged(path: Path, how: dict[str, Any]) -> Merge:
         else:
             plan = _settled(plan, how)
             lacking, found, merged = _with_merged(recipe, path, how)
-    tensors = _tensors(plan) if plan else _of_output(path)
+    tensors = _tensors(plan) if plan else tensors_of(path)
     names = [spec.name for spec in plan.expert_specs] if plan else [one.name for one in recipe.resolved_experts(0)]
     method = plan.method.name if plan else recipe.method
     return Merge(
         path.name or str(path), True, method, card.about or _about(method), list(found.experts) if found else names,
         _brief(recipe), recipe.to_yaml().strip(), card.counts or (_counts(plan) if plan else ()),
         warnings=card.warnings, notes=card.notes, lacking=lacking,
-        facts={**_of_tensors(tensors), "Size": _size_of(path)}, inputs=files, versions=card.versions, tensors=tensors,
+        facts={**_of_tensors(tensors), "Size": size_of(path)}, inputs=files, versions=card.versions, tensors=tensors,
         diagnosis=_without_notes(found, card.notes), measured=merged,
     )  # fmt: skip
 
@@ -227,46 +221,6 @@ def _without_notes(found: Diagnosis | None, told: Sequence[str]) -> Diagnosis | 
     return found and dataclasses.replace(found, notes=tuple(note for note in found.notes if note not in told))
 
 
-def _unreadable(recipe: Recipe) -> dict[str, str]:
-    """`{role: why}` of the models that cannot be opened."""
-    wrong: dict[str, str] = {}
-    base = None
-    try:
-        base = open_checkpoint(recipe.base, cache_dir=recipe.cache_dir)
-    except CfmergeError as error:
-        wrong["base"] = f"base: {error}"
-    for spec in recipe.resolved_experts(0):
-        try:
-            if base is None:
-                open_checkpoint(spec.adapter or spec.path, cache_dir=recipe.cache_dir)
-            else:
-                open_expert(spec, base, recipe)
-        except CfmergeError as error:
-            wrong[spec.name] = f"{spec.name}: {error}"
-    return wrong
-
-
-def _compared(told: Sequence[Input], plan: Plan) -> list[Input]:
-    """The files that the card tells of, each with its state now."""
-    if not told:
-        return []
-    files = dict.fromkeys(file for model in (plan.base, *plan.experts) for file in model.files)
-    digests = {file: sha256(file, threading.Event()) for file in files}
-    now = {(role, name): digest.strip("`") for role, _, name, digest in inputs(plan, digests)}
-
-    def state(one: Input) -> str:
-        found = now.get((one.role, one.file))
-        return GONE if found is None else SAME if found == one.digest else OTHER
-
-    return [dataclasses.replace(one, state=state(one)) for one in told]
-
-
-def _files(plan: Plan) -> list[tuple[str, str, Path]]:
-    """Role, weight and path of every input file."""
-    files = list(dict.fromkeys(file for model in (plan.base, *plan.experts) for file in model.files))
-    return [(role, weight, Path(path.strip("`"))) for role, weight, _, path in inputs(plan, {f: str(f) for f in files})]
-
-
 def _tensors(plan: Plan) -> list[Tensor]:
     return [
         Tensor(job.name, str(job.parameter.kind), job.parameter.shape, str(job.dtype), job.assignment.label)
@@ -274,30 +228,10 @@ def _tensors(plan: Plan) -> list[Tensor]:
     ]
 
 
-def _of_output(path: Path) -> list[Tensor]:
-    """The tensors of a merged model; none if it is not read as one, such as an adapter."""
-    try:
-        model = open_checkpoint(path)
-    except CfmergeError:
-        return []
-    headers = {name: (info.shape, info.dtype.name) for name, info in model.tensors.items()}
-    return [
-        Tensor(name, str(one.kind), one.shape, str(one.dtype), "")
-        for name, one in classify(headers, model.config).items()
-    ]
-
-
 def _of_tensors(tensors: Sequence[Tensor]) -> dict[str, str]:
     """Their number and that of their entries."""
-    sizes = [_product(one.shape) for one in tensors]
+    sizes = [math.prod(one.shape) for one in tensors]
     return {"Tensors": f"{len(tensors):,}", "Parameters": f"{sum(sizes):,}"} if tensors else {}
-
-
-def _product(shape: Sequence[int]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
 
 
 def _counts(plan: Plan) -> list[tuple[str, str, int]]:
@@ -323,17 +257,3 @@ def _used() -> str:
 def _list(texts: Sequence[str], most: int = 8) -> str:
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
     return "\n".join([*texts[:most], *more])
-
-
-def _size_of(path: Path) -> str:
-    """The size of a model's files but for its card."""
-    files = [file for file in path.rglob("*") if file.is_file() and file.name != CARD] if path.is_dir() else [path]
-    return f"{_size(sum(file.stat().st_size for file in files))} in {len(files)} file{'s' if len(files) != 1 else ''}"
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
