@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 import cfmerge
-from cfmerge.cli import aligning, bench, composing, diagnosing, files, reporting, show, tables, temporal
+from cfmerge.cli import aligning, bench, composing, diagnosing, files, recipes, reporting, show, tables, temporal
 from cfmerge.cli import options as o
 from cfmerge.cli.allocator import keep_freed_memory
 from cfmerge.cli.ending import ended
@@ -252,6 +252,7 @@ app.command(cls=o.Command, epilog=o.examples(*composing.COMPOSE))(composing.comp
 app.command(cls=o.Command)(composing.materialise)
 app.command(cls=o.Command, epilog=o.examples(*files.EXAMPLES))(files.convert)
 app.command(cls=o.Command)(files.inspect)
+app.command(cls=o.Command)(recipes.recipes)
 app.command(cls=o.Command, epilog=o.examples(*aligning.SPACES))(aligning.spaces)
 app.command("zip", cls=o.Command, epilog=o.examples(*aligning.ZIP))(aligning.zip_models)
 

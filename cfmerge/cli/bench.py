@@ -73,3 +73,46 @@ def accuracy(
     cache.keep_compiled()
     suite.run(asked, (lambda line: None) if quiet else (lambda line: console.print(line, highlight=False)))
     report.summary(output, Console())
+
+
+@app.command(cls=o.Command)
+def published(
+    *,
+    checkpoints: Annotated[
+        Path, o.option("--checkpoints", metavar="DIR", panel=o.WHERE, help="Models and data; hf download, its cache.")
+    ],
+    output: Annotated[
+        Path, o.option("--output", "-o", metavar="PATH", panel=o.WHERE, help="The tables; numbers there are kept.")
+    ],
+    suite: Annotated[
+        list[str] | None, o.option("--suite", metavar="SUITE", panel=o.WHAT, help="gpt2, clip. Default: both; repeat.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, o.option("--task", metavar="TASK", panel=o.WHAT, help="cola, svhn, ... Default: all; repeat.")
+    ] = None,
+    row: Annotated[
+        list[str] | None, o.option("--row", metavar="ROW", panel=o.WHAT, help="ace, experts, ... Default: all; repeat.")
+    ] = None,
+    limit: Annotated[
+        int | None, o.option("--limit", metavar="N", panel=o.WHAT, help="N examples of each task, evenly spread.")
+    ] = None,
+    check: Annotated[bool, o.option("--check", help="Check models and data, and stop.")] = False,
+    batch: Annotated[int, o.option("--batch", metavar="N", help="Examples at a time. Default: 32.")] = 32,
+    device: Annotated[
+        str, o.option("--device", metavar="DEVICE", help="cpu, cuda, ... Default: a GPU if there is one.")
+    ] = "auto",
+    quiet: o.Quiet = False,
+) -> None:
+    """Measure published tables again, on the published checkpoints.
+
+    GPT-2 on GLUE and CLIP on images. What is not in the directory is not run.
+
+    It needs the extra `bench`.
+    """
+    from cfmerge_accuracy.published import run
+
+    told = Console(stderr=True)
+    asked = run.Options(checkpoints, output, suite or (), task or (), row or (), limit, batch, device, check)
+    texts = run.run(asked, (lambda line: None) if quiet else (lambda line: told.print(line, highlight=False)))
+    for text in texts if not quiet else ():
+        print(text)

@@ -150,11 +150,11 @@ def of_groups(found: "Diagnosis", width: int = NARROW) -> Table:
             layers,
             *([str(len(group))] if counted else []),
             _number([_length(one) for one in group], ".2g"),
-            _number([_of_pairs(_cosines(one)) for one in group], ".2f"),
-            _number([_of_pairs(one.conflicts) for one in group], ".0%"),
+            _number([_of_pairs(one, _cosines(one)) for one in group], ".2f"),
+            _number([_of_pairs(one, one.conflicts) for one in group], ".0%"),
             _ranks(group),
-            _number([_of_pairs(one.rows) for one in group], ".2f"),
-            _number([_of_pairs(one.columns) for one in group], ".2f"),
+            _number([_of_pairs(one, one.rows) for one in group], ".2f"),
+            _number([_of_pairs(one, one.columns) for one in group], ".2f"),
             _number([one.growth for one in group], ".1f", np.max),
         )
     return table
@@ -223,7 +223,8 @@ def _cosines(one: "Measured") -> np.ndarray:
     return np.divide(one.gram, norms, out=np.zeros_like(norms), where=norms > 0)
 
 
-def _of_pairs(values: Any) -> float | None:
-    """The mean over pairs of experts."""
-    pairs = [] if values is None else list(itertools.combinations(range(len(values)), 2))
+def _of_pairs(one: "Measured", values: Any) -> float | None:
+    """The mean over pairs of experts that both changed the tensor."""
+    changed = [t for t, norm in enumerate(one.norms) if norm > 0]
+    pairs = [] if values is None else list(itertools.combinations(changed, 2))
     return float(np.mean([values[pair] for pair in pairs])) if pairs else None

@@ -170,7 +170,7 @@ OF_RUN: dict[str, Any] = {
     ],
 }
 
-RecipeFile = Annotated[Path | None, argument("RECIPE", "A recipe (YAML, mergekit's too), or a card of cfmerge.")]
+RecipeFile = Annotated[Path | None, argument("RECIPE", "YAML, a card of cfmerge, a recipe's name.")]
 Models = Annotated[list[str] | None, argument("MODELS", "A base, then its experts; or one recipe (YAML), or a card.")]
 System = Annotated[str, argument("SYSTEM", "emr, tall, tsv_c or smile; or a text such as 'smile(rank=32)'.")]
 StorePath = Annotated[Path, argument("STORE", "The store's directory.")]

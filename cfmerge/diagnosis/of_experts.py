@@ -19,6 +19,8 @@ DOMINANT = 2.0
 COMMON = 0.2
 # Signs of unrelated deltas are opposite in half of the entries, within 1/(2 sqrt(entries)), which is far below this.
 CONFLICT = 0.55
+# Experts of different tasks have cosines of 0 to 0.4; where all are above 0.5, most of what they learned is one thing.
+OFFSET = 0.5
 
 
 def foreign_base(read: Reading) -> Iterator[Finding]:
@@ -96,6 +98,26 @@ def imbalance(read: Reading) -> Iterator[Finding]:
         longer,
         (read.experts[largest],),
         tuple(sorted(shares, key=shares.__getitem__, reverse=True)),
+    )
+
+
+def one_offset(read: Reading) -> Iterator[Finding]:
+    """Three experts or more that all moved the same way first."""
+    pairs = list(read.pairs())
+    least = min((float(read.cosines[pair]) for pair in pairs), default=0.0)
+    if len(pairs) < 3 or least <= OFFSET:
+        return
+    there = [t for t in range(len(read.experts)) if read.norms[t] > 0]
+    share = float(read.gram[np.ix_(there, there)].mean() / np.mean(read.norms[there] ** 2))
+    names = tuple(read.experts[t] for t in there)
+    yield Finding(
+        "one-offset",
+        "warning",
+        f"all experts moved the same way: their mean holds {share:.0%} of their energy (every cosine is above "
+        f"{least:.2f}; of unrelated ones it holds {1 / len(there):.0%}). Is their base a later model than this one? "
+        "Deltas from that would tell the experts apart",
+        share,
+        names,
     )
 
 

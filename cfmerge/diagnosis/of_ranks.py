@@ -15,6 +15,7 @@ MOST = 0.75  # of the matrices that an expert changed have a low rank: adapters 
 # its own: from 0 to 1, as a logarithm between the rank and the side. Training moves both towards the middle: simulated
 # adapters (48 inputs, rank 4) had 0.3 after 30 steps and 0.45 after 300 from one start, 0.55 to 0.8 from their own.
 SHARED, OWN = 0.4, 0.5
+APART = 0.15  # the outputs' place is further on: tasks that are alike join both sides, one start only the inputs
 
 
 def low_rank_experts(read: Reading) -> list[int]:
@@ -54,10 +55,10 @@ def low_rank(read: Reading) -> Iterator[Finding]:
 
 
 class Start(NamedTuple):
-    """Two experts of low rank: where their directions began, and the median overlaps of their spaces."""
+    """Two experts of low rank: where their input directions began, and the median overlaps of their spaces."""
 
     pair: tuple[int, int]
-    where: str  # "inputs" or "outputs": one space for both; "own"; "": it is not clear
+    where: str  # "shared", "own"; "": it is not clear
     inputs: float
     outputs: float
 
@@ -71,9 +72,8 @@ def starts_of(read: Reading) -> list[Start]:
 def _start(pair: tuple[int, int], both: Sequence[Measured]) -> Start:
     each = np.array([_numbers(one, *pair) for one in both])
     rows, columns, inputs, outputs = (float(value) for value in np.median(each, axis=0))
-    where = "own" if min(rows, columns) >= OWN else ""
-    where = "inputs" if rows <= SHARED else "outputs" if columns <= SHARED else where
-    return Start(pair, where, inputs, outputs)
+    shared = rows <= SHARED and columns - rows >= APART
+    return Start(pair, "shared" if shared else "own" if rows >= OWN else "", inputs, outputs)
 
 
 def _numbers(one: Measured, s: int, t: int) -> tuple[float, ...]:
@@ -95,10 +95,9 @@ def _numbers(one: Measured, s: int, t: int) -> tuple[float, ...]:
 def starts(read: Reading) -> Iterator[Finding]:
     """Whether experts of low rank began in one space, or each in one of its own."""
     found = starts_of(read)
-    for side in ("inputs", "outputs"):
-        shared = [one for one in found if one.where == side]
-        for group in groups(len(read.experts), [one.pair for one in shared]):
-            yield _shared(read, side, group, [one for one in shared if one.pair[0] in group])
+    shared = [one for one in found if one.where == "shared"]
+    for group in groups(len(read.experts), [one.pair for one in shared]):
+        yield _shared(read, group, [one for one in shared if one.pair[0] in group])
     own = [one for one in found if one.where == "own"]
     if own:
         most = max(one.inputs for one in own)
@@ -107,23 +106,21 @@ def starts(read: Reading) -> Iterator[Finding]:
             "own-start",
             "fact",
             f"{experts(names)} each began from a start of its own: their input directions overlap by {most:.2f} at "
-            "most, as random ones do",
+            "most, about as random ones do",
             most,
             names,
         )
 
 
-def _shared(read: Reading, side: str, group: Sequence[int], own: Sequence[Start]) -> Finding:
-    overlaps = [float(np.median([one.inputs for one in own])), float(np.median([one.outputs for one in own]))]
-    here, there = overlaps if side == "inputs" else overlaps[::-1]
-    this, other = ("input", "output") if side == "inputs" else ("output", "input")
+def _shared(read: Reading, group: Sequence[int], own: Sequence[Start]) -> Finding:
+    inputs, outputs = (float(np.median(each)) for each in ([one.inputs for one in own], [one.outputs for one in own]))
     names = tuple(read.experts[t] for t in group)
-    harm = ". Least squares (ace and its kin) divides by what they do not share" if side == "inputs" else ""
     return Finding(
         "shared-start",
         "warning",
-        f"{experts(names)} began from one start: their {this} directions come from one space (overlap {here:.2f}, of "
-        f"{other} directions {there:.2f}), as those of adapters whose random factor is the same{harm}",
-        here,
+        f"{experts(names)} began from one start: their input directions come from one space (overlap {inputs:.2f}, of "
+        f"output directions {outputs:.2f}), as those of adapters whose random factor is the same. Least squares (ace "
+        "and its kin) divides by the little in which they differ",
+        inputs,
         names,
     )

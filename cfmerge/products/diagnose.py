@@ -144,7 +144,9 @@ def diagnosed(
         how = {"memory": limit, "placement": where, "progress": progress}
         by_name = dict(_of_matrices(plan.work, spectral, beside, how)) | dict(_of_others(plan.work, others, how))
         place = {name: number for number, name in enumerate(plan.base.tensors)}
-        found = dict(sorted(by_name.items(), key=lambda item: place.get(item[0].partition("[")[0], 0)))
+        found = dict(
+            sorted(by_name.items(), key=lambda item: place.get(item[0], place.get(item[0].rpartition("[")[0], 0)))
+        )
         experts = tuple(spec.name for spec in plan.expert_specs)
         findings = findings_of(experts, found)
         notes = (*plan.notes, *(str(one.message) for one in left_out), *_not_decomposed(others, largest))

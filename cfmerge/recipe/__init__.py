@@ -20,3 +20,5 @@ from cfmerge.recipe.recipe import Allowed as Allowed
 from cfmerge.recipe.recipe import Format as Format
 from cfmerge.recipe.recipe import Heads as Heads
 from cfmerge.recipe.recipe import Recipe as Recipe
+from cfmerge.recipe.shipped import Shipped as Shipped
+from cfmerge.recipe.shipped import shipped as shipped

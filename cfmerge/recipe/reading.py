@@ -12,6 +12,7 @@ import yaml
 from cfmerge.errors import CfmergeError, nearest
 from cfmerge.recipe.parts import Align, Expert, LayerExpert, Layers, Rename, Rule
 from cfmerge.recipe.recipe import Recipe
+from cfmerge.recipe.shipped import names, shipped
 
 
 def parse(content: Any, source: str) -> Recipe:
@@ -73,12 +74,19 @@ def _choices(hint: Any) -> list[str]:
 
 
 def load(path: str | Path) -> Recipe:
-    """The recipe in a file, or in a model card (`.md`) or a `.safetensors` file that cfmerge wrote."""
+    """The recipe in a file, or in a model card (`.md`) or a `.safetensors` file that cfmerge wrote.
+
+    Where there is no such file, the recipe of that name that comes with cfmerge; its base is still to be named.
+    """
     path = Path(path)
+    if str(path) in names() and not path.exists():
+        return parse(shipped(str(path)).content, str(path))
     try:
         text = _of_metadata(path) if path.suffix == ".safetensors" else path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise CfmergeError(f"recipe {path}: cannot be read: {error}") from None
+        named = isinstance(error, FileNotFoundError) and path.name == str(path) and not path.suffix
+        hint = f"; no recipe of that name comes with cfmerge{nearest(str(path), names())}" if named else ""
+        raise CfmergeError(f"recipe {path}: cannot be read: {error}{hint}") from None
     if path.suffix == ".md":
         block = re.search(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         if not block:

@@ -189,7 +189,7 @@ def test_processes_find_what_one_finds(zoo):
 
 def test_every_entry_is_a_method():
     for entry in methods.ENTRIES:
-        if entry.method != "regmean_pp":
+        if entry.method not in ("regmean_pp", "auto"):  # done with the model itself, and by the merge
             cfmerge.methods.make(entry.method)
     assert len({entry.name for entry in methods.ENTRIES}) == len(methods.ENTRIES)
     assert {*methods.CURVE, *methods.QUICK} <= {entry.method for entry in methods.ENTRIES}
@@ -197,7 +197,7 @@ def test_every_entry_is_a_method():
 
 def test_every_method_of_the_package_is_compared_or_left_out_for_a_reason():
     known = cfmerge.methods.registry()
-    text = " ".join([*(entry.method for entry in methods.entries()), *methods.WITHOUT])
+    text = " ".join([*(entry.method for entry in methods.entries(variants=True)), *methods.WITHOUT])
     wanted = [name for name, entry in known.items() if entry.kind == "method"]
     assert not [name for name in wanted if not re.search(rf"\b{name}\b", text)]
 
@@ -208,6 +208,11 @@ def test_variants_are_run_when_they_are_asked_for():
     assert {"ace", "power 1/2, ridge to the mean", "anchored at the mean"} <= without
     assert {"ace, eps_rel 7", "power 1/2, half-flattened", "anchored at Iso-C"} <= variants
     assert [entry.name for entry in methods.entries(["ace, eps_rel 7"])] == ["ace, eps_rel 7"]
+
+
+def test_fresh_zoos_are_merged_by_methods_that_were_named_before():
+    assert [entry.name for entry in methods.fresh()] == list(methods.FRESH)
+    assert [entry.name for entry in methods.fresh(quick=True)] == ["average", "task_arithmetic", "ace", "tsv_m", "ties"]
 
 
 def test_unknown_names_are_told(tmp_path, monkeypatch):

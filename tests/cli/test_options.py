@@ -13,10 +13,14 @@ from cfmerge.cli.options import RECIPE
 from cfmerge.recipe import Recipe
 
 COMMANDS = typer.main.get_command(app).commands
-WITHOUT = {"accumulate": {"dtype", "format", "shard_size", "side_files", "adapter_out", "unmerged"}}  # of a model
+OF_MODEL = {"dtype", "format", "shard_size", "side_files", "adapter_out", "unmerged"}  # that comes out
+WITHOUT = {
+    "accumulate": OF_MODEL,
+    "diagnose": OF_MODEL | {"method", "parameters", "statistics", "allow", "seed", "chat_template"},
+}
 
 
-@pytest.mark.parametrize("command", ["merge", "plan", "sweep", "accumulate"])
+@pytest.mark.parametrize("command", ["merge", "plan", "sweep", "accumulate", "diagnose"])
 def test_every_key_of_a_recipe_has_an_option(command):
     """On every command where it has a meaning; its name is the key's, a list's in the singular."""
     options = {parameter.name: parameter.opts for parameter in COMMANDS[command].params}
@@ -51,7 +55,8 @@ def help_of(*command: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["merge", "plan", "sweep", "accumulate", "combine", "clean", "convert", "inspect", "methods", "demo"]
+    "command",
+    ["merge", "plan", "sweep", "accumulate", "diagnose", "combine", "clean", "convert", "inspect", "methods", "demo"],
 )
 def test_help_at_80_columns(command):
     """Each option is one line: its name, a short word for its value, and a text."""

@@ -96,6 +96,17 @@ def test_experts_with_a_hundredth_in_common_are_not():
     assert "common" not in found(blended(0.1))
 
 
+def test_experts_of_a_later_base_moved_the_same_way():
+    moved = [{name: own[name] + 2 * unrelated(7)[name] for name in own} for own in NOTHING]
+    told = found(moved)["one-offset"]
+    assert told.number == pytest.approx((4 + 1 / 3) / 5, abs=0.05)
+    assert told.severity == "warning"
+
+
+def test_two_alike_among_three_are_no_offset():
+    assert "one-offset" not in found([*blended(2.0)[:2], unrelated(5)])
+
+
 def opposed(share):
     against = {name: -delta + share * NOTHING[1][name] for name, delta in NOTHING[0].items()}
     return [NOTHING[0], against, NOTHING[2]]
@@ -115,19 +126,13 @@ def test_nearly_unrelated_experts_do_not_conflict():
 
 
 def adapters(own_inputs=True, own_outputs=True, rank=3):
-    """Three experts whose deltas are products; factors are one for all where they are not their own."""
+    """Three experts whose deltas are products; a factor is one for all where it is not their own."""
 
-    def adapter(t):
-        return matrices(lambda n, name: 0.02 * (
-            normal(100 + 10 * n + t * own_outputs, OUT, rank) @ normal(300 + 10 * n + t * own_inputs, rank, IN)
-        ))  # fmt: skip
+    def delta(t, n):
+        left, right = normal(100 + 10 * n + t * own_outputs, OUT, rank), normal(300 + 10 * n + t * own_inputs, rank, IN)
+        return 0.02 * left @ right
 
-    def varied(t):  # a core of its own between shared factors
-        return matrices(lambda n, name: 0.02 * (
-            normal(100 + 10 * n, OUT, rank) @ normal(500 + 10 * n + t, rank, rank) @ normal(300 + 10 * n, rank, IN)
-        ))  # fmt: skip
-
-    return [(adapter if own_inputs or own_outputs else varied)(t) for t in range(3)]
+    return [matrices(lambda n, name, t=t: delta(t, n)) for t in range(3)]
 
 
 def test_adapters_have_a_low_rank_and_a_start_of_their_own():
@@ -148,8 +153,10 @@ def test_adapters_with_one_random_factor_have_one_start():
     assert "input directions come from one space" in told["shared-start"].text
 
 
-def test_a_start_may_be_shared_on_the_side_of_the_outputs():
-    assert "output directions come from one space" in found(adapters(own_outputs=False))["shared-start"].text
+def test_output_directions_in_common_are_no_start():
+    told = found(adapters(own_outputs=False))
+    assert "shared-start" not in told
+    assert "own-start" in told
 
 
 def test_full_rank_is_not_low():

@@ -131,18 +131,24 @@ def own_accuracies(zoo: Zoo, split: Split) -> dict[str, float]:
 
 
 def references(given: Given) -> dict[str, dict[str, float]]:
-    """On test: each expert on its own task, the base, the model trained on all tasks, the experts' ensemble."""
+    """On test: each expert on its own task, the base, the experts' ensemble, and the model of all tasks, if any."""
     zoo = given.zoo
-    return {
+    found = {
         "experts": own_accuracies(zoo, "test"),
         "base": zoo.accuracies(zoo.base, "test"),
-        "multitask": zoo.accuracies(zoo.multitask, "test"),
         "ensemble": zoo.ensemble("test"),
     }
+    return found if zoo.multitask is None else found | {"multitask": zoo.accuracies(zoo.multitask, "test")}
+
+
+def perplexities(zoo: Zoo) -> dict[str, dict[str, float]]:
+    """On test: each expert's on its own task, and the base's."""
+    experts = {task: zoo.perplexities(zoo.experts[task], "test", [task])[task] for task in zoo.tasks}
+    return {"experts": experts, "base": zoo.perplexities(zoo.base, "test")}
 
 
 def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
-    """One method: see `report` for the keys."""
+    """One method: see `report` for the keys. Without factors, at its defaults alone."""
     zoo = given.zoo
     kept: dict[str, Any] = {"name": entry.name, "method": entry.method, "group": entry.group, "data": entry.data}
     given.make_room()
@@ -161,7 +167,10 @@ def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
         "failed": None,
         "notes": sorted({str(w.message) for w in caught}),
     }
-    kept["published"] = zoo.accuracies(zoo.finish(merged, zoo.tasks), "test")
+    finished = zoo.finish(merged, zoo.tasks)
+    kept["published"] = zoo.accuracies(finished, "test")
+    if zoo.perplexity:
+        kept["perplexities"] = zoo.perplexities(finished, "test")
     if factors:
         tried: dict[float, float] = {}
 
@@ -179,7 +188,7 @@ def row(given: Given, entry: Entry, factors: Sequence[float]) -> dict[str, Any]:
         if kept["factor"] != 1:
             params = zoo.finish(scaled(zoo.base, merged, kept["factor"]), zoo.tasks)
             kept["scaled"] = zoo.accuracies(params, "test")
-    errors = proxies.excess(zoo.base, merged, given.outputs)
+    errors = proxies.excess(zoo.base, merged, given.outputs) if factors else {}
     kept["excess"] = float(np.mean(list(errors.values()))) if errors else None
     return kept
 
@@ -237,6 +246,8 @@ def compare(
     """All that is known of one zoo: references, every method, the covariances that they rest on.
 
     Args:
+        factors: of the merged delta, besides 1; none: every method at its defaults alone, and no covariances, as these
+            take as long.
         curve: of the entries, those that also merge the first 2, 3, ... experts.
         run: carries out the parts; none: here, one after the other.
     """
@@ -244,7 +255,8 @@ def compare(
     order = sorted(entries, key=lambda entry: entry.data == "none")  # what takes long comes first, for `run`'s sake
     curves: list[Part] = [functools.partial(at_count, entries=curve, count=count) for count in counts]
     rows: list[Part] = [functools.partial(row, entry=entry, factors=factors) for entry in order]
-    results = iter((run or _one_by_one(zoo))([references, covariances, *reversed(curves), *rows]))
+    first: list[Part] = [references, covariances if factors else _nothing]
+    results = iter((run or _one_by_one(zoo))([*first, *reversed(curves), *rows]))
 
     known, estimates = next(results), next(results)
     for label, accuracies in known.items():
@@ -258,6 +270,8 @@ def compare(
         "zoo": zoo.name, "seed": zoo.seed, "tasks": list(zoo.tasks), "facts": dict(zoo.facts),
         "references": known, "methods": [made[entry.name] for entry in entries], "covariances": estimates,
     }  # fmt: skip
+    if zoo.perplexity:
+        found["perplexities"] = perplexities(zoo)
     if not curve:
         return found
     whole = [_of_all(zoo.tasks, made[entry.name], known["experts"]) for entry in curve]
@@ -266,6 +280,11 @@ def compare(
         if one["normalised"] is None:
             report(f"{zoo.name} {zoo.seed} {one['name']}, {one['count']} experts: {one['failed']}")
     return found
+
+
+def _nothing(given: Given) -> list[dict[str, Any]]:
+    """In place of the covariances."""
+    return []
 
 
 def _of_all(tasks: Sequence[str], made: Mapping[str, Any], experts: Mapping[str, float]) -> dict[str, Any]:

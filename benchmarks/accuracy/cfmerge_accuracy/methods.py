@@ -2,8 +2,8 @@
 
 A method's own defaults are its paper's, wherever the paper names one (`cfmerge methods NAME` says which). Settings that
 differ from the defaults stand here by name, so that nothing is chosen on test data: published alternatives, and as
-variants, which are run when they are asked for, a grid of ACE's ridge and what the project bets on of `power` and
-`anchored`.
+variants, which are run when they are asked for, a grid of ACE's ridge, what the project bets on of `power` and
+`anchored`, one constant behind two chains, and `auto`, whose rule was written down before the fresh zoos were trained.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ ENTRIES = (
         "tsv_m", "iso_c", "iso_cts", "dc_merge", "cart", "star >> average", "average >> subspace_boosting",
         "task_arithmetic >> svc", "tsv_m >> svc(alpha=1)", "opcm", "orthomerge",
     ),
+    *(Entry(m, m, "spectral", variant=True) for m in (
+        "tsv_m >> svc(alpha=1) >> scale(0.71)", "task_arithmetic >> svc >> scale(0.71)",
+    )),
+    Entry("auto", "auto", "chosen by the experts", variant=True),
     *_of(
         "element-wise",
         "ties", "dare_linear(p=0.5)", "dare_ties(p=0.5)", "della", "breadcrumbs", "sce", "pcb", "consensus", "magmax",
@@ -80,7 +84,18 @@ WITHOUT = {
     "disjoint_mean, breadcrumbs_ties, della_linear, ram_plus, lot": "parts or near relatives of a row that is there",
 }
 CURVE = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "dc_merge", "ace", "aswudi", "power", "regmean(a=1)")
+# What the fresh zoos are merged by, at defaults: written down before any of their experts was trained.
+FRESH = (
+    *("average", "task_arithmetic", "ace", "dc_merge", "tsv_m", "opcm", "average >> subspace_boosting", "auto"),
+    *("power 1/2, half-flattened", "tsv_m >> svc(alpha=1)", "tsv_m >> svc(alpha=1) >> scale(0.71)"),
+    *("task_arithmetic >> svc >> scale(0.71)", "task_arithmetic >> svc", "ties", "iso_c", "ace, eps_rel 7"),
+)
 QUICK = ("average", "task_arithmetic", "ace", "tsv_m", "ties", "regmean(a=1)")  # of the quick run
+
+
+def fresh(quick: bool = False) -> list[Entry]:
+    """The methods of the fresh zoos; with `quick` some of them."""
+    return [entry for entry in entries(FRESH) if entry.method in QUICK or not quick]
 
 
 def entries(names: Sequence[str] = (), quick: bool = False, variants: bool = False) -> list[Entry]:

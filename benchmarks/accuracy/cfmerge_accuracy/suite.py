@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cfmerge.errors import CfmergeError, nearest
-from cfmerge_accuracy.methods import CURVE, ENTRIES, Entry, entries
+from cfmerge_accuracy.methods import CURVE, ENTRIES, Entry, entries, fresh
 from cfmerge_accuracy.zoo import Zoo
 
 Load = Callable[..., Zoo]
@@ -21,6 +21,13 @@ ZOOS = (
     *("vision", "text-full", "text-lora-8", "text-lora-16", "text-lora-16-shared"),
     *("convolutional", "convolutional-reestimated", "linear"),
 )
+# Not seen when the rule of `auto` was written: merged by the methods of `methods.FRESH`, at defaults.
+FRESH_ZOOS: tuple[str, ...] = (
+    *("efficientnet", "vision-lora", "vision-lora-shared"),
+    *("vision-steps-quarter", "vision-steps-once", "vision-steps-four"),
+    *("text-fresh-full", "text-fresh-lora-16", "decoder-full", "decoder-lora"),
+)
+SCALED = ("vision-steps-quarter", "vision-steps-once", "vision-steps-four")  # of these, which try other scales too
 QUICK_ZOOS = ("vision", "text-full", "convolutional-reestimated", "linear")  # of each kind one
 SEEDS = (0, 1, 2)
 CURVES = ("vision", "convolutional")
@@ -31,7 +38,8 @@ class Options(NamedTuple):
 
     Attributes:
         output: a folder; `rows/` in it keeps one file of numbers for each zoo and seed.
-        zoos, seeds, methods: which; no methods: all. Rows of methods that are named join those that are there.
+        zoos, seeds, methods: which; "fresh": all of `FRESH_ZOOS`; no methods: all, of a fresh zoo those of
+            `methods.FRESH`. Rows of methods that are named join those that are there.
         variants: all methods, and their variants: settings that nobody published as a default.
         quick: small networks, few steps, tasks and methods: minutes, to see that all works.
         scale: "large" trains a vision transformer of the shape of CLIP ViT-B/32, for a GPU.
@@ -59,11 +67,21 @@ def load(name: str, seed: int, options: Options, report: Callable[[str], None]) 
     if kind == "vision":
         from cfmerge_accuracy import vision
 
-        return vision.load(seed, quick=options.quick, scale=options.scale, jobs=options.jobs, report=report)
+        return vision.load(
+            seed, variant=variant, quick=options.quick, scale=options.scale, jobs=options.jobs, report=report
+        )
     if kind == "text":
         from cfmerge_accuracy import text
 
         return text.load(seed, variant=variant, quick=options.quick, engine=options.engine, report=report)
+    if kind == "decoder":
+        from cfmerge_accuracy import decoder
+
+        return decoder.load(seed, variant=variant, quick=options.quick, jobs=options.jobs, report=report)
+    if kind == "efficientnet":
+        from cfmerge_accuracy import efficientnet
+
+        return efficientnet.load(seed, quick=options.quick, jobs=options.jobs, report=report)
     from cfmerge_accuracy import convolutional
 
     chosen: Any = "re-estimated" if variant else "averaged"
@@ -94,27 +112,26 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
         CfmergeError: an unknown zoo or method; variants beside methods that are named; data that cannot be had; a
             package that is missing.
     """
+    zoos = named(options.zoos)
     if options.jobs < 1:
         raise CfmergeError(f"jobs must be 1 or more processes, got {options.jobs}")
     if options.scale not in ("small", "large") or options.engine not in ("auto", "flax", "torch"):
         raise CfmergeError(
             f"scale is small or large, engine auto, flax or torch; got {options.scale!r}, {options.engine!r}"
         )
-    for name in options.zoos:
-        if name not in ZOOS:
-            raise CfmergeError(f"no zoo {name!r} in the suite{nearest(name, ZOOS)}")
     if options.methods and options.variants:
         raise CfmergeError("--variants adds to all methods, and some are named: leave one of the two out")
     chosen = entries(options.methods, quick=options.quick, variants=options.variants)
     rows = options.output / "rows"
     rows.mkdir(parents=True, exist_ok=True)
-    for name in options.zoos:
+    for name in zoos:
         if name == "linear":
             _write(rows / "linear.json", _linear(options, chosen))
             continue
         for seed in options.seeds:
             path = rows / f"{name}-{seed}.json"
-            found = _one(name, seed, options, chosen, report)
+            own = fresh(options.quick) if name in FRESH_ZOOS and not (options.methods or options.variants) else chosen
+            found = _one(name, seed, options, own, report)
             kept = json.loads(path.read_text()) if path.exists() else None
             if kept:
                 found = beside(kept, found) if options.methods else found | what_stays(kept, found)
@@ -123,6 +140,29 @@ def run(options: Options, report: Callable[[str], None]) -> Path:
 
     reports.write(options.output)
     return options.output
+
+
+def named(zoos: Sequence[str]) -> list[str]:
+    """The zoos with "fresh" spelled out, each once.
+
+    Raises:
+        CfmergeError: an unknown zoo.
+    """
+    spelled = [name for zoo in zoos for name in (FRESH_ZOOS if zoo == "fresh" else (zoo,))]
+    known = (*ZOOS, *FRESH_ZOOS)
+    for name in spelled:
+        if name not in known:
+            raise CfmergeError(f"no zoo {name!r} in the suite{nearest(name, (*known, 'fresh'))}")
+    return list(dict.fromkeys(spelled))
+
+
+def factors(name: str, quick: bool) -> tuple[float, ...]:
+    """What a merged delta is multiplied by besides 1; none for a fresh zoo that is judged at defaults only."""
+    from cfmerge_accuracy import compare
+
+    if name in FRESH_ZOOS and name not in SCALED:
+        return ()
+    return (0.5, 2.0) if quick else compare.FACTORS
 
 
 def beside(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -169,11 +209,10 @@ def _one(name: str, seed: int, options: Options, chosen: list[Entry], report: Ca
     started = time.monotonic()
     zoo = load(name, seed, options, report)
     trained = time.monotonic()
-    factors = (0.5, 2.0) if options.quick else compare.FACTORS
     curve = [e for e in chosen if e.method in CURVE and name in CURVES and not options.methods and not options.quick]
     again = functools.partial(load, name, seed, options, _in_silence)
     with workers.spread(options.jobs, again) if options.jobs > 1 else contextlib.nullcontext() as run:
-        found = compare.compare(zoo, chosen, factors, report, curve, run)
+        found = compare.compare(zoo, chosen, factors(name, options.quick), report, curve, run)
     seconds = {"loading": trained - started, "comparing": time.monotonic() - trained}
     return found | {"quick": options.quick, "environment": environment(options), "seconds": seconds}
 

@@ -16,7 +16,7 @@ NAMES = ("ink", "muted", "rule", "paper", "plus", "minus", *(f"s{number}" for nu
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 MERGED = -1  # the series of the merged model: in ink, and thicker
-TEXT = 11  # pixels
+TEXT = 12  # pixels
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
@@ -34,7 +34,7 @@ def look(series: int) -> dict[str, Any]:
     return {"color": mark(f"s{number}"), "marker": MARKERS[number], "linestyle": dashes, "linewidth": 1.5}
 
 
-def drawn(width: int, height: int, left: int = 46, bottom: int = 36, right: int = 12, top: int = 10) -> tuple[Any, Any]:
+def drawn(width: int, height: int, left: int = 50, bottom: int = 38, right: int = 12, top: int = 10) -> tuple[Any, Any]:
     """A figure of so many pixels with one pair of axes, whose margins are in pixels."""
     from matplotlib.figure import Figure
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, Measured]
 
 OURS = "merged model"
+LEADING = 6  # singular values that the table of spectra has
 Reading = Callable[[Iterable["Measured"]], Float[np.ndarray, " T"]]
 
 
@@ -165,7 +166,8 @@ def _spectra(tensors: Tensors, found: Sequence[depth.Run], experts: Sequence[str
         for (label, look), values in zip(names, spectra, strict=True):
             shown = [float(value) if value > 1e-3 * spectra.max() else math.nan for value in values]
             series[label] = (look, list(range(1, len(shown) + 1)), shown)
-            rows.append([f"{name}, {label}", *(number(float(value)) for value in values[:6])])
+            leading = [number(float(value)) for value in values[:LEADING]]
+            rows.append([f"{name}, {label}", *leading, *[""] * (LEADING - len(leading))])
         panels.append(lines(_short(name), series, key=f"spectra-{place}", x="singular value", logarithmic=True))
     if not panels:
         return None
@@ -174,7 +176,8 @@ def _spectra(tensors: Tensors, found: Sequence[depth.Run], experts: Sequence[str
         + (" and of the merged delta" if merged else "")
         + ", of the matrices that changed most, in the first, the middle and the last layer."
     )
-    table = Table("Spectra, the six largest", ["matrix, model", *map(str, range(1, 7))], rows, folded=True)
+    head = ["matrix, model", *map(str, range(1, LEADING + 1))]
+    table = Table(f"Spectra, the {LEADING} largest values", head, rows, folded=True)
     return Section("Spectra before and after" if merged else "Spectra", [Figure(caption, panels, names, table)])
 
 

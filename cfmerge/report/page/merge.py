@@ -23,7 +23,7 @@ TOGETHER = 60  # tensors up to which one table has all
 MOST = 3  # names that a finding lists
 TIMES = "\N{MULTIPLICATION SIGN}"
 GRADES: dict[str, tuple[Grade, str]] = {
-    "grave": ("grave", "Grave."), "warning": ("warning", "Warning."), "fact": ("fact", "Fact."),
+    "grave": ("grave", "Grave:"), "warning": ("warning", "Warning:"), "fact": ("fact", "Fact:"),
 }  # fmt: skip
 
 
@@ -105,14 +105,14 @@ def page(merge: Merge) -> Page:
 
 def _summary(merge: Merge) -> list[Block]:
     """Warnings first, then grave findings, notes, and the main numbers."""
-    blocks: list[Block] = [Notice("grave", text, "Warning.") for text in merge.warnings]
-    blocks += [Notice("warning", text, "Not measured.") for text in merge.lacking]
+    blocks: list[Block] = [Notice("grave", text, "Warning:") for text in merge.warnings]
+    blocks += [Notice("warning", text, "Not measured:") for text in merge.lacking]
     findings = merge.diagnosis.findings if merge.diagnosis else ()
     blocks += [_finding(one) for one in findings if one.severity == "grave"]
     if not blocks:
         checked = "or finding of the diagnosis asks" if merge.diagnosis else "asks"
-        blocks.append(Notice("good", f"No warning {checked} for attention.", "Clear."))
-    blocks += [Notice("note", text, "Note.") for text in merge.notes]
+        blocks.append(Notice("good", f"no warning {checked} for attention.", "Clear:"))
+    blocks += [Notice("note", text, "Note:") for text in merge.notes]
     facts = {"Method": f"`{merge.method}`", "Experts": _named(merge.experts), **merge.facts}
     if findings:
         counts = Counter(one.severity for one in findings)
@@ -154,10 +154,10 @@ def _code(text: str, field: str) -> str:
 
 def _diagnosis(found: Diagnosis) -> list[Block]:
     told = found.recommendation
-    method = f"`{told.method}`." if told.method else "no merge."
     without = f"Leave out: {', '.join(told.without)}." if told.without else ""
+    method, reason = f"`{told.method}`" if told.method else "no merge", told.reason.removeprefix("no merge: ")
     evidence = f"Measured in {told.evidence}." if told.evidence else ""
-    said = [method, _sentence(told.reason.removeprefix("no merge: ")), evidence, without]
+    said = [f"{method}: {reason}.", evidence, without]
     blocks: list[Block] = [Notice("good" if told.method else "grave", " ".join(filter(None, said)), "Recommended:")]
     blocks += [_finding(one) for one in found.findings]
     if not found.findings:
@@ -175,12 +175,7 @@ def _finding(one: Finding) -> Notice:
     if names and not all(name in one.text for name in names):
         more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
         shown = f"\nTensors: {', '.join(f'`{name}`' for name in names[:MOST])}{more}."
-    return Notice(grade, _sentence(one.text) + shown, label)
-
-
-def _sentence(text: str) -> str:
-    """The text with a capital and a full stop."""
-    return f"{text[0].upper()}{text[1:]}{'' if text[-1] in '.?!' else '.'}" if text else ""
+    return Notice(grade, one.text + shown, label)
 
 
 def _by_expert(found: Diagnosis) -> Table:

@@ -14,7 +14,7 @@ from cfmerge.report.page.drawing import TEXT, drawn, labelled, look, mark, svg_o
 
 WIDTH, HEIGHT = 340, 230  # pixels: a phone's width
 CROWDED = 40  # points from which a line has no markers
-ROOM = 27  # pixels of a cell from which it has its number
+ROOM = 30  # pixels of a cell from which it has its number
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 Line = tuple[int, Sequence[float], Sequence[float]]  # the number of its look, x, y
 
@@ -104,7 +104,7 @@ def heat(title: str, names: Sequence[str], values: Float[np.ndarray, "T T"], *, 
 
     count = len(names)
     shown = [f"{_short(name)}  {place}" for place, name in enumerate(names, 1)]
-    left = 14 + int(6.2 * max(map(len, shown), default=0))
+    left = 14 + int(6.7 * max(map(len, shown), default=0))
     side = max(min((WIDTH - left - 6) // max(count, 1), 56), 14)
     width, height = max(left + side * count + 6, WIDTH), side * count + 30
     figure, axes = drawn(width, height, left=left, bottom=26, right=width - left - side * count, top=4)

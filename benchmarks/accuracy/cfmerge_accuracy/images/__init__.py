@@ -1,4 +1,4 @@
-"""What the vision and the convolutional domain share: images, frozen heads, and the way from a network to a `Zoo`.
+"""What the domains of images share: images, frozen heads, and the way from a network to a `Zoo`.
 
 data.py     eight tasks and what the base is trained on, from packages alone
 heads.py    frozen class embeddings above a trunk, and likelihoods under them

@@ -42,9 +42,12 @@ class Recipe:
 
     Attributes:
         net: a Flax module with an attribute `dim`, the width of its features.
-        pretraining, expert, multitask: schedules as the domain's `fit` takes them.
+        pretraining, expert, multitask: schedules as the domain's `fit` takes them; no pre-training: the domain's `init`
+            returns the base; none for multitask: no model of all tasks is trained.
         tasks: of `data.TASKS`.
         images: of a task's (train, validation, test), at most.
+        fit: trains experts in the place of the domain's.
+        code: modules whose text decides what this `fit` trains.
     """
 
     net: Any
@@ -53,6 +56,8 @@ class Recipe:
     multitask: Any
     tasks: tuple[str, ...] = data.TASKS
     images: tuple[int, int, int] = (8000, 200, 500)
+    fit: Callable[..., Params] | None = None
+    code: tuple[ModuleType, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +109,9 @@ def load(domain: Domain, recipe: Recipe, seed: int, quick: bool, jobs: int, repo
     """
     report(f"{domain.name}, seed {seed}: data")
     cache = archives.cache_directory()
-    start = data.quick_pretraining(seed) if quick else data.pretraining(cache, seed)
+    start = None
+    if recipe.pretraining:
+        start = data.quick_pretraining(seed) if quick else data.pretraining(cache, seed)
     tasks = _drawn(domain.name, recipe, seed, cache)
     with contextlib.nullcontext(HERE) if quick else one_core_each(jobs) as processes:
         return build(domain, recipe, tasks, start, seed, report, processes)
@@ -131,30 +138,34 @@ def build(
     domain: Domain,
     recipe: Recipe,
     tasks: Sequence[Task],
-    start: Split,
+    start: Split | None,
     seed: int,
     report: Callable[[str], None],
     processes: Processes = HERE,
 ) -> Suite:
-    """Trains, or finds in the cache, a base on the images of `start` and what is made of it."""
-    net, classes = recipe.net, int(start.labels.max()) + 1
-    call, seconds = processes.call, dict[str, float]()
+    """Trains, or finds in the cache, a base on the images of `start` (None: it needs none) and what is made of it."""
+    net, call, seconds = recipe.net, processes.call, dict[str, float]()
+    trains, code = recipe.fit or domain.fit, (*SHARED_CODE, *domain.code)
 
-    def made(name: str, make: Callable[[], Params], of: Mapping[str, Any], data: Sequence[np.ndarray]) -> Params:
+    def made(
+        name: str, make: Callable[[], Params], of: Mapping[str, Any], data: Sequence[np.ndarray], *more: ModuleType
+    ) -> Params:
         whole = {"name": name, "seed": seed, "net": domain.settings(net), **of}
-        return cached(f"{domain.name}-{seed}-{name}", make, of=whole, code=(*SHARED_CODE, *domain.code), data=data)
+        return cached(f"{domain.name}-{seed}-{name}", make, of=whole, code=(*code, *more), data=data)
 
     def fit(name: str, schedule: Any, begin: Params, splits: dict[int, Split], above: Sequence[Head]) -> Params:
+        by, more = (domain.fit, ()) if name == "base" else (trains, recipe.code)
+
         def make() -> Params:
             report(f"{domain.name}, seed {seed}: training {name}, {schedule.steps} steps of {schedule.batch}")
             begun = time.perf_counter()
             number = 0 if name == "base" else 1 + min(splits) if len(splits) == 1 else 1 + len(tasks)
-            found = call(domain.fit, net, schedule, begin, [seed, number], splits, above)
+            found = call(by, net, schedule, begin, [seed, number], splits, above)
             return {"params": found, "seconds": np.full(1, time.perf_counter() - begun, np.float32)}
 
         images = [array for split in splits.values() for array in (split.images, split.labels)]
         arrays = [*images, *jax.tree.leaves((begin, above))]
-        found = made(name, make, {"schedule": dataclasses.asdict(schedule)}, arrays)
+        found = made(name, make, {"schedule": dataclasses.asdict(schedule)}, arrays, *more)
         seconds[name] = round(float(found["seconds"][0]), 1)
         return found["params"]
 
@@ -165,18 +176,23 @@ def build(
         head = made(f"{task.name}-head", lambda: call(_embedded, domain, net, base, some, task.classes), of, arrays)
         return Head(**head)
 
-    begin = made("start", lambda: call(_begin, domain, net, classes, seed), {"classes": classes}, [])
-    base = fit("base", recipe.pretraining, begin["params"], {0: start}, [Head(**begin["head"])])
+    if start is None:
+        base = made("start", lambda: call(domain.init, net, jax.random.key(seed)), {}, [])
+    else:
+        classes = int(start.labels.max()) + 1
+        begin = made("start", lambda: call(_begin, domain, net, classes, seed), {"classes": classes}, [])
+        base = fit("base", recipe.pretraining, begin["params"], {0: start}, [Head(**begin["head"])])
     if domain.settled:
         seen = [*jax.tree.leaves(base), *(task.train.images for task in tasks)]
         base = made("settled", functools.partial(call, domain.settled, net, base, tasks), {}, seen)
     own = [embeddings(task) for task in tasks]
     splits = {number: task.train for number, task in enumerate(tasks)}
-    todo = [("multitask", recipe.multitask, splits)]  # takes longest
+    todo = [("multitask", recipe.multitask, splits)] if recipe.multitask else []  # takes longest
     todo += [(task.name, recipe.expert, {number: task.train}) for number, task in enumerate(tasks)]
     with ThreadPoolExecutor(processes.at_once) as threads:
-        multitask, *experts = threads.map(lambda one: fit(one[0], one[1], base, one[2], own), todo)
-    found = dict(zip([task.name for task in tasks], experts, strict=True))
+        fitted = list(threads.map(lambda one: fit(one[0], one[1], base, one[2], own), todo))
+    multitask = fitted.pop(0) if recipe.multitask else None
+    found = dict(zip([task.name for task in tasks], fitted, strict=True))
     return Suite(domain, recipe, seed, tuple(tasks), tuple(own), base, found, multitask, seconds)
 
 
@@ -207,7 +223,7 @@ class Suite:
     heads: tuple[Head, ...]
     base: Params
     experts: Mapping[str, Params]
-    multitask: Params
+    multitask: Params | None
     seconds: Mapping[str, float]
 
     def zoo(self) -> Zoo:
@@ -291,17 +307,26 @@ class Suite:
         return cached(f"{self.domain.name}-{self.seed}-{task}-{what}", make, of=of, code=code, data=arrays)
 
     def facts(self) -> dict[str, Any]:
-        schedules = ("pretraining", "expert", "multitask")
+        schedules = {name: getattr(self.recipe, name) for name in ("pretraining", "expert", "multitask")}
         trunk = {name: leaf for name, leaf in self.base.items() if name != "batch_stats"}
         return {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(trunk)),
             "network": self.domain.settings(self.recipe.net),
-            "schedules": {name: dataclasses.asdict(getattr(self.recipe, name)) for name in schedules},
+            "schedules": {name: dataclasses.asdict(schedule) for name, schedule in schedules.items() if schedule},
             "images": {t.name: [len(t.train), len(t.validation), len(t.test)] for t in self.tasks},
             "classes": {task.name: task.classes for task in self.tasks},
             "chance": {task.name: round(1 / task.classes, 4) for task in self.tasks},
+            "lengths": {name: round(length(self.base, one), 5) for name, one in self.experts.items()},
             "seconds": dict(self.seconds),
         }
+
+
+def length(base: Params, expert: Params) -> float:
+    """The norm of what an expert changed over that of the base, of all that was trained."""
+    before, after = (flatten_dict(tree) for tree in (base, expert))
+    paths = [path for path in before if path[0] != "batch_stats"]
+    squares = sum(float(np.sum((after[path] - before[path]) ** 2)) for path in paths)
+    return float(np.sqrt(squares / sum(float(np.sum(before[path] ** 2)) for path in paths)))
 
 
 @functools.partial(jax.jit, static_argnames=("domain", "net"))

@@ -1,6 +1,8 @@
-"""The text domain: MiniLM-L6, fine-tuned into six experts, in full or by LoRA.
+"""The text domain: MiniLM-L6, fine-tuned into experts, in full or by LoRA.
 
 corpora.py   six real data sets, read out of packages
+fresh.py     five more, on which no rule was chosen
+brown.py     the Brown corpus as plain text
 data.py      token ids; splits without common texts
 bert.py      the encoder in Flax, its weights, and their names in PyTorch
 train.py     fine-tuning in PyTorch
@@ -21,8 +23,8 @@ from flax.traverse_util import flatten_dict
 
 from cfmerge import activations
 from cfmerge.errors import CfmergeError
-from cfmerge_accuracy import cache, fisher, processes
-from cfmerge_accuracy.text import bert, corpora, data, evaluate, measure, setting, train
+from cfmerge_accuracy import cache, fisher, npm, processes
+from cfmerge_accuracy.text import bert, brown, corpora, data, evaluate, fresh, measure, setting, train
 from cfmerge_accuracy.text.bert import MiniLM
 from cfmerge_accuracy.text.data import Sizes, Task, Texts
 from cfmerge_accuracy.text.evaluate import Engine
@@ -33,6 +35,8 @@ from cfmerge_accuracy.zoo import Params, Zoo
 
 TASKS: tuple[str, ...] = ("rt", "election", "tweets", "news20", "reuters8", "wordnet")
 QUICK_TASKS: tuple[str, ...] = ("election", "news20", "reuters8")  # all of one wheel
+FRESH = "fresh-"  # before a variant: the same protocol on the tasks of fresh.py, and no multi-task model
+FRESH_QUICK_TASKS: tuple[str, ...] = ("amazon", "nyt", "posts")  # all of one package
 SHARED = "-shared"  # all experts of a seed start from the same random `A`, as if one script had made them
 RECIPES = {
     "full": Recipe(steps=120, learning_rate=2e-4),
@@ -40,6 +44,7 @@ RECIPES = {
     "lora-16": Recipe(steps=120, learning_rate=2e-3, rank=16, weight_decay=0.0),
 }
 RECIPES |= {"lora-16" + SHARED: RECIPES["lora-16"]}
+RECIPES |= {FRESH + variant: RECIPES[variant] for variant in ("full", "lora-16")}
 MULTITASK_STEPS = 2.5  # times those of an expert
 SIZES = Sizes()
 QUICK_SIZES = Sizes(train=640, validation=40, test=80, length=16)
@@ -60,7 +65,7 @@ def load(
 
     Args:
         seed: draws the texts, their splits and the training batches.
-        variant: "full", "lora-8", "lora-16" or "lora-16-shared".
+        variant: "full", "lora-8", "lora-16" or "lora-16-shared"; "fresh-full" or "fresh-lora-16": other tasks.
         quick: three tasks, short texts, two of the base's layers and few steps, for trying things out.
         report: told of every training.
         engine: what `Zoo.logits` runs in: "flax" in float32, or "torch", with bfloat16 products where the processor
@@ -74,8 +79,9 @@ def load(
     if engine == "auto":
         engine = "torch" if train.has_bfloat16() and jax.default_backend() == "cpu" else "flax"
     recipe = dataclasses.replace(RECIPES[variant], steps=QUICK_STEPS) if quick else RECIPES[variant]
-    long = dataclasses.replace(recipe, steps=int(MULTITASK_STEPS * recipe.steps))
-    made = prepare(seed, quick=quick)
+    other = variant.startswith(FRESH)
+    long = None if other else dataclasses.replace(recipe, steps=int(MULTITASK_STEPS * recipe.steps))
+    made = prepare(seed, quick=quick, other=other)
     names = tuple(made.tasks)
     label = f"{'quick-' if quick else ''}{variant.removesuffix(SHARED)}-{seed}"
     own = [own_seed(variant, seed, number) for number in range(len(names))]
@@ -83,16 +89,16 @@ def load(
         name: fine_tuned(made, f"{label}-{name}", [name], recipe, drawn, report)
         for name, drawn in zip(names, own, strict=True)
     }
-    together = fine_tuned(made, f"{label}-multitask", names, long, seed, report)
+    together = {"multitask": fine_tuned(made, f"{label}-multitask", names, long, seed, report)} if long else {}
     experts = {name: one["params"] for name, one in found.items()}
-    seconds = {name: float(one["seconds"][0]) for name, one in {**found, "multitask": together}.items()}
+    seconds = {name: float(one["seconds"][0]) for name, one in (found | together).items()}
     return Zoo(
         name=f"text-{variant}",
         seed=seed,
         tasks=names,
         base=made.minilm.encoder,
         experts=experts,
-        multitask=together["params"],
+        multitask=together["multitask"]["params"] if together else None,
         labels=lambda task, split: made.tasks[task].splits[split].labels,
         logits=evaluate.flax_engine(made) if engine == "flax" else evaluate.torch_engine(made),
         grams=lambda task: flatten_dict(
@@ -114,20 +120,28 @@ def own_seed(variant: str, seed: int, number: int) -> int:
     return seed if alike else 1000 * (number + 1) + seed
 
 
-def prepare(seed: int, *, quick: bool = False) -> Setting:
-    """The base, the tasks with their splits, and the heads: the same for all variants of a seed."""
-    minilm, names, sizes, name = bert.load_minilm(), TASKS, SIZES, f"text-{seed}-texts"
+def prepare(seed: int, *, quick: bool = False, other: bool = False) -> Setting:
+    """The base, the tasks with their splits, and the heads: the same for all variants of a seed.
+
+    Args:
+        seed: draws the texts and their splits.
+        quick: three tasks, short texts, the base's first layers.
+        other: the tasks of fresh.py.
+    """
+    minilm, sizes, readers = bert.load_minilm(), SIZES, fresh.READERS if other else corpora.READERS
+    names, label = tuple(fresh.READERS) if other else TASKS, f"text-{FRESH if other else ''}"
     if quick:
-        minilm, names, sizes = first_layers(minilm, QUICK_LAYERS), QUICK_TASKS, QUICK_SIZES
-        name = f"text-quick-{seed}-texts"
+        minilm, sizes, label = first_layers(minilm, QUICK_LAYERS), QUICK_SIZES, f"{label}quick-"
+        names = FRESH_QUICK_TASKS if other else QUICK_TASKS
 
     def make() -> Params:
-        tasks = {name: data.load_task(name, minilm.tokenizer, sizes, seed) for name in names}
+        tasks = {name: data.load_task(name, readers[name], minilm.tokenizer, sizes, seed) for name in names}
         heads = Setting.of(minilm, tasks).heads
         return {name: _arrays(task, heads[name]) for name, task in tasks.items()}
 
     of = {"seed": seed, "tasks": names, "sizes": dataclasses.asdict(sizes)}
-    found = cache.cached(name, make, of=of, code=(bert, corpora, data, setting))
+    code = (bert, corpora, data, setting, *((fresh, brown, npm) if other else ()))
+    found = cache.cached(f"{label}{seed}-texts", make, of=of, code=code)
     return Setting(minilm, {n: _task(n, found[n]) for n in names}, {n: found[n]["head"] for n in names})
 
 
@@ -187,7 +201,7 @@ def judged_by(made: Setting, engine: Engine) -> str:
     return cache.digest({"engine": engine, **processes.machine(*packages)}, (*MADE_BY, evaluate), arrays)
 
 
-def facts(made: Setting, recipe: Recipe, long: Recipe) -> dict[str, Any]:
+def facts(made: Setting, recipe: Recipe, long: Recipe | None) -> dict[str, Any]:
     """What describes the experts: numbers of parameters, texts, steps; what guessing gets."""
     count = sum(leaf.size for leaf in jax.tree.leaves(made.minilm.encoder))
 
@@ -202,7 +216,7 @@ def facts(made: Setting, recipe: Recipe, long: Recipe) -> dict[str, Any]:
         "heads": f"the base's unit features of a phrase per class, times {setting.LOGIT_SCALE:g}; fixed",
         "recipe": dataclasses.asdict(recipe),
         "rank": recipe.rank,
-        "multitask steps": long.steps,
+        "multitask steps": long.steps if long else None,
         "tokens per text": next(iter(made.tasks.values())).train.ids.shape[1],
         "texts": {
             name: {split: len(texts) for split, texts in task.splits.items()} for name, task in made.tasks.items()

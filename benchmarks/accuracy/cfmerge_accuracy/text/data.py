@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from cfmerge_accuracy.text.corpora import READERS, Corpus, Labelled
+from cfmerge_accuracy.text.corpora import Corpus, Labelled
 from cfmerge_accuracy.zoo import Split
 
 CHARACTERS_PER_TOKEN = 12  # texts are cut there before they are tokenised, which takes time
@@ -52,9 +52,9 @@ class Task:
         return self.splits["train"]
 
 
-def load_task(name: str, tokenizer: Any, sizes: Sizes, seed: int) -> Task:
+def load_task(name: str, read: Callable[[], Corpus], tokenizer: Any, sizes: Sizes, seed: int) -> Task:
     """Reads a corpus, and draws and splits with the seed."""
-    return split_corpus(name, READERS[name](), tokenizer, sizes, np.random.default_rng([seed, *name.encode()]))
+    return split_corpus(name, read(), tokenizer, sizes, np.random.default_rng([seed, *name.encode()]))
 
 
 def split_corpus(name: str, corpus: Corpus, tokenizer: Any, sizes: Sizes, generator: np.random.Generator) -> Task:

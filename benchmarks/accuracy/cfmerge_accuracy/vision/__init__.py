@@ -2,6 +2,7 @@
 
 model.py    the network
 train.py    pre-training and fine-tuning
+adapters.py fine-tuning by LoRA
 suite.py    its sizes, and all of it as one `Zoo`; tasks and heads are those of `cfmerge_accuracy.images`
 """
 

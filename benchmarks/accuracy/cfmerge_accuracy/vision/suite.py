@@ -12,7 +12,8 @@ from cfmerge.errors import CfmergeError
 from cfmerge_accuracy.images import data
 from cfmerge_accuracy.images import suite as images
 from cfmerge_accuracy.images.suite import Recipe, Suite
-from cfmerge_accuracy.vision import model, train
+from cfmerge_accuracy.vision import adapters, model, train
+from cfmerge_accuracy.vision.adapters import LowRank
 from cfmerge_accuracy.vision.model import Vit
 from cfmerge_accuracy.vision.train import Schedule
 from cfmerge_accuracy.zoo import Params, Zoo
@@ -42,24 +43,59 @@ QUICK = Recipe(
 )
 
 
+FIRST = 3  # tasks of the zoos of several steps: by the order of `data.TASKS`
+STEPS = {"steps-quarter": 0.25, "steps-once": 1.0, "steps-four": 4.0}  # times those of a `vision` expert
+LORA = {"lora": False, "lora-shared": True}  # whether all experts of a seed have one start
+LORA_RATE = 4e-3
+
+
+def recipe(variant: str, quick: bool = False, scale: str = "small") -> Recipe:
+    """Sizes and steps; the variants share the base of `vision` and have its first tasks.
+
+    Raises:
+        CfmergeError: no such variant or scale.
+    """
+    if scale not in RECIPES or (variant and scale != "small"):
+        raise CfmergeError(
+            f"vision: no scale {scale!r}{' of its variants' if variant else ''}; there are {', '.join(RECIPES)}"
+        )
+    whole = QUICK if quick else RECIPES[scale]
+    if not variant:
+        return whole
+    if variant in STEPS:
+        steps = int(STEPS[variant] * whole.expert.steps)
+        own: Schedule = dataclasses.replace(whole.expert, steps=steps)
+        return dataclasses.replace(whole, tasks=whole.tasks[:FIRST], expert=own, multitask=None)
+    if variant in LORA:
+        own = LowRank(whole.expert.steps, whole.expert.batch, LORA_RATE, shared=LORA[variant])
+        return dataclasses.replace(whole, expert=own, multitask=None, fit=adapters.fit, code=(adapters,))
+    raise CfmergeError(f"vision: no variant {variant!r}; there are {', '.join((*STEPS, *LORA))}")
+
+
 def load(
-    seed: int, *, quick: bool = False, scale: str = "small", jobs: int = 1, report: Callable[[str], None] = print
+    seed: int,
+    *,
+    variant: str = "",
+    quick: bool = False,
+    scale: str = "small",
+    jobs: int = 1,
+    report: Callable[[str], None] = print,
 ) -> Zoo:
     """The base, the experts and the multi-task model of one seed.
 
     Args:
         seed: of splits, initial weights and training.
+        variant: none; "lora" or "lora-shared"; "steps-quarter", "steps-once" or "steps-four".
         quick: three tasks, a small network and some seconds of training, without Debian's packages.
         scale: "small", or "large" for a GPU.
         jobs: processes that train at the same time, at most.
         report: is told what is being trained.
 
     Raises:
-        CfmergeError: data cannot be fetched, or the scale is unknown.
+        CfmergeError: data cannot be fetched, or the variant or the scale is unknown.
     """
-    if scale not in RECIPES:
-        raise CfmergeError(f"vision: no scale {scale!r}; there are {', '.join(RECIPES)}")
-    return zoo(images.load(DOMAIN, QUICK if quick else RECIPES[scale], seed, quick, jobs, report))
+    made = zoo(images.load(DOMAIN, recipe(variant, quick, scale), seed, quick, jobs, report))
+    return dataclasses.replace(made, name=f"vision-{variant}") if variant else made
 
 
 def build(

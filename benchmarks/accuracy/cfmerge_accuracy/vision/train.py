@@ -66,18 +66,25 @@ def fit(
         splits: by the position of their heads.
         heads: of all tasks, those too that are not trained on: so all experts share one compilation.
     """
+    images, labels = drawn(schedule, seed, splits, heads)
+    return jax.device_get(_fit(model, schedule, params, images, labels, stacked(heads)))
+
+
+def drawn(
+    schedule: Schedule, seed: Sequence[int], splits: Mapping[int, Split], heads: Sequence[Head]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images `(steps, batch, 28, 28)` and their labels `(steps, batch)`, which count through the rows of all heads."""
     generator = np.random.default_rng(seed)
     first = np.cumsum([0, *(len(head.offsets) for head in heads)])
     sources = generator.choice(list(splits), schedule.steps * schedule.batch)
     images = np.empty((len(sources), *next(iter(splits.values())).images.shape[1:]), np.uint8)
     labels = np.empty(len(sources), np.int32)
     for number, split in splits.items():
-        drawn = np.flatnonzero(sources == number)
-        rows = _epochs(len(split), len(drawn), generator)
-        images[drawn], labels[drawn] = split.images[rows], split.labels[rows] + first[number]
-    images = images.reshape(schedule.steps, schedule.batch, *images.shape[1:])
-    fitted = _fit(model, schedule, params, images, labels.reshape(images.shape[:2]), stacked(heads))
-    return jax.device_get(fitted)
+        own = np.flatnonzero(sources == number)
+        rows = _epochs(len(split), len(own), generator)
+        images[own], labels[own] = split.images[rows], split.labels[rows] + first[number]
+    shape = (schedule.steps, schedule.batch)
+    return images.reshape(*shape, *images.shape[1:]), labels.reshape(shape)
 
 
 def _epochs(length: int, count: int, generator: np.random.Generator) -> np.ndarray:

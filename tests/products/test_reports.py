@@ -1,0 +1,113 @@
+"""Reports of merged models and of recipes: what is measured, and what is told where inputs are gone or changed."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import cfmerge
+from cfmerge.errors import CfmergeError
+from cfmerge.products import report
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, make_model, llama):
+    folder = tmp_path_factory.mktemp("reports")
+    for number, name in enumerate(("base", "math", "code")):
+        make_model(folder / name, llama(number))
+    experts = [cfmerge.Expert(str(folder / "math"), weight=2.0), cfmerge.Expert(str(folder / "code"))]
+    cfmerge.merge(folder / "base", experts, "average", output=folder / "merged")
+    return folder
+
+
+@pytest.fixture
+def copied(models, tmp_path):
+    """The models elsewhere, with a card that finds them there."""
+    folder = shutil.copytree(models, tmp_path / "models")
+    card = folder / "merged/README.md"
+    card.write_text(card.read_text().replace(str(models), str(folder)))
+    return folder
+
+
+def seen(monkeypatch, asked, **how):
+    """The report, and all that its page was made of."""
+    kept = []
+    monkeypatch.setattr(report, "html", lambda page: "a page")
+    monkeypatch.setattr(report, "page", lambda told: kept.append(told))
+    return cfmerge.make_report(asked, **how), kept[0]
+
+
+def test_a_merged_model_is_measured_beside_its_experts(models, monkeypatch):
+    """What is kept is `<M, D_t> / ||D_t||^2` of the files; findings and growth are of the experts alone."""
+    from safetensors.numpy import load_file
+
+    made, told = seen(monkeypatch, models / "merged")
+    assert made.lacking == ()
+    assert told.experts == ["math", "code"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    base, math, code, merged = (
+        load_file(models / each / "model.safetensors")[name] for each in ("base", "math", "code", "merged")
+    )
+    np.testing.assert_allclose(merged - base, (2 * (math - base) + (code - base)) / 3, atol=1e-6)
+    gram = told.measured[name].gram
+    np.testing.assert_allclose(gram[2, 0], np.sum((merged - base) * (math - base)), rtol=1e-4)
+    np.testing.assert_allclose(told.measured[name].spectra[2], np.linalg.svd(merged - base)[1], rtol=1e-3)
+    alone = cfmerge.diagnose(models / "base", [models / "math", models / "code"])
+    assert told.diagnosis.experts == alone.experts == ("math", "code")
+    assert [one.kind for one in told.diagnosis.findings] == [one.kind for one in alone.findings]
+    assert told.diagnosis.recommendation == alone.recommendation
+    assert told.diagnosis.tensors[name].growth == pytest.approx(alone.tensors[name].growth, rel=1e-3)
+    assert {one.state for one in told.inputs} == {"unchanged"}
+    assert sum(count for *_, count in told.counts) == len(told.tensors) == 11
+
+
+def test_the_recipe_on_the_page_repeats_the_merge(models, monkeypatch, tmp_path):
+    _, told = seen(monkeypatch, models / "merged/README.md")
+    (tmp_path / "recipe.yaml").write_text(told.recipe)
+    recipe = cfmerge.recipe.load(tmp_path / "recipe.yaml")
+    assert recipe == cfmerge.recipe.load(models / "merged/README.md")
+    assert "method: average" in told.recipe
+
+
+def test_a_recipe_is_planned_and_diagnosed(models, monkeypatch):
+    recipe = cfmerge.Recipe(str(models / "base"), [str(models / "math"), str(models / "code")], "ties")
+    made, told = seen(monkeypatch, recipe, name="mine")
+    assert (told.name, told.done, told.measured, made.lacking) == ("mine", False, None, ())
+    assert told.diagnosis.experts == ("math", "code")
+    assert [one.role for one in told.inputs] == ["base", "math", "code"]
+    assert {one.what for one in told.tensors} >= {"ties"}
+
+
+def test_an_input_with_other_content_is_told_and_not_measured(copied, monkeypatch, make_model, llama):
+    shutil.rmtree(copied / "code")
+    make_model(copied / "code", llama(7))
+    made, told = seen(monkeypatch, copied / "merged")
+    assert {one.role: one.state for one in told.inputs} == {
+        "base": "unchanged", "math": "unchanged", "code": "other content",
+    }  # fmt: skip
+    assert "code: model.safetensors" in made.lacking[0]
+    assert told.diagnosis is told.measured is None
+    assert len(told.tensors) == 11
+
+
+def test_an_input_that_is_gone_is_told(copied, monkeypatch):
+    shutil.rmtree(copied / "math")
+    made, told = seen(monkeypatch, copied / "merged")
+    assert {one.role for one in told.inputs if one.state == "not there"} == {"math"}
+    assert re.search(r"^math: .*no such file", made.lacking[0], re.MULTILINE)
+    assert told.experts == ["math", "code"]
+    assert len(told.inputs) == 3
+    assert {one.what for one in told.tensors} == {""}
+    assert ("matrix", "average", 6) in told.counts
+
+
+def test_what_is_no_merged_model_is_refused(models, tmp_path, make_model):
+    with pytest.raises(CfmergeError, match=r"has no card .*cfmerge report recipe\.yaml"):
+        cfmerge.make_report(models / "base")
+    with pytest.raises(CfmergeError, match="no such file"):
+        cfmerge.make_report(tmp_path / "nothing.safetensors")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/README.md").write_text("# A model\n")
+    with pytest.raises(CfmergeError, match=r"holds no recipe.*recipe\.yaml"):
+        cfmerge.make_report(tmp_path / "other")
