@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fresh_questions
 import numpy as np
+from fresh_questions import RIVALS
 from zoo_models import write_tables
 
 from cfmerge_accuracy import results, tables
 from cfmerge_accuracy.results import Results
-
-RIVALS = ("average", "task_arithmetic", "ace", "dc_merge", "tsv_m", "opcm", "average >> subspace_boosting")
 
 
 def means(zoo: Results) -> dict[str, float]:
@@ -97,7 +97,8 @@ def page(folder: Path, wanted: Sequence[str]) -> str:
     """The tables of the zoos that have rows."""
     zoos = [zoo for zoo in results.read(folder)[0] if zoo.name in wanted]
     zoos.sort(key=lambda zoo: list(wanted).index(zoo.name))
-    return "\n".join([made_by(zoos), f"## All of them\n\n{overview(zoos)}", *map(section, zoos)])
+    asked = fresh_questions.sections(zoos)
+    return "\n".join([made_by(zoos), f"## All of them\n\n{overview(zoos)}", *asked, *map(section, zoos)])
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from cfmerge.cli import options as o
 from cfmerge.cli import show
 from cfmerge.cli.messages import out, say, tell
-from cfmerge.recipe import Recipe
+from cfmerge.recipe import Expert, Recipe
 
 if TYPE_CHECKING:
     from cfmerge.diagnosis import Diagnosis, Measured, Recommendation
@@ -79,6 +79,10 @@ def diagnose(
         say(console, "nothing unusual was found", "bold")
     show.notes(found.notes)
     _recommend(console, found.recommendation, command)
+    own = {field for field in Recipe.__struct_fields__ if getattr(asked, field) != getattr(Recipe(""), field)}
+    others = sorted(own - {"base", "experts", "method", "parameters"})
+    if command and others and not command.startswith(f"cfmerge merge {file}"):
+        say(console, f"and as here: {', '.join(others)}")
 
 
 def _recommend(console: Console, one: "Recommendation", command: str) -> None:
@@ -92,16 +96,18 @@ def _recommend(console: Console, one: "Recommendation", command: str) -> None:
 
 
 def to_paste(asked: Recipe, file: Path | None, found: "Diagnosis") -> str:
-    """The command that merges as is recommended; empty where no merge is."""
-    told = found.recommendation
-    if not told.method:
+    """The command that merges as is recommended; empty where no merge is, or where options cannot say its experts."""
+    told, specs = found.recommendation, asked.resolved_experts(1)
+    listed = file is None or bool(told.without)
+    plain = all(one == Expert(one.path, name=one.name, weight=one.weight) for one in specs)
+    if not told.method or (listed and not plain):
         return ""
     words = ["cfmerge", "merge"]
-    if file is not None and not told.without:
+    if not listed:
         words.append(str(file))
     else:
         words += ["--base", asked.base]
-        for given, expert in zip(asked.experts, asked.resolved_experts(1), strict=True):
+        for given, expert in zip(asked.experts, specs, strict=True):
             if expert.name not in told.without:
                 named = expert.path if isinstance(given, str) or not given.name else f"{expert.name}={expert.path}"
                 words += ["-e", named if expert.weight == 1 else f"{named}@{expert.weight}"]

@@ -13,7 +13,7 @@ get the mean of the deltas, as with any matrix method. docs/auto.md says where t
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from cfmerge.core.part import Seen
@@ -54,8 +54,8 @@ def look(seen: Seen) -> dict[str, Array]:
         >>> told["ranks"].tolist(), bool(told["growth"] > 0)
         ([8, 1], True)
     """
-    ranks = [numerical_rank(delta, rounding(seen.base + delta)) for delta in seen.deltas]
-    return {"ranks": jnp.stack(ranks), "growth": growth(seen)}
+    ranks = lax.map(lambda delta: numerical_rank(delta, rounding(seen.base + delta)), seen.deltas)
+    return {"ranks": ranks, "growth": growth(seen)}
 
 
 def growth(seen: Seen) -> Float[Array, ""]:

@@ -44,7 +44,7 @@ def diagnose(
 
         >>> found = cfmerge.diagnose("base", ["math", "code"])
         >>> found.experts, list(found.tensors)
-        (('math', 'code'), ['layer.weight', 'layer.bias'])
+        (('math', 'code'), ['layer.bias', 'layer.weight'])
         >>> found.tensors["layer.bias"].norms.tolist()
         [2.0, 6.0]
 
@@ -163,7 +163,9 @@ def _has_spectra(job: Job, largest: int) -> bool:
 
 def _not_decomposed(jobs: Sequence[Job], largest: int) -> list[str]:
     left = [job.name for job in jobs if job.parameter.kind in MATRICES and job.parameter.layout]
-    return [f"{named(left)}: not decomposed, its shorter side is over {largest}: no ranks and spectra"] if left else []
+    if not left or largest <= 0:
+        return ["no matrix was decomposed: there are no ranks and spectra"] if left else []
+    return [f"{named(left)}: not decomposed, the shorter side is over {largest}: no ranks and spectra"]
 
 
 def _of_matrices(work: Work, jobs: Sequence[Job], beside: int, how: dict[str, Any]) -> Iterator[tuple[str, Measured]]:

@@ -61,4 +61,5 @@ def _quoted(text: str) -> list[str]:
     """The warnings: quotes that begin with `> **Warning.**`."""
     quotes = re.findall(r"(?:^>.*\n?)+", text, re.MULTILINE)
     plain = [re.sub(r"^> ?", "", quote, flags=re.MULTILINE) for quote in quotes]
-    return [re.sub(r"\n\n", "\n", one.removeprefix("**Warning.** ")).strip() for one in plain]
+    begin = "**Warning.** "
+    return [one.removeprefix(begin).replace("\n\n", "\n").strip() for one in plain if one.startswith(begin)]

@@ -16,7 +16,7 @@ from cfmerge_accuracy.efficientnet.model import EfficientNet, Stage
 from cfmerge_accuracy.images import suite as images_suite
 from cfmerge_accuracy.images.suite import Recipe
 
-TINY = EfficientNet(side=32, stages=(Stage(1, 3, 1, 1, 6), Stage(2, 5, 2, 2, 8)), stem=4, dim=16, momentum=0.5)
+TINY = EfficientNet(side=32, stages=(Stage(1, 3, 1, 1, 6), Stage(2, 3, 2, 2, 8)), stem=4, dim=16, momentum=0.5)
 RECIPE = Recipe(TINY, None, Schedule(4, 8, 1e-2), None, tasks=("left", "right"))
 
 
@@ -90,7 +90,7 @@ def test_names_go_to_pytorch_and_back():
     own = variables()
     state = weights.to_torch(own)
     assert state["_blocks.1._expand_conv.weight"].shape == (12, 6, 1, 1)
-    assert state["_blocks.1._depthwise_conv.weight"].shape == (12, 1, 5, 5)
+    assert state["_blocks.1._depthwise_conv.weight"].shape == (12, 1, 3, 3)
     assert state["_blocks.0._bn1.running_var"].shape == (4,)
     back = weights.from_torch({**state, "_fc.bias": np.zeros(1000)})
     jax.tree.map(np.testing.assert_array_equal, back, own)

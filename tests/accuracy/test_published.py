@@ -209,9 +209,12 @@ def test_another_checkpoint_is_measured_again(root, tmp_path, monkeypatch):
     monkeypatch.setattr(
         run.Texts, "count", lambda self, model, task: counted.append(task.name) or gpt2.Counted(1, 2, 1.0)
     )
-    run.run(asked(other, tmp_path / "out"), counted.append)
+    run.run(asked(other, tmp_path / "out"), lambda line: None)
     counted.clear()
     shutil.copy(root / "tanganke/gpt2_cola/model.safetensors", other / "tanganke/gpt2_rte")
+    (text,) = run.run(asked(other, tmp_path / "out", tasks=["mnli"]), lambda line: None)
+    assert not counted
+    assert "| experts | here | not run | not run | 50.0 | not run | not run | not run | not run | not run |" in text
     run.run(asked(other, tmp_path / "out"), lambda line: None)
     assert counted == ["rte"]
 

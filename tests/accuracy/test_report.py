@@ -78,6 +78,7 @@ def folder(tmp_path):
 def test_everything_is_written(folder):
     written = {path.name for path in report.write(folder)}
     assert written >= {"results.json", "vision.md", "text.md", "linear.md", "vision-tasks.png", "text-full-scale.png"}
+    assert "report.html" in written
     for path in folder.glob("*.png"):
         assert Image.open(path).width == 1200
         assert path.stat().st_size < 200_000
@@ -211,3 +212,28 @@ def test_the_overview_counts_zoos_that_have_all_methods(folder):
     line = next(line for line in text.splitlines() if line.startswith("| ace |"))
     mean, *each = [float(cell) for cell in line.strip("|").split("|")[1:] if cell.strip()]
     assert mean == pytest.approx(np.mean(each), abs=0.1)
+
+
+def test_the_page_has_all_zoos(folder):
+    """Tables, intervals and curves of every zoo; rows without an interval have a dot alone."""
+    from cfmerge.report.page.blocks import Fold, Interval, Items, Prose, Table
+    from cfmerge.report.page.rendering import html
+    from cfmerge_accuracy import page
+
+    zoos, linear = results.read(folder)
+    text = html(page.page(zoos, linear, "Made by `cfmerge bench accuracy`."))
+    for name in ("Overview", "vision", "text-full", "text-lora-8", "Linear testbed"):
+        assert f">{name}</h2>" in text
+    assert text.count("By scale of the merged delta</h3>") == 2
+    assert "`cfmerge bench" not in text
+    section = page.page([zoos[-1]], None, "").sections[1]
+    table = section.sections[0].blocks[0]
+    best, shown = zoos[-1].lines("published")[0], table.rows[0]
+    assert shown[0] == best.name
+    assert isinstance(shown[1], Interval)
+    assert shown[1].low <= shown[1].at <= shown[1].high
+    written = "Text.\n\n| a | b |\n| --- | --: |\n| x \\| y | 1 |\n\n- one\n- two\n\n"
+    written += "<details><summary>T</summary>\n\nInner\n</details>\n"
+    assert page.blocks_of(written) == [
+        Prose("Text."), Table("", ["a", "b"], [["x | y", "1"]]), Items(["one", "two"]), Fold("T", [Prose("Inner")]),
+    ]  # fmt: skip

@@ -56,7 +56,20 @@ def help_of(*command: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["merge", "plan", "sweep", "accumulate", "diagnose", "combine", "clean", "convert", "inspect", "methods", "demo"],
+    [
+        "merge",
+        "plan",
+        "sweep",
+        "accumulate",
+        "diagnose",
+        "combine",
+        "clean",
+        "convert",
+        "inspect",
+        "methods",
+        "demo",
+        "report",
+    ],
 )
 def test_help_at_80_columns(command):
     """Each option is one line: its name, a short word for its value, and a text."""

@@ -47,7 +47,7 @@ def test_json_is_plain_and_whole(family):
     assert set(told) == {"base", "experts", "tensors", "findings", "recommendation", "notes"}
     assert told["tensors"][Q]["norms"] == pytest.approx(found.tensors[Q].norms.tolist())
     assert told["tensors"][Q]["ranks"] is None
-    assert any("not decomposed" in note for note in told["notes"])
+    assert any("no matrix was decomposed" in note for note in told["notes"])
 
 
 def test_a_recipe_s_method_does_not_matter_and_its_layouts_do(family):

@@ -26,7 +26,7 @@ def test_a_card_is_read_as_it_was_written(make_model, llama, tmp_path):
     assert [one.digest for one in card.inputs] == list(files.values())
     assert f"cfmerge {cfmerge.__version__}" in card.versions
     assert f"numpy {np.__version__}" in card.versions
-    assert card.about.endswith(f"Source: {cfmerge.methods.registry()['average'].source}.")
+    assert card.about.endswith(f"Source: {cfmerge.methods.registry()['average'].source}")
 
 
 def test_a_card_of_someone_else_tells_nothing():

@@ -1,5 +1,6 @@
 """Pages: what is on them, in which order, and that nothing of a text becomes HTML."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 
@@ -57,7 +58,7 @@ def test_a_page_is_well_formed_and_needs_nothing_else(merged):
 
 def test_warnings_stand_before_all_else(merged):
     order = ["The merged model is long", "Something was not measured", "code does not come", "expert &#39;code&#39;",
-             "748.2 MB", "67f77108", "method: average", "Recommended:", "model.layers"]  # fmt: skip
+             "748.2 MB", "67f77108", "method: average", "Recommended:", "Layer by layer</h2>"]  # fmt: skip
     places = [merged.index(text) for text in order]
     assert places == sorted(places)
 
@@ -93,6 +94,15 @@ def test_a_card_alone_makes_a_page():
 def test_nothing_to_warn_of_is_said():
     made = html(page(told(warnings=(), lacking=(), notes=(), diagnosis=None, measured=None)))
     assert "Clear:" in made
+
+
+def test_a_mere_warning_of_the_diagnosis_is_not_clear():
+    whole = told(1, warnings=(), lacking=(), measured=None)
+    kept = tuple(one for one in whole.diagnosis.findings if one.severity != "grave")
+    (first, *_) = page(
+        dataclasses.replace(whole, diagnosis=dataclasses.replace(whole.diagnosis, findings=kept))
+    ).sections
+    assert first.blocks[0] == Notice("warning", "the diagnosis has 1 warning: see there.", "Diagnosis:")
 
 
 def test_numbers_have_three_digits():

@@ -109,6 +109,9 @@ def _summary(merge: Merge) -> list[Block]:
     blocks += [Notice("warning", text, "Not measured:") for text in merge.lacking]
     findings = merge.diagnosis.findings if merge.diagnosis else ()
     blocks += [_finding(one) for one in findings if one.severity == "grave"]
+    if cautions := sum(one.severity == "warning" for one in findings):
+        text = f"the diagnosis has {cautions} warning{'s' if cautions > 1 else ''}: see there."
+        blocks.append(Notice("warning", text, "Diagnosis:"))
     if not blocks:
         checked = "or finding of the diagnosis asks" if merge.diagnosis else "asks"
         blocks.append(Notice("good", f"no warning {checked} for attention.", "Clear:"))

@@ -21,7 +21,7 @@ def html(page: Page) -> str:
     environment.filters |= {"inline": _inline, "slug": slug, "kind": _kind}
     environment.globals |= {"identify": _Identities()}
     template = environment.get_template("page.html.jinja")
-    return template.render(page=page, style=(HERE / "page.css").read_text(encoding="utf-8"))
+    return template.render(page=page, style=(HERE / "page.css").read_text(encoding="utf-8")).lstrip()
 
 
 def slug(text: str) -> str:

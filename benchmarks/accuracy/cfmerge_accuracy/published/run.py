@@ -73,7 +73,9 @@ def run(options: Options, report: Report) -> list[str]:
         for found, tasks, lines in everything:
             _evaluate(found, tasks, lines, options, report)
     rows = kept(options.output / ROWS)
-    texts = [tables.table(found, lines, tasks, rows, options.limit) for found, tasks, lines in everything]
+    texts = [
+        tables.table(found, lines, tasks, _of_these(found, rows), options.limit) for found, tasks, lines in everything
+    ]
     if not options.only_check:
         (options.output / "README.md").write_text(tables.page(texts))
     return texts
@@ -161,6 +163,19 @@ def _row(found: Found, line: Line, task: Task, marks: Mapping[Any, str], limit: 
     mark = hashlib.sha256(told.encode()).hexdigest()[:16]
     row = {"suite": found.suite.name, "line": line.name, "task": task.name, "limit": limit, "mark": mark}
     return row | {"cfmerge": cfmerge.__version__}
+
+
+def _of_these(found: Found, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a suite but for those of other models, data or settings than are there now."""
+    marks, suite = _marks(found), found.suite
+    lines, tasks = {line.name: line for line in suite.lines}, {task.name: task for task in suite.tasks}
+    kept_rows = []
+    for row in rows:
+        if row["suite"] == suite.name and row["line"] in lines and row["task"] in tasks:
+            line, task = lines[row["line"]], tasks[row["task"]]
+            if found.why_not(line, task) or _row(found, line, task, marks, None)["mark"] == row["mark"]:
+                kept_rows.append(row)
+    return kept_rows
 
 
 def _marks(found: Found) -> dict[Any, str]:
