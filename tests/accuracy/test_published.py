@@ -226,6 +226,7 @@ def test_a_limit_is_told_and_takes_examples_from_all_over(root, tmp_path):
     assert glue.spread(9, 4) == [0, 2, 4, 6]
 
 
+@pytest.mark.long
 def test_a_merge_is_measured_and_removed(root, tmp_path):
     run.run(asked(root, tmp_path, lines=["average"], tasks=["rte"]), lambda line: None)
     (row,) = run.kept(tmp_path / run.ROWS)

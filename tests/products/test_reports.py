@@ -38,6 +38,7 @@ def seen(monkeypatch, asked, **how):
     return cfmerge.make_report(asked, **how), kept[0]
 
 
+@pytest.mark.long
 def test_a_merged_model_is_measured_beside_its_experts(models, monkeypatch):
     """What is kept is `<M, D_t> / ||D_t||^2` of the files; findings and growth are of the experts alone."""
     from safetensors.numpy import load_file
