@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from resuming import assert_same, done, full, left, lines, merged, read_again
 
@@ -56,7 +57,12 @@ def test_units_that_are_cut_in_another_way_go_on_too(family, tmp_path, contents,
     go_on()
     result = cfmerge.merge(family.base, family.experts, "average", output=tmp_path / "out", rules=rules)
     assert result.resumed
-    assert contents(result.output) == contents(expected.output)
+    found, whole = contents(result.output), contents(expected.output)
+    assert {name for name in whole if found.get(name) != whole[name]} <= {"model.safetensors"}
+    merged, wanted = cfmerge.open(result.output), cfmerge.open(expected.output)
+    for name, array in wanted.items():  # some processors solve matrices that are stacked otherwise to other last bits
+        close = 1e-5 * np.abs(array).max() if name.endswith("_proj.weight") else 0
+        np.testing.assert_allclose(merged[name], array, rtol=0, atol=close)
     for name, report in expected.reports.items():  # of another stack, so to the last digits
         assert result.reports[name] == pytest.approx(report, rel=1e-4, abs=1e-6)
 
