@@ -43,6 +43,7 @@ def test_flax_pipeline():
         assert errors["average"][task] < 0.5 * errors["base"][task]
 
 
+@pytest.mark.long
 def test_flax_regmean():
     """RegMean is closer to both experts than the average is by far, RegMean++ closer still."""
     errors = rows(run("flax_regmean.py"))
@@ -51,6 +52,7 @@ def test_flax_regmean():
         assert errors["RegMean++"][task] < errors["RegMean"][task]
 
 
+@pytest.mark.long
 def test_rebasin_flax():
     """Matching takes most of the barrier away, and three networks too have a mean that is nearly as good as each."""
     found = rows(run("rebasin_flax.py"))
@@ -119,6 +121,7 @@ def test_zipit_flax():
     assert found["operations from one trunk of two layers, of those of two networks"][0] < 0.75
 
 
+@pytest.mark.long
 def test_sharded_trees():
     """The result lies as the base does, an eighth of it on each device, and is the merge on one device."""
     printed = run("sharded_trees.py", quickly=True)
@@ -206,6 +209,7 @@ def test_torch_checkpoints():
     assert errors["karcher"] < 0.9 * errors["best checkpoint"]
 
 
+@pytest.mark.long
 def test_smile_nnx():
     """Signals choose the right expert where the average mixes all; one model is near each expert at its own task."""
     errors = rows(run("smile_nnx.py"))
@@ -215,6 +219,7 @@ def test_smile_nnx():
     assert 1 < errors["SMILE, times the base's parameters"][0] < 1 + 3
 
 
+@pytest.mark.long
 def test_smile_torch():
     """One expert with all of its rank is that model itself; three of a small rank are smaller than it."""
     pytest.importorskip("transformers")
@@ -227,6 +232,7 @@ def test_smile_torch():
     assert all(1 < float(times) < 3 for _, times in counts)
 
 
+@pytest.mark.long
 def test_time_flax(tmp_path):
     """The running mean ends above the last model, and higher still with replay; a second run has nothing to do."""
     printed = run("time_flax.py", tmp_path)
@@ -246,6 +252,7 @@ def test_time_torch():
     assert red[1] < blue[1]
 
 
+@pytest.mark.long
 def test_zipit_torch(tmp_path):
     """Correlations tell the order of the neurons; one trunk and two heads compute what both models do."""
     pytest.importorskip("torch")

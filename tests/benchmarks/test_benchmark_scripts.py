@@ -38,6 +38,7 @@ def models(tmp_path_factory):
     return write_models(tmp_path_factory.mktemp("models"), SIZES["tiny"], 2)
 
 
+@pytest.mark.long
 def test_accelerator_tells_peaks_rates_shares_memory_errors_and_merges(models, tmp_path):
     words = ("--quick", "--shapes", "96x64", "--models", models, "--methods", "ace", "--experts", 2)
     words += ("--operations", "Gram by one product", "Gram", "average")
