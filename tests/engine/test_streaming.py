@@ -42,6 +42,16 @@ def test_streamed_is_all_at_once(family, tmp_path, load, method):
         assert not np.array_equal(found[name], base[name])
 
 
+def assert_alike(one, other, method):
+    """The same bytes; of ACE, whose solves of a stack have other last bits on some processors, the same numbers."""
+    if method != "ace":
+        assert weights_of(one) == weights_of(other)
+        return
+    found = cfmerge.open(other)
+    for name, array in cfmerge.open(one).items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * np.abs(array).max())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_stacks_and_pieces_do_not_matter(family, tmp_path, monkeypatch, method):
     """Tensors alone, in stacks, or in pieces of 64 entries: the same bytes."""
@@ -49,13 +59,13 @@ def test_stacks_and_pieces_do_not_matter(family, tmp_path, monkeypatch, method):
     for constant in ("ENTRIES", "STACKED"):
         monkeypatch.setattr(cutting, constant, 64)
     cfmerge.merge(family.base, family.experts, method, output=tmp_path / "cut")
-    assert weights_of(tmp_path / "whole") == weights_of(tmp_path / "cut")
+    assert_alike(tmp_path / "whole", tmp_path / "cut", method)
 
 
 def test_memory_does_not_matter(family, tmp_path):
     cfmerge.merge(family.base, family.experts, "ace", output=tmp_path / "much", memory="1GB")
     cfmerge.merge(family.base, family.experts, "ace", output=tmp_path / "little", memory=24_000)
-    assert weights_of(tmp_path / "much") == weights_of(tmp_path / "little")
+    assert_alike(tmp_path / "much", tmp_path / "little", "ace")
 
 
 @pytest.mark.parametrize("method", METHODS)
