@@ -14,21 +14,16 @@ from typing import Any
 
 import fresh_questions
 import numpy as np
-from fresh_questions import RIVALS
+from fresh_questions import RIVALS, means
 from zoo_models import write_tables
 
 from cfmerge_accuracy import results, tables
 from cfmerge_accuracy.results import Results
 
 
-def means(zoo: Results) -> dict[str, float]:
-    """Normalised accuracy by method, over tasks and seeds."""
-    return {line.name: line.normalised.mean for line in zoo.lines("published")}
-
-
 def overview(zoos: Sequence[Results]) -> str:
     """Every method in every zoo and in the mean, and by how much at most it is below the best of `RIVALS`."""
-    found = {zoo.name: means(zoo) for zoo in zoos}
+    found = means(zoos)
     names = [name for name in found[zoos[0].name] if all(name in each for each in found.values())]
     best = {zoo: max(each[name] for name in RIVALS if name in each) for zoo, each in found.items()}
     mean = {name: float(np.mean([each[name] for each in found.values()])) for name in names}

@@ -293,6 +293,9 @@ def _by_cholesky(right: Array, gram: Array, rho: Array) -> tuple[Array, Report]:
     return solution, {"ridge_ratio": rho / largest, "no_cholesky": ~held}
 
 
+GROWN = 2.0  # `growth` above which a merge is not trusted
+
+
 def growth(merged: Array, energy: Array, weight: Array, experts: Array) -> Float[Array, ""]:
     """`||X|| / sqrt(T mean ||D_t||^2)`: at most about 1 of a merge that keeps every expert's part once."""
     unrelated = linalg.root(experts * linalg.weighted_mean(energy, weight))

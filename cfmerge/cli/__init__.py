@@ -225,7 +225,7 @@ def plan(
             show.recipe_of(stage, sorted(waiting))
         if not waiting:
             planned = composing.planned(stage.recipe)
-            if any(job.method.chooses for job in planned.work.merged):  # by a look at the tensors
+            if planned.chooses:
                 planned = planned.ready()
             forecast = planned.forecast(memory, devices, device_memory, not no_calibration)
             tables.plan(planned, forecast, tensors, json, stage.window)

@@ -225,8 +225,9 @@ def _length(one: "Measured") -> float | None:
 
 
 def _cosines(one: "Measured") -> np.ndarray:
-    norms = np.outer(one.norms, one.norms)
-    return np.divide(one.gram, norms, out=np.zeros_like(norms), where=norms > 0)
+    from cfmerge.diagnosis.reading import ratio
+
+    return ratio(one.gram, np.outer(one.norms, one.norms))
 
 
 def _of_pairs(one: "Measured", values: Any) -> float | None:

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float
 
 from cfmerge.core.part import Seen
 from cfmerge.diagnosis.ranks import numerical_rank, rounding
+from cfmerge.least_squares import GROWN
 from cfmerge.methods import ace
 from cfmerge.models import Kind
 
 LOW = 0.25  # of the smaller side: the largest rank that counts as low
-GROWN = 2.0  # `growth` above which a least-squares merge is not trusted
 
 
 class Branch(NamedTuple):

@@ -1,13 +1,13 @@
 """Findings about tensors: growth, directions, tensors that nobody changed. Thresholds with their reasons."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
-from cfmerge.diagnosis.choice import GROWN
 from cfmerge.diagnosis.reading import Reading
 from cfmerge.diagnosis.result import Finding, Measured
 from cfmerge.diagnosis.words import experts, tensors
+from cfmerge.least_squares import GROWN
 
 MOST = 0.5  # of the solved matrices: the merged model as a whole is told of, as a merge does
 # A random delta has the share k/n of its energy in k of n directions, within a few per cent of that in layers of 64 and
@@ -47,40 +47,17 @@ def directions(read: Reading) -> Iterator[Finding]:
             along[t] = leading / by_chance
         if nothing > EXPECTED and nothing > ALONG * nothing_by_chance:
             null[t] = nothing
-    if away:
-        t = min(away, key=away.__getitem__)
-        yield Finding(
-            "new-directions",
-            "fact",
-            f"{experts(_names(read, away))} moved away from what the base uses most: {shares[t][0]:.1%} of the energy "
-            f"lies in the base's leading input directions, by chance {shares[t][1]:.1%}",
-            away[t],
-            _names(read, away),
-        )
-    if null:
-        t = max(null, key=null.__getitem__)
-        yield Finding(
-            "null-directions",
-            "fact",
-            f"{experts(_names(read, null))} use input directions in which the base is zero: {null[t]:.1%} of the "
-            f"energy, by chance {shares[t][3]:.1%}",
-            null[t],
-            _names(read, null),
-        )
-    if along:
-        t = max(along, key=along.__getitem__)
-        yield Finding(
-            "base-directions",
-            "fact",
-            f"{experts(_names(read, along))} moved along what the base uses most: {shares[t][0]:.1%} of the energy "
-            f"lies in the base's leading input directions, by chance {shares[t][1]:.1%}",
-            along[t],
-            _names(read, along),
-        )
-
-
-def _names(read: Reading, found: Mapping[int, float]) -> tuple[str, ...]:
-    return tuple(read.experts[t] for t in found)
+    in_leading = ": {0:.1%} of the energy lies in the base's leading input directions, by chance {1:.1%}"
+    for kind, found, most, text in (
+        ("new-directions", away, min, "moved away from what the base uses most" + in_leading),
+        ("null-directions", null, max, "use input directions in which the base is zero: {2:.1%} of the energy, by "
+         "chance {3:.1%}"),
+        ("base-directions", along, max, "moved along what the base uses most" + in_leading),
+    ):  # fmt: skip
+        if found:
+            t = most(found, key=found.__getitem__)
+            names = tuple(read.experts[number] for number in found)
+            yield Finding(kind, "fact", f"{experts(names)} {text.format(*shares[t])}", found[t], names)
 
 
 def _shares(read: Reading, t: int) -> tuple[float, float, float, float]:

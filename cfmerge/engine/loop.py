@@ -185,10 +185,10 @@ class Loop:
         if looks_within(unit.job.method):
             found = self._within(unit)
         asking, sampler = ways(unit, found), sampler_of(unit)
-        attempt, first = next(asking), sampler
+        attempt = next(asking)
         while True:
             try:
-                attempt, first = asking.send(self._tried(attempt, first)), None
+                attempt = asking.send(self._tried(attempt, sampler))
             except StopIteration as done:
                 return done.value._replace(sample=sampler and sampler.told())
 
@@ -205,7 +205,7 @@ class Loop:
             if attempt.statistics is not None:
                 base = each.spread.stored(attempt.unit.base())
                 return each.finish(jax.tree.map(_doubled, attempt.statistics), base)
-        tell = silent if attempt.silent else self.tell
+        tell, sampler = (silent, None) if attempt.silent else (self.tell, sampler)
         return self.passed_over(attempt.unit, each, attempt.compute, tell, attempt.joint, sampler)
 
     def accumulated(self, unit: Unit, compute: str) -> Any:

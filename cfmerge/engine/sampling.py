@@ -1,8 +1,9 @@
 """A few entries of every matrix, from what a merge reads anyway: enough to see an expert of another base, or a twin.
 
 Of each matrix about `ENTRIES` entries at equal distances. With `W_0` and `D_t` restricted to them, an expert is unlike
-the base in a matrix where the cosine of `W_0 + D_t` and `W_0` is below `UNLIKE`: fine-tuning leaves it above 0.9, and
-unrelated weights have about 0. Two experts are nearly the same where their deltas are, over all matrices together.
+the base in a matrix where the cosine of `W_0 + D_t` and `W_0` is below `FOREIGN`: fine-tuning leaves it above 0.9, and
+unrelated weights have about 0. Two experts are nearly the same where their deltas are, over all matrices together. The
+bounds are those of a diagnosis.
 """
 
 import itertools
@@ -13,13 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cfmerge.diagnosis.of_experts import FOREIGN, SAME
 from cfmerge.engine.units import Unit
 from cfmerge.models import Kind
 
 ENTRIES = 512  # of a matrix; a cosine of unrelated ones is off by 0.04
 FEWEST = 64  # a smaller matrix tells nothing
-UNLIKE = 0.5  # the cosine of an expert's matrix and the base's below which they are unrelated
-ALIKE = 0.99  # the cosine of two experts' deltas above which they are nearly the same
 KINDS = (Kind.MATRIX, Kind.CONVOLUTION, Kind.EMBEDDING)
 
 
@@ -57,8 +57,9 @@ class Sampler:
     def expert(self, number: int, array: Any, minus: Any) -> None:
         """Takes an expert's share, and of which tensors it is the delta: `Inputs.minus`."""
         if not isinstance(array, tuple):  # factors say nothing of a base
+            each = 1 if self._unit.row is not None else len(self._unit.layers)
             for place, own in self._entries(array).items():
-                taken = 1.0 if minus is None else float(minus[self._unit.spans[place].start])
+                taken = 1.0 if minus is None else float(minus[self._unit.spans[place].start * each])
                 self._deltas[place][number] = own - taken * self._base[place]
 
     def _entries(self, array: Any) -> dict[int, np.ndarray]:
@@ -73,7 +74,9 @@ class Sampler:
 
     def told(self) -> Sample | None:
         """The sums; None where no matrix was seen."""
-        total = None
+        if not self._base:
+            return None
+        unlike, gram = np.zeros(self._experts, int), np.zeros((self._experts, self._experts))
         for place, base in self._base.items():
             deltas = np.zeros((self._experts, base.size))
             for number, delta in self._deltas[place].items():
@@ -81,10 +84,9 @@ class Sampler:
             experts = base + deltas
             with np.errstate(all="ignore"):
                 cosines = experts @ base / (np.linalg.norm(experts, axis=1) * np.linalg.norm(base))
-            unlike = np.where(np.isfinite(cosines), cosines < UNLIKE, False).astype(int)
-            own = Sample(1, unlike.tolist(), (deltas @ deltas.T).tolist())
-            total = own if total is None else total.plus(own)
-        return total
+            unlike += np.isfinite(cosines) & (cosines < FOREIGN)
+            gram += deltas @ deltas.T
+        return Sample(len(self._base), unlike.tolist(), gram.tolist())
 
 
 def sampler_of(unit: Unit) -> Sampler | None:
@@ -105,6 +107,6 @@ def twins(sample: Sample, names: Sequence[str]) -> list[tuple[str, str, float]]:
     norms = np.sqrt(np.diagonal(gram))
     found = []
     for s, t in itertools.combinations(range(len(names)), 2):
-        if norms[s] > 0 and norms[t] > 0 and gram[s, t] > ALIKE * max(norms[s], norms[t]) ** 2:
+        if norms[s] > 0 and norms[t] > 0 and gram[s, t] > SAME * max(norms[s], norms[t]) ** 2:
             found.append((names[s], names[t], float(gram[s, t] / (norms[s] * norms[t]))))
     return found

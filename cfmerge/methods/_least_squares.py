@@ -19,7 +19,7 @@ from cfmerge.core.joint import Joint
 from cfmerge.core.numbers import Number
 from cfmerge.core.part import Method, Needs, Note, Report
 from cfmerge.covariance import Estimate, energy, of_delta, of_rank, scaled, unit_trace
-from cfmerge.least_squares import Anchor, Grams, Sums, add, full, growth, init, solve
+from cfmerge.least_squares import GROWN, Anchor, Grams, Sums, add, full, growth, init, solve
 
 Normalise = Literal["none", "norm", "energy", "trace"]
 Form = Literal["auto", "full", "low-rank"]
@@ -102,7 +102,7 @@ NOTES: dict[str, Note] = {
     ),
     "ignored": (bool, "negative weights count as none on stacked rows; an expert is forgotten with form='full'"),
     "growth": (
-        lambda value: value > 2,
+        lambda value: value > GROWN,
         "the merged delta is up to {value:.1f} times as long as the sum of as many unrelated deltas: the estimated "
         "covariances are small where the deltas differ, as those of LoRA from one start do. Evaluate the merge; a "
         "larger ridge (ace: eps_rel=7), or dc_merge, which divides by none, may be better",

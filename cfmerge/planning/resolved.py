@@ -82,6 +82,11 @@ class Resolved:
         return self.work.jobs
 
     @property
+    def chooses(self) -> bool:
+        """Whether some tensor's method is yet to be chosen, by a look at the deltas."""
+        return any(job.method.chooses for job in self.work.merged)
+
+    @property
     def statistics(self) -> Statistics | None:
         return self.work.statistics
 

@@ -167,7 +167,7 @@ def _card(path: Path) -> tuple[Card, Recipe]:
 
 def _settled(plan: Plan, how: dict[str, Any]) -> Plan:
     """The plan with the methods that `auto` chooses, which takes a look at the deltas."""
-    if not any(job.method.chooses for job in plan.work.merged):
+    if not plan.chooses:
         return plan
     return plan.attempted(how["memory"], lambda ready, limit, left_out: ready, placement_of(how["devices"]))
 

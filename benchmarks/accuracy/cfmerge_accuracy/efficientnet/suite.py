@@ -19,6 +19,7 @@ from cfmerge_accuracy.efficientnet.model import EfficientNet, Stage
 from cfmerge_accuracy.images import data
 from cfmerge_accuracy.images import suite as images
 from cfmerge_accuracy.images.suite import Recipe, Suite
+from cfmerge_accuracy.text import train as text_train
 from cfmerge_accuracy.zoo import Params, Zoo
 
 STATISTICS_IMAGES = 384  # of all tasks together, in equal shares
@@ -44,7 +45,7 @@ def pool(tasks: Sequence[Task]) -> np.ndarray:
 
 DOMAIN = images.Domain(
     name="efficientnet",
-    code=(demo_train, convolutional, convolutional_train, model, train, weights),
+    code=(demo_train, convolutional, convolutional_train, model, train, weights, text_train),
     sizes=("side", "stages", "stem", "dim", "momentum"),
     init=init,
     fit=train.fit,

@@ -19,6 +19,7 @@ from cfmerge_accuracy.convolutional.train import drawn
 from cfmerge_accuracy.efficientnet import weights
 from cfmerge_accuracy.efficientnet.model import EPSILON, EfficientNet
 from cfmerge_accuracy.images.heads import LOGIT_SCALE, Head, stacked
+from cfmerge_accuracy.text.train import rate
 from cfmerge_accuracy.zoo import Params
 
 
@@ -118,9 +119,3 @@ def fit(
         optimizer.step()
         rates.step()
     return weights.from_torch({name: tensor.detach().numpy() for name, tensor in tensors.items()})
-
-
-def rate(step: int, steps: int) -> float:
-    """The share of the learning rate: up within the first tenth, then a quarter wave of a cosine down to zero."""
-    warm = max(1, steps // 10)
-    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
