@@ -1,12 +1,16 @@
 """Experts of another base, and experts that are nearly the same: told by the merge that reads them."""
 
+import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import cfmerge
+from cfmerge.engine.sampling import ENTRIES, Sampler
+from cfmerge.models import Kind
 
 SHAPE = (40, 24)
 
@@ -84,3 +88,16 @@ def test_merges_in_memory_warn_too():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cfmerge.merge_params(BASE, OWN, "average")
+
+
+def test_a_delta_in_a_stack_of_layers_is_taken_as_one():
+    """Of two tensors of three layers each, an expert gives the first whole, and of the second its delta."""
+    segment = SimpleNamespace(job=SimpleNamespace(parameter=SimpleNamespace(kind=Kind.MATRIX)), entries=3 * 40 * 24)
+    unit = SimpleNamespace(row=None, layers=range(3), segments=[segment] * 2, spans=[slice(0, 1), slice(1, 2)])
+    base, delta = (np.stack([[normal(start + n, t) for n in range(3)] for t in range(2)]) for start in (0, 10))
+    sampler = Sampler(unit, experts=1)
+    sampler.base(base)
+    sampler.expert(0, np.stack([base[0] + delta[0], delta[1]]), np.repeat([1.0, 0.0], 3))
+    found = sampler.told()
+    step = math.ceil(3 * 40 * 24 / ENTRIES) | 1
+    np.testing.assert_allclose(found.gram, [[np.sum(delta.reshape(2, -1)[:, ::step].astype(float) ** 2)]], rtol=1e-5)
