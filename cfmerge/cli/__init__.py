@@ -217,7 +217,7 @@ def plan(
     tensors: Annotated[bool, o.option("--tensors", help="List every tensor, not only the counts.")] = False,
     json: o.Json = False,
 ) -> None:
-    """Show what a merge would do and need, from headers alone."""
+    """Show what a merge would do and need, from headers; `auto` reads weights too."""
     names = {stage.name for stage in asked if stage.name}
     for stage in asked:
         waiting = needed_by(stage.recipe) & names
