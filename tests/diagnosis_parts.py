@@ -60,10 +60,10 @@ def numbers(deltas: Sequence[Tensors], of: Mapping[str, np.ndarray] | None = Non
     return found
 
 
-def found(deltas: Sequence[Tensors]) -> dict[str, Finding]:
-    """`{kind: the first finding of it}` about experts called a, b, c, .."""
+def found(deltas: Sequence[Tensors], of: Mapping[str, np.ndarray] | None = None) -> dict[str, Finding]:
+    """`{kind: the first finding of it}` about experts called a, b, c, .., of `base()` or another."""
     names = [chr(ord("a") + t) for t in range(len(deltas))]
     kinds: dict[str, Finding] = {}
-    for one in findings_of(names, numbers(deltas)):
+    for one in findings_of(names, numbers(deltas, of)):
         kinds.setdefault(one.kind, one)
     return kinds

@@ -226,6 +226,16 @@ def test_deltas_in_the_base_s_first_directions_follow_it():
     assert "new-directions" not in told
 
 
+def test_deltas_where_the_base_is_zero_are_told():
+    """As of inputs that the base never used: its columns for them are zero."""
+    used = np.arange(IN) >= 6
+    narrow = {name: array * used if name in MATRICES else array for name, array in base().items()}
+    told = found(with_first(matrices(lambda n, name: 0.05 * normal(800 + n, OUT, IN) * ~used)), of=narrow)
+    assert told["null-directions"].experts == ("a",)
+    assert told["null-directions"].number == pytest.approx(1, abs=1e-3)
+    assert "by chance 25.0%" in told["null-directions"].text
+
+
 def test_random_deltas_neither_follow_nor_avoid_it():
     assert not {"new-directions", "base-directions", "null-directions"} & set(found(NOTHING))
 
