@@ -1,6 +1,6 @@
 """The page of some fresh zoos of the accuracy suite: tables of the methods at defaults, from the rows of their runs.
 
-    python benchmarks/fresh_told.py docs/results/fresh/rows docs/results/fresh-text.md --zoos text-fresh-full decoder-full
+    python benchmarks/fresh_told.py docs/results/fresh/rows docs/results/fresh-text.md --zoos decoder-full decoder-lora
 
 The tables are put between two marks of the page, whose other text stays.
 """

@@ -185,7 +185,11 @@ def _report(result: DemoResult, tasks: tuple[Task, ...], console: Console) -> No
     summary = f"Seed {result.seed}, {result.seconds:.0f} s. Picture: {result.paths['picture']}"
     console.print(summary, highlight=False, soft_wrap=True)
     base = shlex.quote(str(result.paths["base"]))
-    experts = " ".join(f"--expert {shlex.quote(str(result.paths[task.name]))}" for task in tasks)
+    experts = [shlex.quote(str(result.paths[task.name])) for task in tasks]
     console.print("\nGo on with the checkpoints:", highlight=False)
-    for command in (f"cfmerge inspect {base}", f"cfmerge merge --base {base} {experts} -o merged-again"):
+    for command in (
+        f"cfmerge diagnose {' '.join([base, *experts])}",
+        f"cfmerge merge --base {base} {' '.join(f'-e {path}' for path in experts)} -m auto -o merged-again",
+        "cfmerge report merged-again -o report.html",
+    ):
         console.print(f"  {command}", highlight=False, soft_wrap=True)

@@ -36,7 +36,7 @@ CONVOLUTION = Branch("power >> half_flatten", "convolutions")
 LOW_RANK = Branch("opcm", "deltas of low rank")
 LOW_RANK_WEIGHTED = Branch("dc_merge", "deltas of low rank, with weights that opcm has none of")
 GROWING = Branch("dc_merge", "deltas whose least-squares merge would outgrow them")
-FULL = Branch("tsv_m >> svc(alpha=1)", "deltas of full rank")
+FULL = Branch("tsv_m >> svc(alpha=1)", "some deltas of full rank")
 UNCHANGED = Branch("average", "no expert changed them")
 BRANCHES = (CONVOLUTION, LOW_RANK, LOW_RANK_WEIGHTED, GROWING, FULL, UNCHANGED)
 

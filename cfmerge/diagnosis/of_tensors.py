@@ -1,6 +1,6 @@
 """Findings about tensors: growth, directions, tensors that nobody changed. Thresholds with their reasons."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -47,17 +47,23 @@ def directions(read: Reading) -> Iterator[Finding]:
             along[t] = leading / by_chance
         if nothing > EXPECTED and nothing > ALONG * nothing_by_chance:
             null[t] = nothing
-    in_leading = ": {0:.1%} of the energy lies in the base's leading input directions, by chance {1:.1%}"
-    for kind, found, most, text in (
-        ("new-directions", away, min, "moved away from what the base uses most" + in_leading),
-        ("null-directions", null, max, "use input directions in which the base is zero: {2:.1%} of the energy, by "
-         "chance {3:.1%}"),
-        ("base-directions", along, max, "moved along what the base uses most" + in_leading),
+    in_leading = ": {0} of the energy lies in the base's leading input directions, by chance {1:.1%}"
+    for kind, found, most, place, text in (
+        ("new-directions", away, min, 0, "moved away from what the base uses most" + in_leading),
+        ("null-directions", null, max, 2, "moved into input directions in which the base is zero: {0} of the energy, "
+         "by chance {1:.1%}"),
+        ("base-directions", along, max, 0, "moved along what the base uses most" + in_leading),
     ):  # fmt: skip
         if found:
             t = most(found, key=found.__getitem__)
             names = tuple(read.experts[number] for number in found)
-            yield Finding(kind, "fact", f"{experts(names)} {text.format(*shares[t])}", found[t], names)
+            told = text.format(_range([shares[t][place] for t in found]), shares[t][place + 1])
+            yield Finding(kind, "fact", f"{experts(names)} {told}", found[t], names)
+
+
+def _range(values: Sequence[float]) -> str:
+    """The least and the largest share; one of them where they are told alike."""
+    return " to ".join(dict.fromkeys(f"{value:.1%}" for value in (min(values), max(values))))
 
 
 def _shares(read: Reading, t: int) -> tuple[float, float, float, float]:

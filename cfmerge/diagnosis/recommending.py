@@ -27,7 +27,8 @@ def recommended(experts: Sequence[str], tensors: Mapping[str, Measured], finding
     without = _superfluous(findings)
     kept = [t for t, name in enumerate(experts) if name not in without]
     if len(kept) < 2:
-        return Recommendation("", f"no merge: {len(kept)} expert is left that changes the base", "", without)
+        left = "that changes the base and is no copy of another" if without else "is given"
+        return Recommendation("", f"no merge: {len(kept)} expert {left}, and a merge takes two", "", without)
     branches = _branches(tensors, kept)
     if not branches:
         return _without_numbers(tensors, without)

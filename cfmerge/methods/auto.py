@@ -1,4 +1,4 @@
-"""`auto`: one of four methods for each tensor. The rule is in `cfmerge/diagnosis/choice.py`."""
+"""`auto`: one of five methods for each tensor. The rule is in `cfmerge/diagnosis/choice.py`."""
 
 import dataclasses
 
@@ -10,11 +10,11 @@ from cfmerge.methods.tsv import tsv_m
 
 @register
 def auto() -> Method:
-    """For each tensor one of four methods, by its kind and by what its deltas are like; the notes say which and why.
+    """For each tensor one of five methods, by its kind and by what its deltas are like; the notes say which and why.
 
     Convolutions get `power >> half_flatten`, deltas of low rank `opcm`, deltas whose least-squares merge would
-    outgrow them `dc_merge`, all others `tsv_m >> svc(alpha=1)`. The models are read once more, to see what the deltas
-    are like.
+    outgrow them `dc_merge`, unchanged tensors `average`, all others `tsv_m >> svc(alpha=1)`. The models are read once
+    more, to see what the deltas are like.
 
     Source: cfmerge; the rule and what is known of it are in docs/auto.md.
     """

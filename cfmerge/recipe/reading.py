@@ -81,6 +81,11 @@ def load(path: str | Path) -> Recipe:
     path = Path(path)
     if str(path) in names() and not path.exists():
         return parse(shipped(str(path)).content, str(path))
+    if path.is_dir():
+        raise CfmergeError(
+            f"recipe {path}: is a directory, and a recipe is a file, such as the README.md of a merge; models are "
+            "given by --base and -e, to diagnose as BASE EXPERT EXPERT"
+        )
     try:
         text = _of_metadata(path) if path.suffix == ".safetensors" else path.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OURS = "merged model"
 LEADING = 6  # singular values that the table of spectra has
+SPECTRUM = "number of the singular value, on a logarithmic scale"
 Reading = Callable[[Iterable["Measured"]], Float[np.ndarray, " T"]]
 
 
@@ -168,7 +169,7 @@ def _spectra(tensors: Tensors, found: Sequence[depth.Run], experts: Sequence[str
             series[label] = (look, list(range(1, len(shown) + 1)), shown)
             leading = [number(float(value)) for value in values[:LEADING]]
             rows.append([f"{name}, {label}", *leading, *[""] * (LEADING - len(leading))])
-        panels.append(lines(_short(name), series, key=f"spectra-{place}", x="singular value", logarithmic=True))
+        panels.append(lines(_short(name), series, key=f"spectra-{place}", x=SPECTRUM, logarithmic=True))
     if not panels:
         return None
     caption = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,9 @@ def _diagnosis(found: Diagnosis) -> list[Block]:
     without = f"Leave out: {', '.join(told.without)}." if told.without else ""
     method, reason = f"`{told.method}`" if told.method else "no merge", told.reason.removeprefix("no merge: ")
     evidence = f"Measured in {told.evidence}." if told.evidence else ""
-    said = [f"{method}: {reason}.", evidence, without]
+    command = shlex.join(["cfmerge", "merge", "recipe.yaml", "-m", told.method, "-o", "OUT"])
+    so = f"`{command}` merges so." if told.method and not told.without else ""
+    said = [f"{method}: {reason}.", evidence, without, so]
     blocks: list[Block] = [Notice("good" if told.method else "grave", " ".join(filter(None, said)), "Recommended:")]
     blocks += [_finding(one) for one in found.findings]
     if not found.findings:
@@ -186,6 +189,7 @@ def _by_expert(found: Diagnosis) -> Table:
     members = list(found.tensors.values())
     columns: dict[str, Any] = {
         "relative norm": depth.relative_norms(members),
+        "rank": depth.medians(members, "ranks"),
         "stable rank": depth.medians(members, "stable_ranks"),
         "effective rank": depth.medians(members, "effective_ranks"),
         "leading": depth.share(members, "leading"),
@@ -195,8 +199,10 @@ def _by_expert(found: Diagnosis) -> Table:
     }
     known = {name: values for name, values in columns.items() if values is not None}
     rows = [[name, *(number(float(values[t])) for values in known.values())] for t, name in enumerate(found.experts)]
+    sides = [min(one.sides) for one in members if one.ranks is not None and one.sides is not None]
+    ranks = f"ranks (medians over matrices, whose shorter side has {np.median(sides):.0f})" if sides else "ranks"
     caption = (
-        "Each expert's delta: its norm relative to the base, ranks (median over matrices), the shares of its energy in "
+        f"Each expert's delta: its norm relative to the base, {ranks}, the shares of its energy in "
         "the base's leading, lesser and null input directions, and the share of opposite signs with the others"
     )
     return Table(caption, ["expert", *known], rows)
