@@ -213,10 +213,10 @@ def _at(values: Any, place: Any) -> float | None:
 
 
 def _ranks(group: "Sequence[Measured]", t: int | None = None) -> str:
-    """The median rank of one expert's deltas, or of all, and the median of the shorter sides."""
+    """The median rank of one expert's deltas, or of all that are not zero, and the median of the shorter sides."""
     own = [(one.ranks, min(one.sides)) for one in group if one.ranks is not None and one.sides is not None]
-    ranks = [float(np.median(ranks)) if t is None else float(ranks[t]) for ranks, _ in own]
-    return f"{np.median(ranks):.0f}/{np.median([side for _, side in own]):.0f}" if own else ""
+    ranks = [float(np.median(ranks[ranks > 0])) if t is None else float(ranks[t]) for ranks, _ in own if ranks.any()]
+    return f"{np.median(ranks):.0f}/{np.median([side for _, side in own]):.0f}" if ranks else ""
 
 
 def _length(one: "Measured") -> float | None:

@@ -18,8 +18,13 @@ EVIDENCE = {  # what docs/results has for the branches of the rule
 }
 
 
-def recommended(experts: Sequence[str], tensors: Mapping[str, Measured], findings: Sequence[Finding]) -> Recommendation:
-    """The method for these experts, its reason, and what was measured for it."""
+def recommended(
+    experts: Sequence[str],
+    tensors: Mapping[str, Measured],
+    findings: Sequence[Finding],
+    weights: Sequence[float] = (),
+) -> Recommendation:
+    """The method for these experts, its reason, and what was measured for it; without weights they are alike."""
     foreign = [name for one in findings if one.kind == "foreign-base" for name in one.experts]
     if foreign:
         why = f"{told(foreign)} {'do' if len(foreign) > 1 else 'does'} not come from this base: deltas from it mean "
@@ -29,7 +34,7 @@ def recommended(experts: Sequence[str], tensors: Mapping[str, Measured], finding
     if len(kept) < 2:
         left = "that changes the base and is no copy of another" if without else "is given"
         return Recommendation("", f"no merge: {len(kept)} expert {left}, and a merge takes two", "", without)
-    branches = _branches(tensors, kept)
+    branches = _branches(tensors, kept, [weights[t] for t in kept] if weights else ())
     if not branches:
         return _without_numbers(tensors, without)
     (first, _), total = branches.most_common(1)[0], branches.total()
@@ -46,13 +51,13 @@ def _superfluous(findings: Sequence[Finding]) -> tuple[str, ...]:
     return tuple(same + [name for one in findings if one.kind == "equals-base" for name in one.experts])
 
 
-def _branches(tensors: Mapping[str, Measured], kept: Sequence[int]) -> Counter[choice.Branch]:
+def _branches(tensors: Mapping[str, Measured], kept: Sequence[int], weights: Sequence[float]) -> Counter[choice.Branch]:
     """How many matrices take which branch of the rule; those that nobody changed are left out."""
     found: Counter[choice.Branch] = Counter()
     for one in tensors.values():
         if one.ranks is not None and one.sides is not None and one.growth is not None:
             ranks = [int(one.ranks[t]) for t in kept]
-            found[choice.chosen(Kind(one.kind), one.sides, ranks, one.growth)] += 1
+            found[choice.chosen(Kind(one.kind), one.sides, ranks, one.growth, weights)] += 1
     del found[choice.UNCHANGED]
     return found
 

@@ -116,6 +116,7 @@ class Diagnosis:
             each layer by itself, as `name[layer]`.
         findings: gravest first.
         notes: the plan's notes, and what was not measured.
+        weights: the experts', as they were given for the first of the tensors.
     """
 
     base: str
@@ -124,6 +125,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     recommendation: Recommendation
     notes: tuple[str, ...]
+    weights: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The diagnosis as plain values: numbers that are not finite are None."""

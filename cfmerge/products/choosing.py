@@ -39,7 +39,7 @@ def settled(work: Work, memory: int | None = None, placement: Placement = run.AN
     numbers = _measured(work, asked, memory, placement)
     branches = {job.name: _branch(job, numbers[job.name]) for job in asked}
     made = {branch: methods.make(branch.method) for branch in set(branches.values())}
-    jobs = [_with(job, made[branches[job.name]]) if job.name in branches else job for job in work.jobs]
+    jobs = [_settled(job, made, branches.get(job.name)) for job in work.jobs]
     notes = [
         _note(branch, {job.name: (job, numbers[job.name]) for job in asked if branches[job.name] == branch})
         for branch in choice.BRANCHES if branch in made
@@ -76,7 +76,11 @@ def _branch(job: Job, numbers: Numbers) -> choice.Branch:
     return choice.chosen(job.parameter.kind, job.sides, numbers["ranks"], float(numbers["growth"]), job.weights)
 
 
-def _with(job: Job, method: Method) -> Job:
+def _settled(job: Job, made: Mapping[choice.Branch, Method], branch: choice.Branch | None) -> Job:
+    """The job with its method; a tensor without entries, at which nobody has looked, is averaged."""
+    if job.assignment.action != "merge" or not job.method.chooses:
+        return job
+    method = made[branch] if branch else methods.make(choice.UNCHANGED.method)
     return dataclasses.replace(job, assignment=dataclasses.replace(job.assignment, method=method))
 
 
@@ -87,6 +91,6 @@ def _note(branch: choice.Branch, tensors: Mapping[str, tuple[Job, Numbers]]) -> 
     number = {
         choice.LOW_RANK: f" (up to {max(ranks)})",
         choice.LOW_RANK_WEIGHTED: f" (up to {max(ranks)})",
-        choice.GROWING: f" ({min(grown):.1f} to {max(grown):.1f} times)",
+        choice.GROWING: f" ({' to '.join(dict.fromkeys(f'{value:.2f}' for value in (min(grown), max(grown))))} times)",
     }.get(branch, "")
     return f"auto: {branch.method} for {and_more(list(tensors))}: {branch.why}{number}"

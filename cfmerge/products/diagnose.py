@@ -151,7 +151,8 @@ def diagnosed(
         findings = findings_of(experts, found)
         notes = (*plan.notes, *(str(one.message) for one in left_out), *_not_decomposed(others, largest))
         told = plan.work.base.told
-        return Diagnosis(told, experts, found, findings, recommended(experts, found, findings), notes)
+        weights = next((tuple(map(float, job.weights)) for job in jobs if job.weights), ())
+        return Diagnosis(told, experts, found, findings, recommended(experts, found, findings, weights), notes, weights)
 
     return plan.attempted(memory, do, where)
 
@@ -162,7 +163,8 @@ def _has_spectra(job: Job, largest: int) -> bool:
 
 
 def _not_decomposed(jobs: Sequence[Job], largest: int) -> list[str]:
-    left = [job.name for job in jobs if job.parameter.kind in MATRICES and job.parameter.layout]
+    matrices = [job.parameter for job in jobs if job.parameter.kind in MATRICES and job.parameter.layout]
+    left = [parameter.name for parameter in matrices if min(parameter.canonical[1:])]
     if not left or largest <= 0:
         return ["no matrix was decomposed: there are no ranks and spectra"] if left else []
     return [f"{named(left)}: not decomposed, the shorter side is over {largest}: no ranks and spectra"]
@@ -191,12 +193,12 @@ def _of_others(work: Work, jobs: Sequence[Job], how: dict[str, Any]) -> Iterator
 
 
 def _with(work: Work, jobs: Sequence[Job], method: Method) -> Work:
-    """The work of some jobs, whose method says how their tensors are cut."""
-    seen = tuple(
-        dataclasses.replace(
-            job, weights=(1.0,) * len(job.sources),
-            assignment=dataclasses.replace(job.assignment, action="merge", method=method),
-        )
-        for job in jobs
-    )  # fmt: skip
-    return dataclasses.replace(work, jobs=seen)
+    """The work of some jobs, whose method says how their tensors are cut; weights of no meaning to ACE are 1."""
+
+    def one(job: Job) -> Job:
+        given = job.weights and all(weight > 0 for weight in job.weights)
+        weights = job.weights if given else (1.0,) * len(job.sources)
+        assignment = dataclasses.replace(job.assignment, action="merge", method=method)
+        return dataclasses.replace(job, weights=weights, assignment=assignment)
+
+    return dataclasses.replace(work, jobs=tuple(map(one, jobs)))

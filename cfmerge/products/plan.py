@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -225,7 +226,7 @@ def plan(
     Raises:
         CfmergeError: with every problem that the headers show, one a line.
     """
-    if isinstance(base, Mapping):
+    if isinstance(base, Mapping) and all(isinstance(one, Recipe) for one in base.values()):
         return planned(base)
     return make_plan(base if isinstance(base, Recipe) else as_recipe(base, experts, method, parameters, options))
 
@@ -239,7 +240,7 @@ def as_recipe(
 ) -> Recipe:
     """The arguments of `merge` as a recipe."""
     if isinstance(experts, Mapping):
-        experts = [recipes.Expert(path=str(path), name=name) for name, path in experts.items()]
+        experts = [recipes.Expert(path=_path("expert", path), name=name) for name, path in experts.items()]
     if isinstance(method, Method):
         if method.call is None:
             raise CfmergeError(
@@ -250,14 +251,23 @@ def as_recipe(
             raise CfmergeError(f"parameters {dict(parameters)}: method {method.name!r} has its own already")
         method = expression(method)
     content = {
-        "base": str(base),
-        "experts": [msgspec.to_builtins(e) if isinstance(e, recipes.Expert) else str(e) for e in experts],
+        "base": _path("base", base),
+        "experts": [msgspec.to_builtins(e) if isinstance(e, recipes.Expert) else _path("expert", e) for e in experts],
         "method": method,
         "parameters": dict(parameters or {}),
         **options,
         "rules": [msgspec.to_builtins(r) if isinstance(r, recipes.Rule) else dict(r) for r in options.get("rules", ())],
     }
     return recipes.parse(content, "cfmerge.merge")
+
+
+def _path(role: str, given: Any) -> str:
+    if isinstance(given, str | os.PathLike):
+        return str(given)
+    raise CfmergeError(
+        f"{role}: a path or a name is expected, found {type(given).__name__}; arrays in memory are merged by "
+        "cfmerge.merge_params"
+    )
 
 
 def _bound(memory: str | int | None, free: int) -> int:

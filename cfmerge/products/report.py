@@ -213,7 +213,9 @@ def _split(found: Diagnosis) -> Diagnosis:
     experts, tensors = found.experts[:-1], without_last(found.tensors)
     findings = findings_of(experts, tensors)
     notes = tuple(note for note in found.notes if OURS not in note)
-    return Diagnosis(found.base, experts, tensors, findings, recommended(experts, tensors, findings), notes)
+    weights = found.weights[:-1]
+    told = recommended(experts, tensors, findings, weights)
+    return Diagnosis(found.base, experts, tensors, findings, told, notes, weights)
 
 
 def _without_notes(found: Diagnosis | None, told: Sequence[str]) -> Diagnosis | None:

@@ -1,5 +1,6 @@
 """`cfmerge.diagnose` on files: every format and form of expert is seen as a merge sees it."""
 
+import functools
 import json
 
 import ml_dtypes
@@ -41,10 +42,37 @@ def test_all_tensors_in_the_base_s_order_with_their_kinds_and_layers(small):
     assert found.recommendation.method
 
 
+def test_weights_are_kept_and_count_in_the_growth(small):
+    folder, _ = small
+    paths = [str(folder / f"m{number}") for number in (1, 2)]
+    alike, weighted = (
+        cfmerge.diagnose(folder / "m0", [cfmerge.Expert(paths[0], weight=weight), paths[1]]) for weight in (1, 4)
+    )
+    assert (alike.weights, weighted.weights) == ((1.0, 1.0), (4.0, 1.0))
+    assert alike.tensors[Q].growth != pytest.approx(weighted.tensors[Q].growth, rel=1e-3)
+    np.testing.assert_allclose(alike.tensors[Q].gram, weighted.tensors[Q].gram, rtol=1e-6)
+
+
+@pytest.mark.parametrize("call", [cfmerge.diagnose, cfmerge.plan, functools.partial(cfmerge.merge, output="out")])
+def test_arrays_where_paths_are_expected_are_an_error(call):
+    tree = {"weight": np.ones((2, 2), np.float32)}
+    with pytest.raises(cfmerge.CfmergeError, match=r"base: a path or a name is expected, found dict; .*merge_params"):
+        call(tree, [tree, tree])
+    with pytest.raises(cfmerge.CfmergeError, match="expert: a path or a name is expected, found dict"):
+        call("base", [tree, tree])
+
+
+def test_an_empty_tensor_is_not_told_as_too_large(tmp_path, make_model, llama):
+    for number in range(3):
+        make_model(tmp_path / f"m{number}", llama(number) | {"spare.weight": np.zeros((0, 8), np.float32)})
+    found = cfmerge.diagnose(tmp_path / "m0", [tmp_path / "m1", tmp_path / "m2"])
+    assert not any("not decomposed" in note for note in found.notes)
+
+
 def test_json_is_plain_and_whole(family):
     found = cfmerge.diagnose(family.base, family.experts, largest=0)
     told = json.loads(json.dumps(found.to_json()))
-    assert set(told) == {"base", "experts", "tensors", "findings", "recommendation", "notes"}
+    assert set(told) == {"base", "experts", "tensors", "findings", "recommendation", "notes", "weights"}
     assert told["tensors"][Q]["norms"] == pytest.approx(found.tensors[Q].norms.tolist())
     assert told["tensors"][Q]["ranks"] is None
     assert any("no matrix was decomposed" in note for note in told["notes"])

@@ -278,9 +278,9 @@ def test_layers_that_moved_alike_are_not():
 # --- what is recommended -------------------------------------------------------------------------------------------
 
 
-def recommendation(deltas):
+def recommendation(deltas, weights=()):
     tensors = numbers(deltas)
-    return recommended(["a", "b", "c"], tensors, findings_of(["a", "b", "c"], tensors))
+    return recommended(["a", "b", "c"], tensors, findings_of(["a", "b", "c"], tensors), weights)
 
 
 def test_the_gravest_comes_first():
@@ -298,6 +298,17 @@ def test_one_method_fits_all_matrices(deltas, method):
     assert told.method == method
     assert "docs/results" in told.evidence
     assert told.without == ()
+
+
+@pytest.mark.parametrize(("weights", "method"), [((1, 1, 1), "opcm"), ((0.5, 1, 1), "dc_merge")])
+def test_weights_that_differ_ask_for_a_method_that_has_some(weights, method):
+    assert recommendation(adapters(), weights).method == method
+
+
+def test_one_expert_is_no_merge():
+    tensors = numbers([NOTHING[0]])
+    told = recommended(["a"], tensors, findings_of(["a"], tensors))
+    assert told.reason == "no merge: 1 expert is given, and a merge takes two"
 
 
 def test_several_methods_are_left_to_auto():
