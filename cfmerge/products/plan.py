@@ -228,7 +228,9 @@ def plan(
     """
     if isinstance(base, Mapping) and all(isinstance(one, Recipe) for one in base.values()):
         return planned(base)
-    return make_plan(base if isinstance(base, Recipe) else as_recipe(base, experts, method, parameters, options))
+    if isinstance(base, Recipe):
+        return make_plan(base)
+    return make_plan(as_recipe(base, experts, method, parameters, options))  # type: ignore[arg-type]
 
 
 def as_recipe(
