@@ -88,12 +88,13 @@ def made_by(zoos: Sequence[Results]) -> str:
     return f"{seeds}. Made with {'; '.join(found)}: {minutes:.0f} minutes of wall time, beside other work.\n"
 
 
-def page(folder: Path, wanted: Sequence[str]) -> str:
-    """The tables of the zoos that have rows."""
+def page(folder: Path, wanted: Sequence[str], brief: bool = False) -> str:
+    """The tables of the zoos that have rows; if brief, those over all of them alone."""
     zoos = [zoo for zoo in results.read(folder)[0] if zoo.name in wanted]
     zoos.sort(key=lambda zoo: list(wanted).index(zoo.name))
     asked = fresh_questions.sections(zoos)
-    return "\n".join([made_by(zoos), f"## All of them\n\n{overview(zoos)}", *asked, *map(section, zoos)])
+    own = [] if brief else map(section, zoos)
+    return "\n".join([made_by(zoos), f"## All of them\n\n{overview(zoos)}", *asked, *own])
 
 
 def main() -> None:
@@ -101,8 +102,9 @@ def main() -> None:
     parser.add_argument("rows", type=Path, help="the folder `rows` of a run")
     parser.add_argument("page", type=Path, help="the Markdown file")
     parser.add_argument("--zoos", nargs="+", required=True, help="in the page's order")
+    parser.add_argument("--brief", action="store_true", help="without each zoo's own tables")
     given = parser.parse_args()
-    write_tables(given.page, "Fresh zoos: our measurements", page(given.rows.parent, given.zoos))
+    write_tables(given.page, "Fresh zoos: our measurements", page(given.rows.parent, given.zoos, given.brief))
 
 
 if __name__ == "__main__":

@@ -268,8 +268,9 @@ def compare(
     for entry in order:
         made[entry.name] = next(results)
         report(f"{zoo.name} {zoo.seed} {entry.name}: {_told(made[entry.name], known['experts'])}")
+    facts = dict(zoo.facts) | {"lengths": lengths(zoo)}
     found = {
-        "zoo": zoo.name, "seed": zoo.seed, "tasks": list(zoo.tasks), "facts": dict(zoo.facts),
+        "zoo": zoo.name, "seed": zoo.seed, "tasks": list(zoo.tasks), "facts": facts,
         "references": known, "methods": [made[entry.name] for entry in entries], "covariances": estimates,
     }  # fmt: skip
     if zoo.perplexity:
@@ -282,6 +283,20 @@ def compare(
         if one["normalised"] is None:
             report(f"{zoo.name} {zoo.seed} {one['name']}, {one['count']} experts: {one['failed']}")
     return found
+
+
+def lengths(zoo: Zoo) -> dict[str, float]:
+    """By expert, the norm of what it changed over that of the base, of all that was trained."""
+    base = {path: leaf for path, leaf in flatten_dict(zoo.base).items() if path[0] != "batch_stats"}
+
+    def norm(leaves: Iterable[np.ndarray]) -> float:
+        return float(np.sqrt(sum(float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in leaves)))
+
+    changed = {name: flatten_dict(expert) for name, expert in zoo.experts.items()}
+    return {
+        name: round(norm(own[path] - leaf for path, leaf in base.items()) / norm(base.values()), 5)
+        for name, own in changed.items()
+    }
 
 
 def _nothing(given: Given) -> list[dict[str, Any]]:

@@ -177,7 +177,8 @@ def beside(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
             "zoo with all methods (no -m), or with another output folder"
         )
     rows = {row["name"]: row for row in (*kept["methods"], *found["methods"])}
-    return kept | {"methods": [*rows.values()], "environment": kept["environment"] | {"command": _both(kept, found)}}
+    environment = kept["environment"] | {"command": _both(kept, found)}
+    return kept | {"methods": [*rows.values()], "facts": kept["facts"] | found["facts"], "environment": environment}
 
 
 def what_stays(kept: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -316,17 +316,8 @@ class Suite:
             "images": {t.name: [len(t.train), len(t.validation), len(t.test)] for t in self.tasks},
             "classes": {task.name: task.classes for task in self.tasks},
             "chance": {task.name: round(1 / task.classes, 4) for task in self.tasks},
-            "lengths": {name: round(length(self.base, one), 5) for name, one in self.experts.items()},
             "seconds": dict(self.seconds),
         }
-
-
-def length(base: Params, expert: Params) -> float:
-    """The norm of what an expert changed over that of the base, of all that was trained."""
-    before, after = (flatten_dict(tree) for tree in (base, expert))
-    paths = [path for path in before if path[0] != "batch_stats"]
-    squares = sum(float(np.sum((after[path] - before[path]) ** 2)) for path in paths)
-    return float(np.sqrt(squares / sum(float(np.sum(before[path] ** 2)) for path in paths)))
 
 
 @functools.partial(jax.jit, static_argnames=("domain", "net"))
