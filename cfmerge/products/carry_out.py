@@ -220,8 +220,8 @@ def _warned(account: Account, plan: Resolved, result: int, output: Path | None =
     if text and output is not None and file in {None, "safetensors"}:  # others hold no recipe to begin from
         single = file is not None  # it holds its recipe itself
         recipe = output if single else output / "README.md"
-        other = output.with_stem(f"{output.stem}-{SAFER}") if single else f"{output}-{SAFER}"
-        text += f":\n  cfmerge merge {shlex.quote(str(recipe))} -m {SAFER} -o {shlex.quote(str(other))}"
+        other = output.with_stem(f"{output.stem}-safer") if single else f"{output}-safer"
+        text += f":\n  {shlex.join(['cfmerge', 'merge', str(recipe), '-m', SAFER, '-o', str(other)])}"
     return (*foreign, text) if text else tuple(foreign)
 
 

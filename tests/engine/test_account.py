@@ -64,7 +64,8 @@ def test_where_most_layers_outgrow_their_experts_one_warning_says_so_with_a_comm
     result = cfmerge.merge(base, experts, output=tmp_path / "out")
     (warning,) = result.warnings
     assert result.summary()["warnings"] == [warning]
-    command = f"cfmerge merge {tmp_path / 'out' / 'README.md'} -m dc_merge -o {tmp_path / 'out'}-dc_merge"
+    out = tmp_path / "out"
+    command = f"cfmerge merge {out}/README.md -m 'average >> subspace_boosting' -o {out}-safer"
     assert warning.endswith(command)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.index("**Warning.**") < card.index("## What was done")
@@ -76,6 +77,6 @@ def test_where_most_layers_outgrow_their_experts_one_warning_says_so_with_a_comm
     (warning,) = cfmerge.merge(base, experts, output=tmp_path / "one file.safetensors").warnings
     command = shlex.split(warning.splitlines()[-1])
     assert CliRunner().invoke(app, command[1:]).exit_code == 0
-    assert (tmp_path / "one file-dc_merge.safetensors").is_file()
+    assert (tmp_path / "one file-safer.safetensors").is_file()
     own = [make_model(tmp_path / f"o{n}", adapted(llama, n, shared=False)) for n in range(1, 4)]
     assert cfmerge.merge(base, own, "average", output=tmp_path / "calm").warnings == ()
