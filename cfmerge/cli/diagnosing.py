@@ -28,9 +28,10 @@ EXAMPLES = (
 )
 STYLES = {"grave": "bold red", "warning": "bold yellow", "fact": "bold"}
 LEGEND = (
-    "length: of deltas over the base's. cosine: of deltas. signs: opposite ones, by chance 50 %. rank: above rounding. "
-    "effective: how many directions share the energy. leading: energy in the directions that hold half of the base's. "
-    "inputs, outputs: overlap of the experts' spaces. growth: of least squares, best below 2. By layers: medians"
+    "length: of deltas over the base's. energy: share of all experts' squares. changed: tensors. cosine: of deltas. "
+    "signs: opposite ones, by chance 50 %. rank: above rounding. effective: how many directions share the energy. "
+    "leading: energy in the directions that hold half of the base's. inputs, outputs: overlap of the experts' spaces. "
+    "growth: of least squares, best below 2. By layers: medians"
 )
 NARROW = 100  # columns below which tensors are not counted
 PAIRS = 10  # that are listed
