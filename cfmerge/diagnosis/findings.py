@@ -11,6 +11,7 @@ ALL = (
     of_experts.same_experts,
     of_experts.equals_base,
     of_tensors.growth,
+    of_tensors.long,
     of_experts.one_offset,
     of_ranks.starts,
     of_experts.imbalance,

@@ -201,6 +201,21 @@ def test_least_squares_of_unrelated_experts_does_not_grow():
     assert max(one.growth for one in numbers(NOTHING).values() if one.growth is not None) < 2
 
 
+def test_deltas_that_together_are_half_as_long_as_the_base_are_long():
+    told = found([unrelated(seed, length=0.4) for seed in range(3)])["long-deltas"]
+    assert told.number == pytest.approx(0.4 * 3**0.5, rel=1e-3)
+    assert set(told.tensors) == set(MATRICES)
+
+
+def test_tensors_that_nobody_changed_do_not_make_deltas_short():
+    short = [{name: delta * (name == MATRICES[0]) for name, delta in unrelated(n, 0.4).items()} for n in range(3)]
+    assert found(short)["long-deltas"].tensors == (MATRICES[0],)
+
+
+def test_deltas_that_together_are_a_third_of_the_base_are_not_long():
+    assert "long-deltas" not in found([unrelated(seed, length=0.2) for seed in range(3)])
+
+
 def along(places, share=1.0):
     """An expert whose deltas lie, by so much, in some of the base's right singular directions."""
 
