@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 OURS = "merged model"
 LEADING = 6  # singular values that the table of spectra has
-SPECTRUM = "number of the singular value, on a logarithmic scale"
 Reading = Callable[[Iterable["Measured"]], Float[np.ndarray, " T"]]
 
 
@@ -169,13 +168,13 @@ def _spectra(tensors: Tensors, found: Sequence[depth.Run], experts: Sequence[str
             series[label] = (look, list(range(1, len(shown) + 1)), shown)
             leading = [number(float(value)) for value in values[:LEADING]]
             rows.append([f"{name}, {label}", *leading, *[""] * (LEADING - len(leading))])
-        panels.append(lines(_short(name), series, key=f"spectra-{place}", x=SPECTRUM, logarithmic=True))
+        panels.append(lines(_short(name), series, key=f"spectra-{place}", x="number of the value", logarithmic=True))
     if not panels:
         return None
     caption = (
         "Leading singular values of the deltas before merging"
         + (" and of the merged delta" if merged else "")
-        + ", of the matrices that changed most, in the first, the middle and the last layer."
+        + ", largest first and on a logarithmic scale, of the matrices that changed most, in the first, the middle and the last layer."
     )
     head = ["matrix, model", *map(str, range(1, LEADING + 1))]
     table = Table(f"Spectra, the {LEADING} largest values", head, rows, folded=True)
