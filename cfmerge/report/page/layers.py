@@ -174,7 +174,8 @@ def _spectra(tensors: Tensors, found: Sequence[depth.Run], experts: Sequence[str
     caption = (
         "Leading singular values of the deltas before merging"
         + (" and of the merged delta" if merged else "")
-        + ", largest first and on a logarithmic scale, of the matrices that changed most, in the first, the middle and the last layer."
+        + ", largest first and on a logarithmic scale, of the matrices that changed most, in the first, the middle and "
+        "the last layer."
     )
     head = ["matrix, model", *map(str, range(1, LEADING + 1))]
     table = Table(f"Spectra, the {LEADING} largest values", head, rows, folded=True)
