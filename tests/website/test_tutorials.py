@@ -68,7 +68,7 @@ def world(tmp_path, monkeypatch, make_model, llama):
         make_model(folder / "snapshots" / ("1" * 40), llama(number))
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text("1" * 40)
-    constants = pytest.importorskip("huggingface_hub").constants  # read from the environment once, by whoever was first
+    constants = pytest.importorskip("huggingface_hub.constants")  # it reads the environment once, for whoever is first
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
