@@ -1,13 +1,13 @@
 """Findings about tensors: growth, directions, tensors that nobody changed. Thresholds with their reasons."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from cfmerge.diagnosis.reading import Reading
 from cfmerge.diagnosis.result import Finding, Measured
-from cfmerge.diagnosis.words import experts, tensors
+from cfmerge.diagnosis.words import experts, span, tensors
 from cfmerge.least_squares import GROWN
 
 MOST = 0.5  # of the solved matrices: the merged model as a whole is told of, as a merge does
@@ -80,13 +80,8 @@ def directions(read: Reading) -> Iterator[Finding]:
         if found:
             t = most(found, key=found.__getitem__)
             names = tuple(read.experts[number] for number in found)
-            told = text.format(_range([shares[t][place] for t in found]), shares[t][place + 1])
+            told = text.format(span([shares[number][place] for number in found], ".1%"), shares[t][place + 1])
             yield Finding(kind, "fact", f"{experts(names)} {told}", found[t], names)
-
-
-def _range(values: Sequence[float]) -> str:
-    """The least and the largest share; one of them where they are told alike."""
-    return " to ".join(dict.fromkeys(f"{value:.1%}" for value in (min(values), max(values))))
 
 
 def _shares(read: Reading, t: int) -> tuple[float, float, float, float]:

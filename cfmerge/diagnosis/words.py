@@ -25,6 +25,11 @@ def times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
+def span(values: Sequence[float], form: str) -> str:
+    """The least and the largest value, such as `38% to 42%`; one of them where they are told alike."""
+    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (min(values), max(values))))
+
+
 def tensors(names: Sequence[str], others: Sequence[str]) -> str:
     """A few patterns for many names."""
     return tell(list(names), list(others))

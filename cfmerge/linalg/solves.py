@@ -108,7 +108,7 @@ def conjugate_gradients(
     largest = jnp.max(jnp.abs(target))  # the residuals are scaled by it: their squares would leave the range
     unit = jnp.where(largest > 0, largest, 1)
     goal = target / unit
-    enough = 16 * max(target.shape) * eps**2 * jnp.sum(goal * goal)  # sums of n terms err by sqrt(n) eps
+    enough = 16 * max(target.shape, default=1) * eps**2 * jnp.sum(goal * goal)  # sums of n terms err by sqrt(n) eps
 
     def step(_: int | Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, residual, direction, square, steepest = state

@@ -9,6 +9,7 @@ import numpy as np
 from cfmerge import methods
 from cfmerge.core.survey import Measure
 from cfmerge.diagnosis import choice
+from cfmerge.diagnosis.words import span
 from cfmerge.engine import run
 from cfmerge.engine.cutting import check_memory
 from cfmerge.engine.placement import Placement
@@ -91,6 +92,6 @@ def _note(branch: choice.Branch, tensors: Mapping[str, tuple[Job, Numbers]]) -> 
     number = {
         choice.LOW_RANK: f" (up to {max(ranks)})",
         choice.LOW_RANK_WEIGHTED: f" (up to {max(ranks)})",
-        choice.GROWING: f" ({' to '.join(dict.fromkeys(f'{value:.2f}' for value in (min(grown), max(grown))))} times)",
+        choice.GROWING: f" ({span(grown, '.2f')} times)",
     }.get(branch, "")
     return f"auto: {branch.method} for {and_more(list(tensors))}: {branch.why}{number}"
