@@ -83,7 +83,7 @@ def diagnose(
     own = {field for field in Recipe.__struct_fields__ if getattr(asked, field) != getattr(Recipe(""), field)}
     others = sorted(own - {"base", "experts", "method", "parameters"})
     if command and others and not command.startswith(f"cfmerge merge {file}"):
-        say(console, f"and as here: {', '.join(others)}")
+        say(console, f"and the options as here: {', '.join(map(o.option_of, others))}")
 
 
 def _recommend(console: Console, one: "Recommendation", command: str) -> None:

@@ -170,6 +170,12 @@ OF_RUN: dict[str, Any] = {
     ],
 }
 
+
+def option_of(key: str) -> str:
+    """The option of a key of a recipe, such as `--on-nonfinite`; the key itself if it has none."""
+    return RECIPE[key].__metadata__[0].default if key in RECIPE else key
+
+
 RecipeFile = Annotated[Path | None, argument("RECIPE", "YAML, a card of cfmerge, a recipe's name.")]
 Models = Annotated[list[str] | None, argument("MODELS", "A base, then its experts; or one recipe (YAML), or a card.")]
 System = Annotated[str, argument("SYSTEM", "emr, tall, tsv_c or smile; or a text such as 'smile(rank=32)'.")]

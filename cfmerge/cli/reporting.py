@@ -1,5 +1,6 @@
 """`cfmerge report`: a page of HTML about a merged model or a recipe."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -34,15 +35,17 @@ def report(
     import cfmerge
     from cfmerge.cli.texts import make_stages
     from cfmerge.products.report import is_merged
+    from cfmerge.recipe.shipped import names
 
     path = asked.expanduser()
     target = output or Path(f"{path.resolve().stem if path.is_file() else path.resolve().name}-report.html")
     if not target.parent.is_dir():
         raise CfmergeError(f"output {target}: there is no directory {target.parent}")
-    if target.is_dir() or (target.exists() and not overwrite):
+    if target.is_dir() or ((target.exists() or target.is_symlink()) and not overwrite):
         raise CfmergeError(f"output {target}: is there already; give another -o, or --overwrite")
     if not path.exists():
-        raise CfmergeError(f"{path}: no such file or directory; give a merged model or a recipe")
+        also = ", with a base and experts in it, which a recipe that is shipped leaves to you" * (str(asked) in names())
+        raise CfmergeError(f"{path}: no such file or directory; give a merged model or a recipe's file{also}")
     stages = [] if is_merged(path) else make_stages(path, {})
     if len(stages) > 1:
         raise CfmergeError(f"{path}: {len(stages)} documents are a chain of merges, and a report is of one; split it")
@@ -51,7 +54,7 @@ def report(
             stages[0].recipe if stages else path, name=path.name, memory=memory, devices=devices, progress=told
         )
     try:
-        target.write_text(made.html, encoding="utf-8")
+        _write(target, made.html)
     except OSError as error:
         raise CfmergeError(f"output {target}: cannot be written: {error}") from None
     if json:
@@ -59,3 +62,14 @@ def report(
     elif not quiet:
         show.notes(made.lacking)
         show.line(str(target))
+
+
+def _write(target: Path, html: str) -> None:
+    """Writes a page at once or not at all, through a link if there is one; raises `OSError`."""
+    whole = target.resolve()
+    part = whole.with_name(f".{whole.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(html.encode("utf-8", "backslashreplace"))  # file names may hold any bytes
+        os.replace(part, whole)
+    finally:
+        part.unlink(missing_ok=True)

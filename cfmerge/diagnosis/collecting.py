@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from cfmerge.diagnosis.result import Measured
+from cfmerge.errors import CfmergeError
 from cfmerge.models import Parameter
 from cfmerge.models.layers import named
 
@@ -13,6 +14,7 @@ OF_MATRICES = (
     "stable_ranks", "effective_ranks", "ranks", "spectra", "base_spectrum", "rows", "columns", "leading", "lesser",
     "null",
 )  # fmt: skip
+TINY = float(np.finfo(np.float32).tiny)
 
 
 def collected(parameter: Parameter, found: Mapping[str, Any], place: int | None = None) -> Measured:
@@ -21,9 +23,19 @@ def collected(parameter: Parameter, found: Mapping[str, Any], place: int | None 
     Args:
         found: the sums over its entries (`measuring.entry_sums`), of a matrix all its numbers.
         place: which of the stacked matrices; none: there is one.
+
+    Raises:
+        CfmergeError: sums of squares overflow float32.
     """
     gram = np.asarray(found["gram"], np.float64)
     both = np.asarray(found["both"], np.float64)
+    if not (np.isfinite(gram).all() and np.isfinite(found["base"]) and np.isfinite(found["inner"]).all()):
+        raise CfmergeError(
+            f"tensor {parameter.name!r}: sums of squares of its values do not fit float32, so it cannot be diagnosed; "
+            "values of this size (1e18 and more) are hardly those of a model"
+        )
+    lost = (np.diagonal(both) > 0) & (np.diagonal(gram) <= 0)  # a change whose squares are too small for float32
+    gram = gram + np.diag(np.where(lost, TINY, 0))
     conflicts = np.divide(found["opposite"], both, out=np.zeros_like(both), where=both > 0)
     parts = named(parameter.name)
     by_place = parameter.scanned and parameter.layout.count("b") == 1  # it stacks layers, and nothing else

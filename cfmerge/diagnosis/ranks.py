@@ -40,7 +40,7 @@ def rounding(weight: Float[Array, "..."]) -> Float[Array, ""]:
         grain = jnp.where(held.all(), jnp.asarray(jnp.finfo(dtype).eps, weight.dtype), grain)
     mantissa, exponent = jnp.frexp(weight)
     unit = jnp.where(mantissa == 0, 0, jnp.ldexp(grain, exponent - 1))
-    return jnp.sqrt(jnp.mean(unit**2) / 12)
+    return linalg.norm(unit).reshape(()) / jnp.sqrt(12.0 * max(weight.size, 1))
 
 
 def spectrum(delta: Float[Array, "m n"]) -> Float[Array, " k"]:
@@ -76,4 +76,5 @@ def numerical_rank(delta: Float[Array, "m n"], noise: Float[Array, ""] | float =
         >>> int(numerical_rank(delta)), int(numerical_rank(jnp.eye(5)))
         (1, 5)
     """
-    return rank_of(spectrum(delta), delta.size * jnp.asarray(noise) ** 2)
+    norm = linalg.norm(delta).reshape(())
+    return rank_of(spectrum(linalg.ratio(delta, norm)), delta.size * linalg.ratio(jnp.asarray(noise), norm) ** 2)

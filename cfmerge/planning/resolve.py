@@ -73,6 +73,7 @@ def resolve(
     alone = all(method.needs.experts[1] == 1 for method in made)
     specs = recipe.resolved_experts(least=0 if statistics else 1 if sums or alone or composing else 2)
     earlier = list(statistics.experts) if statistics else []
+    _check_texts(recipe, specs)
     _check_new(specs, earlier)
     models = open_models(recipe, specs, opened or {}, sums)
     for method in made if models.stack is None else ():
@@ -147,6 +148,17 @@ def resolve(
         (*notes, *beside.notes, *order.notes, *numbers_told, *matched[0].notes, *averaged),
         parse_size(recipe.shard_size), beside.files, sums, models.opened, beside.edits,
     )  # fmt: skip
+
+
+def _check_texts(recipe: Recipe, specs: Sequence[Expert]) -> None:
+    """Raises `CfmergeError` if a path or name cannot stand in a recipe."""
+    for text in (recipe.base, *(text for spec in specs for text in (spec.path, spec.adapter or "", spec.name))):
+        try:
+            str(text).encode()
+        except UnicodeEncodeError:
+            raise CfmergeError(
+                f"{text!r}: is not UTF-8, as a recipe and a model's card must be; rename it, or make a link to it"
+            ) from None
 
 
 def _check_new(specs: Sequence[Expert], earlier: Sequence[str]) -> None:

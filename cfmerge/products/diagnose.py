@@ -149,7 +149,7 @@ def diagnosed(
         )
         experts = tuple(spec.name for spec in plan.expert_specs)
         findings = findings_of(experts, found)
-        notes = (*plan.notes, *(str(one.message) for one in left_out), *_not_decomposed(others, largest))
+        notes = (*plan.notes, *(one.note for one in left_out), *_not_decomposed(others, largest))
         told = plan.work.base.told
         weights = next((tuple(map(float, job.weights)) for job in jobs if job.weights), ())
         return Diagnosis(told, experts, found, findings, recommended(experts, found, findings, weights), notes, weights)

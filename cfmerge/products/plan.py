@@ -163,7 +163,8 @@ class Plan(Resolved):
         kept = [spec for spec in self.expert_specs if spec.name != error.source]
         least = 0 if self.statistics else 1 if self.sums else 2
         if len(kept) < least and ("one-expert" not in recipe.allow or not kept):
-            raise CfmergeError(f"{error}\nwithout it {len(kept)} expert is left to merge") from None
+            told = "no expert is left" if not kept else "1 expert is left"
+            raise CfmergeError(f"{left_out[-1].note}, and {told} to merge: repair it, or give more") from None
         asked = {label: msgspec.structs.replace(one.recipe, experts=kept) for label, one in self.results.items()}
         return self.made(asked, self.statistics, sums=self.sums, opened=self.opened)
 

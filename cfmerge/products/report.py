@@ -177,21 +177,30 @@ def _with_merged(recipe: Recipe, path: Path, how: dict[str, Any]) -> tuple[list[
     reason = _apart(recipe)
     if not reason:
         merged = Expert(path=recipe.base, adapter=str(path)) if recipe.adapter_out is not None else Expert(str(path))
-        merged = msgspec.structs.replace(merged, name=OURS)
         experts = [
             msgspec.structs.replace(one, rename=[*one.rename, *recipe.rename]) for one in recipe.resolved_experts(0)
         ]
+        ours = _no_name_of(experts)
+        merged = msgspec.structs.replace(merged, name=ours)
         try:
             asked = msgspec.structs.replace(recipe, experts=[*experts, merged], rename=[])
             where, progress = placement_of(how["devices"]), how["progress"] or silent
             found = diagnosed(planned_to_diagnose(asked), LARGEST, how["memory"], where, progress, beside=1)
-            if found.experts[-1:] == (OURS,):
+            if found.experts[-1:] == (ours,):
                 return [], _split(found), found.tensors
             reason = "it holds NaN or infinity"
         except CfmergeError as error:
             reason = str(error)
     lacking, alone = _diagnosed(recipe, how)
     return [f"The merged model is not compared with its experts: {reason}", *lacking], alone, None
+
+
+def _no_name_of(experts: Sequence[Expert]) -> str:
+    """What the merged model is called: "merged model", unless an expert is called so."""
+    name = OURS
+    while name in {one.name for one in experts}:
+        name = f"the {name}"
+    return name
 
 
 def _apart(recipe: Recipe) -> str:
@@ -210,9 +219,10 @@ def _diagnosed(recipe: Recipe, how: dict[str, Any]) -> tuple[list[str], Diagnosi
 
 def _split(found: Diagnosis) -> Diagnosis:
     """The diagnosis of the experts alone, out of one in which the merged model is the last."""
-    experts, tensors = found.experts[:-1], without_last(found.tensors)
+    (*names, ours), tensors = found.experts, without_last(found.tensors)
+    experts = tuple(names)
     findings = findings_of(experts, tensors)
-    notes = tuple(note for note in found.notes if OURS not in note)
+    notes = tuple(note for note in found.notes if ours not in note)
     weights = found.weights[:-1]
     told = recommended(experts, tensors, findings, weights)
     return Diagnosis(found.base, experts, tensors, findings, told, notes, weights)

@@ -16,7 +16,7 @@ from cfmerge.report.card import inputs
 from cfmerge.report.page.merge import Input, Tensor
 
 CARD = "README.md"
-SAME, OTHER, GONE = "unchanged", "other content", "not there"
+SAME, OTHER, GONE, NEW = "unchanged", "other content", "not there", "not in the card"
 
 
 def unreadable(recipe: Recipe) -> dict[str, str]:
@@ -39,18 +39,25 @@ def unreadable(recipe: Recipe) -> dict[str, str]:
 
 
 def compared(told: Sequence[Input], plan: Plan) -> list[Input]:
-    """The files that the card tells of, each with its state now."""
+    """The files that the card tells of, each with its state now, and files that it does not tell of.
+
+    Names need not be told apart by their role alone (an expert may be called "base"), so files of one name are taken in
+    the card's order.
+    """
     if not told:
         return []
     files = dict.fromkeys(file for model in (plan.base, *plan.experts) for file in model.files)
     digests = {file: sha256(file, threading.Event()) for file in files}
-    now = {(role, name): digest.strip("`") for role, _, name, digest in inputs(plan, digests)}
+    now: dict[tuple[str, str], list[Input]] = {}
+    for role, weight, name, digest in inputs(plan, digests):
+        now.setdefault((role, name), []).append(Input(role, weight, name, digest.strip("`"), NEW))
 
     def state(one: Input) -> str:
-        found = now.get((one.role, one.file))
-        return GONE if found is None else SAME if found == one.digest else OTHER
+        there = now.get((one.role, one.file))
+        return GONE if not there else SAME if there.pop(0).digest == one.digest else OTHER
 
-    return [dataclasses.replace(one, state=state(one)) for one in told]
+    found = [dataclasses.replace(one, state=state(one)) for one in told]
+    return [*found, *(one for left in now.values() for one in left)]
 
 
 def files_of(plan: Plan) -> list[tuple[str, str, Path]]:

@@ -88,9 +88,9 @@ def card(
 
 
 def table(*head: str, rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    lines = (head, *rows)
-    first, *others = (f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+    """A table in Markdown; a bar within a cell is escaped, a line break is a blank."""
+    lines = ([" ".join(str(cell).splitlines()).replace("|", r"\|") for cell in line] for line in (head, *rows))
+    first, *others = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join((first, "|---" * len(head) + "|", *others))
 
 
@@ -108,13 +108,15 @@ def _models(plan: Resolved) -> Iterator[tuple[str, str, Source]]:
 
 
 def inputs(plan: Resolved, digests: Mapping[Path, str]) -> Iterator[tuple[str, str, str, str]]:
-    """A row for every file of the base and the experts: role, weight, name, SHA-256 in backticks."""
+    """A row for every file of the base and the experts: role, weight, path in the model, SHA-256 in backticks."""
     for role, weight, checkpoint in _models(plan):
         if cached := hub.snapshot(checkpoint.path):
             role += f" ({cached.repository}{'@' if cached.commit else ''}{cached.commit[:12]})"
         files = checkpoint.main.files if isinstance(checkpoint, Stack) else checkpoint.files
         for file in files:
-            yield role, weight, file.name, f"`{digests[file]}`"
+            within = file.is_relative_to(checkpoint.path) and file != checkpoint.path
+            name = file.relative_to(checkpoint.path).as_posix() if within else file.name
+            yield role, weight, name, f"`{digests[file]}`"
 
 
 def _library(plan: Resolved) -> str:

@@ -52,8 +52,8 @@ def read_card(text: str) -> Card:
 
 def _rows(text: str, columns: int) -> list[list[str]]:
     """The rows of a table in Markdown, without its head."""
-    lines = [line.strip().strip("|") for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
+    lines = [line.strip().removeprefix("|").removesuffix("|") for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)] for line in lines[2:]]
     return [row for row in rows if len(row) == columns]
 
 

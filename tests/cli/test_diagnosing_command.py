@@ -55,6 +55,12 @@ def test_json_with_the_command(family, tmp_path):
                           "--json", "--largest", "0"))["tensors"] == told["tensors"]  # fmt: skip
 
 
+def test_options_that_the_command_needs_too_are_named(family):
+    experts = [word for path in family.experts for word in ("-e", path)]
+    told = run("--base", family.base, *experts, "--on-nonfinite", "skip-expert", "--largest", "0")
+    assert told.rstrip().endswith("and the options as here: --on-nonfinite")
+
+
 def test_models_are_named_once(family):
     with pytest.raises(CfmergeError, match="named twice"):
         run(family.base, family.experts[0], "--base", family.base)

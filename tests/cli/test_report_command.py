@@ -62,10 +62,33 @@ def test_what_is_there_is_kept(run, tmp_path):
     assert (tmp_path / "page.html").read_text() == "<!doctype html>"
 
 
+def test_a_page_is_replaced_at_once_or_not_at_all(run, tmp_path, monkeypatch):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "page.html").write_text("mine")
+    (tmp_path / "link.html").symlink_to("nowhere.html")
+    with pytest.raises(CfmergeError, match="is there already"):
+        run("merged", "-o", "link.html")
+    monkeypatch.setattr(cfmerge, "make_report", lambda *asked, **how: report.Report("r\udcff", ()))  # a file's name
+    run("merged", "-o", "page.html", "--overwrite", "-q")
+    assert (tmp_path / "page.html").read_text() == r"r\udcff"
+    (tmp_path / "page.html").write_text("mine")
+
+    def full(*paths):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(CfmergeError, match=r"page\.html: cannot be written: no space"):
+        run("merged", "-o", "page.html", "--overwrite")
+    assert (tmp_path / "page.html").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_mistakes_are_told_before_anything_is_read(run, tmp_path):
     (tmp_path / "merged").mkdir()
     with pytest.raises(CfmergeError, match="there is no directory nowhere"):
         run("merged", "-o", "nowhere/page.html")
     with pytest.raises(CfmergeError, match="no such file or directory; give a merged model or a recipe"):
         run("missing")
+    with pytest.raises(CfmergeError, match="with a base and experts in it"):
+        run("ace-published-gpt2")
     assert run.asked == []

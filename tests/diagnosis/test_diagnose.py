@@ -175,7 +175,26 @@ def test_nan_is_the_error_that_a_merge_gives(tmp_path, family, make_model):
         cfmerge.diagnose(family.base, [path, *family.experts], largest=0)
     found = cfmerge.diagnose(family.base, [path, *family.experts], largest=0, on_nonfinite="skip-expert")
     assert found.experts == ("m1", "m2", "m3")
-    assert any("broken" in note for note in found.notes)
+    assert f"expert 'broken' was left out: tensor {Q!r} is not finite" in found.notes
+    how = {"output": tmp_path / "out", "on_nonfinite": "skip-expert"}
+    with pytest.raises(cfmerge.CfmergeError, match=r"and 1 expert is left to merge: repair it, or give more$"):
+        cfmerge.merge(family.base, [path, family.experts[0]], "average", **how)
+
+
+def test_changes_whose_squares_do_not_fit_float32(tmp_path, small, make_model):
+    """Too small for sums of squares they are changes yet; too large they are an error."""
+    for factor in (1e-30, 1e30):
+        for number, tensors in enumerate(small[1][:3]):
+            scaled = {name: factor * tensor for name, tensor in tensors.items()}
+            make_model(tmp_path / f"{factor:g}" / f"m{number}", scaled)
+    base, *experts = (tmp_path / "1e-30" / f"m{number}" for number in range(3))
+    found = cfmerge.diagnose(base, experts)
+    assert all((one.norms > 0).all() for one in found.tensors.values())
+    assert (found.tensors[Q].ranks == 8).all()
+    assert "equals-base" not in [one.kind for one in found.findings]
+    base, *experts = (tmp_path / "1e+30" / f"m{number}" for number in range(3))
+    with pytest.raises(cfmerge.CfmergeError, match=r"tensor '.*': sums of squares .* do not fit float32"):
+        cfmerge.diagnose(base, experts, largest=0)
 
 
 def test_progress_tells_every_byte(family):

@@ -53,6 +53,16 @@ def test_another_architecture(family, refused, make_model, tmp_path, llama, llam
     np.testing.assert_allclose(load(tmp_path / "out")[Q], (llama(1)[Q] + llama(2)[Q]) / 2, atol=1e-6)
 
 
+def test_a_name_that_is_not_utf_8(family, refused):
+    """The recipe and the card could not hold it."""
+    other = family.experts[1].with_name("m\udcff")
+    try:
+        family.experts[1].rename(other)
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    refused(["m\\udcff", "is not UTF-8", "rename it"], family.base, [family.experts[0], other])
+
+
 def test_missing_tensor(family, refused):
     rewrite(family.experts[1], lambda tensors: tensors.pop(Q))
     refused(["'m2'", str(family.experts[1]), repr(Q), "(8, 8)", "keep-base"], family.base, family.experts)

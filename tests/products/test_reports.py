@@ -1,14 +1,18 @@
 """Reports of merged models and of recipes: what is measured, and what is told where inputs are gone or changed."""
 
+import hashlib
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import cfmerge
 from cfmerge.errors import CfmergeError
-from cfmerge.products import report
+from cfmerge.products import report, report_files
+from cfmerge.report.card import inputs
+from cfmerge.report.page.merge import Input
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,38 @@ def test_an_input_with_other_content_is_told_and_not_measured(copied, monkeypatc
     assert "code: model.safetensors" in made.lacking[0]
     assert told.diagnosis is told.measured is None
     assert len(told.tensors) == 11
+
+
+@pytest.mark.parametrize("names", [("base", "merged model"), ("a|b", "x")])
+def test_experts_of_any_name(tmp_path, monkeypatch, make_model, llama, names):
+    """Named as the base, as the merged model on the page, or with what separates the card's columns."""
+    for number in range(3):
+        make_model(tmp_path / str(number), llama(number))
+    experts = [cfmerge.Expert(str(tmp_path / str(n)), name=name) for n, name in enumerate(names, 1)]
+    cfmerge.merge(tmp_path / "0", experts, "average", output=tmp_path / "merged")
+    made, told = seen(monkeypatch, tmp_path / "merged")
+    assert made.lacking == ()
+    assert [one.role for one in told.inputs] == ["base", *names]
+    assert {one.state for one in told.inputs} == {"unchanged"}
+    assert told.diagnosis.experts == names
+    shutil.rmtree(tmp_path / "2")
+    make_model(tmp_path / "2", llama(7))
+    made, told = seen(monkeypatch, tmp_path / "merged")
+    assert [one.state for one in told.inputs] == ["unchanged", "unchanged", "other content"]
+
+
+def test_files_of_one_name_in_a_pipeline_and_files_that_the_card_does_not_tell_of(tmp_path):
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.safetensors").write_text(part)
+    files = tuple(tmp_path / part / "model.safetensors" for part in ("unet", "vae"))
+    base = SimpleNamespace(path=tmp_path, files=files)
+    plan = SimpleNamespace(base=base, experts=(), expert_specs=())
+    digests = {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    told = [Input(role, weight, name, digest.strip("`")) for role, weight, name, digest in inputs(plan, digests)]
+    assert [one.file for one in told] == ["unet/model.safetensors", "vae/model.safetensors"]
+    assert [one.state for one in report_files.compared(told, plan)] == ["unchanged", "unchanged"]
+    assert [one.state for one in report_files.compared(told[:1], plan)] == ["unchanged", "not in the card"]
 
 
 def test_an_input_that_is_gone_is_told(copied, monkeypatch):

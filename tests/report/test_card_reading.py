@@ -3,7 +3,7 @@
 import numpy as np
 
 import cfmerge
-from cfmerge.report.card import model_card
+from cfmerge.report.card import model_card, table
 from cfmerge.report.card_reading import read_card
 
 
@@ -27,6 +27,12 @@ def test_a_card_is_read_as_it_was_written(make_model, llama, tmp_path):
     assert f"cfmerge {cfmerge.__version__}" in card.versions
     assert f"numpy {np.__version__}" in card.versions
     assert card.about.endswith(f"Source: {cfmerge.methods.registry()['average'].source}")
+
+
+def test_cells_hold_any_text():
+    rows = [("a|b", "", "c", "d"), ("a", "two\nlines", "", "`|`")]
+    card = read_card(f"## Inputs\n\n{table('a', 'b', 'c', 'd', rows=rows)}")
+    assert card.inputs == (("a|b", "", "c", "d"), ("a", "two lines", "", "|"))
 
 
 def test_a_card_of_someone_else_tells_nothing():

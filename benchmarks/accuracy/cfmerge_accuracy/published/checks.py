@@ -102,10 +102,13 @@ def check(found: Found, tasks: Iterable[Task], lines: Iterable[Line]) -> list[st
         padding = tokenizer and tokenizer.pad_token_id
     elif base is not None:
         tried(clip.check_base, base)
+    shapes = tried(gpt2.shapes_of, base) if base is not None and suite.name == "gpt2" else None
     for task in suite.tasks:
         expert = found.experts.get(task.name)
         if expert and suite.name == "gpt2":
             tried(gpt2.check_expert, expert, task.name, padding)
+            if shapes:
+                tried(lambda expert: places.check_shapes(expert, gpt2.shapes_of(expert), shapes), expert)
     for task in tasks:
         if files := found.files.get(task.name):
             reader: Callable[..., Any] = glue.read if suite.name == "gpt2" else pictures.read

@@ -17,6 +17,7 @@ from cfmerge.errors import CfmergeError
 from cfmerge.models.buffers import is_buffer
 from cfmerge_accuracy.published.gpt2 import Counted
 from cfmerge_accuracy.published.pictures import Classes, Pictures
+from cfmerge_accuracy.published.places import finite
 
 PREFIX = "vision_model."
 TEXTS = 256  # at a time
@@ -26,6 +27,9 @@ def encoder_of(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a model's image encoder, named as in the whole model; buffers are left out.
 
     The projection behind it belongs to it where a model has one.
+
+    Raises:
+        CfmergeError: one holds NaN or infinity.
     """
     opened = cfmerge.open(path)
     alone = not any(name.startswith(PREFIX) for name in opened)
@@ -34,7 +38,7 @@ def encoder_of(path: Path) -> dict[str, np.ndarray]:
         bare = PREFIX + name if alone else name
         ours = bare.startswith(PREFIX) or bare == "visual_projection.weight"
         if ours and not is_buffer(bare, opened.tensors[name].shape):
-            found[bare] = np.asarray(opened[name], np.float32)
+            found[bare] = finite(path, name, opened[name])
     return found
 
 

@@ -87,6 +87,9 @@ def read(files: Sequence[Path], task: str) -> Examples:
     found = _of_glue(files[0], task) if files[0].suffix == ".tsv" else _of_parquet(files, task)
     if not found.labels:
         raise CfmergeError(f"{files[0]}: {task} has no examples")
+    for number, (text, label) in enumerate(zip(found.texts, found.labels, strict=True)):
+        if label is None or None in text:
+            raise CfmergeError(f"{files[0]}: example {number} of {task} has a null in place of its text or label")
     wrong = sorted({label for label in found.labels if not 0 <= label < len(SETS[task].labels)})
     if wrong:
         raise CfmergeError(

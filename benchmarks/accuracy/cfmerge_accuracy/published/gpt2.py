@@ -17,6 +17,7 @@ import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.models.buffers import is_buffer
 from cfmerge_accuracy.published.glue import SETS, Examples
+from cfmerge_accuracy.published.places import finite
 
 LENGTH = 512
 PREFIX = "transformer."
@@ -36,14 +37,28 @@ class Counted(NamedTuple):
 
 
 def trunk_of(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a model but for its heads and buffers, without the prefix that not all models have."""
+    """The tensors of a model but for its heads and buffers, without the prefix that not all models have.
+
+    Raises:
+        CfmergeError: one holds NaN or infinity.
+    """
     opened = cfmerge.open(path)
-    stored = {name.removeprefix(PREFIX): name for name in opened}
-    skipped = (HEAD, "lm_head.weight")
+    return {bare: finite(path, name, opened[name]) for bare, name in _trunk(opened.tensors).items()}
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `trunk_of` reads."""
+    tensors = cfmerge.open_checkpoint(path).tensors
+    return {bare: tuple(tensors[name].shape) for bare, name in _trunk(tensors).items()}
+
+
+def _trunk(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """`{name without the prefix: name}` of a trunk."""
+    stored = {name.removeprefix(PREFIX): name for name in tensors}
     return {
-        bare: np.asarray(opened[name], np.float32)
+        bare: name
         for bare, name in stored.items()
-        if bare not in skipped and not is_buffer(bare, opened.tensors[name].shape)
+        if bare not in (HEAD, "lm_head.weight") and not is_buffer(bare, tensors[name].shape)
     }
 
 
@@ -51,13 +66,18 @@ def tokenizer_of(base: Path) -> Any:
     """The base's tokenizer; its padding is its unknown token, which is GPT-2's end of text.
 
     Raises:
-        CfmergeError: the folder has none.
+        CfmergeError: the folder has none, or none that can be read.
     """
     import transformers
 
     if not any((base / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise CfmergeError(f"{base}: no tokenizer.json and no vocab.json; fetch the whole repository again")
-    made = transformers.AutoTokenizer.from_pretrained(base)
+    try:
+        made = transformers.AutoTokenizer.from_pretrained(base)
+    except Exception as error:  # of the library's, and many kinds
+        raise CfmergeError(
+            f"{base}: its tokenizer cannot be read: {type(error).__name__}: {error}; fetch the whole repository again"
+        ) from None
     made.model_max_length = LENGTH
     made.padding_side = made.truncation_side = "right"
     if made.pad_token is None:
@@ -126,13 +146,16 @@ def classifier(trunk: Mapping[str, np.ndarray], expert: Path, padding: int) -> A
     import torch
     import transformers
 
-    config = transformers.GPT2Config.from_pretrained(expert)
-    config.num_labels = cfmerge.open_checkpoint(expert).tensors[HEAD].shape[0]
-    config.pad_token_id = padding
-    model = transformers.GPT2ForSequenceClassification(config).eval()
     state = {PREFIX + name: torch.tensor(value) for name, value in trunk.items()}
-    state[HEAD] = torch.tensor(np.asarray(cfmerge.open(expert)[HEAD], np.float32))
-    found = model.load_state_dict(state, strict=False)
+    state[HEAD] = torch.tensor(finite(expert, HEAD, cfmerge.open(expert)[HEAD]))
+    try:
+        config = transformers.GPT2Config.from_pretrained(expert)
+        config.num_labels = state[HEAD].shape[0]
+        config.pad_token_id = padding
+        model = transformers.GPT2ForSequenceClassification(config).eval()
+        found = model.load_state_dict(state, strict=False)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CfmergeError(f"{expert}: its config.json does not fit its tensors: {error}") from None
     if found.missing_keys or found.unexpected_keys:
         raise CfmergeError(
             f"{expert}: its config does not fit the merged tensors; missing: "

@@ -18,6 +18,8 @@ from cfmerge_accuracy.published.gpt2 import Counted
 from cfmerge_accuracy.published.suites import REFERENCES, SUITES, Line, Suite, Task, setting
 
 ROWS = "rows.jsonl"
+OF_A_ROW = {"suite", "line", "task", "limit", "mark", "accuracy"}
+NEWLINE = "\n"
 Report = Callable[[str], None]
 
 
@@ -59,6 +61,8 @@ def run(options: Options, report: Report) -> list[str]:
             raise CfmergeError(f"{option} {value}: must be at least 1")
     if not options.checkpoints.is_dir():
         raise CfmergeError(f"--checkpoints {options.checkpoints}: there is no such directory")
+    if not options.only_check:
+        _check_output(options.output)
     everything = [(checks.find(suite, options.checkpoints), tasks, lines) for suite, tasks, lines in chosen]
     if any(found.base for found, _, _ in everything):
         _check_libraries()
@@ -69,7 +73,6 @@ def run(options: Options, report: Report) -> list[str]:
         cells = [not found.why_not(line, task) for line in lines for task in tasks]
         report(f"{found.suite.title}: {sum(cells)} of {len(cells)} numbers can be had; headers and labels are in order")
     if not options.only_check:
-        options.output.mkdir(parents=True, exist_ok=True)
         for found, tasks, lines in everything:
             _evaluate(found, tasks, lines, options, report)
     rows = kept(options.output / ROWS)
@@ -79,6 +82,18 @@ def run(options: Options, report: Report) -> list[str]:
     if not options.only_check:
         (options.output / "README.md").write_text(tables.page(texts))
     return texts
+
+
+def _check_output(output: Path) -> None:
+    """Makes the output's directory; raises `CfmergeError` if it cannot be one, or has a README.md of another's."""
+    page = output / "README.md"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        theirs = page.exists() and not page.read_text(errors="replace").startswith(tables.TITLE)
+    except OSError as error:
+        raise CfmergeError(f"output {output}: cannot be a directory for results: {error}") from None
+    if theirs:
+        raise CfmergeError(f"{page}: is not a page of these tables, and would be overwritten; give another -o")
 
 
 def _check_libraries() -> None:
@@ -115,13 +130,15 @@ def known(option: str, names: Sequence[str], options: Iterable[str]) -> Sequence
 
 
 def kept(path: Path) -> list[dict[str, Any]]:
-    """The rows of earlier runs; a line that was cut off is left out."""
+    """The rows of earlier runs; a line that was cut off, or is none of ours, is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and row.keys() >= OF_A_ROW:
+            rows.append(row)
     return rows
 
 
@@ -145,13 +162,21 @@ def _evaluate(found: Found, tasks: list[Task], lines: list[Line], options: Optio
             counted = evaluator.count(model, found.suite.task(name))
             row |= {"accuracy": counted.accuracy, **counted._asdict()}
             with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(f"{'' if _ends_a_line(path) else NEWLINE}{json.dumps(row)}{NEWLINE}")
             report(
                 f"{line.title}, {name}: {100 * counted.accuracy:.1f} ({counted.examples} examples, "
                 f"{counted.examples / max(counted.seconds, 1e-9):.1f} a second)"
             )
         if line.name not in REFERENCES and model is not None:
             shutil.rmtree(model)
+
+
+def _ends_a_line(path: Path) -> bool:
+    """Whether the next line may follow: a run that was killed may have left half a one."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - 1, 0))
+        return file.read() in {b"", b"\n"}
 
 
 def _row(found: Found, line: Line, task: Task, marks: Mapping[Any, str], limit: int | None) -> dict[str, Any]:
@@ -183,7 +208,7 @@ def _marks(found: Found) -> dict[Any, str]:
     models: dict[Any, Path] = {("expert", task): path for task, path in found.experts.items()}
     if found.base is not None:
         models["base"] = found.base
-    marks: dict[Any, str] = {key: places.mark(cfmerge.open_checkpoint(path).files) for key, path in models.items()}
+    marks: dict[Any, str] = {key: places.mark(places.files_of(path)) for key, path in models.items()}
     return marks | {("data", task): places.mark(files) for task, files in found.files.items()}
 
 

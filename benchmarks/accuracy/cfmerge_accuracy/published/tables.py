@@ -11,11 +11,12 @@ from cfmerge_accuracy.tables import number
 from cfmerge_accuracy.tables import table as markdown
 
 NOT_RUN = "not run"
+TITLE = "# Published tables, measured again"
 
 
 def page(texts: Sequence[str]) -> str:
     """All tables as one page."""
-    return "# Published tables, measured again\n\nAccuracies in per cent.\n\n" + "\n".join(texts)
+    return f"{TITLE}\n\nAccuracies in per cent.\n\n" + "\n".join(texts)
 
 
 def table(
