@@ -1,10 +1,8 @@
 """Shared by all tests: a calm environment, and tiny models on disk."""
 
 import atexit
-import functools
 import gc
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -35,42 +33,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one compilation of each ste
 import jax
 import numpy as np
 import pytest
+import shape_checks
 from jax._src import compiler
-from jaxtyping import _decorator, install_import_hook
 
-# Shapes that annotations state are checked at run time, in the modules that state some: a function is wrapped anew
-# each time its `def` is run, and methods are made of closures. The engine takes shapes that do not fit, and says so.
-# (So cfmerge is imported after this.)
-_package = Path(importlib.util.find_spec("cfmerge").submodule_search_locations[0])
-_rooms = ("*.py", "linalg/*.py", "methods/*.py", "compose/*.py", "temporal/*.py")
-_files = [file for room in _rooms for file in _package.glob(room) if '[Array, "' in file.read_text()]
-_modules = [".".join(("cfmerge", *file.relative_to(_package).with_suffix("").parts)) for file in _files]
-install_import_hook(_modules, "beartype.beartype")
-
-
-def _made_once() -> None:
-    """The checks of a function that is made anew at each call are made once: they took a fifth of the time.
-
-    jaxtyping writes two functions that only check, and beartype compiles them, each time a `def` within a function is
-    run. They hang on the signature alone (defaults are not checked), so equal signatures may share them.
-    """
-    make, check, made = _decorator._make_fn_with_signature, _decorator._apply_typechecker, {}
-
-    def key(signature):
-        return (*((p.name, p.kind, p.annotation, p.default is p.empty) for p in signature.parameters.values()),
-                signature.return_annotation)  # fmt: skip
-
-    def make_once(name, qualname, module, signature, output):
-        at = (name, qualname, module, key(signature), output)
-        if at not in made:
-            made[at] = make(name, qualname, module, signature, output)
-        return made[at]
-
-    _decorator._make_fn_with_signature = make_once
-    _decorator._apply_typechecker = functools.cache(check)
-
-
-_made_once()
+shape_checks.install()  # so cfmerge is imported after this
 
 LONGEST = ("test_eight_devices.py", "test_examples.py", "test_battery.py", "test_transformers.py", "test_ace.py",
            "test_in_memory.py", "test_minilm.py", "test_adapters_merged.py", "test_jax_layouts.py")  # fmt: skip
