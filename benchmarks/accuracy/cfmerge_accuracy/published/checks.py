@@ -11,6 +11,7 @@ from cfmerge.errors import CfmergeError
 from cfmerge.recipe import Recipe
 from cfmerge_accuracy.published import clip, glue, gpt2, pictures, places
 from cfmerge_accuracy.published.suites import REFERENCES, Line, Suite, Task, there
+from cfmerge_accuracy.published.tensors import check_shapes
 
 
 @dataclasses.dataclass
@@ -108,7 +109,7 @@ def check(found: Found, tasks: Iterable[Task], lines: Iterable[Line]) -> list[st
         if expert and suite.name == "gpt2":
             tried(gpt2.check_expert, expert, task.name, padding)
             if shapes:
-                tried(lambda expert: places.check_shapes(expert, gpt2.shapes_of(expert), shapes), expert)
+                tried(lambda expert: check_shapes(expert, gpt2.shapes_of(expert), shapes), expert)
     for task in tasks:
         if files := found.files.get(task.name):
             reader: Callable[..., Any] = glue.read if suite.name == "gpt2" else pictures.read

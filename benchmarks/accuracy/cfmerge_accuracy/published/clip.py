@@ -17,7 +17,7 @@ from cfmerge.errors import CfmergeError
 from cfmerge.models.buffers import is_buffer
 from cfmerge_accuracy.published.gpt2 import Counted
 from cfmerge_accuracy.published.pictures import Classes, Pictures
-from cfmerge_accuracy.published.places import finite
+from cfmerge_accuracy.published.tensors import finite
 
 PREFIX = "vision_model."
 TEXTS = 256  # at a time

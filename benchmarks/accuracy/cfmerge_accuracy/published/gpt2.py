@@ -17,7 +17,7 @@ import cfmerge
 from cfmerge.errors import CfmergeError
 from cfmerge.models.buffers import is_buffer
 from cfmerge_accuracy.published.glue import SETS, Examples
-from cfmerge_accuracy.published.places import finite
+from cfmerge_accuracy.published.tensors import finite
 
 LENGTH = 512
 PREFIX = "transformer."

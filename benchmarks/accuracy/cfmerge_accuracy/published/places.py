@@ -1,11 +1,8 @@
 """Repositories of the hub in a folder of the user's: as `hf download --local-dir` leaves them, or as its cache does."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 import cfmerge
 from cfmerge.errors import CfmergeError
@@ -47,28 +44,6 @@ def files_of(model: Path) -> list[Path]:
     """All files of a model that its numbers hang on: weights, config, tokenizer, processor."""
     beside = (path for pattern in ("*.json", "*.txt") for path in model.glob(pattern))
     return sorted({*cfmerge.open_checkpoint(model).files, *(path for path in beside if path.is_file())})
-
-
-def finite(path: Path, name: str, tensor: Any) -> np.ndarray:
-    """A tensor in float32; raises `CfmergeError` if it holds NaN or infinity, for argmax gives a label even so."""
-    found = np.asarray(tensor, np.float32)
-    if not np.isfinite(found).all():
-        raise CfmergeError(f"{path}: tensor {name!r} holds NaN or infinity; fetch the model again")
-    return found
-
-
-def check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], base: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises `CfmergeError` unless a model has the base's tensors, in the base's shapes."""
-    told = [f"{name} is missing" for name in base if name not in found]
-    told += [f"{name} is none of the base's" for name in found if name not in base]
-    told += [
-        f"{name} is {list(found[name])}, the base's {list(shape)}"
-        for name, shape in base.items()
-        if name in found and found[name] != shape
-    ]
-    if told:
-        more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
-        raise CfmergeError(f"{path}: its tensors are not the base's: {'; '.join(told[:3])}{more}")
 
 
 def command(root: Path, name: str, kind: str = "model", include: Sequence[str] = ()) -> str:

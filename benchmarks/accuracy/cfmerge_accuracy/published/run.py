@@ -19,7 +19,6 @@ from cfmerge_accuracy.published.suites import REFERENCES, SUITES, Line, Suite, T
 
 ROWS = "rows.jsonl"
 OF_A_ROW = {"suite", "line", "task", "limit", "mark", "accuracy"}
-NEWLINE = "\n"
 Report = Callable[[str], None]
 
 
@@ -162,7 +161,7 @@ def _evaluate(found: Found, tasks: list[Task], lines: list[Line], options: Optio
             counted = evaluator.count(model, found.suite.task(name))
             row |= {"accuracy": counted.accuracy, **counted._asdict()}
             with path.open("a") as file:
-                file.write(f"{'' if _ends_a_line(path) else NEWLINE}{json.dumps(row)}{NEWLINE}")
+                file.write(("" if _ends_a_line(path) else "\n") + json.dumps(row) + "\n")
             report(
                 f"{line.title}, {name}: {100 * counted.accuracy:.1f} ({counted.examples} examples, "
                 f"{counted.examples / max(counted.seconds, 1e-9):.1f} a second)"
