@@ -8,6 +8,7 @@ pictures.py  test sets of images, from parquet or from folders by class
 classes.yaml class names and templates of CLIP's zero-shot heads
 gpt2.py      accuracy of a GPT-2 trunk under an expert's head
 clip.py      accuracy of an image encoder under zero-shot heads
+tensors.py   checks of a model's tensors: finite, of the base's shapes
 checks.py    what is there, and what is wrong with it, from headers alone
 run.py       merge, evaluate, keep each number as it comes
 tables.py    the tables, beside the published numbers
