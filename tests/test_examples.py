@@ -107,7 +107,7 @@ def test_one_layer():
 
 def test_zipit_flax():
     """A zip keeps more than the average and the permuted average; in part it keeps nearly all, run from one trunk."""
-    found = rows(run("zipit_flax.py"))
+    found = rows(run("zipit_flax.py", quickly=True))
     for task in range(2):
         average, permuted, whole, part, less, apart = (
             found[name][task] for name in (
@@ -135,7 +135,7 @@ def test_sharded_trees():
 
 
 def test_composed_tasks():
-    printed = run("composed_tasks.py")
+    printed = run("composed_tasks.py", quickly=True)
     sizes = {line.split()[0]: float(line.split()[2]) for line in printed.splitlines() if " size " in line}
     assert sizes["average"] == 1.0
     assert 1.5 < sizes["emr"] < 2.5
@@ -147,7 +147,7 @@ def test_composed_tasks():
 
 def test_tangent_components():
     """Each component is good at its own task alone, all together at every task, and a forgotten one leaves nothing."""
-    printed = run("tangent_components.py")
+    printed = run("tangent_components.py", quickly=True)
     found = rows(printed)
     for task, name in enumerate(("left", "high", "far")):
         assert found[f"{name} alone"][task] > 0.9
