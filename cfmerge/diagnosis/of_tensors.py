@@ -16,7 +16,7 @@ MOST = 0.5  # of the solved matrices: the merged model as a whole is told of, as
 AWAY, ALONG = 0.5, 2.0
 EXPECTED = 0.02  # of the energy by chance: below it a ratio is of noise
 # All deltas together over the base, of the fresh zoos of docs/results: from 0.1 to 0.3 ACE was ahead of the average on
-# transformers, by up to 4 points, at 0.5 behind it by 7, at 0.8 and 1.6 by 31 and 58.
+# transformers, by up to 5 points, at 0.5 behind it by 4, at 0.8 and 1.6 by 30 and 58.
 LONG = 0.4
 UNEVEN = 10.0  # a factor on all deltas is right for one end of so wide a range, and off by three for the middle
 
