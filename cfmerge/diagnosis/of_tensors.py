@@ -51,8 +51,8 @@ def long(read: Reading) -> Iterator[Finding]:
         yield Finding(
             "long-deltas",
             "warning",
-            f"all deltas together are {length:.2f} times as long as the weights that they change: ace, tsv_m and other "
-            "methods that add experts up go too far there; compare with average and opcm",
+            f"all deltas together are {length:.2f} times as long as the weights that they change: ace goes too far "
+            "there, nearer to 1 tsv_m and dc_merge do too; compare with average and opcm",
             length,
             tuple(read.experts),
             tuple(changed),
