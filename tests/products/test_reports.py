@@ -58,7 +58,8 @@ def test_a_merged_model_is_measured_beside_its_experts(models, monkeypatch):
     gram = told.measured[name].gram
     np.testing.assert_allclose(gram[2, 0], np.sum((merged - base) * (math - base)), rtol=1e-4)
     np.testing.assert_allclose(told.measured[name].spectra[2], np.linalg.svd(merged - base)[1], rtol=1e-3)
-    alone = cfmerge.diagnose(models / "base", [models / "math", models / "code"])
+    experts = [cfmerge.Expert(str(models / "math"), weight=2.0), cfmerge.Expert(str(models / "code"))]
+    alone = cfmerge.diagnose(models / "base", experts)
     assert told.diagnosis.experts == alone.experts == ("math", "code")
     assert [one.kind for one in told.diagnosis.findings] == [one.kind for one in alone.findings]
     assert told.diagnosis.recommendation == alone.recommendation
