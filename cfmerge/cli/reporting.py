@@ -1,6 +1,5 @@
 """`cfmerge report`: a page of HTML about a merged model or a recipe."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +33,7 @@ def report(
     """
     import cfmerge
     from cfmerge.cli.texts import make_stages
+    from cfmerge.formats.whole import write_whole
     from cfmerge.products.report import is_merged
     from cfmerge.recipe.shipped import names
 
@@ -54,7 +54,7 @@ def report(
             stages[0].recipe if stages else path, name=path.name, memory=memory, devices=devices, progress=told
         )
     try:
-        _write(target, made.html)
+        write_whole(target.resolve(), made.html.encode("utf-8", "backslashreplace"))  # file names may hold any bytes
     except OSError as error:
         raise CfmergeError(f"output {target}: cannot be written: {error}") from None
     if json:
@@ -62,14 +62,3 @@ def report(
     elif not quiet:
         show.notes(made.lacking)
         show.line(str(target))
-
-
-def _write(target: Path, html: str) -> None:
-    """Writes a page at once or not at all, through a link if there is one; raises `OSError`."""
-    whole = target.resolve()
-    part = whole.with_name(f".{whole.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(html.encode("utf-8", "backslashreplace"))  # file names may hold any bytes
-        os.replace(part, whole)
-    finally:
-        part.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from cfmerge.formats.packed import packed, unpacked
 from cfmerge.formats.sinks import disk_errors
 from cfmerge.formats.staged import LOCK, locked, place_of
 from cfmerge.formats.told_errors import GO_ON, heard, told
+from cfmerge.formats.whole import write_whole
 
 NAME = "0" * 8  # like a staging directory without work, so that it is cleaned up like one
 BEAT = 1.0  # seconds between two signs of life
@@ -121,7 +122,7 @@ class Meeting:
         if len(names) < self.count:
             return []
         peers = [names[number] for number in range(self.count)]
-        _written(self._place / self._id / "peers", json.dumps(peers).encode())
+        write_whole(self._place / self._id / "peers", json.dumps(peers).encode())
         return peers
 
     def _listed(self) -> list[str]:
@@ -154,7 +155,7 @@ class Meeting:
         while True:
             count += 1
             with contextlib.suppress(OSError):  # the first process has not yet made the directory
-                _written(self._sign(self.number, self._id), str(count).encode())
+                write_whole(self._sign(self.number, self._id), str(count).encode())
             if self._ending.wait(BEAT / 10 if self._room == self._place else BEAT):
                 return
 
@@ -208,7 +209,7 @@ class Meeting:
         raise AssertionError
 
     def _write(self, name: str, content: bytes) -> None:
-        _written(self._room / name, content)
+        write_whole(self._room / name, content)
 
     def _has(self, name: str) -> bool:
         return (self._room / name).exists()
@@ -279,14 +280,3 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(1.5 * pause, 0.2)
-
-
-def _written(path: Path, content: bytes) -> None:
-    """Writes a file that appears whole."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise

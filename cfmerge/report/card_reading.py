@@ -52,9 +52,17 @@ def read_card(text: str) -> Card:
 
 def _rows(text: str, columns: int) -> list[list[str]]:
     """The rows of a table in Markdown, without its head."""
-    lines = [line.strip().removeprefix("|").removesuffix("|") for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)] for line in lines[2:]]
+    rows = [cells(line) for line in text.splitlines() if line.startswith("|")][2:]
     return [row for row in rows if len(row) == columns]
+
+
+def cells(line: str) -> list[str]:
+    r"""The cells of a table's line, in which a bar within a cell is escaped.
+
+    >>> cells(r"| a | b\|c |")
+    ['a', 'b|c']
+    """
+    return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
 
 
 def _quoted(text: str) -> list[str]:

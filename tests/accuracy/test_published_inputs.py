@@ -114,3 +114,12 @@ def test_a_page_of_the_user_is_kept(root, tmp_path):
     assert (tmp_path / "README.md").read_text() == "my notes"
     with pytest.raises(CfmergeError, match="cannot be a directory"):
         run.run(asked(root, tmp_path / "README.md"), lambda line: None)
+    with pytest.raises(CfmergeError, match="cannot be a directory"):
+        run.run(asked(root, tmp_path / "README.md/out"), lambda line: None)
+
+
+def test_a_run_that_is_refused_leaves_no_directory(root, tmp_path):
+    changed(root, EXPERT, lambda tensors: tensors.pop("transformer.h.0.mlp.c_fc.weight"))
+    with pytest.raises(CfmergeError, match="nothing was evaluated"):
+        run.run(asked(root, tmp_path / "out"), lambda line: None)
+    assert not (tmp_path / "out").exists()

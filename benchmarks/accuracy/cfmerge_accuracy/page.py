@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from cfmerge.report.card_reading import cells
 from cfmerge.report.page import plots as drawn
 from cfmerge.report.page.blocks import (
     Block,
@@ -61,13 +62,9 @@ def _block(text: str) -> Block:
         return Items([line.removeprefix("- ") for line in text.splitlines()])
     if not text.startswith("|"):
         return Prose(text)
-    head, rule, *rows = ([cell.strip().replace("\\|", "|") for cell in _cells(line)] for line in text.splitlines())
+    head, rule, *rows = map(cells, text.splitlines())
     left = next((place for place, cell in enumerate(rule) if cell.endswith(":")), len(rule))
     return Table("", head, rows, left=max(left, 1))
-
-
-def _cells(line: str) -> list[str]:
-    return re.split(r"(?<!\\)\|", line.strip())[1:-1]
 
 
 def _captioned(blocks: Iterable[Block], caption: str) -> list[Block]:

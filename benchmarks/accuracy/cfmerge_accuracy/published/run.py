@@ -72,6 +72,7 @@ def run(options: Options, report: Report) -> list[str]:
         cells = [not found.why_not(line, task) for line in lines for task in tasks]
         report(f"{found.suite.title}: {sum(cells)} of {len(cells)} numbers can be had; headers and labels are in order")
     if not options.only_check:
+        _make(options.output)
         for found, tasks, lines in everything:
             _evaluate(found, tasks, lines, options, report)
     rows = kept(options.output / ROWS)
@@ -84,15 +85,20 @@ def run(options: Options, report: Report) -> list[str]:
 
 
 def _check_output(output: Path) -> None:
-    """Makes the output's directory; raises `CfmergeError` if it cannot be one, or has a README.md of another's."""
+    """Raises `CfmergeError` if the output is no directory, or has a README.md of another's."""
+    if output.exists() and not output.is_dir():
+        raise CfmergeError(f"output {output}: cannot be a directory for results: it is a file")
     page = output / "README.md"
+    if page.exists() and not page.read_text(errors="replace").startswith(tables.TITLE):
+        raise CfmergeError(f"{page}: is not a page of these tables, and would be overwritten; give another -o")
+
+
+def _make(output: Path) -> None:
+    """Makes the output's directory; raises `CfmergeError` if it cannot be made."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        theirs = page.exists() and not page.read_text(errors="replace").startswith(tables.TITLE)
     except OSError as error:
         raise CfmergeError(f"output {output}: cannot be a directory for results: {error}") from None
-    if theirs:
-        raise CfmergeError(f"{page}: is not a page of these tables, and would be overwritten; give another -o")
 
 
 def _check_libraries() -> None:
